@@ -1,0 +1,44 @@
+"""Activations: a read-only mapping from Site to tensor, with the tokens that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from vesalius.errors import UnknownNameError
+from vesalius.inputs import Tokens
+from vesalius.site import INDEX_AXIS, Site
+
+
+class Activations(Mapping[Site, Tensor]):
+    """Tensors captured by a run. Keys are Sites or their names; an index in brackets takes that slice."""
+
+    def __init__(self, tensors: Mapping[Site, Tensor], tokens: Tokens | None = None) -> None:
+        self._tensors = dict(tensors)
+        self.tokens = tokens
+
+    def __getitem__(self, key: Site | str) -> Tensor:
+        site = Site.parse(key)
+        if site in self._tensors:
+            return self._tensors[site]
+        if site.index is not None and site.whole in self._tensors:
+            return self._tensors[site.whole].select(INDEX_AXIS[site.kind], site.index)
+        raise UnknownNameError("captured site", str(site), map(str, self._tensors), "Add it to capture=.")
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            self[key]  # type: ignore[index]
+        except Exception:  # anything that is not a captured site is simply not in here
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(sorted(self._tensors, key=lambda site: site.order))
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{site} {list(self._tensors[site].shape)}" for site in self)
+        return f"Activations({rows})"

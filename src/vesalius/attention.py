@@ -1,0 +1,101 @@
+"""Our attention function for `transformers` models: reads and edits scores and patterns, and runs replays.
+
+`transformers` lets a model look its attention function up by name at every call (AttentionInterface). `attending` puts
+ours in place for the length of a `with` block and restores the config, which is shared and would otherwise stay changed.
+The arithmetic of `Plain` is that of the eager path: softmax in float32 of q k^T * scaling + mask (+ soft cap).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vesalius.errors import InterventionError
+
+NAME = "vesalius"
+# Arguments that change the result and that we do not reproduce: refused when given.
+_REFUSED = ("position_bias", "s_aux", "head_mask", "relative_position_bias")
+
+
+class Attend(Protocol):
+    """One attention call. q: [batch, head, query_pos, d_head]; k, v: [batch, kv_head, key_pos, d_head]."""
+
+    def __call__(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, options: dict[str, Any]
+    ) -> Tensor:
+        """Weighted values [batch, query_pos, head, d_head]."""
+        ...
+
+
+_current: ContextVar[Attend | None] = ContextVar("vesalius_attend", default=None)
+
+
+def _forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, **options: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    attend = _current.get()
+    if attend is None:
+        raise InterventionError("the 'vesalius' attention function was called outside a run; restore the model's own")
+    refused = [name for name in _REFUSED if options.get(name) is not None]
+    if refused or dropout:
+        raise InterventionError(f"attention with {', '.join(refused) or 'dropout'} is not supported; call model.module.eval()")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(module, query, key, value, attention_mask, scale, options), None
+
+
+@contextmanager
+def attending(root: nn.Module, attend: Attend) -> Iterator[None]:
+    """Route every attention call of `root` through `attend`; restores the model's own function in any case."""
+    # Late and at this one edge: transformers is heavy, and importing vesalius must stay light.
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, eager_mask)
+    configs = {id(m.config): m.config for m in root.modules() if hasattr(m, "config")}.values()
+    before = [(config, config._attn_implementation_internal) for config in configs if hasattr(config, "_attn_implementation")]
+    token = _current.set(attend)
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation_internal = name
+        _current.reset(token)
+
+
+def grouped(kv: Tensor, n_heads: int) -> Tensor:
+    """Keys or values repeated for every query head: [batch, kv_head, pos, d_head] -> [batch, head, pos, d_head]."""
+    return kv if kv.shape[1] == n_heads else kv.repeat_interleave(n_heads // kv.shape[1], dim=1)
+
+
+class Plain:
+    """Eager attention whose scores and pattern can be visited: visit(kind, layer, tensor) -> tensor or None."""
+
+    def __init__(self, visit: Callable[[str, int, Tensor], Tensor | None]) -> None:
+        self._visit = visit
+
+    def __call__(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, options: dict[str, Any]
+    ) -> Tensor:
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        scores = q @ grouped(k, q.shape[1]).transpose(2, 3) * scaling
+        if options.get("softcap") is not None:
+            scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
+        if mask is not None:
+            scores = scores + mask[..., : scores.shape[-1]]
+        scores = self._seen("scores", layer, scores)
+        pattern = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        pattern = self._seen("pattern", layer, pattern)
+        return (pattern @ grouped(v, q.shape[1])).transpose(1, 2).contiguous()
+
+    def _seen(self, kind: str, layer: int, tensor: Tensor) -> Tensor:
+        changed = self._visit(kind, layer, tensor)
+        return tensor if changed is None else changed

@@ -1,0 +1,92 @@
+"""Built-in tasks: questions with prompts of our own, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vesalius.data.positions import Positions, landmarks
+from vesalius.data.tasks import capitals as _capitals
+from vesalius.data.tasks import gendered_pronoun as _gendered_pronoun
+from vesalius.data.tasks import induction as _induction
+from vesalius.data.tasks import ioi as _ioi
+from vesalius.data.tasks import sva as _sva
+from vesalius.data.tasks.base import HasTokenizer, Row, beginning_token, build_pairs
+from vesalius.errors import UnknownNameError
+from vesalius.inputs import Pairs
+
+capitals = _capitals.capitals
+gendered_pronoun = _gendered_pronoun.gendered_pronoun
+induction = _induction.induction
+ioi = _ioi.ioi
+sva = _sva.sva
+
+__all__ = [
+    "TASKS",
+    "HasTokenizer",
+    "Row",
+    "Task",
+    "beginning_token",
+    "build_pairs",
+    "capitals",
+    "gendered_pronoun",
+    "induction",
+    "ioi",
+    "sva",
+    "task",
+]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A built-in question.
+
+    build(model, n=, seed=, corruption=, beginning=) -> Pairs with the splits "discovery" and "validation".
+    corruptions: what `corruption` may be, the default first. positions: named positions [example] of given pairs.
+    """
+
+    name: str
+    question: str
+    build: Callable[..., Pairs]
+    corruptions: tuple[str, ...]
+    positions: Callable[[Pairs], dict[str, Positions]] = landmarks
+
+
+TASKS = {
+    entry.name: entry
+    for entry in (
+        Task("capitals", "How does the model recall the capital of a country?", capitals, _capitals.CORRUPTIONS),
+        Task(
+            "gendered_pronoun",
+            "How does the model decide which pronoun takes up a name?",
+            gendered_pronoun,
+            _gendered_pronoun.CORRUPTIONS,
+        ),
+        Task(
+            "induction",
+            "How does the model continue a sequence it has seen once before?",
+            induction,
+            _induction.CORRUPTIONS,
+        ),
+        Task(
+            "ioi",
+            "How does the model decide which of two names receives the object?",
+            ioi,
+            _ioi.CORRUPTIONS,
+            _ioi.named_positions,
+        ),
+        Task(
+            "sva",
+            "How does the model make the verb agree with its subject when another noun stands between them?",
+            sva,
+            _sva.CORRUPTIONS,
+        ),
+    )
+}
+
+
+def task(name: str) -> Task:
+    """The built-in task of that name. Raises UnknownNameError, listing the known ones."""
+    if name not in TASKS:
+        raise UnknownNameError("task", name, TASKS, "Your own pairs: load_pairs('pairs.jsonl', model).")
+    return TASKS[name]

@@ -1,0 +1,274 @@
+"""What all tasks share: rows of text made into checked Pairs, the beginning-of-text policy, balanced draws.
+
+A task writes `Row`s (text and labels) and `build_pairs` turns them into token ids, refusing whatever would make a
+patching experiment meaningless: answers of several tokens, prompts that do not line up, edits in the wrong places.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from vesalius.errors import InputError, PairsError, TokenizerError, UnknownNameError
+from vesalius.inputs import Pairs, pad_rows
+
+T = TypeVar("T")
+
+SPLITS = ("discovery", "validation")
+# They open and close a chat turn. A model reads what follows `<|im_start|>` as the name of a role, which is not how a
+# prompt of plain text begins: measured on the demo model, names in first position were lost behind it.
+CHAT_MARKERS = ("<|im_start|>", "<|im_end|>")
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+
+
+class HasTokenizer(Protocol):
+    """All that a generator needs of a model."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pair as text: `answer` and `distractor` are written as they follow the prompt, with their leading space.
+
+    edits: how many token positions are meant to differ between clean and corrupted; None: any number. where: the
+    place to name in errors, such as "line 3 of pairs.jsonl".
+    """
+
+    clean: str
+    corrupted: str
+    answer: str
+    distractor: str
+    groups: Mapping[str, str] = field(default_factory=dict)
+    split: str = ""
+    edits: int | None = None
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One pair as token ids, without the beginning token."""
+
+    clean: Sequence[int]
+    corrupted: Sequence[int]
+    answer: int
+    distractor: int
+    groups: Mapping[str, str]
+    split: str
+
+
+def tokenizer_of(model: HasTokenizer) -> Any:
+    """The model's tokenizer. Raises TokenizerError when it has none."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise TokenizerError(
+            f"{type(model).__name__} has no tokenizer, and text needs one: load the model with vesalius.loading, give it "
+            "a tokenizer, or make vesalius.Pairs(clean=, corrupted=, answer=, distractor=) from token ids"
+        )
+    return tokenizer
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, nothing added in front or behind."""
+    return [int(token) for token in tokenizer.encode(text, add_special_tokens=False)]
+
+
+def show(tokenizer: Any, ids: Iterable[int]) -> str:
+    """Tokens as a reader sees them, for error messages."""
+    return str([tokenizer.decode([token]) for token in ids])
+
+
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Special and added tokens, in the order of their ids."""
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    known = dict.fromkeys([*tokenizer.all_special_tokens, *added])
+    return tuple(sorted(known, key=tokenizer.convert_tokens_to_ids))
+
+
+def beginning_token(tokenizer: Any, beginning: str = "auto") -> str:
+    """The token put before every prompt, or "none".
+
+    "auto": the tokenizer's bos token, else its eos token, else `<|endoftext|>`, else none; chat markers are passed
+    over. "none": nothing. Otherwise the text of a special token. Raises TokenizerError for a token that is not one.
+    """
+    special = special_tokens(tokenizer)
+    if beginning == "auto":
+        candidates = (tokenizer.bos_token, tokenizer.eos_token, DOCUMENT_SEPARATOR)
+        return next((token for token in candidates if token in special and token not in CHAT_MARKERS), "none")
+    if beginning != "none" and beginning not in special:
+        raise TokenizerError(
+            f"beginning {beginning!r} is not a special token of this tokenizer. It has: "
+            f"{', '.join(special) or '(none)'}. Give one of these, 'auto' or 'none'"
+        )
+    return beginning
+
+
+def continuation(tokenizer: Any, text: str, more: str) -> list[int] | None:
+    """Token ids of `more` as it follows `text`; None when it merges with the last token of the text."""
+    before, both = encode(tokenizer, text), encode(tokenizer, text + more)
+    return both[len(before) :] if both[: len(before)] == before else None
+
+
+def _answer_id(tokenizer: Any, row: Row, name: str, where: str) -> int:
+    text = getattr(row, name)
+    ids = continuation(tokenizer, row.clean, text)
+    if ids is None:
+        raise TokenizerError(
+            f"{where}: {name} {text!r} merges with the end of the prompt {row.clean[-20:]!r}: end the prompt without a "
+            f"space and begin the {name} with one (' Anna', not 'Anna')"
+        )
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise TokenizerError(
+            f"{where}: {name} {text!r} is not a single token of this tokenizer but {show(tokenizer, ids)}. Most "
+            "tokenizers count the leading space as part of the word: ' Anna' may be one token where 'Anna' is several"
+        )
+    return ids[0]
+
+
+def _check_text(row: Row, where: str) -> None:
+    for name in ("clean", "corrupted", "answer", "distractor"):
+        text = getattr(row, name)
+        if not isinstance(text, str):
+            raise InputError(f"{where}: {name} must be text, got {text!r} ({type(text).__name__})")
+        if not text.strip():
+            raise InputError(f"{where}: {name} is empty")
+    if row.answer == row.distractor:
+        raise PairsError(f"{where}: answer equals distractor ({row.answer!r}); the metric would be 0 for every model")
+    if row.clean == row.corrupted:
+        raise PairsError(f"{where}: clean and corrupted prompts are identical: {row.clean!r}")
+
+
+def _check_aligned(tokenizer: Any, row: Row, clean: Sequence[int], corrupted: Sequence[int], where: str) -> None:
+    both = f"clean {show(tokenizer, clean)}, corrupted {show(tokenizer, corrupted)}"
+    if len(clean) != len(corrupted):
+        raise PairsError(
+            f"{where}: clean has {len(clean)} tokens and corrupted {len(corrupted)}; they must line up position by "
+            f"position, so exchange words for words of as many tokens. {both}"
+        )
+    edits = sum(a != b for a, b in zip(clean, corrupted, strict=True))
+    if edits == 0:
+        raise PairsError(f"{where}: clean and corrupted prompts are identical to this tokenizer: {both}")
+    if row.edits not in (None, edits):
+        raise PairsError(f"{where}: {edits} token positions differ where {row.edits} should. {both}")
+
+
+def encode_row(tokenizer: Any, row: Row, where: str) -> Encoded:
+    """A row as token ids. Raises InputError, PairsError or TokenizerError, naming the row, when it is not a pair."""
+    _check_text(row, where)
+    clean, corrupted = encode(tokenizer, row.clean), encode(tokenizer, row.corrupted)
+    _check_aligned(tokenizer, row, clean, corrupted, where)
+    answer, distractor = (_answer_id(tokenizer, row, name, where) for name in ("answer", "distractor"))
+    if answer == distractor:
+        raise PairsError(f"{where}: answer {row.answer!r} and distractor {row.distractor!r} are the same token")
+    return Encoded(clean, corrupted, answer, distractor, row.groups, row.split)
+
+
+def build_pairs(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    beginning: str = "auto",
+    corruption: str = "corrupted",
+    task: str = "",
+) -> Pairs:
+    """Pairs from rows of text, every row checked against the tokenizer.
+
+    rows carry all the same groups, and either all or none a split. The metric reads at the last token.
+    Raises InputError (empty or non-text field), PairsError (prompts that do not line up) or TokenizerError (answer of
+    several tokens, unknown beginning), naming the row.
+    """
+    encoded = [encode_row(tokenizer, row, row.where or f"pair {i}") for i, row in enumerate(rows)]
+    return assemble(encoded, tokenizer, beginning=beginning, corruption=corruption, task=task)
+
+
+def assemble(rows: Sequence[Encoded], tokenizer: Any, *, beginning: str, corruption: str, task: str) -> Pairs:
+    """Pairs from rows of token ids, the beginning token put in front. Raises InputError for no rows."""
+    if not rows:
+        raise InputError("no pairs: give at least one row")
+    first = beginning_token(tokenizer, beginning)
+    head = [] if first == "none" else [int(tokenizer.convert_tokens_to_ids(first))]
+    pad = tokenizer.pad_token_id or 0
+    clean, lengths = pad_rows([[*head, *row.clean] for row in rows], pad)
+    corrupted, _ = pad_rows([[*head, *row.corrupted] for row in rows], pad)
+    splits = tuple(row.split for row in rows)
+    return Pairs(
+        clean=clean,
+        corrupted=corrupted,
+        answer=torch.tensor([row.answer for row in rows]),
+        distractor=torch.tensor([row.distractor for row in rows]),
+        lengths=lengths,
+        groups={name: tuple(row.groups[name] for row in rows) for name in rows[0].groups},
+        splits=splits if all(splits) else (),
+        corruption=corruption,
+        task=task,
+        beginning=first,
+    )
+
+
+def check_request(n: int, maximum: int, task: str, corruption: str, known: Sequence[str]) -> None:
+    """Refuse a number of pairs that cannot be made (InputError, with the maximum) and an unknown corruption."""
+    if corruption not in known:
+        raise UnknownNameError(f"corruption of {task}", corruption, known)
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= maximum:
+        raise InputError(f"n is {n!r}; {task} can make 1 to {maximum} distinct pairs per split with this tokenizer")
+
+
+def single_tokens(tokenizer: Any, words: Sequence[str], need: int, what: str) -> tuple[str, ...]:
+    """The words that are one token after a space. Raises TokenizerError when fewer than `need` are."""
+    kept = tuple(word for word in words if _is_single(tokenizer, word))
+    if len(kept) < need:
+        raise too_few(len(kept), len(words), need, what)
+    return kept
+
+
+def too_few(kept: int, of: int, need: int, what: str) -> TokenizerError:
+    return TokenizerError(
+        f"only {kept} of {of} {what} are single tokens of this tokenizer and {need} are needed; this built-in task "
+        "does not fit it. Give your own pairs: `vesalius study pairs.jsonl`"
+    )
+
+
+def _is_single(tokenizer: Any, word: str) -> bool:
+    ids = continuation(tokenizer, "and", f" {word}")
+    return ids is not None and len(ids) == 1 and ids[0] != tokenizer.unk_token_id
+
+
+def stream(*key: object) -> torch.Generator:
+    """A random stream of its own for every key (task, split, seed, purpose): the same key, the same draws."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def words(text: str) -> tuple[str, ...]:
+    """A word list written as text."""
+    return tuple(text.split())
+
+
+def shuffled(items: Sequence[T], generator: torch.Generator) -> list[T]:
+    return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
+
+
+class Rota(Generic[T]):
+    """Draws items so that all are used about equally often, ties broken at random."""
+
+    def __init__(self, items: Sequence[T], generator: torch.Generator) -> None:
+        self.items = tuple(items)
+        self.uses: Counter[T] = Counter()
+        self._generator = generator
+
+    def draw(
+        self, exclude: Container[T] = (), only: Container[T] | None = None, cost: Callable[[T], int] = lambda _: 0
+    ) -> T:
+        """The allowed item of least cost, among these the least used. Raises LookupError when none is allowed."""
+        allowed = [item for item in self.items if item not in exclude and (only is None or item in only)]
+        if not allowed:
+            raise LookupError(f"none of {len(self.items)} items is left to draw")
+        best = min(shuffled(allowed, self._generator), key=lambda item: (cost(item), self.uses[item]))
+        self.uses[best] += 1
+        return best

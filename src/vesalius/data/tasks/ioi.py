@@ -1,0 +1,194 @@
+"""Indirect object identification: of two names, the one that is not repeated receives the object.
+
+The task is that of Wang et al. 2022 (arXiv:2211.00593, section 2 and appendix A); frames, names, places and objects are
+our own. IO is the name that receives, S the subject, mentioned first at S1 and again at S2.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+
+import torch
+
+from vesalius.data.positions import Positions, landmarks
+from vesalius.data.tasks.base import (
+    SPLITS,
+    HasTokenizer,
+    Rota,
+    Row,
+    build_pairs,
+    check_request,
+    shuffled,
+    single_tokens,
+    stream,
+    tokenizer_of,
+    words,
+)
+from vesalius.inputs import Pairs
+
+CORRUPTIONS = ("swap", "abc")
+LEAST_NAMES = 24
+
+# {A} and {B} are the names in the order they are mentioned, {S} is the subject again. A frame that begins with a name
+# begins with a space, so that the name is the same token as everywhere else.
+FRAMES: Mapping[str, tuple[str, ...]] = {
+    "discovery": (
+        "After {A} and {B} finished lunch at the {place}, {S} handed the {object} to",
+        "When {A} and {B} met at the {place} this morning, {S} gave a {object} to",
+        "While {A} and {B} were waiting outside the {place}, {S} passed the {object} to",
+        "Then {A} and {B} drove to the {place} together, and {S} offered a {object} to",
+        "Yesterday {A} and {B} went shopping near the {place}, and {S} bought a {object} for",
+        "Because {A} and {B} had agreed to meet at the {place}, {S} brought a {object} to",
+        "At the {place}, {A} and {B} sat on a bench for an hour. At last {S} showed the {object} to",
+        "It was raining when {A} and {B} left the {place}. On the way home {S} returned the {object} to",
+        "As soon as {A} and {B} got back from the {place}, {S} gave the old {object} to",
+        "Once {A} and {B} were alone in the {place}, {S} quietly slipped a {object} to",
+        "Everyone saw {A} and {B} dancing at the {place}. Later that night {S} sent a {object} to",
+        "The rain stopped, so {A} and {B} walked to the {place}, where {S} lent a {object} to",
+        "Before {A} and {B} said goodbye at the {place}, {S} gave a {object} to",
+        "Since {A} and {B} had worked late at the {place}, {S} decided to give the {object} to",
+        " {A} and {B} stood in a long line at the {place}. Before it moved, {S} handed the {object} to",
+        " {A} and {B} cleaned the {place} all afternoon, and then {S} carried the {object} over to",
+    ),
+    "validation": (
+        "During the trip to the {place}, {A} and {B} took many pictures, and {S} mailed a {object} to",
+        "One evening {A} and {B} stayed in the {place} until dark, and {S} read the {object} aloud to",
+        "Although {A} and {B} had never been to the {place} before, {S} promised a {object} to",
+        "In the middle of the {place}, {A} and {B} stopped to rest. Smiling, {S} threw the {object} to",
+        "Last summer {A} and {B} painted the {place}. To say thanks, {S} presented a {object} to",
+        "If {A} and {B} ever come to the {place} again, {S} will surely bring a {object} to",
+        "Two hours later {A} and {B} reached the {place}, tired and hungry, and {S} tossed the {object} to",
+        "The guide told {A} and {B} to hurry through the {place}, so {S} quickly gave the {object} to",
+        "Nobody noticed how {A} and {B} entered the {place}, or how {S} delivered the {object} to",
+        "On Sunday {A} and {B} organized a party in the {place}, and {S} served the {object} to",
+        "Just as {A} and {B} were about to close the {place}, {S} handed the {object} to",
+        "Not far from the {place}, {A} and {B} began to argue until {S} gave the {object} to",
+        "Every week {A} and {B} play cards at the {place}, and every week {S} loses a {object} to",
+        "Long ago {A} and {B} shared a room above the {place}, and {S} often wrote a {object} to",
+        " {A} and {B} took the early bus to the {place}. During the ride {S} offered a {object} to",
+        " {A} and {B} argued about the price of the {place}, but in the end {S} left the {object} to",
+    ),
+}
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "discovery": words(
+        "Anna Paul Peter Laura David Alice Robert Julia Thomas Sarah Daniel Nina Oscar Clara Henry Diana "
+        "Felix Maria Victor Helen Martin Lucy Simon Ruth Arthur Eva Walter Amy Jack Sophie Kevin Rebecca "
+        "Brian Hannah Edward Margaret Ryan Emily Jason Barbara Adam Nicole"
+    ),
+    "validation": words(
+        "Mary John Kate Michael Susan James Linda William Karen Richard Jane Joseph Rachel Charles Lisa "
+        "Steven Nancy Andrew Emma George Philip Catherine Eric Sandra Scott Rosa Tom Jennifer Patrick "
+        "Olivia Harry Jessica Gary Amanda Nathan Michelle Roger Angela Ben Martha Carl Samantha"
+    ),
+}
+PLACES: Mapping[str, tuple[str, ...]] = {
+    "discovery": ("market", "station", "library", "bakery", "harbor", "theater", "school", "clinic"),
+    "validation": ("museum", "cafe", "garden", "hotel", "castle", "stadium", "farm", "gallery"),
+}
+OBJECTS: Mapping[str, tuple[str, ...]] = {
+    "discovery": ("ticket", "book", "basket", "camera", "key", "sandwich", "map", "blanket"),
+    "validation": ("letter", "ring", "coin", "bottle", "report", "cake", "postcard", "necklace"),
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One clean prompt before it is written down."""
+
+    frame: str
+    order: str
+    io: str
+    s: str
+    place: str
+    object: str
+
+    def write(self, io: str, s1: str, s2: str) -> str:
+        first, second = (io, s1) if self.order == "ABBA" else (s1, io)
+        return self.frame.format(A=first, B=second, S=s2, place=self.place, object=self.object)
+
+
+def ioi(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "swap", beginning: str = "auto") -> Pairs:
+    """n pairs in each of the splits "discovery" and "validation", which share no frame, name, place or object.
+
+    "After Anna and Paul finished lunch at the market, Paul handed the ticket to" -> " Anna" (distractor " Paul").
+    corruption "swap": S2 becomes IO, which turns the answer round. "abc": all three names become three other names of
+    the split. The clean prompts depend on n and seed only. groups: "template" (the frame), "names" (the two names,
+    without order), "order" ("ABBA": the answer is mentioned first; "BABA": second). Frames and both orders within each
+    are used equally often, names too, and each two names meet as rarely as possible.
+
+    Raises InputError for an n that cannot be made, UnknownNameError for a corruption, TokenizerError for a tokenizer
+    with fewer than 24 of a split's names as single tokens.
+    """
+    tokenizer = tokenizer_of(model)
+    names = {split: single_tokens(tokenizer, NAMES[split], LEAST_NAMES, "names") for split in SPLITS}
+    maximum = min(2 * len(FRAMES[split]) * len(names[split]) * (len(names[split]) - 1) for split in SPLITS)
+    check_request(n, maximum, "ioi", corruption, CORRUPTIONS)
+    rows = [row for split in SPLITS for row in _rows(split, names[split], n, seed, corruption)]
+    return build_pairs(rows, tokenizer, beginning=beginning, corruption=corruption, task="ioi")
+
+
+def _rows(split: str, names: Sequence[str], n: int, seed: int, corruption: str) -> list[Row]:
+    others = Rota(names, stream("ioi", split, seed, "other names"))
+    return [_row(scene, split, corruption, others) for scene in _scenes(split, names, n, seed)]
+
+
+def _row(scene: Scene, split: str, corruption: str, others: Rota[str]) -> Row:
+    if corruption == "swap":
+        corrupted = scene.write(scene.io, scene.s, scene.io)
+    else:
+        taken = [scene.io, scene.s]
+        for _ in range(3):
+            taken.append(others.draw(exclude=taken))
+        corrupted = scene.write(*taken[2:])
+    return Row(
+        clean=scene.write(scene.io, scene.s, scene.s),
+        corrupted=corrupted,
+        answer=f" {scene.io}",
+        distractor=f" {scene.s}",
+        groups={"template": scene.frame.strip(), "names": "|".join(sorted((scene.io, scene.s))), "order": scene.order},
+        split=split,
+        edits=1 if corruption == "swap" else 3,
+    )
+
+
+def _scenes(split: str, names: Sequence[str], n: int, seed: int) -> list[Scene]:
+    """n distinct scenes: frames in turn, each frame in its two orders in turn, names by least use."""
+    draw = stream("ioi", split, seed, "scenes")
+    frames = shuffled(FRAMES[split], draw)
+    rota, places, objects = Rota(names, draw), Rota(PLACES[split], draw), Rota(OBJECTS[split], draw)
+    together: Counter[frozenset[str]] = Counter()
+    used: defaultdict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
+    scenes = []
+    for row, frame in zip(range(n), cycle(frames), strict=False):
+        # neighbouring frames start with different orders, so that orders balance over frames as well as within them
+        order = ("ABBA", "BABA")[(row // len(frames) + row % len(frames)) % 2]
+        io, s = _two_names(rota, together, used[frame, order])
+        scenes.append(Scene(frame, order, io, s, places.draw(), objects.draw()))
+    return scenes
+
+
+def _two_names(rota: Rota[str], together: Counter[frozenset[str]], used: set[tuple[str, str]]) -> tuple[str, str]:
+    """IO and S: seldom used, seldom seen together, not yet used (with this frame and order)."""
+    full = {io for io, count in Counter(io for io, _ in used).items() if count == len(rota.items) - 1}
+    io = rota.draw(exclude=full)
+    met = {io, *(s for first, s in used if first == io)}
+    s = rota.draw(exclude=met, cost=lambda name: together[frozenset((io, name))])
+    used.add((io, s))
+    together[frozenset((io, s))] += 1
+    return io, s
+
+
+def named_positions(pairs: Pairs) -> dict[str, Positions]:
+    """Positions [example] in the clean prompt: "io", "s1", "s1_next" (after S1), "s2", "end"; -1: none."""
+    found = landmarks(pairs)
+    s1 = found["distractor_first"]
+    return {
+        "io": found["answer"],
+        "s1": s1,
+        "s1_next": torch.where(s1 >= 0, s1 + 1, -1),
+        "s2": found["distractor_last"],
+        "end": found["end"],
+    }

@@ -1,0 +1,123 @@
+"""Subject-verb agreement across a noun that stands in between: "The keys near the cabinet" -> " are".
+
+The design is that of Linzen et al. 2016 (arXiv:1611.01368) as paired prompts; frames and nouns are our own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+
+from vesalius.data.tasks.base import (
+    SPLITS,
+    HasTokenizer,
+    Rota,
+    Row,
+    build_pairs,
+    check_request,
+    shuffled,
+    single_tokens,
+    stream,
+    tokenizer_of,
+    words,
+)
+from vesalius.inputs import Pairs
+
+CORRUPTIONS = ("number",)
+LEAST_NOUNS = 12
+
+# (frame, verb after a singular subject, verb after a plural subject)
+FRAMES: Mapping[str, tuple[tuple[str, str, str], ...]] = {
+    "discovery": (
+        ("The {subject} near the {other}", "is", "are"),
+        ("Last year the {subject} behind the {other}", "was", "were"),
+        ("I know that the {subject} beside the {other}", "is", "are"),
+        ("Since Monday the {subject} next to the {other}", "has", "have"),
+        ("As you can see, the {subject} in front of the {other}", "is", "are"),
+        ("When we arrived, the {subject} below the {other}", "was", "were"),
+        ("We were told that the {subject} across from the {other}", "was", "were"),
+        ("At the moment the {subject} with the {other}", "is", "are"),
+        ("These days the {subject} close to the {other}", "is", "are"),
+        ("They believe the {subject} to the left of the {other}", "is", "are"),
+        ("A year ago the {subject} around the {other}", "was", "were"),
+        ("Right now the {subject} that we saw by the {other}", "is", "are"),
+    ),
+    "validation": (
+        ("My favorite {subject} above the {other}", "is", "are"),
+        ("Yesterday the {subject} under the {other}", "was", "were"),
+        ("It seems that the {subject} opposite the {other}", "is", "are"),
+        ("So far the {subject} from the {other}", "has", "have"),
+        ("In this picture, the {subject} on top of the {other}", "is", "are"),
+        ("Before the storm, the {subject} along the {other}", "was", "were"),
+        ("She remembers that the {subject} inside the {other}", "was", "were"),
+        ("Today the {subject} to the right of the {other}", "is", "are"),
+        ("In winter the {subject} past the {other}", "is", "are"),
+        ("He says the old {subject} over the {other}", "is", "are"),
+        ("Long ago the {subject} between the wall and the {other}", "was", "were"),
+        ("Again and again the {subject} on the far side of the {other}", "has", "have"),
+    ),
+}
+# Nouns that add an "s": singular and plural are then easily single tokens both.
+NOUNS: Mapping[str, tuple[str, ...]] = {
+    "discovery": words(
+        "key cabinet doctor student dog horse book picture car boat door table clock song film ball cup "
+        "bottle tree flower apple worker singer writer judge king driver guest brother friend hotel tower "
+        "road mountain garden school store computer camera tool pen coin shirt boot"
+    ),
+    "validation": words(
+        "letter window farmer teacher cat bird truck ship plane train chair lamp map report poem movie "
+        "game toy plate bag basket plant lemon pilot nurse actor lawyer soldier queen guard manager "
+        "sister visitor house bridge river lake forest farm museum shop engine machine pencil ring coat"
+    ),
+}
+
+
+def sva(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "number", beginning: str = "auto") -> Pairs:
+    """n pairs in each of the splits "discovery" and "validation", which share no frame and no noun.
+
+    The subject's number is flipped in the corrupted prompt, the other noun stays. The clean subject is singular as
+    often as plural, the other noun of the same number as often as not. groups: "template" (the frame), "names" (the
+    subject's singular), "other" ("same" or "opposite" number).
+
+    Raises InputError for an n that cannot be made, TokenizerError for a tokenizer with too few single-token nouns.
+    """
+    tokenizer = tokenizer_of(model)
+    nouns = {split: _nouns(tokenizer, split) for split in SPLITS}
+    maximum = min(4 * len(FRAMES[split]) * len(nouns[split]) for split in SPLITS)
+    check_request(n, maximum, "sva", corruption, CORRUPTIONS)
+    rows = [row for split in SPLITS for row in _rows(split, nouns[split], n, seed)]
+    return build_pairs(rows, tokenizer, beginning=beginning, corruption=corruption, task="sva")
+
+
+def _nouns(tokenizer: object, split: str) -> tuple[str, ...]:
+    single = single_tokens(tokenizer, NOUNS[split], LEAST_NOUNS, "nouns")
+    plural = set(single_tokens(tokenizer, [f"{noun}s" for noun in single], LEAST_NOUNS, "plural nouns"))
+    return tuple(noun for noun in single if f"{noun}s" in plural)
+
+
+def _rows(split: str, nouns: Sequence[str], n: int, seed: int) -> list[Row]:
+    draw = stream("sva", split, seed)
+    frames = shuffled(FRAMES[split], draw)
+    subjects, others = Rota(nouns, draw), Rota(nouns, draw)
+    seen: defaultdict[tuple[str, bool, bool], set[str]] = defaultdict(set)
+    rows = []
+    for row, (frame, singular, plural) in zip(range(n), cycle(frames), strict=False):
+        # all four kinds of number in turn, within a frame and over frames
+        kind = (row // len(frames) + row % len(frames)) % 4
+        many, same = kind % 2 == 1, kind // 2 == 0
+        subject = subjects.draw(exclude=seen[frame, many, same])
+        seen[frame, many, same].add(subject)
+        other = others.draw(exclude={subject})
+        texts = [
+            frame.format(subject=_number(subject, is_many), other=_number(other, many == same))
+            for is_many in (many, not many)
+        ]
+        verbs = (plural, singular) if many else (singular, plural)
+        groups = {"template": frame, "names": subject, "other": "same" if same else "opposite"}
+        rows.append(Row(texts[0], texts[1], f" {verbs[0]}", f" {verbs[1]}", groups, split, edits=1))
+    return rows
+
+
+def _number(noun: str, many: bool) -> str:
+    return f"{noun}s" if many else noun

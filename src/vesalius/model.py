@@ -1,0 +1,219 @@
+"""Model: a network left as it is, with names for its tensors, and `run`, which reads and edits them.
+
+A run without interventions makes the same call as the wrapped module and is bit-identical to it. Scores and patterns are
+reached through our attention function for the length of that one run; the model's own attention mode is put back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vesalius.activations import Activations
+from vesalius.adapters import Adapter, Layout, adapter_for, submodule
+from vesalius.attention import Plain, attending
+from vesalius.errors import InputError, InterventionError, UnknownNameError
+from vesalius.hooks import tapped
+from vesalius.inputs import Tokens
+from vesalius.intervention import Intervention
+from vesalius.site import GLOBAL_KINDS, LAYER_KINDS, Site, select
+from vesalius.taps import Recorder
+
+_GUESS = object()
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a run gave: logits [batch, pos, vocab], captured activations (also by `run["layers.5.z"]`), diagnostics."""
+
+    logits: Tensor
+    activations: Activations
+    diagnostics: tuple[Mapping[str, Any], ...] = field(default=())
+    """One entry per intervention: how unnatural the edited values were (norm_ratio, z_rms)."""
+
+    def __getitem__(self, key: Site | str) -> Tensor:
+        return self.activations[key]
+
+
+class Model:
+    """A network with a tokenizer and an adapter.
+
+    module: any nn.Module; used in place, never copied or changed. adapter: default, the known one for the module's
+    class; None for module:<path> sites only. Raises UnknownArchitectureError for an unknown transformers class.
+    """
+
+    def __init__(self, module: nn.Module, tokenizer: Any = None, adapter: Any = _GUESS, name: str = "") -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.adapter: Adapter | None = adapter_for(module) if adapter is _GUESS else adapter
+        self.name = name or type(module).__name__
+        self.layout: Layout | None = self.adapter.layout(module) if self.adapter else None
+
+    def __repr__(self) -> str:
+        size = f", {self.layout.n_layers} layers, {self.layout.n_heads} heads" if self.layout else ""
+        return f"Model({self.name}{size})"
+
+    @property
+    def device(self) -> torch.device:
+        first = next(self.module.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
+
+    @cached_property
+    def content_hash(self) -> str:
+        """sha256 of every parameter and buffer, by name."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @property
+    def described(self) -> tuple[Adapter, Layout]:
+        """Adapter and sizes. Raises InputError for a model without adapter."""
+        if self.adapter is None or self.layout is None:
+            raise InputError(f"{self.name} has no adapter: only module:<path>|in and |out sites exist. Pass adapter=.")
+        return self.adapter, self.layout
+
+    def sites(self, pattern: str = "*") -> list[Site]:
+        """Sites that match a name or glob, in forward order. Raises UnknownNameError when there is none."""
+        if pattern.startswith("module:"):
+            return [Site.parse(pattern)]
+        return select(pattern, self._all_sites)
+
+    @cached_property
+    def _all_sites(self) -> list[Site]:
+        if self.adapter is None or self.layout is None:
+            names = [name for name, _ in self.module.named_modules() if name]
+            return [Site("module", module=name) for name in names]
+        kinds = [kind for kind in LAYER_KINDS if kind in self.adapter.sites or self._derives(kind)]
+        inside = [Site(kind, layer) for layer in range(self.layout.n_layers) for kind in kinds]
+        return inside + [Site(kind) for kind in GLOBAL_KINDS if kind in self.adapter.outside]
+
+    def _derives(self, kind: str) -> bool:
+        assert self.adapter is not None
+        if kind in ("scores", "pattern"):
+            return bool(self.adapter.attention)
+        return kind == "result" and "z" in self.adapter.sites and bool(self.adapter.o_proj)
+
+    def layer(self, number: int) -> nn.Module:
+        """The module of one layer."""
+        adapter, _ = self.described
+        return submodule(self.module, f"{adapter.layers}.{number}")
+
+    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """Output projection of each head."""
+        adapter, layout = self.described
+        projection = submodule(self.layer(layer), adapter.o_proj)
+        weight = projection.weight.detach()
+        # Linear keeps [out, in]; GPT-2's Conv1D keeps [in, out].
+        rows = weight.T if isinstance(projection, nn.Linear) else weight
+        return rows.reshape(layout.n_heads, layout.d_head, layout.d_model)
+
+    @property
+    def W_U(self) -> Float[Tensor, "vocab d_model"]:
+        """Unembedding."""
+        adapter, _ = self.described
+        return submodule(self.module, adapter.unembed).weight.detach()  # type: ignore[operator,union-attr]
+
+    def tokens(self, texts: str | Sequence[str], beginning: str = "none") -> Tokens:
+        """Tokens of texts. beginning: a token's text put first ("<bos>"), or "none".
+
+        Raises InputError without tokenizer, or for an empty text.
+        """
+        if self.tokenizer is None:
+            raise InputError(f"{self.name} has no tokenizer: pass token ids, or vs.Model(net, tokenizer=...)")
+        first = [] if beginning == "none" else [self.tokenizer.convert_tokens_to_ids(beginning)]
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        return Tokens.from_rows([first + self.tokenizer.encode(text, add_special_tokens=False) for text in listed])
+
+    def run(
+        self,
+        inputs: Any,
+        capture: Sequence[Site | str] = (),
+        interventions: Sequence[Intervention] = (),
+        *,
+        grad: bool = False,
+        last_logits: bool = False,
+    ) -> Run:
+        """One forward pass that captures sites and applies interventions, in their order.
+
+        inputs: Tokens, int64 ids [batch, pos], text, or for other modules whatever tensor they take.
+        grad: keep the graph, so that autograd reaches captured tensors. last_logits: only the last position's logits,
+        when the model can (saves the unembedding of the rest). A captured site holds the value after interventions.
+
+        Raises UnknownNameError for an unknown site, InterventionError when an intervention's site never fired.
+        """
+        call, tokens = self._call(inputs)
+        if last_logits and self.adapter is not None:
+            call = {**call, "logits_to_keep": 1}
+        wanted = [site for name in capture for site in self._resolve(name)]
+        recorder = Recorder(self, wanted, list(interventions), tokens, grad)
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(grad))
+            stack.enter_context(tapped(recorder.taps))
+            if recorder.needs_attention:
+                stack.enter_context(attending(self.module, Plain(recorder.visit_attention)))
+            output = self.module(**call) if "input_ids" in call else self.module(call["x"])
+        recorder.check_fired()
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", output)
+        return Run(logits, Activations(recorder.captured(), tokens), recorder.diagnostics())
+
+    def _resolve(self, name: Site | str) -> list[Site]:
+        text = str(name)
+        if "*" in text:
+            return self.sites(text)
+        site = Site.parse(name)
+        if site.kind != "module":
+            self.check_site(site)
+        return [site.whole]
+
+    def check_site(self, site: Site) -> None:
+        """Raise UnknownNameError or InputError when this model has no such site."""
+        _, layout = self.described
+        if site.layer is not None and site.layer >= layout.n_layers:
+            raise InputError(f"{site}: {self.name} has {layout.n_layers} layers, numbered from 0")
+        select(str(site.whole), self._all_sites)
+        limit = {"z": layout.n_heads, "q": layout.n_heads, "result": layout.n_heads, "pattern": layout.n_heads,
+                 "scores": layout.n_heads, "k": layout.n_kv_heads, "v": layout.n_kv_heads}.get(site.kind)  # fmt: skip
+        if site.index is not None and limit is not None and site.index >= limit:
+            what = "key-value heads" if site.kind in "kv" else "heads"
+            raise InputError(f"{site}: {self.name} has {limit} {what} per layer, numbered from 0")
+
+    def _call(self, inputs: Any) -> tuple[dict[str, Any], Tokens | None]:
+        """Arguments of the module, and the tokens when there are any."""
+        if isinstance(inputs, str) or (isinstance(inputs, list) and inputs and isinstance(inputs[0], str)):
+            inputs = self.tokens(inputs)
+        if self.adapter is None:
+            tokens = inputs if isinstance(inputs, Tokens) else None
+            return {"x": tokens.ids if tokens else inputs}, tokens
+        if isinstance(inputs, Tensor):
+            inputs = Tokens(inputs)
+        if not isinstance(inputs, Tokens):
+            raise InputError(f"inputs must be Tokens, int64 ids [batch, pos] or text; got {type(inputs).__name__}")
+        return self.token_call(inputs), inputs
+
+    def token_call(self, tokens: Tokens) -> dict[str, Any]:
+        """Keyword arguments the wrapped module is called with for these tokens."""
+        vocab = self.described[1].vocab
+        if int(tokens.ids.max()) >= vocab:
+            raise InputError(f"token id {int(tokens.ids.max())} is outside {self.name}'s vocabulary of {vocab}; is this its tokenizer?")
+        call: dict[str, Any] = {"input_ids": tokens.ids.to(self.device), "use_cache": False}
+        if tokens.mask is None:
+            return call
+        mask = tokens.mask.to(self.device)
+        call["attention_mask"] = mask.long()
+        if not bool(mask[:, 0].all()):
+            # Left padding: real tokens keep the positions they would have alone.
+            call["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+        return call
+
+
+__all__ = ["InterventionError", "Model", "Run", "UnknownNameError"]

@@ -1,0 +1,47 @@
+"""Every p-value and interval of the package. NumPy and SciPy only; values are one number per example, float64."""
+
+from __future__ import annotations
+
+from vesalius.stats.arrays import Interval
+from vesalius.stats.clustered import TTest, clustered_t, intraclass_correlation, n_to_decide, tost
+from vesalius.stats.dependence import IndependenceTest, hsic_test
+from vesalius.stats.exact import binomial_test, clopper_pearson, even_odds_test
+from vesalius.stats.measurement import Measurement, measure
+from vesalius.stats.multiplicity import bh, by, holm
+from vesalius.stats.resampling import (
+    ResamplingTest,
+    bootstrap_interval,
+    draws_needed,
+    max_t,
+    permutation_test,
+    rank_p,
+    sign_flip_test,
+    wild_bootstrap,
+)
+
+__all__ = [
+    "IndependenceTest",
+    "Interval",
+    "Measurement",
+    "ResamplingTest",
+    "TTest",
+    "bh",
+    "binomial_test",
+    "bootstrap_interval",
+    "by",
+    "clopper_pearson",
+    "clustered_t",
+    "draws_needed",
+    "even_odds_test",
+    "holm",
+    "hsic_test",
+    "intraclass_correlation",
+    "max_t",
+    "measure",
+    "n_to_decide",
+    "permutation_test",
+    "rank_p",
+    "sign_flip_test",
+    "tost",
+    "wild_bootstrap",
+]

@@ -1,0 +1,114 @@
+"""What any room returns when it has measured something: per-example values with an interval and what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from vesalius.errors import InputError, NotFiniteError
+from vesalius.stats.arrays import vector
+from vesalius.stats.clustered import clustered_t
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Per-example values of one quantity, their mean (or other estimate) and an interval at `level`.
+
+    values: one float per example, in `unit`; `groups` maps a kind of group (template, names) to one label per example;
+    `cost` and `diagnostics` are free JSON. Raises NotFiniteError naming the first bad index, InputError on lengths.
+    """
+
+    name: str
+    values: tuple[float, ...]
+    estimate: float
+    low: float
+    high: float
+    n: int
+    n_groups: int
+    level: float = 0.95
+    unit: str = ""
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    seed: int | None = None
+    cost: Mapping[str, Any] = field(default_factory=dict)
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        values = tuple(float(v) for v in self.values)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "groups", {k: tuple(map(str, v)) for k, v in self.groups.items()})
+        for index, value in enumerate(values):
+            _finite(value, f"values[{index}]", self.name)
+        for part in ("estimate", "low", "high"):
+            object.__setattr__(self, part, float(getattr(self, part)))
+            _finite(getattr(self, part), part, self.name)
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        if self.n != len(self.values):
+            raise InputError(f"measurement {self.name!r}: n is {self.n} but there are {len(self.values)} values")
+        for kind, labels in self.groups.items():
+            if len(labels) != self.n:
+                raise InputError(f"measurement {self.name!r}: {len(labels)} labels of {kind!r} for {self.n} values")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers; `Measurement(**that)` gives the measurement back."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain["values"] = list(self.values)
+        plain["groups"] = {k: list(v) for k, v in self.groups.items()}
+        return plain | {"cost": dict(self.cost), "diagnostics": dict(self.diagnostics)}
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "estimate": f"{self.estimate:.4g} {self.unit}".strip(),
+            f"{self.level:.0%} interval": f"{self.low:.4g} to {self.high:.4g}",
+            "examples": f"{self.n} in {self.n_groups} groups",
+        }
+        cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
+        return f"<table><caption>{html.escape(self.name)}</caption>{cells}</table>"
+
+
+def measure(
+    name: str,
+    values: ArrayLike,
+    *,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    clusters: Sequence[str] = ("template", "names"),
+    level: float = 0.95,
+    unit: str = "",
+    seed: int | None = None,
+    cost: Mapping[str, Any] | None = None,
+    diagnostics: Mapping[str, Any] | None = None,
+) -> Measurement:
+    """A Measurement of the mean of values `[example]` with its clustered t interval.
+
+    `clusters` are the kinds of group (keys of `groups`, at most two; absent ones are skipped) that the interval
+    respects; without any the examples count as independent. Raises InputError for fewer than 2 values or groups.
+    """
+    labels = {kind: tuple(map(str, of)) for kind, of in (groups or {}).items()}
+    test = clustered_t(values, *(labels[kind] for kind in clusters if kind in labels), level=level)
+    return Measurement(
+        name=name,
+        values=tuple(vector(values).tolist()),
+        estimate=test.estimate,
+        low=test.low,
+        high=test.high,
+        n=test.n,
+        n_groups=test.n_groups,
+        level=level,
+        unit=unit,
+        groups=labels,
+        seed=seed,
+        cost=cost or {},
+        diagnostics=diagnostics or {},
+    )
+
+
+def _finite(value: float, where: str, name: str) -> None:
+    if not math.isfinite(value):
+        raise NotFiniteError(f"measurement {name!r}: {where} is {value}; nothing can be concluded from it")

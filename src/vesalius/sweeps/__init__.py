@@ -1,0 +1,1 @@
+"""Many interventions as few forwards, exactly."""

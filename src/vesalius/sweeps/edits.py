@@ -1,0 +1,111 @@
+"""Edits of a replay: which rows, positions and heads of a site get which values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from vesalius.site import Site
+
+
+class Source(Protocol):
+    """Where new values come from: a whole site's tensor [example or 1, pos or 1, ...]."""
+
+    def at(self, site: Site) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Edits of one site. row, index (-1: the whole site), donor (example that gives the value), first, stop: [edit]."""
+
+    site: Site
+    source: Source
+    row: Int[Tensor, "edit"]
+    index: Int[Tensor, "edit"]
+    donor: Int[Tensor, "edit"]
+    first: Int[Tensor, "edit"]
+    stop: Int[Tensor, "edit"]
+
+    def take(self, new_row: Int[Tensor, "row"]) -> Table:
+        """The edits of some rows, renumbered: new_row[old] is the new number or -1."""
+        row = new_row[self.row]
+        keep = row >= 0
+        return Table(self.site, self.source, row[keep], self.index[keep], self.donor[keep], self.first[keep], self.stop[keep])
+
+
+class Place(Protocol):
+    """Where rows lie in a flattened batch."""
+
+    offset: Tensor
+
+    @property
+    def rows(self) -> Span: ...
+
+
+class Span(Protocol):
+    start: Tensor
+    end: Tensor
+
+
+class Edits:
+    """Tables by site, applied in the order given."""
+
+    def __init__(self, tables: Iterable[Table]) -> None:
+        self._tables: dict[Site, list[Table]] = {}
+        for table in tables:
+            if len(table.row):
+                self._tables.setdefault(table.site, []).append(table)
+
+    @property
+    def sites(self) -> list[Site]:
+        return list(self._tables)
+
+    def take(self, new_row: Int[Tensor, "row"]) -> Edits:
+        return Edits(table.take(new_row) for tables in self._tables.values() for table in tables)
+
+    def apply(self, site: Site, tensor: Tensor, place: Place) -> Tensor:
+        """The flattened tensor [1, token, ...] with this site's edits; the same object when there are none."""
+        tables = self._tables.get(site)
+        if not tables:
+            return tensor
+        tensor = tensor.clone()
+        for table in tables:
+            _write(table, tensor, place)
+        return tensor
+
+
+def _write(table: Table, tensor: Tensor, place: Place) -> None:
+    rows = place.rows
+    first = torch.maximum(table.first, rows.start[table.row])
+    count = (torch.minimum(table.stop, rows.end[table.row]) - first).clamp_min(0)
+    edit = torch.repeat_interleave(torch.arange(len(count)), count)
+    pos = torch.arange(len(edit)) - (count.cumsum(0) - count)[edit] + first[edit]
+    row, index, donor = table.row[edit], table.index[edit], table.donor[edit]
+    token = place.offset[row] + pos - rows.start[row]
+    values = table.source.at(table.site)
+    example = donor if values.shape[0] > 1 else torch.zeros_like(donor)
+    at = pos if values.shape[1] > 1 else torch.zeros_like(pos)
+    whole = index < 0
+    if bool(whole.any()):
+        tensor[0, token[whole]] = values[example[whole], at[whole]].to(tensor)
+    if not bool(whole.all()):
+        part = ~whole
+        tensor[0, token[part], index[part]] = values[example[part], at[part], index[part]].to(tensor)
+
+
+def sources(tensors: Mapping[Site, Tensor]) -> Source:
+    """A Source from tensors by site."""
+    return _Held(dict(tensors))
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    tensors: Mapping[Site, Tensor]
+
+    def at(self, site: Site) -> Tensor:
+        return self.tensors[site]

@@ -1,0 +1,198 @@
+"""Evaluate variants: metric values of many edited runs, with what they cost and a self-check against plain runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vesalius.adapters import submodule
+from vesalius.errors import InputError, NotFiniteError, SelfCheckError
+from vesalius.inputs import Pairs, Tokens
+from vesalius.intervention import Patch
+from vesalius.jobs import Event, Sink, silent
+from vesalius.metric import Metric
+from vesalius.site import Site
+from vesalius.sweeps.record import Record
+from vesalius.sweeps.replay import Replay, Rows, base_pattern
+from vesalius.sweeps.variants import Batch, Donor, Variant, batches, normal
+
+TOKENS_PER_BATCH = 2048
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Forward passes of one example, in full-forward equivalents: spent, and what one forward per edited run would take."""
+
+    spent: float
+    naive: float
+    skipped: int
+    """Edited runs that provably change nothing."""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.spent + other.spent, self.naive + other.naive, self.skipped + other.skipped)
+
+    def describe(self) -> str:
+        return f"{self.spent:.0f} forward equivalents (plain: {self.naive:.0f}; {self.skipped} provably without effect)"
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """values: [variant, example]. base: [example]. watched: site -> [variant, example, ...] at the read position."""
+
+    values: Float[Tensor, "variant example"]
+    base: Float[Tensor, "example"]
+    watched: Mapping[Site, Tensor]
+    cost: Cost
+
+
+def estimate(record: Record, variants: Sequence[Variant], donor: Donor, ends: Int[Tensor, "example"]) -> Cost:
+    """What `evaluate` would cost; nothing is run."""
+    return sum((_cost(record, batch.rows) for batch in batches(variants, donor, ends, 1 << 30)), Cost(0, 0, 0))
+
+
+def _cost(record: Record, rows: Rows) -> Cost:
+    n_layers = record.model.described[1].n_layers
+    work = (rows.sizes * (n_layers - rows.layer)).sum() / (record.lengths.float().mean() * n_layers)
+    return Cost(float(work), float(len(rows)), 0)
+
+
+def evaluate(
+    record: Record,
+    variants: Sequence[Variant],
+    donor: Donor,
+    pairs: Pairs,
+    metric: Metric,
+    *,
+    watch: Sequence[Site] = (),
+    budget: int = TOKENS_PER_BATCH,
+    check: bool = True,
+    seed: int = 0,
+    task: str = "sweep",
+    sink: Sink = silent,
+) -> Outcome:
+    """Metric of every variant on every example of the base run.
+
+    budget: live tokens per batch (memory grows with it). check: re-run two random cells plainly and raise SelfCheckError
+    when they differ by more than 1e-4 of the metric's range. Raises InputError for a metric that reads all positions.
+    """
+    if metric.needs.positions != "read":
+        raise InputError(f"{metric.name} reads every position; sweeps take metrics of the read position. Use Model.run")
+    ends = pairs.at + 1
+    base_hidden = record.resid[-1][torch.arange(len(record)), pairs.at]
+    base = score(record, base_hidden, torch.arange(len(record)), pairs, metric, base_hidden)
+    values = base.repeat(len(variants), 1)
+    watched = {site: _base_watch(record, site, pairs, len(variants)) for site in watch}
+    cost, done = Cost(0, 0, 0), 0
+    sink(Event("start", task, 0, len(variants)))
+    for batch in batches(variants, donor, ends, budget):
+        hidden, seen = Replay(record, batch.rows, batch.edits, watch).run()
+        number, example = batch.cell.T
+        values[number, example] = score(record, hidden, example, pairs, metric, base_hidden)
+        for site, found in seen.items():
+            watched[site][number, example] = found
+        cost += _cost(record, batch.rows)
+        done = max(done, len(number.unique()) + done)
+        sink(Event("advance", task, min(done, len(variants)), len(variants)))
+    _refuse_nan(values, variants)
+    if check and variants:
+        self_check(record, variants, donor, pairs, metric, values, seed)
+    sink(Event("end", task, len(variants), len(variants)))
+    cells = len(variants) * len(record)
+    return Outcome(values, base, watched, Cost(cost.spent, float(cells), cells - int(cost.naive)))
+
+
+def _base_watch(record: Record, site: Site, pairs: Pairs, count: int) -> Tensor:
+    rows = Rows(torch.arange(len(record)), pairs.at * 0, pairs.at, pairs.at + 1)
+    whole = site.whole
+    base = base_pattern(record, whole, rows) if whole.kind == "pattern" else record.at(whole)[rows.example, pairs.at]
+    return base[None].repeat(count, *[1] * base.ndim)
+
+
+def score(
+    record: Record, hidden: Float[Tensor, "row d_model"], example: Int[Tensor, "row"], pairs: Pairs, metric: Metric,
+    base_hidden: Float[Tensor, "example d_model"],
+) -> Float[Tensor, "row"]:  # fmt: skip
+    """Metric from final residual vectors: the model's own final norm, and only the logits the metric reads."""
+    chosen = pairs.subset(example.tolist())
+    tokens = metric.tokens(pairs)
+    base = _logits(record, base_hidden[example], None if tokens is None else tokens[example]) if metric.needs.base else None
+    with torch.no_grad():
+        return metric.of(_logits(record, hidden, None if tokens is None else tokens[example]), base, chosen)
+
+
+def _logits(record: Record, hidden: Tensor, tokens: Tensor | None) -> Tensor:
+    adapter, _ = record.model.described
+    unembed = submodule(record.model.module, adapter.unembed)
+    with torch.no_grad():
+        normed = submodule(record.model.module, adapter.final_norm)(hidden)
+        if tokens is None:
+            return unembed(normed)
+        weight, bias = unembed.weight, getattr(unembed, "bias", None)
+        logits = torch.einsum("rd,rkd->rk", normed, weight[tokens])  # type: ignore[index]
+        return logits if bias is None else logits + bias[tokens]
+
+
+def _refuse_nan(values: Tensor, variants: Sequence[Variant]) -> None:
+    bad = ~torch.isfinite(values)
+    if bool(bad.any()):
+        number, example = (int(i) for i in bad.nonzero()[0])
+        raise NotFiniteError(f"the metric is not finite for example {example} with {variants[number].parts[0]} edited")
+
+
+def self_check(
+    record: Record, variants: Sequence[Variant], donor: Donor, pairs: Pairs, metric: Metric, values: Tensor, seed: int
+) -> float:
+    """Re-run two random cells as plain forwards with hooks; the largest difference. Raises SelfCheckError when too large."""
+    generator = torch.Generator().manual_seed(seed)
+    worst, scale = 0.0, max(float(values.max() - values.min()), 1e-3)
+    for _ in range(2):
+        number = int(torch.randint(len(variants), (1,), generator=generator))
+        example = int(torch.randint(len(record), (1,), generator=generator))
+        plain = plain_value(record, variants[number], donor, pairs, metric, example)
+        worst = max(worst, abs(plain - float(values[number, example])))
+        if worst > TOLERANCE * max(scale, abs(plain)):
+            raise SelfCheckError(
+                f"replay gave {float(values[number, example]):.6g} and a plain run {plain:.6g} for example {example} with "
+                f"{len(variants[number].parts)} parts edited ({variants[number].parts[0]}, ...); please report this model"
+            )
+    return worst
+
+
+def plain_value(record: Record, variant: Variant, donor: Donor, pairs: Pairs, metric: Metric, example: int) -> float:
+    """One cell by an ordinary forward with one hook per edited part: the independent implementation."""
+    one = pairs.subset([example])
+    size = int(record.lengths[example])
+    tokens = Tokens(record.tokens.ids[example : example + 1, :size])
+    start = int(donor.first[example])
+    mask = torch.zeros(1, size, dtype=torch.bool)
+    if variant.position is None:
+        mask[:, start:] = True
+    elif start <= variant.position < size:
+        mask[:, variant.position] = True
+    edits = [_patch(part, donor, example, size, mask) for part in variant.parts]
+    logits = record.model.run(tokens, interventions=edits).logits
+    base = record.model.run(tokens).logits if metric.needs.base else None
+    return float(metric(logits, one, base)[0])
+
+
+def _patch(part: Site, donor: Donor, example: int, size: int, mask: Tensor) -> Patch:
+    site, index = normal(part)
+    values = donor.source.at(site)
+    row = values[int(donor.example[example]) if values.shape[0] > 1 else 0][None, :size]
+    row = row.expand(1, size, *row.shape[2:])
+    n_layers_site = part.whole if part.kind != "embed" else site
+    at = n_layers_site if index < 0 else n_layers_site[index]
+    return Patch(at, source=row if index < 0 else row.select(2, index), positions=mask)
+
+
+def batch_count(variants: Sequence[Variant], donor: Donor, ends: Tensor, budget: int = TOKENS_PER_BATCH) -> int:
+    """How many batches `evaluate` would run."""
+    return sum(1 for _ in batches(variants, donor, ends, budget))
+
+
+__all__ = ["Batch", "Cost", "Outcome", "estimate", "evaluate", "plain_value", "score", "self_check"]

@@ -25,6 +25,7 @@ _HOME = {
     "Pairs": "inputs",
     "Patch": "intervention",
     "Run": "model",
+    "Scores": "sweeps.sweep",
     "Site": "site",
     "Steer": "intervention",
     "Subspace": "parts",
@@ -38,10 +39,11 @@ _HOME = {
     "logit_diff": "metric",
     "neuron": "parts",
     "next_token_loss": "metric",
+    "sweep": "sweeps.sweep",
 }
 _ROOMS = ("circuits", "data", "describe", "report", "stats", "studies", "toys", "validate")
 
-__all__ = sorted([*_HOME, *_ROOMS])  # noqa: PLE0605
+__all__ = sorted([*_HOME, *_ROOMS])
 
 
 def __getattr__(name: str) -> Any:
@@ -86,3 +88,5 @@ if TYPE_CHECKING:
     from vesalius.records import Verdict as Verdict
     from vesalius.site import Site as Site
     from vesalius.stats import Measurement as Measurement
+    from vesalius.sweeps.sweep import Scores as Scores
+    from vesalius.sweeps.sweep import sweep as sweep

@@ -1,8 +1,8 @@
 """Our attention function for `transformers` models: reads and edits scores and patterns, and runs replays.
 
 `transformers` lets a model look its attention function up by name at every call (AttentionInterface). `attending` puts
-ours in place for the length of a `with` block and restores the config, which is shared and would otherwise stay changed.
-The arithmetic of `Plain` is that of the eager path: softmax in float32 of q k^T * scaling + mask (+ soft cap).
+ours in place for the length of a `with` block and restores the config, which is shared and would stay changed.
+The arithmetic of `Plain` is that of the eager path: softmax, in float32 or wider, of q k^T * scaling + mask.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,20 @@ NAME = "vesalius"
 _REFUSED = ("position_bias", "s_aux", "head_mask", "relative_position_bias")
 
 
+@runtime_checkable
 class Attend(Protocol):
     """One attention call. q: [batch, head, query_pos, d_head]; k, v: [batch, kv_head, key_pos, d_head]."""
 
     def __call__(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, options: dict[str, Any]
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        options: dict[str, Any],
+        /,
     ) -> Tensor:
         """Weighted values [batch, query_pos, head, d_head]."""
         ...
@@ -44,7 +53,9 @@ def _forward(
         raise InterventionError("the 'vesalius' attention function was called outside a run; restore the model's own")
     refused = [name for name in _REFUSED if options.get(name) is not None]
     if refused or dropout:
-        raise InterventionError(f"attention with {', '.join(refused) or 'dropout'} is not supported; call model.module.eval()")
+        raise InterventionError(
+            f"attention with {', '.join(refused) or 'dropout'} is not supported; call model.module.eval()"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(module, query, key, value, attention_mask, scale, options), None
 
@@ -58,8 +69,9 @@ def attending(root: nn.Module, attend: Attend) -> Iterator[None]:
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, eager_mask)
-    configs = {id(m.config): m.config for m in root.modules() if hasattr(m, "config")}.values()
-    before = [(config, config._attn_implementation_internal) for config in configs if hasattr(config, "_attn_implementation")]
+    configs: dict[int, Any] = {id(m.config): m.config for m in root.modules() if hasattr(m, "config")}
+    routed = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
+    before = [(config, config._attn_implementation_internal) for config in routed]
     token = _current.set(attend)
     try:
         for config, _ in before:
@@ -83,7 +95,14 @@ class Plain:
         self._visit = visit
 
     def __call__(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, options: dict[str, Any]
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        options: dict[str, Any],
     ) -> Tensor:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         scores = q @ grouped(k, q.shape[1]).transpose(2, 3) * scaling
@@ -92,7 +111,7 @@ class Plain:
         if mask is not None:
             scores = scores + mask[..., : scores.shape[-1]]
         scores = self._seen("scores", layer, scores)
-        pattern = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        pattern = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         pattern = self._seen("pattern", layer, pattern)
         return (pattern @ grouped(v, q.shape[1])).transpose(1, 2).contiguous()
 

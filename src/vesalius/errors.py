@@ -1,19 +1,19 @@
 """Exceptions. Every message names what was given and what to do about it.
 
-    VesaliusError
-    ├── InputError               something the user handed over cannot be used (exit code 2 in the CLI)
-    │   ├── UnknownNameError     a site, metric, check, mode ... that does not exist; lists the known ones
-    │   ├── UnknownArchitectureError
-    │   ├── TokenizerError       text and tokenizer do not fit (multi-token answer, wrong tokenizer)
-    │   ├── PairsError           clean and corrupted prompts that are not a pair
-    │   ├── FileFormatError      missing, corrupt, truncated or unsafe file
-    │   └── NotFiniteError       NaN or infinity in an input or a result
-    ├── InterventionError        an intervention that did not, or cannot, happen
-    ├── GateError                the model does not do the task that is to be explained
-    ├── SelfCheckError           a fast path disagreed with the plain one
-    └── LedgerError
-        ├── ProtocolError        a step the protocol of a claim forbids
-        └── TamperedError        a stored record does not match its hash
+VesaliusError
+├── InputError               something the user handed over cannot be used (exit code 2 in the CLI)
+│   ├── UnknownNameError     a site, metric, check, mode ... that does not exist; lists the known ones
+│   ├── UnknownArchitectureError
+│   ├── TokenizerError       text and tokenizer do not fit (multi-token answer, wrong tokenizer)
+│   ├── PairsError           clean and corrupted prompts that are not a pair
+│   ├── FileFormatError      missing, corrupt, truncated or unsafe file
+│   └── NotFiniteError       NaN or infinity in an input or a result
+├── InterventionError        an intervention that did not, or cannot, happen
+├── GateError                the model does not do the task that is to be explained
+├── SelfCheckError           a fast path disagreed with the plain one
+└── LedgerError
+    ├── ProtocolError        a step the protocol of a claim forbids
+    └── TamperedError        a stored record does not match its hash
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The only place that registers hooks.
 
 A `Tap` names a tensor (module, input or output) and a function of it; a `CallTap` sees a module's whole call. `tapped`
-installs them for the length of a `with` block and always removes them. Several taps on one tensor share one hook and run
-in the order given.
+installs them for the length of a `with` block and always removes them. Several taps on one tensor share one hook
+and run in the order given.
 """
 
 from __future__ import annotations
@@ -99,4 +99,6 @@ def _on_output(visits: list[Visit], output: Any) -> Any:
             return None
         rest = (changed, *output[1:])
         return list(rest) if isinstance(output, list) else rest
-    raise InterventionError(f"this module returns {type(output).__name__}, not a tensor; its output cannot be read or edited")
+    raise InterventionError(
+        f"this module returns {type(output).__name__}, not a tensor; its output cannot be read or edited"
+    )

@@ -32,7 +32,9 @@ class Tokens:
     def __post_init__(self) -> None:
         _check_ids("ids", self.ids)
         if self.mask is not None and self.mask.shape != self.ids.shape:
-            raise InputError(f"mask has shape {tuple(self.mask.shape)}, ids {tuple(self.ids.shape)}; they must be equal")
+            raise InputError(
+                f"mask has shape {tuple(self.mask.shape)}, ids {tuple(self.ids.shape)}; they must be equal"
+            )
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -43,7 +45,7 @@ class Tokens:
         return torch.ones_like(self.ids, dtype=torch.bool) if self.mask is None else self.mask
 
     @property
-    def lengths(self) -> Int[Tensor, "batch"]:
+    def lengths(self) -> Int[Tensor, " batch"]:
         return self.real.sum(1)
 
     @classmethod
@@ -58,7 +60,7 @@ class Tokens:
         return content_hash([[int(i) for i in row[keep]] for row, keep in zip(self.ids, self.real, strict=True)])
 
 
-def pad_rows(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch"]]:
+def pad_rows(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, " batch"]]:
     """Right-padded ids [batch, pos] and lengths [batch]."""
     if not rows or any(len(row) == 0 for row in rows):
         raise InputError("no tokens: give at least one prompt, and none of them empty")
@@ -92,10 +94,10 @@ class Pairs:
 
     clean: Int[Tensor, "example pos"]
     corrupted: Int[Tensor, "example pos"]
-    answer: Int[Tensor, "example"]
-    distractor: Int[Tensor, "example"]
-    lengths: Int[Tensor, "example"] | None = None
-    read: Int[Tensor, "example"] | None = None
+    answer: Int[Tensor, " example"]
+    distractor: Int[Tensor, " example"]
+    lengths: Int[Tensor, " example"] | None = None
+    read: Int[Tensor, " example"] | None = None
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     splits: tuple[str, ...] = ()
     corruption: str = "corrupted"
@@ -107,8 +109,8 @@ class Pairs:
             _check_ids(name, getattr(self, name))
         if self.clean.shape != self.corrupted.shape:
             raise PairsError(
-                f"clean is {tuple(self.clean.shape)} and corrupted {tuple(self.corrupted.shape)}: pairs must be aligned "
-                "position by position, with equal lengths"
+                f"clean is {tuple(self.clean.shape)} and corrupted {tuple(self.corrupted.shape)}: "
+                "pairs must be aligned position by position, with equal lengths"
             )
         n, width = self.clean.shape
         if self.lengths is None:
@@ -139,13 +141,13 @@ class Pairs:
         return self.clean.shape[0]
 
     @property
-    def size(self) -> Int[Tensor, "example"]:
+    def size(self) -> Int[Tensor, " example"]:
         """Real tokens of each pair."""
         assert self.lengths is not None
         return self.lengths
 
     @property
-    def at(self) -> Int[Tensor, "example"]:
+    def at(self) -> Int[Tensor, " example"]:
         """Position where the metric reads."""
         assert self.read is not None
         return self.read
@@ -194,7 +196,7 @@ class Pairs:
 
     @cached_property
     def example_hashes(self) -> tuple[str, ...]:
-        """One hash per clean prompt: two pairs that share the clean prompt share the example, whatever the corruption."""
+        """One hash per clean prompt: pairs that share the clean prompt share the example, whatever the corruption."""
         rows = self.clean.tolist()
         return tuple(
             hashlib.sha256(repr(row[:n]).encode()).hexdigest() for row, n in zip(rows, self.size.tolist(), strict=True)
@@ -202,7 +204,9 @@ class Pairs:
 
     @cached_property
     def content_hash(self) -> str:
-        fields = {name: getattr(self, name).tolist() for name in ("clean", "corrupted", "answer", "distractor", "lengths")}
+        fields = {
+            name: getattr(self, name).tolist() for name in ("clean", "corrupted", "answer", "distractor", "lengths")
+        }
         return content_hash(
             {**fields, "read": self.at.tolist(), "groups": {k: list(v) for k, v in self.groups.items()},
              "splits": list(self.splits), "corruption": self.corruption}

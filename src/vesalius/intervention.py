@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from vesalius.activations import Activations
@@ -20,6 +20,7 @@ Positions = int | Sequence[int] | Tensor | None
 Source = Activations | Tensor
 
 
+@runtime_checkable
 class Intervention(Protocol):
     """Something that changes one tensor of a run."""
 
@@ -45,8 +46,8 @@ def apply(intervention: Intervention, whole: Tensor, real: Bool[Tensor, "batch p
         new = new.to(present).expand_as(present)
     except RuntimeError:
         raise InterventionError(
-            f"{type(intervention).__name__} at {part.site}: the new value has shape {tuple(new.shape)}, the present one "
-            f"{tuple(present.shape)}"
+            f"{type(intervention).__name__} at {part.site}: the new value has shape {tuple(new.shape)}, "
+            f"the present one {tuple(present.shape)}"
         ) from None
     edited = part.write(whole, new)
     chosen = mask_of(intervention.positions, real)
@@ -54,25 +55,40 @@ def apply(intervention: Intervention, whole: Tensor, real: Bool[Tensor, "batch p
 
 
 def mask_of(positions: Positions, real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"] | None:
-    """Positions as a mask: None all, int or list the same everywhere, [batch] one each, bool [batch, pos] a mask."""
+    """Positions as a mask: None all, int or list the same everywhere, [batch] one each, bool [batch, pos] a mask.
+
+    Raises InputError for a position outside the prompts, and for a negative one that is padding in some prompt.
+    """
     if positions is None:
         return None
     batch, width = real.shape
-    chosen = torch.zeros(batch, width, dtype=torch.bool, device=real.device)
     if isinstance(positions, Tensor) and positions.dtype == torch.bool:
         if positions.shape != real.shape:
             raise InputError(f"a position mask must be {tuple(real.shape)}; got {tuple(positions.shape)}")
         return positions.to(real.device)
+    chosen = torch.zeros(batch, width, dtype=torch.bool, device=real.device)
     if isinstance(positions, Tensor):
         if positions.shape != (batch,):
             raise InputError(f"per-example positions must be [{batch}]; got {tuple(positions.shape)}")
+        _check_positions(positions.tolist(), real)
         chosen[torch.arange(batch, device=real.device), positions.to(real.device)] = True
         return chosen
-    for position in [positions] if isinstance(positions, int) else positions:
+    listed = [positions] if isinstance(positions, int) else list(positions)
+    _check_positions(listed, real)
+    chosen[:, listed] = True
+    return chosen
+
+
+def _check_positions(positions: Sequence[int], real: Bool[Tensor, "batch pos"]) -> None:
+    width = real.shape[1]
+    for position in positions:
         if not -width <= position < width:
             raise InputError(f"position {position} is outside the prompts' {width} tokens")
-        chosen[:, position] = True
-    return chosen
+        if position < 0 and not bool(real[:, position].all()):
+            raise InputError(
+                f"position {position} counts from the padded end, which is padding in some prompts; "
+                "give one position per example: a tensor [batch], such as tokens.lengths - 1"
+            )
 
 
 def _spread(chosen: Bool[Tensor, "batch pos"], whole: Tensor, site: Site) -> Tensor:
@@ -116,7 +132,12 @@ class Patch(_At):
         return _from(self.source, self.part).to(whole)
 
     def to_json(self) -> dict[str, Any]:
-        return {"edit": "patch", "part": self.part.to_json(), "source": _source_json(self.source), "positions": str(self.positions)}
+        return {
+            "edit": "patch",
+            "part": self.part.to_json(),
+            "source": _source_json(self.source),
+            "positions": str(self.positions),
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +158,9 @@ class Ablate(_At):
         if self.mode not in ("zero", "mean", "resample"):
             raise UnknownNameError("ablation mode", self.mode, ["zero", "mean", "resample"])
         if self.mode != "zero" and self.reference is None:
-            raise InputError(f"{self.mode} ablation of {self.part.site} needs reference= (activations of other prompts)")
+            raise InputError(
+                f"{self.mode} ablation of {self.part.site} needs reference= (activations of other prompts)"
+            )
 
     def value(self, whole: Tensor, _real: Tensor) -> Tensor:
         present = self.part.read(whole)
@@ -150,8 +173,14 @@ class Ablate(_At):
         return values if isinstance(self.reference, Tensor) else _mean(values, self.reference.tokens)
 
     def to_json(self) -> dict[str, Any]:
-        return {"edit": "ablate", "mode": self.mode, "part": self.part.to_json(), "reference": _source_json(self.reference),
-                "positions": str(self.positions), "seed": self.seed}  # fmt: skip
+        return {
+            "edit": "ablate",
+            "mode": self.mode,
+            "part": self.part.to_json(),
+            "reference": _source_json(self.reference),
+            "positions": str(self.positions),
+            "seed": self.seed,
+        }
 
 
 def _mean(values: Tensor, tokens: Tokens | None) -> Tensor:
@@ -160,12 +189,17 @@ def _mean(values: Tensor, tokens: Tokens | None) -> Tensor:
     return values[tokens.real.to(values.device)].mean(0)
 
 
-def derangement(n: int, seed: int) -> Tensor:
-    """A permutation of n without fixed points: a random cyclic shift of a random order. Raises InputError for n < 2."""
+def derangement(n: int, seed: int, lengths: Int[Tensor, " n"] | None = None) -> Int[Tensor, " n"]:
+    """A permutation of n without fixed points: each gets the one before it in a random order, the first gets the last.
+
+    lengths: order by length first and at random within a length, so that partners have (nearly) equal lengths.
+    Raises InputError for n < 2.
+    """
     if n < 2:
         raise InputError("resample ablation needs at least 2 reference examples")
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(n, generator=generator)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    if lengths is not None:
+        order = order[lengths.cpu()[order].argsort(stable=True)]
     result = torch.empty_like(order)
     result[order] = order.roll(1)
     return result

@@ -45,8 +45,11 @@ class Metric:
         return pairs.answer[:, None] if self.needs.tokens == "answer" else None
 
     def __call__(
-        self, logits: Float[Tensor, "example pos vocab"], pairs: Pairs, base: Float[Tensor, "example pos vocab"] | None = None
-    ) -> Float[Tensor, "example"]:
+        self,
+        logits: Float[Tensor, "example pos vocab"],
+        pairs: Pairs,
+        base: Float[Tensor, "example pos vocab"] | None = None,
+    ) -> Float[Tensor, " example"]:
         """Per-example value from full logits. Raises InputError when base logits are needed and missing."""
         if self.needs.base and base is None:
             raise InputError(f"{self.name} compares with a base run: pass its logits as base=")
@@ -79,7 +82,7 @@ def _next_token_loss(logits: Tensor, _base: Tensor | None, pairs: Pairs) -> Tens
     return next_token_loss_of(logits, pairs.tokens("clean"))
 
 
-def next_token_loss_of(logits: Float[Tensor, "batch pos vocab"], tokens: Tokens) -> Float[Tensor, "batch"]:
+def next_token_loss_of(logits: Float[Tensor, "batch pos vocab"], tokens: Tokens) -> Float[Tensor, " batch"]:
     """Mean cross-entropy (nats) of each next real token, per example."""
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].transpose(1, 2).float(), tokens.ids[:, 1:].to(logits.device), reduction="none"

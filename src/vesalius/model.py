@@ -1,7 +1,7 @@
 """Model: a network left as it is, with names for its tensors, and `run`, which reads and edits them.
 
-A run without interventions makes the same call as the wrapped module and is bit-identical to it. Scores and patterns are
-reached through our attention function for the length of that one run; the model's own attention mode is put back.
+A run without interventions makes the same call as the wrapped module and is bit-identical to it. Scores and patterns
+are reached through our attention function for the length of that one run; the model's own mode is put back.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vesalius.activations import Activations
 from vesalius.adapters import Adapter, Layout, adapter_for, submodule
 from vesalius.attention import Plain, attending
-from vesalius.errors import InputError, InterventionError, UnknownNameError
+from vesalius.errors import InputError
 from vesalius.hooks import tapped
 from vesalius.inputs import Tokens
 from vesalius.intervention import Intervention
@@ -84,9 +84,11 @@ class Model:
 
     def sites(self, pattern: str = "*") -> list[Site]:
         """Sites that match a name or glob, in forward order. Raises UnknownNameError when there is none."""
-        if pattern.startswith("module:"):
-            return [Site.parse(pattern)]
-        return select(pattern, self._all_sites)
+        if not pattern.startswith("module:"):
+            return select(pattern, self._all_sites)
+        site = Site.parse(pattern)
+        names = [name for name, _ in self.module.named_modules()]
+        return select(pattern, [Site("module", module=name, side=site.side) for name in names])
 
     @cached_property
     def _all_sites(self) -> list[Site]:
@@ -108,20 +110,20 @@ class Model:
         adapter, _ = self.described
         return submodule(self.module, f"{adapter.layers}.{number}")
 
-    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:  # noqa: N802
         """Output projection of each head."""
         adapter, layout = self.described
         projection = submodule(self.layer(layer), adapter.o_proj)
-        weight = projection.weight.detach()
+        weight: Tensor = projection.weight.detach()  # type: ignore[operator]
         # Linear keeps [out, in]; GPT-2's Conv1D keeps [in, out].
         rows = weight.T if isinstance(projection, nn.Linear) else weight
         return rows.reshape(layout.n_heads, layout.d_head, layout.d_model)
 
     @property
-    def W_U(self) -> Float[Tensor, "vocab d_model"]:
+    def W_U(self) -> Float[Tensor, "vocab d_model"]:  # noqa: N802
         """Unembedding."""
         adapter, _ = self.described
-        return submodule(self.module, adapter.unembed).weight.detach()  # type: ignore[operator,union-attr]
+        return submodule(self.module, adapter.unembed).weight.detach()  # type: ignore[operator]
 
     def tokens(self, texts: str | Sequence[str], beginning: str = "none") -> Tokens:
         """Tokens of texts. beginning: a token's text put first ("<bos>"), or "none".
@@ -167,9 +169,8 @@ class Model:
         return Run(logits, Activations(recorder.captured(), tokens), recorder.diagnostics())
 
     def _resolve(self, name: Site | str) -> list[Site]:
-        text = str(name)
-        if "*" in text:
-            return self.sites(text)
+        if "*" in str(name):
+            return [site.whole for site in self.sites(str(name))]
         site = Site.parse(name)
         if site.kind != "module":
             self.check_site(site)
@@ -181,11 +182,9 @@ class Model:
         if site.layer is not None and site.layer >= layout.n_layers:
             raise InputError(f"{site}: {self.name} has {layout.n_layers} layers, numbered from 0")
         select(str(site.whole), self._all_sites)
-        limit = {"z": layout.n_heads, "q": layout.n_heads, "result": layout.n_heads, "pattern": layout.n_heads,
-                 "scores": layout.n_heads, "k": layout.n_kv_heads, "v": layout.n_kv_heads}.get(site.kind)  # fmt: skip
+        limit, what = _limit(site.kind, layout)
         if site.index is not None and limit is not None and site.index >= limit:
-            what = "key-value heads" if site.kind in "kv" else "heads"
-            raise InputError(f"{site}: {self.name} has {limit} {what} per layer, numbered from 0")
+            raise InputError(f"{site}: {self.name} has {limit} {what}, numbered from 0")
 
     def _call(self, inputs: Any) -> tuple[dict[str, Any], Tokens | None]:
         """Arguments of the module, and the tokens when there are any."""
@@ -204,7 +203,10 @@ class Model:
         """Keyword arguments the wrapped module is called with for these tokens."""
         vocab = self.described[1].vocab
         if int(tokens.ids.max()) >= vocab:
-            raise InputError(f"token id {int(tokens.ids.max())} is outside {self.name}'s vocabulary of {vocab}; is this its tokenizer?")
+            raise InputError(
+                f"token id {int(tokens.ids.max())} is outside {self.name}'s vocabulary of {vocab}; "
+                "is this its tokenizer?"
+            )
         call: dict[str, Any] = {"input_ids": tokens.ids.to(self.device), "use_cache": False}
         if tokens.mask is None:
             return call
@@ -216,4 +218,10 @@ class Model:
         return call
 
 
-__all__ = ["InterventionError", "Model", "Run", "UnknownNameError"]
+def _limit(kind: str, layout: Layout) -> tuple[int | None, str]:
+    """How far an index in brackets may go, and what it counts. Neurons are checked against the tensor itself."""
+    if kind in ("k", "v"):
+        return layout.n_kv_heads, "key-value heads per layer"
+    if kind in ("q", "z", "result", "pattern", "scores"):
+        return layout.n_heads, "heads per layer"
+    return (None, "neurons") if kind == "mlp_post" else (layout.d_model, "dimensions")

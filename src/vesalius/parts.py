@@ -1,15 +1,15 @@
 """Parts of a network: what can be read and edited at a Site.
 
-    Unit        a whole tensor, or one head, neuron or dimension of it
-    Direction   the coordinate along a unit vector
-    Subspace    the coordinates in an orthonormal basis
+Unit        a whole tensor, or one head, neuron or dimension of it
+Direction   the coordinate along a unit vector
+Subspace    the coordinates in an orthonormal basis
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from vesalius.errors import InputError, NotFiniteError
 from vesalius.site import INDEX_AXIS, Site
 
 
+@runtime_checkable
 class Part(Protocol):
     """Something that can be read and edited at a Site."""
 
@@ -39,22 +40,34 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Unit:
-    """A whole tensor (`layers.5.mlp_out`), or one head (`layers.5.z[3]`), neuron (`layers.5.mlp_post[7]`) or dimension."""
+    """A whole tensor (`layers.5.mlp_out`), one head (`layers.5.z[3]`), neuron (`layers.5.mlp_post[7]`) or dimension.
+
+    read and write raise InputError for an index past the end.
+    """
 
     site: Site
 
     def read(self, whole: Tensor) -> Tensor:
-        return whole if self.site.index is None else whole.select(INDEX_AXIS[self.site.kind], self.site.index)
+        if self.site.index is None:
+            return whole
+        self._check(whole)
+        return whole.select(INDEX_AXIS[self.site.kind], self.site.index)
 
     def write(self, whole: Tensor, value: Tensor) -> Tensor:
         if self.site.index is None:
             return value.to(whole).expand_as(whole)
+        self._check(whole)
         axis = INDEX_AXIS[self.site.kind]
         row = torch.zeros(whole.shape[axis], dtype=torch.bool, device=whole.device)
         row[self.site.index] = True
         shape = [1] * whole.ndim
         shape[axis] = -1
         return torch.where(row.view(shape), value.to(whole).unsqueeze(axis), whole)
+
+    def _check(self, whole: Tensor) -> None:
+        size = whole.shape[INDEX_AXIS[self.site.kind]]
+        if self.site.index is not None and self.site.index >= size:
+            raise InputError(f"{self.site}: the tensor there has {size} of these, numbered from 0")
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "unit", "site": str(self.site)}

@@ -1,7 +1,7 @@
 """Site: the name of one tensor of a forward pass, and its axes.
 
     layers.5.resid_post          residual stream after layer 5
-    layers.5.z[3]                head 3's output before the output projection (on k and v the index is the key-value head)
+    layers.5.z[3]                head 3's output before the output projection (on k and v: key-value head 3)
     encoder.layers.2.z           an encoder's site in an encoder-decoder model
     embed, final_norm, logits    sites outside the layers
     module:features.3|out        output (or |in, input) of a module by path, for models without an adapter
@@ -45,8 +45,8 @@ GLOBAL_KINDS: dict[str, tuple[str, ...]] = {
 }
 # The axis an index in brackets selects.
 INDEX_AXIS = {
-    "q": 2, "k": 2, "v": 2, "z": 2, "result": 2, "scores": 1, "pattern": 1,
-    "mlp_post": 2, "mlp_in": 2, "resid_pre": 2, "resid_mid": 2, "resid_post": 2, "attn_out": 2, "mlp_out": 2, "embed": 2,
+    "q": 2, "k": 2, "v": 2, "z": 2, "result": 2, "scores": 1, "pattern": 1, "mlp_post": 2, "mlp_in": 2,
+    "resid_pre": 2, "resid_mid": 2, "resid_post": 2, "attn_out": 2, "mlp_out": 2, "embed": 2,
 }  # fmt: skip
 # Order within one layer, in which a forward pass makes them.
 STEP = {
@@ -90,7 +90,8 @@ class Site:
         match = _PATTERN.match(text)
         if match is None:
             raise InputError(
-                f"{text!r} is not a site name. Examples: layers.5.resid_post, layers.5.z[3], embed, module:features.3|out."
+                f"{text!r} is not a site name. Examples: layers.5.resid_post, layers.5.z[3], embed, "
+                "module:features.3|out."
             )
         found = match.groupdict()
         if found["module"] is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ READ_ONLY = ("result",)
 ATTENTION = ("scores", "pattern")
 
 
+@runtime_checkable
 class Host(Protocol):
     """What taps need of a model."""
 
@@ -28,7 +29,7 @@ class Host(Protocol):
 
     def layer(self, number: int) -> nn.Module: ...
     def check_site(self, site: Site) -> None: ...
-    def W_O(self, layer: int) -> Tensor: ...
+    def W_O(self, layer: int) -> Tensor: ...  # noqa: N802
 
 
 def split_heads(tensor: Tensor, access: Access, layout: Layout) -> Tensor:
@@ -56,7 +57,12 @@ class Recorder:
     """Taps of one run, and what they saw."""
 
     def __init__(
-        self, host: Host, capture: Sequence[Site], interventions: Sequence[Intervention], tokens: Tokens | None, grad: bool
+        self,
+        host: Host,
+        capture: Sequence[Site],
+        interventions: Sequence[Intervention],
+        tokens: Tokens | None,
+        grad: bool,
     ) -> None:
         self._host = host
         self._real = tokens.real if tokens is not None else None
@@ -78,7 +84,9 @@ class Recorder:
     def _check_editable(self, edit: Intervention) -> None:
         site = edit.part.site
         if site.kind in READ_ONLY:
-            raise InterventionError(f"{site} is computed for reading and cannot be edited; edit layers.{site.layer}.z instead")
+            raise InterventionError(
+                f"{site} is computed for reading and cannot be edited; edit layers.{site.layer}.z instead"
+            )
         if site.kind != "module":
             self._host.check_site(site)
 
@@ -100,7 +108,7 @@ class Recorder:
         return table[site.kind]
 
     def _delta_taps(self, site: Site, access: Access, root: nn.Module) -> list[Tap]:
-        """A sum no module returns (resid_mid): edited by adding the change to its last summand; read where it is used."""
+        """A sum no module returns (resid_mid): edited by adding the change to its last summand, read where used."""
         before: list[Tensor] = []
 
         def remember(tensor: Tensor) -> None:
@@ -177,8 +185,8 @@ class Recorder:
         silent = [str(site) for site in self._all if site not in self._fired]
         if silent:
             raise InterventionError(
-                f"{', '.join(silent)} never fired in this run, so nothing was read or edited there; the module is not called "
-                "with these inputs"
+                f"{', '.join(silent)} never fired in this run, so nothing was read or edited there; "
+                "the module is not called with these inputs"
             )
 
     def captured(self) -> Mapping[Site, Tensor]:

@@ -17,7 +17,7 @@ __all__ = ["KNOWN", "Access", "Adapter", "Layout", "adapter_for", "submodule"]
 def adapter_for(module: nn.Module) -> Adapter | None:
     """The adapter of this module's class, checked against its config; None when the module is no transformers model.
 
-    Raises UnknownArchitectureError for a transformers model of an unknown class: guessing would give silently wrong sites.
+    Raises UnknownArchitectureError for a transformers model of an unknown class: a guess would give wrong sites.
     """
     name = type(module).__name__
     for adapter in KNOWN:

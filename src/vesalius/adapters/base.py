@@ -29,7 +29,7 @@ class Access:
     part: tuple[int, int] | None = None
     """(number, of): this equal part of the last axis (fused query-key-value projections)."""
     delta: str = ""
-    """The tensor is a sum that no module returns: it is read here and written by adding the change at this path's output."""
+    """The tensor is a sum no module returns: read here, written by adding the change at this path's output."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Adapter:
     outside: Mapping[str, Access]
     """Sites outside the layers: embed, pos_embed, final_norm, logits."""
     o_proj: str
-    """Output projection of attention, relative to the layer; a Linear [d_model, head * d_head] or Conv1D (transposed)."""
+    """Output projection of attention, from the layer; a Linear [d_model, head * d_head] or Conv1D (transposed)."""
     final_norm: str
     unembed: str
     norm: Literal["rms", "layer"]
@@ -67,7 +67,7 @@ class Adapter:
     attention: str = ""
     """Attention module, relative to the layer, when it goes through transformers' AttentionInterface; "" when not."""
     replay: Mapping[str, Replay] = field(default_factory=dict)
-    """How a layer's keyword is rebuilt when a layer is called again on some positions only; others must not be tensors."""
+    """How a layer's keyword is rebuilt when it is called again on some positions; others must not be tensors."""
     refuse: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Config field -> values that this adapter understands; any other value is refused."""
 
@@ -88,7 +88,8 @@ class Adapter:
             value = getattr(module.config, name, understood[0])
             if value not in understood:
                 raise UnknownArchitectureError(
-                    f"{type(module).__name__} has config.{name}={value!r}; the {self.family} adapter understands {understood}"
+                    f"{type(module).__name__} has config.{name}={value!r}; "
+                    f"the {self.family} adapter understands {understood}"
                 )
 
 
@@ -97,7 +98,12 @@ def submodule(root: nn.Module, path: str) -> nn.Module:
     here = root
     for number, part in enumerate(path.split(".") if path else []):
         child = getattr(here, part, None)
-        if child is None and part.isdigit() and isinstance(here, nn.ModuleList | nn.Sequential) and int(part) < len(here):
+        if (
+            child is None
+            and part.isdigit()
+            and isinstance(here, nn.ModuleList | nn.Sequential)
+            and int(part) < len(here)
+        ):
             child = here[int(part)]
         if not isinstance(child, nn.Module):
             done = ".".join(path.split(".")[:number]) or type(root).__name__

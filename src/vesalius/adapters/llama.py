@@ -1,4 +1,4 @@
-"""Llama, SmolLM and other models of class LlamaForCausalLM (RMSNorm, rotary positions, grouped-query attention, SwiGLU)."""
+"""Llama, SmolLM and others of class LlamaForCausalLM (RMSNorm, rotary positions, grouped-query attention, SwiGLU)."""
 
 from __future__ import annotations
 

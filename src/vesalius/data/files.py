@@ -118,7 +118,7 @@ def _read_csv(path: Path, text: str) -> list[tuple[int, Mapping[str, object]]]:
                 )
             records.append((reader.line_num, {name: "" if value is None else value for name, value in record.items()}))
     except csv.Error as error:
-        raise FileFormatError(f"{path.name}, line {reader.line_num} is not CSV: {error}") from error
+        raise FileFormatError(f"{path.name}, line {reader.reader.line_num} is not CSV: {error}") from error
     return records
 
 

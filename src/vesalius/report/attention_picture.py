@@ -12,12 +12,12 @@ from vesalius.report.words import token
 SHORT, LARGEST, SMALLEST = 18, 24.0, 9.0
 FRAMES = {True: 262.0, False: 400.0}
 """Side of the matrix in pixels: up to `SHORT` tokens three fit side by side, else two."""
-CHARACTER, SHOWN = 6.4, 0.01
+CHARACTER, LISTED = 6.4, 2
 
 
 @dataclass(frozen=True)
 class Square:
-    """One query-key pair with more than a hundredth of the query's attention."""
+    """One query-key pair with enough of the query's attention to have a colour."""
 
     x: float
     y: float
@@ -68,7 +68,7 @@ def picture(head: Mapping[str, Any]) -> Picture:
         Square(round(left + k * cell, 1), round(top + q * cell, 1), sequential(share), _title(tokens, q, k, share))
         for q, row in enumerate(pattern)
         for k, share in enumerate(row)
-        if share is not None and share >= SHOWN
+        if share is not None and sequential(share) != "z"
     ]
     last = len(tokens) - 1
     queries = tuple(Side(round(top + (i + 0.5) * cell + 3.5, 1), text, i == last) for i, text in enumerate(tokens))
@@ -96,4 +96,4 @@ def _looks_at(tokens: Sequence[str], pattern: Sequence[Sequence[float | None]]) 
     if not pattern:
         return ()
     known = [(tokens[key], share) for key, share in enumerate(pattern[-1]) if share is not None and share >= 0.05]
-    return tuple(sorted(known, key=lambda pair: -pair[1])[:3])
+    return tuple(sorted(known, key=lambda pair: -pair[1])[:LISTED])

@@ -9,7 +9,7 @@ from typing import Any
 
 from vesalius.report.words import NO_ROLE, component, number
 
-LEFT, RIGHT, NODE_WIDTH, NODE_HEIGHT, STEP_X, STEP_Y = 66.0, 18.0, 106.0, 25.0, 134.0, 37.0
+LEFT, RIGHT, NODE_WIDTH, NODE_HEIGHT, STEP_X, STEP_Y = 66.0, 18.0, 103.0, 25.0, 120.0, 37.0
 HEAD, BAR, GAP = 40.0, 24.0, 26.0
 NARROWEST = 420.0
 PER_COLUMN = 6
@@ -182,12 +182,14 @@ def _node(member: Member, layout: _Layout, colours: Mapping[str, int | None], un
     x, y = layout.corner(member["component"])
     said, effect = component(member["component"]), number(member["effect"]["estimate"], unit)
     title = f"{said}: {member['role']}. Effect {effect}. {member['description']}"
-    return Node(x, y, said, effect.replace(" ", ""), colours[member["role"]], member["suppresses"], title)
+    return Node(
+        x, y, said.removeprefix("head "), effect.replace(" ", ""), colours[member["role"]], member["suppresses"], title
+    )
 
 
 def _lane(role: str, place: tuple[int, int], colours: Mapping[str, int | None]) -> Lane:
     first, count = place
-    return Lane(LEFT + STEP_X * first, STEP_X * count, _two_lines(role, 18 * count), colours[role])
+    return Lane(LEFT + STEP_X * first, STEP_X * count, _two_lines(role, 16 * count), colours[role])
 
 
 def _two_lines(text: str, room: int) -> tuple[str, ...]:
@@ -232,7 +234,7 @@ def _between(source: tuple[float, float], target: tuple[float, float]) -> str:
     x1, y1 = target[0] + NODE_WIDTH / 2, target[1] + NODE_HEIGHT
     bend = round(max(abs(y0 - y1) * 0.4, 12.0), 1)
     # Edges within a column bow out into the gutter; straight ones would run behind the nodes between.
-    bow = 86.0 if x0 == x1 and y0 - y1 > STEP_Y else 0.0
+    bow = 78.0 if x0 == x1 and y0 - y1 > STEP_Y else 0.0
     return f"M{x0} {y0}C{x0 - bow} {round(y0 - bend, 1)} {x1 - bow} {round(y1 + bend, 1)} {x1} {y1}"
 
 

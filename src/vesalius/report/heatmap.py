@@ -97,13 +97,15 @@ class _Grid:
 def heatmaps(effects: Mapping[str, Any], members: Collection[str]) -> list[Heatmap]:
     """One heatmap per condition, all on one colour scale, so that switching between them compares."""
     sites = [Site.parse(name) for name in effects["components"]]
-    grid, limit = _grid(sites), _limit(effects["conditions"])
+    grid, limit = _grid(sites), _limit(effects["conditions"], sites)
     return [_heatmap(effects, condition, sites, grid, limit, members) for condition in effects["conditions"]]
 
 
-def _limit(conditions: Sequence[Mapping[str, Any]]) -> float:
-    # The embeddings and first MLP carry nearly everything; on their scale no head could be seen.
-    sizes = sorted(abs(value) for found in conditions for value in found["mean"] if value is not None)
+def _limit(conditions: Sequence[Mapping[str, Any]], sites: Sequence[Site]) -> float:
+    # The embedding and the first MLP carry nearly everything; on their scale no head could be seen.
+    inner = [index for index, site in enumerate(sites) if site.layer is not None] or range(len(sites))
+    means = (found["mean"][index] for found in conditions for index in inner)
+    sizes = sorted(abs(value) for value in means if value is not None)
     return nice(sizes[int(0.985 * (len(sizes) - 1))]) if sizes and sizes[-1] > 0 else 1.0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,19 @@ from vesalius.report.schema import VERDICTS, check
 
 TEMPLATES = Path(__file__).parent / "templates"
 HTML_NAME, JSON_NAME = "report.html", "summary.json"
+FILTERS = (
+    "component",
+    "condition",
+    "count",
+    "duration",
+    "estimate",
+    "interval",
+    "number",
+    "p_value",
+    "reason",
+    "size",
+    "tick",
+)
 EFFECT_UNIT = "share of the total effect"
 
 
@@ -49,6 +63,7 @@ def write(summary: Mapping[str, Any], folder: str | Path) -> Path:
     return write_atomic(target / HTML_NAME, page)
 
 
+@cache
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -57,8 +72,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    said = "number interval estimate p_value count size duration component reason condition tick".split()
-    environment.filters.update({name: getattr(words, name) for name in said})
+    environment.filters.update({name: getattr(words, name) for name in FILTERS})
     return environment
 
 

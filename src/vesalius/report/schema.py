@@ -256,6 +256,8 @@ TIMINGS = Record(
         "seconds": _number("total wall time"),
         "peak_memory_bytes": _number("peak resident memory"),
         "created_at": _text("when, ISO 8601"),
+        "sealed_at": _text("when the family of claims was sealed, ISO 8601", null=True),
+        "ledger_head": _text("last hash of the ledger; a shortened ledger no longer has it", null=True),
     },
     "the only part that differs between two runs with one seed",
 )
@@ -273,7 +275,7 @@ REPRODUCE = Record(
 )
 
 FAMILY = Record(
-    {"id": _text("content hash"), "m": _whole("claims corrected for"), "sealed_at": _text("when, ISO 8601")},
+    {"id": _text("content hash"), "m": _whole("claims corrected for")},
     "all claims of the study, sealed before validation was opened; null when there are none",
     null=True,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -13,6 +13,7 @@ from torch import Tensor
 from vesalius.site import Site
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where new values come from: a whole site's tensor [example or 1, pos or 1, ...]."""
 
@@ -25,19 +26,22 @@ class Table:
 
     site: Site
     source: Source
-    row: Int[Tensor, "edit"]
-    index: Int[Tensor, "edit"]
-    donor: Int[Tensor, "edit"]
-    first: Int[Tensor, "edit"]
-    stop: Int[Tensor, "edit"]
+    row: Int[Tensor, " edit"]
+    index: Int[Tensor, " edit"]
+    donor: Int[Tensor, " edit"]
+    first: Int[Tensor, " edit"]
+    stop: Int[Tensor, " edit"]
 
-    def take(self, new_row: Int[Tensor, "row"]) -> Table:
+    def take(self, new_row: Int[Tensor, " row"]) -> Table:
         """The edits of some rows, renumbered: new_row[old] is the new number or -1."""
         row = new_row[self.row]
         keep = row >= 0
-        return Table(self.site, self.source, row[keep], self.index[keep], self.donor[keep], self.first[keep], self.stop[keep])
+        return Table(
+            self.site, self.source, row[keep], self.index[keep], self.donor[keep], self.first[keep], self.stop[keep]
+        )
 
 
+@runtime_checkable
 class Place(Protocol):
     """Where rows lie in a flattened batch."""
 
@@ -47,9 +51,15 @@ class Place(Protocol):
     def rows(self) -> Span: ...
 
 
+@runtime_checkable
 class Span(Protocol):
-    start: Tensor
-    end: Tensor
+    """Live positions of each row: start <= p < end."""
+
+    @property
+    def start(self) -> Tensor: ...
+
+    @property
+    def end(self) -> Tensor: ...
 
 
 class Edits:
@@ -65,7 +75,7 @@ class Edits:
     def sites(self) -> list[Site]:
         return list(self._tables)
 
-    def take(self, new_row: Int[Tensor, "row"]) -> Edits:
+    def take(self, new_row: Int[Tensor, " row"]) -> Edits:
         return Edits(table.take(new_row) for tables in self._tables.values() for table in tables)
 
     def apply(self, site: Site, tensor: Tensor, place: Place) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vesalius.adapters import submodule
@@ -18,15 +18,16 @@ from vesalius.metric import Metric
 from vesalius.site import Site
 from vesalius.sweeps.record import Record
 from vesalius.sweeps.replay import Replay, Rows, base_pattern
-from vesalius.sweeps.variants import Batch, Donor, Variant, batches, normal
+from vesalius.sweeps.variants import Batch, Donor, Variant, batches, normal, rows_of
 
 TOKENS_PER_BATCH = 2048
-TOLERANCE = 1e-4
+TOLERANCE, ROUNDING = 1e-4, 1e-5
+_UNWATCHED = ("resid_pre", "resid_mid", "resid_post", "scores", "result")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Forward passes of one example, in full-forward equivalents: spent, and what one forward per edited run would take."""
+    """In forward passes of one example: what was spent, and what one whole forward per edited run would take."""
 
     spent: float
     naive: float
@@ -35,6 +36,9 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.spent + other.spent, self.naive + other.naive, self.skipped + other.skipped)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.spent - other.spent, self.naive - other.naive, self.skipped - other.skipped)
 
     def describe(self) -> str:
         return f"{self.spent:.0f} forward equivalents (plain: {self.naive:.0f}; {self.skipped} provably without effect)"
@@ -45,20 +49,24 @@ class Outcome:
     """values: [variant, example]. base: [example]. watched: site -> [variant, example, ...] at the read position."""
 
     values: Float[Tensor, "variant example"]
-    base: Float[Tensor, "example"]
+    base: Float[Tensor, " example"]
     watched: Mapping[Site, Tensor]
     cost: Cost
+    others: tuple[Float[Tensor, "variant example"], ...] = ()
+    """The same edited runs scored with other labels (answers and distractors)."""
+    others_base: tuple[Float[Tensor, example], ...] = ()
 
 
-def estimate(record: Record, variants: Sequence[Variant], donor: Donor, ends: Int[Tensor, "example"]) -> Cost:
+def estimate(record: Record, variants: Sequence[Variant], donor: Donor, ends: Int[Tensor, " example"]) -> Cost:
     """What `evaluate` would cost; nothing is run."""
-    return sum((_cost(record, batch.rows) for batch in batches(variants, donor, ends, 1 << 30)), Cost(0, 0, 0))
+    found = [rows for variant in variants for rows in rows_of(variant, donor, ends)]
+    cells = len(variants) * len(record)
+    return Cost(sum(_work(record, rows) for rows in found), float(cells), cells - sum(len(rows) for rows in found))
 
 
-def _cost(record: Record, rows: Rows) -> Cost:
+def _work(record: Record, rows: Rows) -> float:
     n_layers = record.model.described[1].n_layers
-    work = (rows.sizes * (n_layers - rows.layer)).sum() / (record.lengths.float().mean() * n_layers)
-    return Cost(float(work), float(len(rows)), 0)
+    return float((rows.sizes * (n_layers - rows.layer)).sum() / (record.lengths.float().mean() * n_layers))
 
 
 def evaluate(
@@ -68,6 +76,7 @@ def evaluate(
     pairs: Pairs,
     metric: Metric,
     *,
+    others: Sequence[Pairs] = (),
     watch: Sequence[Site] = (),
     budget: int = TOKENS_PER_BATCH,
     check: bool = True,
@@ -77,50 +86,72 @@ def evaluate(
 ) -> Outcome:
     """Metric of every variant on every example of the base run.
 
-    budget: live tokens per batch (memory grows with it). check: re-run two random cells plainly and raise SelfCheckError
-    when they differ by more than 1e-4 of the metric's range. Raises InputError for a metric that reads all positions.
+    others: the same prompts with other labels, scored from the same runs. budget: live tokens per batch (memory grows
+    with it). check: re-run two random cells plainly and raise
+    SelfCheckError when they differ (see `self_check`). watch: whole sites inside layers whose value at the read
+    position is kept (`pattern` too). Raises NotFiniteError for a metric that is NaN or infinite, InputError for a
+    metric that reads all positions or a site that cannot be watched.
     """
     if metric.needs.positions != "read":
         raise InputError(f"{metric.name} reads every position; sweeps take metrics of the read position. Use Model.run")
+    _check_watch(watch)
     ends = pairs.at + 1
     base_hidden = record.resid[-1][torch.arange(len(record)), pairs.at]
     base = score(record, base_hidden, torch.arange(len(record)), pairs, metric, base_hidden)
-    values = base.repeat(len(variants), 1)
+    _refuse_nan(base[None], "nothing")
+    values, ran = base.repeat(len(variants), 1), torch.zeros(len(variants), len(record), dtype=torch.bool)
+    everyone = torch.arange(len(record))
+    other_bases = tuple(score(record, base_hidden, everyone, labels, metric, base_hidden) for labels in others)
+    other_values = tuple(other.repeat(len(variants), 1) for other in other_bases)
     watched = {site: _base_watch(record, site, pairs, len(variants)) for site in watch}
-    cost, done = Cost(0, 0, 0), 0
+    spent = 0.0
     sink(Event("start", task, 0, len(variants)))
     for batch in batches(variants, donor, ends, budget):
         hidden, seen = Replay(record, batch.rows, batch.edits, watch).run()
         number, example = batch.cell.T
         values[number, example] = score(record, hidden, example, pairs, metric, base_hidden)
+        for labels, filled in zip(others, other_values, strict=True):
+            filled[number, example] = score(record, hidden, example, labels, metric, base_hidden)
+        ran[number, example] = True
         for site, found in seen.items():
             watched[site][number, example] = found
-        cost += _cost(record, batch.rows)
-        done = max(done, len(number.unique()) + done)
-        sink(Event("advance", task, min(done, len(variants)), len(variants)))
-    _refuse_nan(values, variants)
+        spent += _work(record, batch.rows)
+        sink(Event("advance", task, int(ran.any(1).sum()), len(variants)))
+    for number, variant in enumerate(variants):
+        _refuse_nan(values[number : number + 1], str(variant.parts[0]))
     if check and variants:
-        self_check(record, variants, donor, pairs, metric, values, seed)
+        self_check(record, variants, donor, pairs, metric, values, seed, ran)
     sink(Event("end", task, len(variants), len(variants)))
-    cells = len(variants) * len(record)
-    return Outcome(values, base, watched, Cost(cost.spent, float(cells), cells - int(cost.naive)))
+    cost = Cost(spent, float(ran.numel()), int((~ran).sum()))
+    return Outcome(values, base, watched, cost, other_values, other_bases)
+
+
+def _check_watch(watch: Sequence[Site]) -> None:
+    for site in watch:
+        if site.layer is None or site.index is not None or site.kind in _UNWATCHED:
+            raise InputError(
+                f"{site} cannot be watched; watch whole sites inside layers: pattern, z, q, k, v, mlp_out ..."
+            )
 
 
 def _base_watch(record: Record, site: Site, pairs: Pairs, count: int) -> Tensor:
     rows = Rows(torch.arange(len(record)), pairs.at * 0, pairs.at, pairs.at + 1)
-    whole = site.whole
-    base = base_pattern(record, whole, rows) if whole.kind == "pattern" else record.at(whole)[rows.example, pairs.at]
+    base = base_pattern(record, site, rows) if site.kind == "pattern" else record.at(site)[rows.example, pairs.at]
     return base[None].repeat(count, *[1] * base.ndim)
 
 
 def score(
-    record: Record, hidden: Float[Tensor, "row d_model"], example: Int[Tensor, "row"], pairs: Pairs, metric: Metric,
+    record: Record, hidden: Float[Tensor, "row d_model"], example: Int[Tensor, " row"], pairs: Pairs, metric: Metric,
     base_hidden: Float[Tensor, "example d_model"],
-) -> Float[Tensor, "row"]:  # fmt: skip
+) -> Float[Tensor, " row"]:  # fmt: skip
     """Metric from final residual vectors: the model's own final norm, and only the logits the metric reads."""
     chosen = pairs.subset(example.tolist())
     tokens = metric.tokens(pairs)
-    base = _logits(record, base_hidden[example], None if tokens is None else tokens[example]) if metric.needs.base else None
+    base = (
+        _logits(record, base_hidden[example], None if tokens is None else tokens[example])
+        if metric.needs.base
+        else None
+    )
     with torch.no_grad():
         return metric.of(_logits(record, hidden, None if tokens is None else tokens[example]), base, chosen)
 
@@ -137,30 +168,51 @@ def _logits(record: Record, hidden: Tensor, tokens: Tensor | None) -> Tensor:
         return logits if bias is None else logits + bias[tokens]
 
 
-def _refuse_nan(values: Tensor, variants: Sequence[Variant]) -> None:
+def _refuse_nan(values: Tensor, edited: str) -> None:
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
-        number, example = (int(i) for i in bad.nonzero()[0])
-        raise NotFiniteError(f"the metric is not finite for example {example} with {variants[number].parts[0]} edited")
+        example = int(bad.nonzero()[0, 1])
+        raise NotFiniteError(f"the metric is not finite for example {example} with {edited} edited")
 
 
 def self_check(
-    record: Record, variants: Sequence[Variant], donor: Donor, pairs: Pairs, metric: Metric, values: Tensor, seed: int
+    record: Record,
+    variants: Sequence[Variant],
+    donor: Donor,
+    pairs: Pairs,
+    metric: Metric,
+    values: Tensor,
+    seed: int,
+    ran: Bool[Tensor, "variant example"] | None = None,
 ) -> float:
-    """Re-run two random cells as plain forwards with hooks; the largest difference. Raises SelfCheckError when too large."""
+    """Re-run two random cells as plain forwards with hooks; the largest difference. Raises SelfCheckError.
+
+    ran: cells to choose from; default all. Tolerance: 1e-4 of the metric's range, and not under 1e-5 of the logits'
+    range, which is what rounding alone gives.
+    """
     generator = torch.Generator().manual_seed(seed)
-    worst, scale = 0.0, max(float(values.max() - values.min()), 1e-3)
-    for _ in range(2):
-        number = int(torch.randint(len(variants), (1,), generator=generator))
-        example = int(torch.randint(len(record), (1,), generator=generator))
-        plain = plain_value(record, variants[number], donor, pairs, metric, example)
-        worst = max(worst, abs(plain - float(values[number, example])))
-        if worst > TOLERANCE * max(scale, abs(plain)):
+    cells = (torch.ones_like(values, dtype=torch.bool) if ran is None or not bool(ran.any()) else ran).nonzero()
+    allowed = max(TOLERANCE * float(values.max() - values.min()), ROUNDING * _logit_range(record, pairs))
+    worst = 0.0
+    for pick in torch.randint(len(cells), (2,), generator=generator):
+        number, example = (int(i) for i in cells[pick])
+        plain, fast = (
+            plain_value(record, variants[number], donor, pairs, metric, example),
+            float(values[number, example]),
+        )
+        worst = max(worst, abs(plain - fast))
+        if worst > allowed:
+            parts = variants[number].parts
             raise SelfCheckError(
-                f"replay gave {float(values[number, example]):.6g} and a plain run {plain:.6g} for example {example} with "
-                f"{len(variants[number].parts)} parts edited ({variants[number].parts[0]}, ...); please report this model"
+                f"replay gave {fast:.6g} and a plain run {plain:.6g} for example {example} with {len(parts)} parts "
+                f"edited ({parts[0]}, ...); please report this model"
             )
     return worst
+
+
+def _logit_range(record: Record, pairs: Pairs) -> float:
+    logits = _logits(record, record.resid[-1][:1, pairs.at[0]], None)
+    return float(logits.max() - logits.min())
 
 
 def plain_value(record: Record, variant: Variant, donor: Donor, pairs: Pairs, metric: Metric, example: int) -> float:

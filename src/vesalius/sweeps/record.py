@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from vesalius.attention import attending, grouped
-from vesalius.errors import InputError
+from vesalius.errors import InputError, UnknownNameError
 from vesalius.hooks import CallTap, tapped
 from vesalius.inputs import Tokens
 from vesalius.model import Model
@@ -43,7 +43,7 @@ class Record:
         return len(self.tokens)
 
     @property
-    def lengths(self) -> Int[Tensor, "example"]:
+    def lengths(self) -> Int[Tensor, " example"]:
         return self.tokens.lengths
 
     def at(self, site: Site) -> Tensor:
@@ -54,6 +54,8 @@ class Record:
             return self.resid[site.layer + 1]
         if site.kind == "embed" and Site("embed") not in self.sites:
             return self.resid[0]
+        if site not in self.sites:
+            raise UnknownNameError("recorded site", str(site), map(str, self.sites), "Add it to record(..., sites=).")
         return self.sites[site]
 
 
@@ -67,7 +69,14 @@ class _Keeper:
         self.scaling: dict[int, float] = {}
 
     def __call__(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, options: dict[str, Any]
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        options: dict[str, Any],
     ) -> Tensor:
         if options.get("softcap") is not None or options.get("sliding_window") is not None:
             raise InputError("sweeps do not cover attention with soft caps or sliding windows yet; use Model.run")
@@ -90,12 +99,15 @@ def record(model: Model, tokens: Tokens, sites: Sequence[Site] = ()) -> Record:
     calls: dict[int, dict[str, Any]] = {}
     inputs: dict[int, Tensor] = {}
     keeper = _Keeper()
-    taps = Recorder(model, [s.whole for s in sites if s.kind not in ("resid_pre", "resid_post")], [], tokens, grad=False)
+    taps = Recorder(
+        model, [s.whole for s in sites if s.kind not in ("resid_pre", "resid_post")], [], tokens, grad=False
+    )
     layers = [model.layer(number) for number in range(layout.n_layers)]
     call_taps = [CallTap(layer, _call_keeper(layer, number, calls, inputs)) for number, layer in enumerate(layers)]
     last = Recorder(model, [Site("resid_post", layout.n_layers - 1)], [], tokens, grad=False)
     with torch.no_grad(), tapped([*taps.taps, *last.taps], call_taps), attending(model.module, keeper):
         model.module(**model.token_call(tokens), logits_to_keep=1)
+    taps.check_fired()
     order = range(layout.n_layers)
     return Record(
         model, tokens,

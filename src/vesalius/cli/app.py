@@ -1,0 +1,85 @@
+"""`vesalius study | sites | calibrate | ledger`.
+
+Exit codes: 0 done, 1 the study stopped at its gate, 2 something given cannot be used (the message says what, and what to
+do), 130 interrupted; finished work is kept and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vesalius.cli import calibrating, ledgers, sites, studying
+from vesalius.cli.screen import console, fail, warn
+from vesalius.errors import VesaliusError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Take a trained network apart, say what each part does, and test every statement.",
+)  # fmt: skip
+app.add_typer(ledgers.app, name="ledger")
+
+DEMO = "smollm2-135m-instruct"
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Demo alias, local folder, .gguf file, or transformers id.")]
+
+
+def main() -> None:
+    """Entry point: turns errors into one message and an exit code."""
+    warnings.showwarning = warn  # type: ignore[assignment]
+    try:
+        code = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        console.print("[yellow]Interrupted.[/] Finished work is kept; the same command goes on from there.")
+        raise SystemExit(130) from None
+    except VesaliusError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except Exception as error:
+        # typer's own usage errors bring a message; anything else is a bug and keeps its traceback.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        fail(message())
+    raise SystemExit(code or 0)
+
+
+@app.command()
+def study(
+    question: Annotated[str, typer.Argument(help="ioi, sva, capitals, induction, gendered_pronoun, or a .jsonl/.csv file of your own pairs.")],
+    model: ModelOption = DEMO,
+    n: Annotated[int, typer.Option("--n", help="Prompt pairs per split, for built-in questions.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html, summary.json and ledger.sqlite; default runs/<question>.")] = None,
+    control: Annotated[str | None, typer.Option(help="random-weights: the same study on the re-initialised model.")] = None,
+    past_gate: Annotated[bool, typer.Option("--past-gate", help="Go on although the model does not do the task.")] = False,
+    beginning: Annotated[str, typer.Option(help="Token put before every prompt: auto, none, or its text.")] = "auto",
+    random_sets: Annotated[int, typer.Option(help="Random sets the circuit is compared with; p is at least 1 / (sets + 1).")] = 99,
+) -> int:
+    """From a question to tested claims: circuit, descriptions, verdicts on fresh data, and a report."""
+    request = studying.Request(
+        question=question, model=model, n=n, seed=seed, out=out, control=control, past_gate=past_gate, beginning=beginning,
+        random_sets=random_sets, command=shlex.join(["vesalius", *sys.argv[1:]]),
+    )  # fmt: skip
+    return studying.study(request)
+
+
+@app.command(name="sites")
+def list_sites(model: Annotated[str, typer.Argument(help="Demo alias, local folder, .gguf file, or transformers id.")] = DEMO) -> None:
+    """The model's sites with their shapes: what can be read and edited."""
+    sites.show(model)
+
+
+@app.command()
+def calibrate(
+    quick: Annotated[bool, typer.Option("--quick", help="Few seeds: a smoke test, not a calibration.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    seeds: Annotated[int, typer.Option(help="Random models and planted models each.")] = 100,
+) -> None:
+    """How often each validator supports a claim about noise, and how often it finds what is planted."""
+    calibrating.run(seeds=seeds, quick=quick, json=json)

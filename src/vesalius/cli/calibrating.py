@@ -1,0 +1,27 @@
+"""`vesalius calibrate`: false positives and power of each validator."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+
+from rich.table import Table
+
+import vesalius as vs
+from vesalius.cli.screen import Screen, bars, output
+from vesalius.jobs import write_atomic
+
+
+def run(*, seeds: int, quick: bool, json: Path | None) -> None:
+    """Measure, print a row per validator, and write the figures as JSON if asked."""
+    with bars() as progress:
+        found = vs.studies.calibrate(seeds=seeds, quick=quick, sink=Screen(progress))
+    data = found.to_json()
+    if json is not None:
+        write_atomic(json, jsonlib.dumps(data, indent=2) + "\n")
+    table = Table(title="Calibration", title_justify="left")
+    for heading in ("name", "false_positive_rate", "power", "n"):
+        table.add_column(heading)
+    for row in data["validators"]:
+        table.add_row(*(str(row[key]) for key in ("name", "false_positive_rate", "power", "n")))
+    output.print(table)

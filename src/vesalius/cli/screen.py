@@ -1,0 +1,74 @@
+"""What the terminal shows: messages, progress bars. The only place that draws progress."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vesalius.jobs import Event
+
+console = Console(stderr=True)
+output = Console()
+
+
+def say(text: str) -> None:
+    """A line of the result, on standard output."""
+    output.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A line beside the result, on standard error."""
+    console.print(f"[dim]{escape(text)}[/]", highlight=False, soft_wrap=True)
+
+
+def fail(message: str) -> None:
+    """Print an error and leave with exit code 2."""
+    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    raise SystemExit(2)
+
+
+def warn(message: Warning | str, *_: Any) -> None:
+    """Stands in for `warnings.showwarning`."""
+    console.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+
+
+def bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), console=console, transient=True,
+    )  # fmt: skip
+
+
+class Screen:
+    """An event sink that draws bars and remembers when the steps of a study began."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._bars = progress
+        self._tasks: dict[str, TaskID] = {}
+        self._marks: list[tuple[str, float]] = []
+        self._began = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "note":
+            self._marks.append((event.task, time.monotonic()))
+            self._bars.console.print(f"[dim]{escape(event.message or event.task)}[/]", highlight=False)
+            return
+        if event.task not in self._tasks:
+            self._tasks[event.task] = self._bars.add_task(escape(event.task), total=event.total)
+        self._bars.update(self._tasks[event.task], completed=event.done, total=event.total)
+        if event.kind == "end":
+            self._bars.remove_task(self._tasks.pop(event.task))
+
+    def seconds(self, steps: tuple[str, ...]) -> list[dict[str, Any]]:
+        """Wall seconds of each step of a study, in order."""
+        marks = [(name, at) for name, at in self._marks if name in steps]
+        ends = [at for _, at in marks[1:]] + [time.monotonic()]
+        return [{"name": name, "seconds": round(end - at, 3)} for (name, at), end in zip(marks, ends, strict=True)]
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._began

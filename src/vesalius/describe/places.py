@@ -1,0 +1,85 @@
+"""Places in a prompt, by name: the landmarks of a task, places beside them, and places any prompt has.
+
+end, answer, distractor_first, distractor_last, changed    landmarks (see `data.landmarks`)
+distractor_first+1                                         the position after a landmark
+first                                                      position 0
+earlier_end+1                                              after the last earlier occurrence of the token at the end
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from vesalius.bench import Bench
+from vesalius.errors import PairsError, UnknownNameError
+
+Positions = Int[Tensor, " example"]
+
+_WORDS = {
+    "end": "the last position",
+    "answer": "the answer",
+    "distractor_first": "the distractor's first mention",
+    "distractor_last": "the distractor's repetition",
+    "changed": "the first changed token",
+    "first": "the first position",
+    "earlier_end": "the earlier occurrence of the last token",
+    "others": "the mean of all other positions",
+    "previous": "the position before",
+    "two back": "the position two back",
+    "every": "each position",
+}
+
+
+def in_words(place: str) -> str:
+    """A place as people say it."""
+    name, _, after = place.partition("+")
+    words = _WORDS.get(name, name)
+    return f"the token after {words}" if after else words
+
+
+def positions(bench: Bench, place: str) -> Positions:
+    """Position [example] of a named place in every clean prompt.
+
+    Raises UnknownNameError for an unknown name, PairsError when a prompt has no such place (or it lies past the end).
+    """
+    found = _marked(bench, place)
+    end = bench.landmarks["end"]
+    absent = (found < 0) | (found > end)
+    if bool(absent.any()):
+        raise PairsError(
+            f"{int(absent.sum())} of {len(found)} prompts have no {place!r} ({in_words(place)}), "
+            f"the first is prompt {int(absent.nonzero()[0])}"
+        )
+    return found
+
+
+def present(bench: Bench, *places: str) -> bool:
+    """Whether every prompt has all of these places."""
+    end = bench.landmarks["end"]
+    return all(bool(((found := _marked(bench, place)) >= 0).all() and (found <= end).all()) for place in places)
+
+
+def _marked(bench: Bench, place: str) -> Positions:
+    """Positions, -1 where there is none."""
+    name, _, offset = place.partition("+")
+    marks = bench.landmarks
+    if name == "first":
+        found = torch.zeros_like(marks["end"])
+    elif name == "earlier_end":
+        found = _earlier_end(bench)
+    elif name in marks and (not offset or offset.isdigit()):
+        found = marks[name]
+    else:
+        raise UnknownNameError("place", place, [*marks, "first", "earlier_end"], "A landmark may be followed by +1.")
+    return torch.where(found >= 0, found + int(offset or 0), -1)
+
+
+def _earlier_end(bench: Bench) -> Positions:
+    clean, end = bench.pairs.clean, bench.landmarks["end"]
+    width = clean.shape[1]
+    same = clean == clean.gather(1, end[:, None])
+    same &= torch.arange(width)[None] < end[:, None]
+    last = width - 1 - same.flip(1).int().argmax(1)
+    return torch.where(same.any(1), last, -1)

@@ -1,0 +1,92 @@
+"""Direct effects: what each component writes straight onto the metric's logits, with the final norm frozen.
+
+The residual stream at the read position is the sum of the embeddings and of every head's and MLP's output, so with the
+final norm's scale held at its value in the run, the logit difference is an exact sum over components (Elhage et al. 2021,
+"direct logit attribution"). The sum is a test; a component's share says nothing about what it does through later layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vesalius.adapters import submodule
+from vesalius.inputs import Pairs, Tokens
+from vesalius.model import Model
+from vesalius.site import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Direct:
+    """contributions: component -> [example], in logits; heads, MLPs, embeddings and `bias` (whatever no part writes)."""
+
+    contributions: Mapping[str, Float[Tensor, "example"]]
+
+    def __getitem__(self, component: Site | str) -> Float[Tensor, "example"]:
+        return self.contributions[str(component)]
+
+    def total(self) -> Float[Tensor, "example"]:
+        return torch.stack(list(self.contributions.values())).sum(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Frozen:
+    """The final norm, frozen at one run: maps a residual write to logit differences, linearly.
+
+    direction: [example, d_model]; a write w at the read position adds w @ direction to the logit difference.
+    """
+
+    direction: Float[Tensor, "example d_model"]
+    constant: Float[Tensor, "example"]
+
+    def of(self, write: Float[Tensor, "example ... d_model"]) -> Float[Tensor, "example ..."]:
+        return torch.einsum("e...d,ed->e...", write, self.direction.to(write))
+
+
+def frozen_norm(model: Model, final: Float[Tensor, "example d_model"], answer: Tensor, distractor: Tensor) -> Frozen:
+    """Direction of the logit difference answer - distractor through the final norm frozen at `final`."""
+    adapter, _ = model.described
+    norm = submodule(model.module, adapter.final_norm)
+    difference = (model.W_U[answer] - model.W_U[distractor]).to(final)
+    weighted = difference * norm.weight.detach()  # type: ignore[operator]
+    bias = getattr(norm, "bias", None)
+    constant = difference @ bias.detach() if isinstance(bias, Tensor) else difference.new_zeros(len(difference))
+    epsilon = _epsilon(norm)
+    if adapter.norm == "rms":
+        return Frozen(weighted / (final.pow(2).mean(-1, keepdim=True) + epsilon).sqrt(), constant)
+    centred = final - final.mean(-1, keepdim=True)
+    scale = (centred.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
+    # Centring is linear: it moves onto the direction.
+    return Frozen((weighted - weighted.mean(-1, keepdim=True)) / scale, constant)
+
+
+def _epsilon(norm: nn.Module) -> float:
+    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-5)))
+
+
+def direct_effects(model: Model, pairs: Pairs, tokens: Tokens) -> Direct:
+    """Every component's direct contribution to the logit difference of one run. tokens: the prompts to run.
+
+    The contributions sum to the run's logit difference (1e-4).
+    """
+    _, layout = model.described
+    outside = [str(site) for site in model.sites("*") if site.kind in ("embed", "pos_embed")]
+    last = f"layers.{layout.n_layers - 1}.resid_post"
+    run = model.run(tokens, capture=["layers.*.z", "layers.*.attn_out", "layers.*.mlp_out", *outside, last], last_logits=True)
+    rows = torch.arange(len(tokens))
+    frozen = frozen_norm(model, run[last][rows, pairs.at], pairs.answer, pairs.distractor)
+    found: dict[str, Tensor] = {name: frozen.of(run[name][rows, pairs.at]) for name in outside}
+    bias = frozen.constant
+    for layer in range(layout.n_layers):
+        z = run[f"layers.{layer}.z"][rows, pairs.at]
+        writes = torch.einsum("ehd,hdm->ehm", z, model.W_O(layer))
+        shares = frozen.of(writes)
+        for head in range(layout.n_heads):
+            found[f"layers.{layer}.z[{head}]"] = shares[:, head]
+        bias = bias + frozen.of(run[f"layers.{layer}.attn_out"][rows, pairs.at] - writes.sum(1))
+        found[f"layers.{layer}.mlp_out"] = frozen.of(run[f"layers.{layer}.mlp_out"][rows, pairs.at])
+    return Direct({**found, "bias": bias})

@@ -1,0 +1,111 @@
+"""The question of a study: prompts with their corruptions, split into discovery and validation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vesalius.data import TASKS, load_pairs
+from vesalius.data.tasks import task as task_named
+from vesalius.errors import PairsError, UnknownNameError
+from vesalius.inputs import Pairs
+from vesalius.model import Model
+
+SPLITS = ("discovery", "validation")
+SAMPLED = ("template", "names", "entity")
+FEWEST = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """corruptions: name -> Pairs with both splits; the first is the main one, and all share the same clean prompts."""
+
+    name: str
+    text: str
+    corruptions: Mapping[str, Pairs]
+    beginning: str = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, pairs in self.corruptions.items():
+            missing = [split for split in SPLITS if split not in pairs.split_names]
+            if missing:
+                raise PairsError(f"the pairs of corruption {name!r} have no {' and no '.join(missing)} split; a study needs both")
+            for split in SPLITS:
+                if len(pairs.split(split)) < FEWEST:
+                    raise PairsError(f"the {split} split has {len(pairs.split(split))} pairs; a study needs at least {FEWEST}")
+
+    @property
+    def main(self) -> str:
+        return next(iter(self.corruptions))
+
+    def split(self, name: str) -> dict[str, Pairs]:
+        """Corruption -> pairs of one split."""
+        return {corruption: pairs.split(name) for corruption, pairs in self.corruptions.items()}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: len(self.corruptions[self.main].split(name)) for name in SPLITS}
+
+    def plan(self) -> dict[str, Any]:
+        """What the question is, for hashing."""
+        return {"name": self.name, "seed": self.seed, "pairs": {k: v.content_hash for k, v in self.corruptions.items()}}
+
+
+def question_for(what: str, model: Model, *, n: int = 32, seed: int = 0, beginning: str = "auto") -> Question:
+    """A built-in question by name, or the user's own pairs by path.
+
+    Raises UnknownNameError for a name that is neither, and the errors of tasks and pair files.
+    """
+    if what in TASKS:
+        built = task_named(what)
+        made = {c: built.build(model, n=n, seed=seed, corruption=c, beginning=beginning) for c in built.corruptions}
+        pairs = {c: sampling_groups(p) for c, p in made.items()}
+        return Question(what, built.question, pairs, next(iter(pairs.values())).beginning, seed)
+    if not _looks_like_file(what):
+        raise UnknownNameError("question", what, TASKS, "Or give a .jsonl or .csv file with your own pairs.")
+    own = sampling_groups(load_pairs(what, model, beginning=beginning))
+    name = Path(what).stem
+    return Question(name, f"How does the model choose its answers in {Path(what).name}?", {own.corruption: own}, own.beginning, seed)
+
+
+def sampling_groups(pairs: Pairs) -> Pairs:
+    """The pairs with those groups that were sampled: a label that both splits share on purpose (an order, a gender) is a
+    condition, and keeping it would make discovery and validation overlap.
+
+    Raises PairsError when templates, names or entities themselves are shared.
+    """
+    kept = {}
+    for kind, labels in pairs.groups.items():
+        seen: dict[str, set[str]] = {split: set() for split in SPLITS}
+        for label, split in zip(labels, pairs.splits, strict=True):
+            seen.setdefault(split, set()).update(label.split("|"))
+        shared = seen[SPLITS[0]] & seen[SPLITS[1]]
+        if not shared:
+            kept[kind] = labels
+        elif kind in SAMPLED:
+            raise PairsError(
+                f"{kind} {min(shared)!r} occurs in the discovery and in the validation split; what is found on one must be "
+                f"tested on other {kind}: give a split column in which they are disjoint, or leave the {kind} column out"
+            )
+    return replace(pairs, groups=kept)
+
+
+def _looks_like_file(what: str) -> bool:
+    return Path(what).suffix != "" or "/" in what or Path(what).exists()
+
+
+def example_texts(question: Question, model: Model) -> dict[str, str]:
+    """One clean prompt, the same prompt under each corruption, its answer and distractor, as text."""
+    def text(ids: Any) -> str:
+        if model.tokenizer is None:
+            return " ".join(str(int(i)) for i in ids)
+        return str(model.tokenizer.decode([int(i) for i in ids]))
+
+    pairs = {name: p.split(SPLITS[0]) for name, p in question.corruptions.items()}
+    first = pairs[question.main]
+    size = int(first.size[0])
+    shown = {name: text(p.corrupted[0, :size]) for name, p in pairs.items()}
+    return {"clean": text(first.clean[0, :size]), "answer": text(first.answer[:1]), "distractor": text(first.distractor[:1]), **shown}

@@ -1,0 +1,56 @@
+"""Claims about a whole circuit: what it keeps alone (sufficient) and what is lost without it (necessary).
+
+Both are compared with random sets of the same size and composition. The verdict uses the paired leg against their mean;
+the rank among them is reported beside it with the p-value that this many draws can give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vesalius.bench import Bench
+from vesalius.records import Claim, Evidence
+from vesalius.site import Site
+
+KEEPS_AT_LEAST = 0.5
+Floats = NDArray[np.float64]
+
+
+def circuit_claims(
+    bench: Bench, members: Sequence[Site], total: float, draws: int, common: Mapping[str, Any]
+) -> tuple[Claim, Claim]:
+    """Two claims under resample ablation. total: mean effect of ablating everything, in logits, on discovery.
+
+    common: fields every claim of the study shares (n, seed, parents, study, the model's hash as `subject_model`).
+    """
+    fields = dict(common)
+    subject = {"kind": "circuit", "members": [str(part) for part in members], "model_hash": fields.pop("subject_model")}
+    shared = {
+        **fields, "subject": subject, "kind": "circuit", "unit": "logits", "total_effect": total, "delta": KEEPS_AT_LEAST * abs(total),
+        "delta_c": 0.25 * abs(total), "sign": 1 if total > 0 else -1,
+        "control": {"rule": f"mean of {draws} random sets of the same size and composition", "draws": draws},
+        "condition": {"corruption": bench.main, "direction": "noising", "effect": "total"},
+    }  # fmt: skip
+    count = f"the {len(members)} components of the circuit"
+    return (
+        Claim(statement=f"{count} keep at least half of the effect when all others get corrupted values", check="circuit keeps",
+              parameters={"ablation": "resample"}, role="circuit", **shared),
+        Claim(statement=f"without {count} at least half of the effect is lost", check="circuit is needed",
+              parameters={"ablation": "resample"}, role="circuit", **shared),
+    )  # fmt: skip
+
+
+def circuit_evidence(
+    claim: Claim, bench: Bench, effects: Floats, control: Floats, provenance: Mapping[str, Any]
+) -> Evidence:
+    """effects, control: [example], in logits; control is the mean over random sets."""
+    pairs = bench.pairs
+    return Evidence(
+        claim_id=claim.id, effects=tuple(effects.tolist()), control=tuple(control.tolist()),
+        groups={name: tuple(labels) for name, labels in pairs.groups.items()}, example_hashes=pairs.example_hashes,
+        seed=claim.seed, **provenance,
+    )  # fmt: skip

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+import random
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from vesalius.data import load_pairs
+from vesalius.errors import FileFormatError, InputError, PairsError, TokenizerError, UnknownNameError
+
+NAMES = ("Anna", "Paul", "Mary", "John", "Kate", "Tom", "Lucy", "Mark")
+WHERE = ("market", "station", "garden", "school")
+
+
+def tiny_tokenizer() -> Any:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    words = [*NAMES, *NAMES, *WHERE, "At", "the", "met", "and", "gave", "it", "to", "walk"]
+    core.train_from_iterator([f" {w}" for w in words] * 3 + list(NAMES) * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|endoftext|>")
+
+
+MODEL = SimpleNamespace(tokenizer=tiny_tokenizer())
+
+
+def record(i: int, **fields: Any) -> dict[str, Any]:
+    a, b = NAMES[i % 8], NAMES[(i + 1 + i // 8) % 8]
+    place = WHERE[i % len(WHERE)]
+    start = f"At the {place} {a} met {b} and"
+    return {
+        "clean": f"{start} {b} gave it to",
+        "corrupted": f"{start} {a} gave it to",
+        "answer": f" {a}",
+        "distractor": f" {b}",
+        "template": place,
+        "names": f"{a}|{b}",
+        **fields,
+    }
+
+
+RECORDS = [record(i) for i in range(16)]
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(records[0]))
+            writer.writeheader()
+            writer.writerows(records)
+    else:
+        path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def without(records: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k not in names} for r in records]
+
+
+# --- what is read ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".JSONL"])
+def test_a_file_gives_back_its_prompts_answers_and_groups(tmp_path: Path, suffix: str) -> None:
+    pairs = load_pairs(write(tmp_path / f"mine{suffix}", RECORDS), MODEL)
+    decode = MODEL.tokenizer.decode
+    for i, source in enumerate(RECORDS):
+        size = int(pairs.size[i])
+        assert decode(pairs.clean[i, :size]) == "<|endoftext|>" + source["clean"]
+        assert decode(pairs.corrupted[i, :size]) == "<|endoftext|>" + source["corrupted"]
+        assert decode([int(pairs.answer[i])]) == source["answer"]
+        assert decode([int(pairs.distractor[i])]) == source["distractor"]
+    assert pairs.groups == {key: tuple(r[key] for r in RECORDS) for key in ("template", "names")}
+    assert (pairs.task, pairs.corruption, pairs.beginning) == ("mine", "corrupted", "<|endoftext|>")
+
+
+def test_jsonl_and_csv_give_equal_pairs(tmp_path: Path) -> None:
+    one, two = (load_pairs(write(tmp_path / f"p{s}", RECORDS), MODEL) for s in (".jsonl", ".csv"))
+    assert one.content_hash == two.content_hash
+
+
+def test_a_byte_order_mark_and_empty_lines_are_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text("\ufeff" + "\n\n".join(json.dumps(r) for r in RECORDS), encoding="utf-8")
+    assert len(load_pairs(path, MODEL)) == 16
+
+
+def test_beginning_and_corruption_are_passed_on(tmp_path: Path) -> None:
+    pairs = load_pairs(write(tmp_path / "p.jsonl", RECORDS), MODEL, beginning="none", corruption="swap")
+    assert (pairs.beginning, pairs.corruption) == ("none", "swap")
+    assert MODEL.tokenizer.decode([int(pairs.clean[0, 0])]) == "At"
+
+
+def test_group_columns_are_found_by_name_or_as_listed(tmp_path: Path) -> None:
+    records = [{**r, "group_place": i % 3, "group": "x", "note": "n"} for i, r in enumerate(RECORDS)]
+    path = write(tmp_path / "p.jsonl", records)
+    assert set(load_pairs(path, MODEL).groups) == {"template", "names", "group", "group_place"}
+    assert load_pairs(path, MODEL).groups["group_place"][:4] == ("0", "1", "2", "0")
+    assert set(load_pairs(path, MODEL, groups=["note", "template"]).groups) == {"note", "template"}
+    with pytest.raises(FileFormatError, match="lacks speaker"):
+        load_pairs(path, MODEL, groups=["speaker"])
+
+
+def test_missing_groups_are_warned_about(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", without(RECORDS, "template", "names"))
+    with pytest.warns(
+        UserWarning, match=r"no group columns \(found: clean, .*intervals will assume independent prompts"
+    ):
+        assert load_pairs(path, MODEL).groups == {}
+
+
+def test_answers_glued_to_the_prompt_are_warned_about(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", [{**r, "answer": r["answer"].strip()} for r in RECORDS])
+    with pytest.warns(
+        UserWarning, match=r"16 of 16 answers have no leading space, first in p.jsonl, line 1: .*write ' Anna'"
+    ):
+        load_pairs(path, MODEL)
+
+
+# --- splits ----------------------------------------------------------------------------------------------------
+
+
+def test_given_splits_are_kept(tmp_path: Path) -> None:
+    given = ["validation" if i < 5 else "discovery" for i in range(16)]
+    path = write(tmp_path / "p.csv", [{**r, "split": s} for r, s in zip(RECORDS, given, strict=True)])
+    assert load_pairs(path, MODEL).splits == tuple(given)
+
+
+def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.csv", [{**r, "split": "test"} for r in RECORDS])
+    with pytest.raises(UnknownNameError, match=r"unknown split \(p.csv, line 2\) 'test'; known: discovery, validation"):
+        load_pairs(path, MODEL)
+
+
+def test_whole_templates_are_divided_about_half_and_half(tmp_path: Path) -> None:
+    pairs = load_pairs(write(tmp_path / "p.jsonl", RECORDS), MODEL)
+    assert Counter(pairs.splits) == {"discovery": 8, "validation": 8}
+    templates = [set(pairs.split(s).groups["template"]) for s in ("discovery", "validation")]
+    assert not templates[0] & templates[1]
+    assert len(templates[0]) == len(templates[1]) == 2
+
+
+def test_splits_do_not_depend_on_the_order_of_the_rows(tmp_path: Path) -> None:
+    shuffled = random.Random(1).sample(RECORDS, len(RECORDS))
+    one, two = (load_pairs(write(tmp_path / f"{i}.jsonl", r), MODEL) for i, r in enumerate((RECORDS, shuffled)))
+    assert dict(zip(one.example_hashes, one.splits, strict=True)) == dict(
+        zip(two.example_hashes, two.splits, strict=True)
+    )
+
+
+def test_without_templates_the_other_group_is_divided_and_without_groups_the_prompts(tmp_path: Path) -> None:
+    named = [{**r, "names": NAMES[i % 8]} for i, r in enumerate(without(RECORDS, "template"))]
+    pairs = load_pairs(write(tmp_path / "named.jsonl", named), MODEL)
+    names = [set(pairs.split(s).groups["names"]) for s in ("discovery", "validation")]
+    assert not names[0] & names[1]
+    bare = without(RECORDS, "template", "names")
+    twice = [*bare, *({**r, "answer": " the", "distractor": " to"} for r in bare)]
+    with pytest.warns(UserWarning, match="no group columns"):
+        pairs = load_pairs(write(tmp_path / "bare.jsonl", twice), MODEL)
+    assert pairs.splits[:16] == pairs.splits[16:]
+    assert Counter(pairs.splits) == {"discovery": 16, "validation": 16}
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{**r, "template": "one"} for r in RECORDS], "has 16 pairs in 1 groups of 'template'; at least"),
+        (RECORDS[:3], "has 3 pairs in 3 groups of 'template'; at least 4 pairs"),
+    ],
+)  # fmt: skip
+def test_too_little_to_divide_is_refused(tmp_path: Path, records: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(PairsError, match=message):
+        load_pairs(write(tmp_path / "p.jsonl", records), MODEL)
+
+
+def test_a_prompt_in_both_splits_is_refused(tmp_path: Path) -> None:
+    records = [{**r, "split": "discovery"} for r in RECORDS] + [{**RECORDS[2], "split": "validation"}]
+    with pytest.raises(
+        PairsError, match=r"line 17 \(validation\) repeats the clean prompt of p.jsonl, line 3 \(discovery\)"
+    ):
+        load_pairs(write(tmp_path / "p.jsonl", records), MODEL)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------
+
+
+def test_files_that_cannot_be_pairs_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileFormatError, match=f"there is no file {tmp_path}/none.jsonl"):
+        load_pairs("none.jsonl", MODEL)
+    (tmp_path / "dir.jsonl").mkdir()
+    with pytest.raises(FileFormatError, match=f"{tmp_path}/dir.jsonl is a directory"):
+        load_pairs("dir.jsonl", MODEL)
+    write(tmp_path / "pairs.txt", RECORDS)
+    with pytest.raises(FileFormatError, match=r"pairs.txt ends in '.txt'; pairs are read from .jsonl or .csv"):
+        load_pairs("pairs.txt", MODEL)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pt"])
+def test_a_pickle_is_refused_unopened(tmp_path: Path, suffix: str) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path(tmp_path / "ran").touch, ())
+
+    path = tmp_path / f"pairs{suffix}"
+    path.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(FileFormatError, match="pickled files can run code"):
+        load_pairs(path, MODEL)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", b"", "p.jsonl is empty"),
+        ("p.csv", b"clean,corrupted,answer,distractor\n", "p.csv is empty"),
+        ("p.jsonl", b'{"clean": "a"}\n{"clean": \n', "p.jsonl, line 2 is not JSON"),
+        ("p.jsonl", b'["a", "b"]\n', "p.jsonl, line 1 is not a JSON object"),
+        ("p.jsonl", b'{"clean": "a", "text": "b"}\n', "lacks corrupted, .*Found: clean, text. Needed: clean,"),
+        ("p.csv", b"clean,answer\na,b\n", "lacks corrupted, distractor. Found: clean, answer"),
+        ("p.csv", b"clean,corrupted,answer,distractor\na,b,c,d,e\n", "line 2 has more fields than the header"),
+        ("p.csv", b'clean,corrupted,answer,distractor\na,"b\n', "p.csv, line 2 is not CSV"),
+        ("p.csv", b"clean,corrupted,answer,distractor,names\na,b\n", "line 2: group names is empty"),
+        ("p.jsonl", b'{"clean": "caf\xe9"}\n', r"p.jsonl is not UTF-8 text \(byte 14"),
+    ],
+)  # fmt: skip
+def test_broken_contents_are_refused_with_the_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_pairs(tmp_path / name, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"clean": ""}, InputError, "p.jsonl, line 2: clean is empty"),
+        ({"answer": float("nan")}, InputError, r"p.jsonl, line 2: answer must be text, got nan \(float\)"),
+        ({"corrupted": None}, InputError, "p.jsonl, line 2: corrupted must be text, got None"),
+        ({"template": float("nan")}, InputError, "p.jsonl, line 2: template must be text, got nan"),
+        ({"template": ""}, InputError, "p.jsonl, line 2: group template is empty"),
+        ({"answer": " Anna Paul"}, TokenizerError, r"line 2: answer .*not a single .*\[' Anna', ' Paul'\].*leading"),
+        ({"answer": " to", "distractor": " to"}, PairsError, "p.jsonl, line 2: answer equals distractor"),
+        ({"corrupted": "At the market"}, PairsError, r"line 2: clean has \d+ tokens and corrupted 3.*\['At', ' the'"),
+        ({"corrupted": record(1)["clean"]}, PairsError, "p.jsonl, line 2: clean and corrupted prompts are identical"),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_no_pair_is_refused_with_its_line(
+    tmp_path: Path, fields: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    records = [record(1, **fields) if i == 1 else r for i, r in enumerate(RECORDS)]
+    with pytest.raises(error, match=message):
+        load_pairs(write(tmp_path / "p.jsonl", records), MODEL)
+
+
+def test_a_missing_field_in_one_line_is_refused(tmp_path: Path) -> None:
+    records = [*RECORDS[:2], *without(RECORDS[2:3], "answer"), *RECORDS[3:]]
+    with pytest.raises(FileFormatError, match=r"p\.jsonl, line 3 has no answer"):
+        load_pairs(write(tmp_path / "p.jsonl", records), MODEL)
+
+
+def test_a_model_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"SimpleNamespace has no tokenizer.*vesalius.Pairs"):
+        load_pairs(write(tmp_path / "p.jsonl", RECORDS), SimpleNamespace(tokenizer=None))

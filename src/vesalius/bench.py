@@ -57,7 +57,7 @@ class Bench:
     sink: Sink = silent
     _runs: dict[str, Record] = field(default_factory=dict, repr=False)
     _effects: dict[tuple[str, str, Site], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    cost: Cost = field(default_factory=lambda: Cost(0, 0, 0))
+    cost: Cost = field(default_factory=lambda: Cost(0.0, 0.0, 0))
     memo: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False)
     """Other figures measured on this bench, by a name and parameters (kept by the rooms that measure them)."""
 

@@ -20,7 +20,7 @@ from vesalius.sweeps.record import Record
 from vesalius.sweeps.replay import Replay, Rows, base_pattern
 from vesalius.sweeps.variants import Batch, Donor, Variant, batches, normal, rows_of
 
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 1024
 TOLERANCE, ROUNDING = 1e-4, 1e-5
 _UNWATCHED = ("resid_pre", "resid_mid", "resid_post", "scores", "result")
 

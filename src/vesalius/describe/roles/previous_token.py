@@ -9,6 +9,9 @@ from vesalius.describe.ingredients import looks, matters, role_fit
 from vesalius.describe.measures import FIRST_QUERY
 from vesalius.site import Site
 
+# Averaged over positions, any head that looks near itself reaches .2: a previous-token head does twice that.
+MOSTLY = 0.4
+
 
 @dataclass(frozen=True)
 class PreviousToken:
@@ -20,5 +23,5 @@ class PreviousToken:
     def fit(self, context: Context, component: Site) -> RoleFit | None:
         if bool((context.bench.landmarks["end"] < FIRST_QUERY).any()):
             return None
-        seen = looks(context, component, "every", "previous", "two back")
+        seen = looks(context, component, "every", "previous", "two back", at_least=MOSTLY)
         return role_fit(context, component, self.name, [seen, matters(context, component)])

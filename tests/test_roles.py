@@ -1,0 +1,408 @@
+"""Roles: found where they are planted, not found when one ingredient is missing, and never by looks alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import handmade
+import tiny
+import vesalius as vs
+from handmade import SITES, Planted
+from vesalius.bench import Bench
+from vesalius.describe import FITS, MEASURES, ROLES, Context, Descriptions, best_of, describe, figure
+from vesalius.describe.ingredients import above, within
+from vesalius.describe.measures import lean, measure_shifts
+from vesalius.describe.places import in_words, positions, present
+from vesalius.errors import InputError, PairsError, UnknownNameError
+from vesalius.site import Site
+
+NAMES = ["S-inhibition", "S-suppressor", "attention sink", "duplicate-token", "induction",
+         "MLP writes toward the answer", "MLP writes toward the distractor", "name mover", "negative mover",
+         "previous-token"]  # fmt: skip
+PART, MOVER, MLP = Site("z", 0, 1), Site("z", 2, 3), Site("mlp_out", 1)
+BIG, DELTA = 1.0, 0.5
+
+
+def context(bench: Bench, *members: Site, movers: tuple[Site, ...] = ()) -> Context:
+    made = Context.of(bench, members)
+    return replace(made, total_effect=10.0, delta=DELTA, movers=movers)
+
+
+def role_of(found: Descriptions, component: Site) -> str | None:
+    fit = found[component]
+    return None if fit is None else fit.role
+
+
+# --- Every role planted by its ingredients, and each ingredient taken away -----------------------------------------
+
+
+def attending(query: str, key: str, mass: float = 0.8) -> Callable[[Planted], None]:
+    def plant(bench: Planted) -> None:
+        bench.attend(PART, positions(bench, query), positions(bench, key), mass)
+
+    return plant
+
+
+def previous(bench: Planted) -> None:
+    for at in range(1, handmade.WIDTH):
+        where = torch.full((bench.n,), at)
+        bench.attend(PART, where, where - 1, 0.8)
+
+
+def direct(value: float, part: Site = PART) -> Callable[[Planted], None]:
+    return lambda bench: bench.directs.update({part: value})
+
+
+def total(value: float, part: Site = PART) -> Callable[[Planted], None]:
+    return lambda bench: bench.totals.update({part: value})
+
+
+def copying(key: str, amount: float) -> Callable[[Planted], None]:
+    return lambda bench: bench.copy(PART, key, amount)
+
+
+def turning(amount: float) -> Callable[[Planted], None]:
+    return lambda bench: bench.turned.update({PART: amount})
+
+
+RECIPES: dict[str, list[Callable[[Planted], None]]] = {
+    "previous-token": [previous, total(BIG)],
+    "duplicate-token": [attending("distractor_last", "distractor_first"), total(-BIG)],
+    "induction": [attending("distractor_last", "distractor_first+1"), total(BIG)],
+    "S-inhibition": [attending("end", "distractor_last"), total(BIG), turning(0.2)],
+    "name mover": [attending("end", "answer"), copying("answer", BIG), direct(BIG)],
+    "S-suppressor": [attending("end", "distractor_last"), copying("distractor_last", -BIG), direct(BIG)],
+    "negative mover": [direct(-BIG), total(-BIG)],
+    "attention sink": [attending("end", "first"), total(BIG)],
+}
+
+
+def planted(recipe: list[Callable[[Planted], None]]) -> Descriptions:
+    bench = Planted()
+    for plant in recipe:
+        plant(bench)
+    return describe(context(bench, PART, movers=(MOVER,)))
+
+
+def test_the_library_has_the_stated_roles() -> None:
+    assert sorted(role.name for role in ROLES) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("role", RECIPES)
+def test_a_planted_role_is_found(role: str) -> None:
+    fit = planted(RECIPES[role])[PART]
+    assert fit is not None
+    assert fit.role == role
+    assert FITS <= fit.score <= 1
+    assert 1 <= len(fit.claims) <= 3
+
+
+@pytest.mark.parametrize(
+    ("role", "missing"), [(role, number) for role, recipe in RECIPES.items() for number in range(len(recipe))]
+)
+def test_a_role_is_not_found_without_one_of_its_ingredients(role: str, missing: int) -> None:
+    rest = [plant for number, plant in enumerate(RECIPES[role]) if number != missing]
+    found = planted(rest)
+    assert role_of(found, PART) != role
+    assert found.scores[str(PART)].get(role, 0.0) < FITS
+
+
+@pytest.mark.parametrize(
+    ("role", "wrong"),
+    [("name mover", copying("answer", -BIG)), ("name mover", direct(-BIG)),
+     ("name mover", attending("end", "distractor_first")), ("S-suppressor", copying("distractor_last", BIG)),
+     ("S-suppressor", direct(-BIG)), ("S-inhibition", turning(-0.2)), ("attention sink", direct(BIG)),
+     ("attention sink", direct(-BIG)), ("negative mover", total(BIG))],
+)  # fmt: skip
+def test_a_role_is_not_found_when_an_ingredient_has_the_wrong_sign(role: str, wrong: Any) -> None:
+    assert role_of(planted([*RECIPES[role], wrong]), PART) != role
+
+
+@pytest.mark.parametrize("place", ["answer", "distractor_first", "distractor_last", "first"])
+def test_a_negative_mover_is_found_by_its_sign_wherever_it_looks(place: str) -> None:
+    found = planted([*RECIPES["negative mover"], attending("end", place)])
+    fit = found[PART]
+    assert fit is not None
+    assert fit.role == "negative mover"
+    assert f"looks most at {in_words(place)} (0.80)" in fit.description
+    assert [claim.sign for claim in fit.claims] == [-1, -1]
+
+
+def test_s_inhibition_needs_a_mover_in_a_later_layer() -> None:
+    bench = Planted()
+    for plant in RECIPES["S-inhibition"]:
+        plant(bench)
+    assert role_of(describe(context(bench, PART)), PART) is None
+    assert role_of(describe(context(bench, PART, movers=(Site("z", 0, 2),))), PART) is None
+    assert role_of(describe(context(bench, PART, movers=(MOVER,))), PART) == "S-inhibition"
+
+
+def test_mlps_are_described_by_the_sign_of_what_they_write() -> None:
+    bench = Planted()
+    others = Site("mlp_out", 0), Site("mlp_out", 2)
+    bench.directs |= {MLP: BIG, others[0]: -BIG, others[1]: 0.4 * DELTA}
+    found = describe(context(bench, MLP, *others))
+    assert role_of(found, MLP) == "MLP writes toward the answer"
+    assert role_of(found, others[0]) == "MLP writes toward the distractor"
+    assert role_of(found, others[1]) is None
+
+
+def test_no_role_fits_is_an_outcome_and_its_scores_are_shown() -> None:
+    found = planted([total(BIG)])
+    assert found[PART] is None
+    assert found.claims == ()
+    assert max(found.scores[str(PART)].values()) < FITS
+
+
+def test_the_embeddings_have_no_role() -> None:
+    found = describe(context(Planted(), Site("embed"), PART))
+    assert found["embed"] is None
+    assert found.scores["embed"] == {}
+
+
+def test_the_best_scoring_role_is_kept() -> None:
+    found = planted([attending("end", "distractor_last"), total(BIG), turning(0.9), copying("distractor_last", -0.6),
+                     direct(0.6)])  # fmt: skip
+    scores = found.scores[str(PART)]
+    assert scores["S-inhibition"] > scores["S-suppressor"] >= FITS
+    assert role_of(found, PART) == "S-inhibition"
+    assert best_of(()) is None
+
+
+def test_strengths_are_half_at_the_threshold_and_grow() -> None:
+    assert above(0.3, 0.3) == pytest.approx(FITS)
+    assert above(0.31, 0.3) > FITS > above(0.29, 0.3)
+    assert above(-1, 0.3) == 0
+    assert within(0.3, 0.3) == pytest.approx(FITS)
+    assert within(-0.2, 0.3) > FITS > within(-0.4, 0.3)
+
+
+# --- A network whose mechanism is known ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def known() -> Bench:
+    return handmade.bench(handmade.network())
+
+
+def test_the_network_does_its_task(known: Bench) -> None:
+    assert bool((known.metric("clean") > 2).all())
+    assert bool((known.metric("swap") < -2).all())
+
+
+def test_the_mechanism_of_a_known_network_is_found(known: Bench) -> None:
+    found = describe(Context.of(known, tuple(SITES.values())))
+    roles = {name: role_of(found, site) for name, site in SITES.items()}
+    assert roles == {
+        "previous": None,  # attends to the position before, but nothing follows from it
+        "inhibition": "S-inhibition", "mover": "name mover", "suppressor": "S-suppressor",
+        "negative": "negative mover", "idle": None,
+    }  # fmt: skip
+    assert len(found.claims) == 3 + 3 + 3 + 2
+
+
+@pytest.mark.parametrize(
+    ("change", "part", "role"),
+    [({"mover": -3.0}, "mover", "negative mover"), ({"mover": 0.0}, "mover", None), ({"looks": False}, "mover", None),
+     ({"suppressor": 2.0}, "suppressor", "negative mover"), ({"negative": 1.0}, "negative", "name mover"),
+     ({"flag": 0.0}, "inhibition", None)],
+)  # fmt: skip
+def test_changing_one_weight_of_the_mechanism_changes_the_description(change: Any, part: str, role: str | None) -> None:
+    bench = handmade.bench(handmade.network(**change))
+    assert role_of(describe(Context.of(bench, handmade.MEMBERS)), SITES[part]) == role
+
+
+def test_a_previous_token_head_attends_to_the_position_before(known: Bench) -> None:
+    def mass(site: Site, key: str) -> float:
+        return float(figure(known, "attends", {"component": str(site), "query": "every", "key": key}).mean())
+
+    assert mass(SITES["previous"], "previous") > 0.95
+    assert mass(SITES["previous"], "two back") < 0.05
+    assert mass(SITES["idle"], "previous") < 0.3
+
+
+def test_descriptions_say_what_was_measured_in_plain_words(known: Bench) -> None:
+    fit = describe(Context.of(known, handmade.MEMBERS))[SITES["mover"]]
+    assert fit is not None
+    assert fit.description.startswith("head 1.0 as name mover: attends from the last position to the answer (0.99 of")
+    means = {estimate.behaviour.check: estimate.mean for estimate in fit.behaviours}
+    assert means["direct_effect"] == pytest.approx(float(known.direct(SITES["mover"]).mean()))
+
+
+def test_claims_name_their_terms(known: Bench) -> None:
+    made = Context.of(known, handmade.MEMBERS, study="toy", n=20)
+    claims = {(c.subject["site"], c.check): c for c in describe(made).claims}
+    shift = claims[str(SITES["inhibition"]), "moves_attention"]
+    looks, direct_claim = (claims[str(SITES["mover"]), check] for check in ("attends", "direct_effect"))
+    assert made.total_effect == pytest.approx(float(known.total("swap").mean()))
+    assert direct_claim.delta == pytest.approx(0.05 * made.total_effect)
+    assert direct_claim.nulls == (("shuffled labels", direct_claim.delta / 2),)
+    assert (looks.kind, looks.unit, looks.total_effect) == ("predictive", "attention", None)
+    assert looks.nulls == (("elsewhere", looks.delta / 2),)
+    assert 1.5 < (shift.total_effect or 0) < 2.01
+    for claim in claims.values():
+        assert (claim.n, claim.study) == (20, "toy")
+        assert claim.parents == (known.pairs.content_hash,)
+        assert claim.subject["model_hash"] == known.model.content_hash
+        assert not set(claim.control["parts"]) & set(map(str, handmade.MEMBERS))
+        assert vs.Claim.from_json(claim.to_json()) == claim
+
+
+# --- The figures against independent implementations ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def random_bench(request: pytest.FixtureRequest) -> Bench:
+    return Bench(tiny.model(request.param), {"swap": handmade.pairs(8).split("discovery")})
+
+
+def test_attention_is_what_a_plain_run_shows(random_bench: Bench) -> None:
+    run = random_bench.model.run(random_bench.pairs.tokens("clean"), capture=["layers.1.pattern"])
+    pattern, marks = run["layers.1.pattern"][:, 2], random_bench.landmarks
+    for query, key in (("end", "answer"), ("distractor_last", "distractor_first+1"), ("end", "first")):
+        found = figure(random_bench, "attends", {"component": "layers.1.z[2]", "query": query, "key": key})
+        at, to = marks[query], positions(random_bench, key)
+        expected = torch.stack([pattern[row, at[row], to[row]] for row in range(random_bench.n)])
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    others = figure(random_bench, "attends", {"component": "layers.1.z[2]", "query": "end", "key": "others"})
+    torch.testing.assert_close(others, pattern[:, -1, 1:].mean(1), atol=1e-5, rtol=1e-4)
+    back = figure(random_bench, "attends", {"component": "layers.1.z[2]", "query": "every", "key": "two back"})
+    loop = torch.stack([pattern[:, at, at - 2] for at in range(3, 8)]).mean(0)
+    torch.testing.assert_close(back, loop, atol=1e-5, rtol=1e-4)
+
+
+def test_copying_is_what_writing_the_value_into_frozen_logits_does(random_bench: Bench) -> None:
+    model, pairs = random_bench.model, random_bench.pairs
+    found = figure(
+        random_bench, "copies", {"component": "layers.1.z[4]" if _six(model) else "layers.1.z[3]", "key": "answer"}
+    )
+    head = 4 if _six(model) else 3
+    run = model.run(pairs.tokens("clean"), capture=["layers.1.v", "layers.2.resid_post"])
+    for row in range(random_bench.n):
+        value = run["layers.1.v"][row, int(random_bench.landmarks["answer"][row])]
+        write = value[head // (model.described[1].n_heads // len(value))] @ model.W_O(1)[head]
+        logits = _frozen_logits(model, run["layers.2.resid_post"][row, -1], write)
+        own = {int(pairs.answer[row]), int(pairs.distractor[row])}
+        others = sorted({*pairs.answer.tolist(), *pairs.distractor.tolist()} - own)
+        expected = logits[int(pairs.answer[row])] - logits[others].mean()
+        torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=1e-3)
+
+
+def _six(model: vs.Model) -> bool:
+    return model.described[1].n_heads == 6
+
+
+def _frozen_logits(model: vs.Model, final: torch.Tensor, write: torch.Tensor) -> torch.Tensor:
+    """All logits of one write, through the final norm with the scale it has at `final`."""
+    norm = model.module.model.norm if _six(model) else model.module.transformer.ln_f
+    if _six(model):
+        scale = (final.pow(2).mean() + norm.variance_epsilon).rsqrt()
+        return (write * scale * norm.weight) @ model.W_U.T
+    scale = (final.var(unbiased=False) + norm.eps).rsqrt()
+    return ((write - write.mean()) * scale * norm.weight) @ model.W_U.T
+
+
+def test_a_shift_of_attention_is_what_a_patched_run_shows(random_bench: Bench) -> None:
+    model, pairs, rows = random_bench.model, random_bench.pairs, torch.arange(random_bench.n)
+    parameters = {"component": "layers.0.z[1]", "movers": ["layers.1.z[0]", "layers.2.z[3]"]}
+    found = figure(random_bench, "moves_attention", parameters)
+    corrupted = model.run(pairs.tokens("corrupted"), capture=["layers.0.z"])
+    patch = vs.Patch("layers.0.z[1]", source=corrupted["layers.0.z"][:, :, 1])
+    marks, leans = random_bench.landmarks, []
+    for edits in ([], [patch]):
+        run = model.run(pairs.tokens("clean"), capture=["layers.*.pattern"], interventions=edits)
+        for layer, head in ((1, 0), (2, 3)):
+            seen = run[f"layers.{layer}.pattern"][:, head, -1]
+            leans.append(
+                seen[rows, marks["answer"]]
+                - seen[rows, marks["distractor_first"]]
+                - seen[rows, marks["distractor_last"]]
+            )
+    expected = (leans[0] - leans[2] + leans[1] - leans[3]) / 2
+    assert float(expected.abs().max()) > 1e-4
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_shifts_of_many_parts_take_one_sweep(random_bench: Bench) -> None:
+    bench = Bench(random_bench.model, random_bench.corruptions)
+    parts, movers = [Site("z", 0, 0), Site("z", 1, 1)], [Site("z", 2, 2)]
+    measure_shifts(bench, parts, movers, "swap", "denoising")
+    spent = bench.cost
+    for part in parts:
+        named = {"component": str(part), "movers": [str(movers[0])], "direction": "denoising"}
+        assert torch.isfinite(figure(bench, "moves_attention", named)).all()
+    assert bench.cost == spent
+
+
+def test_noising_and_denoising_everything_turn_the_movers_alike() -> None:
+    bench = handmade.bench(handmade.network())
+    whole = (lean(bench, SITES["mover"]) - lean(bench, SITES["mover"], "swap")).mean()
+    for direction in ("noising", "denoising"):
+        named = {"component": str(SITES["inhibition"]), "movers": [str(SITES["mover"])], "direction": direction}
+        shift = figure(bench, "moves_attention", named).mean()
+        torch.testing.assert_close(shift, whole, atol=0.02, rtol=0.01)
+
+
+# --- Prompts that lack landmarks, and wrong input -------------------------------------------------------------------
+
+
+def test_tasks_without_landmarks_are_described_by_the_roles_that_need_none() -> None:
+    model = tiny.model("llama")
+    pairs = tiny.pairs(6)
+    pairs = replace(pairs, answer=torch.full((6,), 59), distractor=torch.full((6,), 60))
+    bench = Bench(model, {"corrupted": pairs})
+    heads = [site for site in handmade.SITES.values()]
+    found = describe(Context.of(bench, [*heads, MLP]))
+    assert set(found.scores[str(heads[0])]) == {"negative mover", "previous-token", "attention sink"}
+    assert set(found.scores[str(MLP)]) == {"MLP writes toward the answer", "MLP writes toward the distractor"}
+
+
+def test_an_induction_head_is_found_at_a_last_token_that_occurred_before() -> None:
+    bench = Planted()
+    clean = bench.pairs.clean.clone()
+    clean[:, 2] = handmade.END
+    pairs = replace(
+        bench.pairs,
+        clean=clean,
+        corrupted=clean.where(bench.pairs.clean == bench.pairs.corrupted, bench.pairs.corrupted),
+    )
+    bench.corruptions, bench.memo = {"swap": pairs}, {}
+    assert positions(bench, "earlier_end").tolist() == [2] * bench.n
+    bench.attend(PART, positions(bench, "end"), positions(bench, "earlier_end+1"), 0.8)
+    bench.totals[PART] = BIG
+    assert role_of(describe(context(bench, PART)), PART) == "induction"
+
+
+def test_a_place_that_a_prompt_lacks_is_refused_and_named() -> None:
+    bench = Planted()
+    bench.memo["landmarks",] = {**bench.landmarks, "answer": torch.where(torch.arange(bench.n) == 3, -1, 1)}
+    assert not present(bench, "answer")
+    with pytest.raises(PairsError, match=r"1 of 12 prompts have no 'answer' \(the answer\), the first is prompt 3"):
+        positions(bench, "answer")
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    bench = Planted()
+    with pytest.raises(UnknownNameError, match=r"unknown place 'subject'; known: answer, changed, distractor_first"):
+        positions(bench, "subject")
+    with pytest.raises(UnknownNameError, match=r"unknown relative place 'next'; known: previous, two back"):
+        figure(bench, "attends", {"component": str(PART), "query": "every", "key": "next"})
+    with pytest.raises(UnknownNameError, match=r"unknown figure 'looks'; known: " + ", ".join(sorted(MEASURES))):
+        figure(bench, "looks", {"component": str(PART)})
+    with pytest.raises(InputError, match=r"layers.1.mlp_out is not an attention head"):
+        figure(bench, "attends", {"component": str(MLP), "query": "end", "key": "answer"})
+    with pytest.raises(InputError, match=r"layers.2.z\[3\] cannot move the attention of layers.0.z\[1\]"):
+        figure(bench, "moves_attention", {"component": str(MOVER), "movers": [str(PART)]})
+
+
+def test_copying_needs_other_prompts_tokens() -> None:
+    bench = Planted()
+    one = bench.pairs.subset([0, 0])
+    alone = Bench(bench.model, {"swap": one})
+    with pytest.raises(PairsError, match="other prompts' answers and distractors, but there are none"):
+        figure(alone, "copies", {"component": str(PART), "key": "answer"})

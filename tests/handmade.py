@@ -1,6 +1,6 @@
 """A network whose mechanism is known, built by hand, and the task it solves; and a bench whose figures are planted.
 
-Prompts are [BOS X . Y . S2 . END], where X and Y are a token of class A and one of class B in either order and S2 is
+Prompts are [BOS X . Y . . S2 . END], where X and Y are a token of class A and one of class B in either order and S2 is
 the B token again; the answer is the A token. Corrupted: S2 is the A token.
 
     0.0  previous-token          attends to the position before; writes nothing
@@ -13,6 +13,8 @@ the B token again; the answer is the A token. Corrupted: S2 is the A token.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,11 +26,12 @@ import tiny
 import vesalius as vs
 from vesalius.bench import Bench
 from vesalius.site import Site
+from vesalius.sweeps.record import Record
 
-VOCAB, WIDTH, D_HEAD, HEADS = 40, 8, 48, 4
-BOS, END, S2 = 0, 1, 5
+VOCAB, WIDTH, D_HEAD, HEADS = 40, 9, 48, 4
+BOS, END, S2 = 0, 1, 6
 CLASS_A, CLASS_B, FILLERS = range(2, 14), range(14, 26), range(26, 40)
-POSITION, IS_A, IS_B, IS_END, FLAG, CONSTANT = 40, 48, 49, 50, 51, 52
+POSITION, IS_A, IS_B, IS_END, FLAG, CONSTANT = 40, 50, 51, 52, 53, 54
 SITES = {
     "previous": Site("z", 0, 0), "inhibition": Site("z", 0, 1), "mover": Site("z", 1, 0),
     "suppressor": Site("z", 1, 1), "negative": Site("z", 1, 2), "idle": Site("z", 1, 3),
@@ -48,7 +51,7 @@ def pairs(n: int = 24) -> vs.Pairs:
                 FILLERS[7 * split + d] for d in (template % 7, (template * 3 + 1) % 7, (template // 7 + row // 12) % 7)
             ]
             x, y = (a, b) if row % 4 < 2 else (b, a)
-            clean = [BOS, x, dots[0], y, dots[1], b, dots[2], END]
+            clean = [BOS, x, dots[0], y, dots[1], dots[0], b, dots[2], END]
             corrupted = [a if at == S2 else token for at, token in enumerate(clean)]
             rows.append({"clean": clean, "corrupted": corrupted, "answer": a, "distractor": b, "split": name,
                          "template": f"{name} {template}", "names": f"{a}|{b}"})  # fmt: skip
@@ -104,6 +107,7 @@ class Builder:
         self.set(site, "k", {(IS_A, 0): 1.0, (IS_B, 0): 1.0, (IS_A, 1): 1.0, (IS_B, 1): -1.0})
 
 
+@cache
 def network(*, mover: float = 3.0, looks: bool = True, suppressor: float = -2.0, negative: float = -1.0,
             flag: float = 1.0, noise: float = 0.002, seed: int = 0) -> vs.Model:  # fmt: skip
     """The network; each argument takes one ingredient away or turns it round."""
@@ -132,11 +136,24 @@ def bench(model: vs.Model, split: str = "discovery", n: int = 24) -> Bench:
     return Bench(model, {"swap": pairs(n).split(split)})
 
 
+@cache
+def random_model() -> vs.Model:
+    return tiny.model("gpt2")
+
+
+@cache
+def random_record(n: int) -> Record:
+    return Bench(random_model(), {"swap": pairs(n).split("discovery")}).run("clean")
+
+
 class Planted(Bench):
     """A bench on a random model whose figures are what the test says; whatever is not planted is zero or uniform."""
 
     def __init__(self, n: int = 12) -> None:
-        super().__init__(tiny.model("gpt2"), {"swap": pairs(n).split("discovery")})
+        super().__init__(random_model(), {"swap": pairs(n).split("discovery")})
+        # Its values are written to; the rest is shared.
+        record = random_record(n)
+        self._runs["clean"] = replace(record, values=tuple(values.clone() for values in record.values))
         self.seen: dict[Site, Tensor] = {}
         self.directs: dict[Site, float] = {}
         self.totals: dict[Site, float] = {}
@@ -156,6 +173,9 @@ class Planted(Bench):
 
     def direct(self, part: Site, labels: vs.Pairs | None = None) -> Tensor:
         return torch.full((self.n,), self.directs.get(part, 0.0) if labels is None else 0.0)
+
+    def total(self, corruption: str) -> Tensor:
+        return torch.full((self.n,), 10.0)
 
     def effects(self, parts: Any, corruption: str, direction: str) -> Tensor:
         return torch.tensor([[self.totals.get(part, 0.0)] * self.n for part in parts])

@@ -1,13 +1,14 @@
 """Bench: one split of a task on one model, with everything that is measured on it kept once.
 
-Roles (on discovery) and checks (on validation) take the same figures from a Bench, so that what a description predicts and
-what is tested are computed by the same code on different data.
+Roles (on discovery) and checks (on validation) take the same figures from a Bench, so that what a description predicts
+and what is tested are computed by the same code on different data. With blocks to keep them in, finished pieces survive
+a killed run, and so does what they cost: a resumed study says the same as one that was never stopped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from vesalius.sweeps.variants import Donor, Variant, patch_donor
 EMBED = Site("embed")
 DIRECTIONS = ("noising", "denoising")
 _COST = "cost of this block"
+BLOCK = 43
+"""Parts measured together, and kept together: a killed run loses at most one block."""
 
 
 def components(model: Model) -> list[Site]:
@@ -45,9 +48,10 @@ def components(model: Model) -> list[Site]:
 
 @dataclass(eq=False)
 class Bench:
-    """One split of a task. corruptions: name -> Pairs; all share the same clean prompts, row by row.
+    """One split of a task. corruptions: name -> Pairs; all share clean prompts, answers and read positions, row by row.
 
-    Raises PairsError when they do not.
+    blocks: where finished pieces are kept (default nowhere). name: what this bench's pieces are filed under; benches
+    that share blocks need different names. Raises PairsError when there are no corruptions or they do not match.
     """
 
     model: Model
@@ -55,6 +59,8 @@ class Bench:
     seed: int = 0
     check: bool = True
     sink: Sink = silent
+    blocks: Blocks = field(default_factory=lambda: Blocks(None, ""), repr=False)
+    name: str = ""
     _runs: dict[str, Record] = field(default_factory=dict, repr=False)
     _effects: dict[tuple[str, str, Site], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     cost: Cost = field(default_factory=lambda: Cost(0.0, 0.0, 0))
@@ -62,10 +68,15 @@ class Bench:
     """Other figures measured on this bench, by a name and parameters (kept by the rooms that measure them)."""
 
     def __post_init__(self) -> None:
-        first = self.pairs
+        if not self.corruptions:
+            raise PairsError("a bench needs pairs of at least one corruption; got none")
         for name, pairs in self.corruptions.items():
-            if pairs.example_hashes != first.example_hashes:
-                raise PairsError(f"corruption {name!r} has other clean prompts than {first.corruption!r}; they must be equal row by row")
+            differs = _difference(self.pairs, pairs)
+            if differs:
+                raise PairsError(
+                    f"corruption {name!r} has other {differs} than {self.main!r}: all corruptions of a task change the "
+                    "same clean prompts, row by row, and are scored with the same answers"
+                )
 
     @property
     def main(self) -> str:
@@ -91,8 +102,8 @@ class Bench:
         return self._runs[which]
 
     @property
-    def landmarks(self) -> Mapping[str, Int[Tensor, "example"]]:
-        """Named positions of the clean prompts: end, answer, distractor_first, distractor_last, changed; -1 is absent."""
+    def landmarks(self) -> Mapping[str, Int[Tensor, " example"]]:
+        """Named positions of the clean prompts (see `data.landmarks`); -1 is absent."""
         if ("landmarks",) not in self.memo:
             self.memo["landmarks",] = landmarks(self.pairs, self.model.tokenizer)
         return self.memo["landmarks",]
@@ -101,20 +112,16 @@ class Bench:
     def shuffled(self) -> Pairs:
         """The same prompts with other prompts' answers and distractors: labels that carry no information."""
         order = derangement(self.n, self.seed)
-        shuffled = self.pairs
-        return Pairs(
-            clean=shuffled.clean, corrupted=shuffled.corrupted, answer=shuffled.answer[order], distractor=shuffled.distractor[order],
-            lengths=shuffled.size, read=shuffled.at, groups=shuffled.groups, splits=shuffled.splits, corruption=shuffled.corruption,
-        )  # fmt: skip
+        return replace(self.pairs, answer=self.pairs.answer[order], distractor=self.pairs.distractor[order])
 
-    def metric(self, which: str, labels: Pairs | None = None) -> Float[Tensor, "example"]:
+    def metric(self, which: str, labels: Pairs | None = None) -> Float[Tensor, " example"]:
         """Logit difference of the clean run or of a corruption's run, per example."""
         base = self.run(which)
         hidden = base.resid[-1][torch.arange(self.n), self.pairs.at]
         labels = labels or self.pairs
         return self.frozen(which, labels).of(hidden) + self.frozen(which, labels).constant
 
-    def total(self, corruption: str) -> Float[Tensor, "example"]:
+    def total(self, corruption: str) -> Float[Tensor, " example"]:
         """Total effect per example: clean minus corrupted logit difference."""
         return self.metric("clean") - self.metric(corruption)
 
@@ -132,12 +139,12 @@ class Bench:
         assert part.layer is not None and part.index is not None
         return value[:, part.index] @ self.model.W_O(part.layer)[part.index]
 
-    def direct(self, part: Site, labels: Pairs | None = None) -> Float[Tensor, "example"]:
+    def direct(self, part: Site, labels: Pairs | None = None) -> Float[Tensor, " example"]:
         """Direct contribution of a part to the clean run's logit difference, final norm frozen."""
         return self.frozen("clean", labels).of(self.write(part))
 
     def pattern(self, part: Site, which: str = "clean") -> Float[Tensor, "example query_pos key_pos"]:
-        """Attention pattern of a head, from recorded queries and keys."""
+        """Attention pattern of a head, from recorded queries and keys; exact at real query positions."""
         assert part.layer is not None and part.index is not None
         base = self.run(which)
         keys = base.keys[part.layer]
@@ -156,7 +163,9 @@ class Bench:
         base, other = (clean, corrupted) if direction == "noising" else (corrupted, clean)
         return base, patch_donor(base, other)
 
-    def evaluate(self, variants: Sequence[Variant], base: Record, donor: Donor, task: str, watch: Sequence[Site] = ()) -> Outcome:
+    def evaluate(
+        self, variants: Sequence[Variant], base: Record, donor: Donor, task: str, watch: Sequence[Site] = ()
+    ) -> Outcome:
         """Variants on this split's prompts, scored with the true labels and with shuffled ones."""
         outcome = evaluate(
             base, variants, donor, self.pairs, logit_diff, others=(self.shuffled,), watch=watch, check=self.check,
@@ -168,8 +177,8 @@ class Bench:
     def effects(self, parts: Sequence[Site], corruption: str, direction: str) -> Float[Tensor, "part example"]:
         """Effect of patching each part alone, positive when the clean value helps the answer.
 
-        noising: clean run minus the run with the part's corrupted value. denoising: run with the part's clean value minus
-        the corrupted run. Both are oriented alike, so that signs compare.
+        noising: clean run minus the run with the part's corrupted value. denoising: run with the part's clean value
+        minus the corrupted run. Both are oriented alike, so that signs compare.
         """
         self._measure(parts, corruption, direction)
         return torch.stack([self._effects[corruption, direction, part][0] for part in parts])
@@ -181,18 +190,28 @@ class Bench:
 
     def _measure(self, parts: Sequence[Site], corruption: str, direction: str) -> None:
         missing = [part for part in dict.fromkeys(parts) if (corruption, direction, part) not in self._effects]
-        if not missing:
-            return
+        for first in range(0, len(missing), BLOCK):
+            some = missing[first : first + BLOCK]
+            key = f"effects {corruption} {direction} {' '.join(map(str, some))}"
+            found = self.stored(key, lambda some=some: self._patched(some, corruption, direction))  # type: ignore[misc]
+            for number, part in enumerate(some):
+                both = (torch.from_numpy(found["true"][number]), torch.from_numpy(found["shuffled"][number]))
+                self._effects[corruption, direction, part] = both
+
+    def _patched(self, parts: Sequence[Site], corruption: str, direction: str) -> dict[str, Any]:
+        """Oriented effects [part, example] of each part alone, with true and with shuffled labels."""
         base, donor = self.donor(corruption, direction)
-        outcome = self.evaluate([Variant((part,)) for part in missing], base, donor, f"patch {len(missing)} parts, {corruption}, {direction}")
+        variants = [Variant((part,)) for part in parts]
+        outcome = self.evaluate(variants, base, donor, f"patch {len(parts)} parts, {corruption}, {direction}")
         sign = 1.0 if direction == "noising" else -1.0
         true = sign * (outcome.base - outcome.values)
-        other = sign * (outcome.others_base[0] - outcome.others[0])
-        for number, part in enumerate(missing):
-            self._effects[corruption, direction, part] = (true[number], other[number])
+        return {"true": true.numpy(), "shuffled": (sign * (outcome.others_base[0] - outcome.others[0])).numpy()}
 
-    def stored(self, blocks: Blocks, key: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """A block of results, computed or read back; what it cost is stored with it, so that a resumed study says the same."""
+    def stored(self, key: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """A piece of results (arrays by name), computed or read back from the bench's blocks.
+
+        What it cost is stored with it, so that a resumed study says the same.
+        """
         before = self.cost
 
         def work() -> dict[str, Any]:
@@ -200,7 +219,7 @@ class Bench:
             spent = self.cost - before
             return {**arrays, _COST: np.array([spent.spent, spent.naive, spent.skipped])}
 
-        found = dict(blocks.get(key, work))
+        found = dict(self.blocks.get(f"{self.name} {key}", work))
         spent, naive, skipped = found.pop(_COST).tolist()
         self.cost = before + Cost(spent, naive, int(skipped))
         return found
@@ -209,11 +228,16 @@ class Bench:
         """Drop recorded runs (hundreds of megabytes); they are made again when needed."""
         self._runs.clear()
 
-    def remember(self, parts: Sequence[Site], corruption: str, direction: str, true: Tensor, other: Tensor) -> None:
-        """Take effects measured before (a resumed study)."""
-        for number, part in enumerate(parts):
-            self._effects[corruption, direction, part] = (true[number], other[number])
-
     def recall(self, parts: Sequence[Site], corruption: str, direction: str) -> tuple[Tensor, Tensor]:
         """Effects and shuffled-label effects [part, example], measured when they are not yet known."""
         return self.effects(parts, corruption, direction), self.shuffled_effects(parts, corruption, direction)
+
+
+def _difference(first: Pairs, other: Pairs) -> str:
+    """What two corruptions must share but do not; empty when they fit."""
+    if other.example_hashes != first.example_hashes:
+        return "clean prompts"
+    for name, what in (("answer", "answers"), ("distractor", "distractors"), ("at", "read positions")):
+        if not torch.equal(getattr(other, name), getattr(first, name)):
+            return what
+    return ""

@@ -1,8 +1,9 @@
 """Direct effects: what each component writes straight onto the metric's logits, with the final norm frozen.
 
-The residual stream at the read position is the sum of the embeddings and of every head's and MLP's output, so with the
-final norm's scale held at its value in the run, the logit difference is an exact sum over components (Elhage et al. 2021,
-"direct logit attribution"). The sum is a test; a component's share says nothing about what it does through later layers.
+The residual stream at the read position is the sum of the embeddings and of every head's and MLP's output, so with
+the final norm's scale held at its value in the run, the logit difference is an exact sum over components (Elhage et al.
+2021, "direct logit attribution"). The sum is a test; a component's share says nothing about what it does through later
+layers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vesalius.adapters import submodule
+from vesalius.errors import UnknownNameError
 from vesalius.inputs import Pairs, Tokens
 from vesalius.model import Model
 from vesalius.site import Site
@@ -22,14 +24,16 @@ from vesalius.site import Site
 
 @dataclass(frozen=True, eq=False)
 class Direct:
-    """contributions: component -> [example], in logits; heads, MLPs, embeddings and `bias` (whatever no part writes)."""
+    """contributions: component -> [example], in logits: heads, MLPs, embeddings and `bias` (what no part writes)."""
 
-    contributions: Mapping[str, Float[Tensor, "example"]]
+    contributions: Mapping[str, Float[Tensor, " example"]]
 
-    def __getitem__(self, component: Site | str) -> Float[Tensor, "example"]:
+    def __getitem__(self, component: Site | str) -> Float[Tensor, " example"]:
+        if str(component) not in self.contributions:
+            raise UnknownNameError("component", str(component), self.contributions)
         return self.contributions[str(component)]
 
-    def total(self) -> Float[Tensor, "example"]:
+    def total(self) -> Float[Tensor, " example"]:
         return torch.stack(list(self.contributions.values())).sum(0)
 
 
@@ -41,7 +45,7 @@ class Frozen:
     """
 
     direction: Float[Tensor, "example d_model"]
-    constant: Float[Tensor, "example"]
+    constant: Float[Tensor, " example"]
 
     def of(self, write: Float[Tensor, "example ... d_model"]) -> Float[Tensor, "example ..."]:
         return torch.einsum("e...d,ed->e...", write, self.direction.to(write))
@@ -55,6 +59,9 @@ def frozen_norm(model: Model, final: Float[Tensor, "example d_model"], answer: T
     weighted = difference * norm.weight.detach()  # type: ignore[operator]
     bias = getattr(norm, "bias", None)
     constant = difference @ bias.detach() if isinstance(bias, Tensor) else difference.new_zeros(len(difference))
+    extra = getattr(submodule(model.module, adapter.unembed), "bias", None)
+    if isinstance(extra, Tensor):
+        constant = constant + (extra[answer] - extra[distractor]).detach().to(constant)
     epsilon = _epsilon(norm)
     if adapter.norm == "rms":
         return Frozen(weighted / (final.pow(2).mean(-1, keepdim=True) + epsilon).sqrt(), constant)
@@ -76,7 +83,9 @@ def direct_effects(model: Model, pairs: Pairs, tokens: Tokens) -> Direct:
     _, layout = model.described
     outside = [str(site) for site in model.sites("*") if site.kind in ("embed", "pos_embed")]
     last = f"layers.{layout.n_layers - 1}.resid_post"
-    run = model.run(tokens, capture=["layers.*.z", "layers.*.attn_out", "layers.*.mlp_out", *outside, last], last_logits=True)
+    run = model.run(
+        tokens, capture=["layers.*.z", "layers.*.attn_out", "layers.*.mlp_out", *outside, last], last_logits=True
+    )
     rows = torch.arange(len(tokens))
     frozen = frozen_norm(model, run[last][rows, pairs.at], pairs.answer, pairs.distractor)
     found: dict[str, Tensor] = {name: frozen.of(run[name][rows, pairs.at]) for name in outside}

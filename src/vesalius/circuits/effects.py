@@ -2,31 +2,32 @@
 
 Nothing is approximated: each figure is a measured run with that one component patched. Prompts of one template are not
 independent, so intervals and p-values are clustered by template (and names), and the 301 or so p-values of a condition
-are corrected for each other (Benjamini and Hochberg). A component that works against the answer counts like one that helps.
+are corrected for each other (Benjamini and Hochberg). A component that works against the answer counts like one that
+helps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from vesalius.bench import DIRECTIONS, Bench, components
-from vesalius.jobs import Blocks
+from vesalius.errors import InputError, UnknownNameError
+from vesalius.inputs import Pairs
 from vesalius.site import Site
 from vesalius.stats import bh, clustered_t
 
 FDR = 0.05
-# Components measured per stored block: a killed run loses at most one.
-BLOCK = 43
 # A prompt counts as flipped when its effect has the other sign and is at least this share of the total effect.
 FLIP_SHARE = 0.01
+# Components in the table a notebook shows.
+SHOWN = 15
 
 Floats = NDArray[np.float64]
 
@@ -66,13 +67,13 @@ class Effects:
     @cached_property
     def significant(self) -> NDArray[np.bool_]:
         """[component]: q below 5 % in at least one condition."""
-        return np.stack([condition.q < FDR for condition in self.conditions]).any(0)
+        return np.asarray(np.stack([condition.q < FDR for condition in self.conditions]).any(0))
 
     @cached_property
     def sign_conflicts(self) -> NDArray[np.bool_]:
         """[component]: significantly positive in one condition and significantly negative in another."""
         found = np.stack([np.sign(c.mean) * (c.q < FDR) for c in self.conditions])
-        return (found > 0).any(0) & (found < 0).any(0)
+        return np.asarray((found > 0).any(0) & (found < 0).any(0))
 
     @cached_property
     def strength(self) -> Floats:
@@ -84,7 +85,12 @@ class Effects:
         return sorted(range(len(self.components)), key=lambda i: (not self.significant[i], -self.strength[i]))
 
     def condition(self, corruption: str, direction: str) -> Condition:
-        return next(c for c in self.conditions if (c.corruption, c.direction) == (corruption, direction))
+        """One condition. Raises UnknownNameError for one that was not measured."""
+        named = {f"{c.corruption}, {c.direction}": c for c in self.conditions}
+        key = f"{corruption}, {direction}"
+        if key not in named:
+            raise UnknownNameError("condition", key, named)
+        return named[key]
 
     def to_json(self) -> dict[str, Any]:
         names = [str(part) for part in self.components]
@@ -97,53 +103,53 @@ class Effects:
         }
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{escape(str(self.components[i]))}</td>" + "".join(f"<td>{c.mean[i]:+.3f}</td>" for c in self.conditions) + "</tr>"
-            for i in self.ranked()[:15]
-        )
         heads = "".join(f"<th>{escape(c.corruption)}, {c.direction}</th>" for c in self.conditions)
-        return f"<table><caption>Largest effects, share of the total effect</caption><tr><th>component</th>{heads}</tr>{rows}</table>"
+        rows = "".join(self._row(number) for number in self.ranked()[:SHOWN])
+        caption = "<caption>Largest effects, share of the total effect</caption>"
+        return f"<table>{caption}<tr><th>component</th>{heads}</tr>{rows}</table>"
+
+    def _row(self, number: int) -> str:
+        cells = "".join(f"<td>{condition.mean[number]:+.3f}</td>" for condition in self.conditions)
+        return f"<tr><td>{escape(str(self.components[number]))}</td>{cells}</tr>"
 
 
-def decompose(bench: Bench, blocks: Blocks | None = None) -> Effects:
-    """Measure every component alone under every corruption of the bench, noising and denoising."""
+def decompose(bench: Bench) -> Effects:
+    """Measure every component alone under every corruption of the bench, noising and denoising.
+
+    Raises InputError when a corruption does not change the logit difference at all.
+    """
     parts = components(bench.model)
     conditions = []
     for corruption in bench.corruptions:
         for direction in DIRECTIONS:
-            _measure(bench, parts, corruption, direction, blocks)
             values = bench.effects(parts, corruption, direction).double().numpy()
             conditions.append(summarise(bench, corruption, direction, values))
     total = {name: float(bench.total(name).mean()) for name in bench.corruptions}
     return Effects(tuple(parts), tuple(conditions), total)
 
 
-def _measure(bench: Bench, parts: Sequence[Site], corruption: str, direction: str, blocks: Blocks | None) -> None:
-    """Effects in blocks, kept on disk when there are blocks to keep them in."""
-    if blocks is None:
-        return
-    for first in range(0, len(parts), BLOCK):
-        some = parts[first : first + BLOCK]
-        stored = bench.stored(
-            blocks,
-            f"effects-{corruption}-{direction}-{first}",
-            lambda some=some: _arrays(*bench.recall(some, corruption, direction)),  # type: ignore[misc]
-        )
-        bench.remember(some, corruption, direction, torch.from_numpy(stored["true"]), torch.from_numpy(stored["other"]))
-
-
-def _arrays(true: torch.Tensor, other: torch.Tensor) -> dict[str, NDArray[Any]]:
-    return {"true": true.numpy(), "other": other.numpy()}
-
-
 def clusters(bench: Bench) -> tuple[tuple[str, ...], ...]:
-    """Groups that intervals respect: templates and names, as far as the pairs have them."""
-    return tuple(tuple(bench.pairs.groups[name]) for name in ("template", "names") if name in bench.pairs.groups)
+    """Groups that a bench's intervals respect; see `clusters_of`."""
+    return clusters_of(bench.pairs)
+
+
+def clusters_of(pairs: Pairs) -> tuple[tuple[str, ...], ...]:
+    """Groups that intervals respect: template and names as far as the pairs have them, else their first two kinds.
+
+    A kind of which all prompts share one label is left out: nothing can be said about its spread.
+    """
+    named = [kind for kind in ("template", "names") if kind in pairs.groups] or sorted(pairs.groups)[:2]
+    return tuple(tuple(pairs.groups[kind]) for kind in named if len(set(pairs.groups[kind])) > 1)
 
 
 def summarise(bench: Bench, corruption: str, direction: str, values: Floats) -> Condition:
     """Statistics of effects [component, example], in logits, as shares of the corruption's total effect."""
     total = float(bench.total(corruption).mean())
+    if total == 0:
+        raise InputError(
+            f"corruption {corruption!r} does not change the mean logit difference of these {bench.n} prompts, so there "
+            "is no effect to take apart; check that answers and distractors differ in what the corruption changes"
+        )
     shares = values / total
     tests = [clustered_t(row, *clusters(bench)) for row in shares]
     p = np.array([test.p_two_sided for test in tests])

@@ -4,8 +4,8 @@
     completeness   the circuit ablated, everything else kept: what the rest still does
     minimality     each member's marginal: the circuit with and without it, everything else ablated
 
-Each is measured under zero, mean and resample ablation, because the answer depends on it (Miller et al. 2024): one number
-would hide that. Figures are shares of what ablating everything takes away, a ratio of means over prompts (Wang et al.
+Each is measured under zero, mean and resample ablation, because the answer depends on it (Miller et al. 2024): one
+number would hide that. Figures are shares of what ablating everything takes away, a ratio of means over prompts (Wang et al.
 2022; a mean of ratios would be dominated by prompts with a small denominator).
 """
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from vesalius.bench import EMBED, Bench, components
 from vesalius.circuits.effects import clusters
-from vesalius.errors import UnknownNameError
+from vesalius.errors import InputError, UnknownNameError
 from vesalius.site import Site
 from vesalius.stats import clustered_t
 from vesalius.sweeps.record import Record
@@ -50,17 +50,33 @@ def ablation_donor(bench: Bench, ablation: str) -> tuple[Record, Donor]:
 
 def kept(bench: Bench, sets: Sequence[Sequence[Site]], ablation: str, task: str = "") -> Floats:
     """Logit difference [set, example] with only the given components kept and everything else ablated."""
-    base, donor = ablation_donor(bench, ablation)
     everything = components(bench.model)
-    variants = [Variant(tuple(part for part in everything if part not in set(members))) for members in sets]
-    return bench.evaluate(variants, base, donor, task or f"keep {len(sets)} sets, {ablation}").values.double().numpy()
+    rest = [_without(everything, members) for members in sets]
+    return _ablated(bench, rest, ablation, task or f"keep {len(sets)} sets, {ablation}")
 
 
 def removed(bench: Bench, sets: Sequence[Sequence[Site]], ablation: str) -> Floats:
     """Logit difference [set, example] with the given components ablated and everything else kept."""
+    return _ablated(bench, [tuple(members) for members in sets], ablation, f"remove {len(sets)} sets, {ablation}")
+
+
+def _without(everything: Sequence[Site], members: Sequence[Site]) -> tuple[Site, ...]:
+    inside = set(members)
+    foreign = inside - set(everything)
+    if foreign:
+        raise InputError(f"{min(map(str, foreign))} is no component: embed, heads (layers.0.z[1]) and MLPs are")
+    return tuple(part for part in everything if part not in inside)
+
+
+def _ablated(bench: Bench, sets: Sequence[tuple[Site, ...]], ablation: str, task: str) -> Floats:
+    """Logit difference [set, example] with each set ablated; ablating nothing leaves the clean run as it is."""
     base, donor = ablation_donor(bench, ablation)
-    variants = [Variant(tuple(members)) for members in sets]
-    return bench.evaluate(variants, base, donor, f"remove {len(sets)} sets, {ablation}").values.double().numpy()
+    values = np.tile(bench.metric("clean").double().numpy(), (len(sets), 1))
+    edited = [number for number, parts in enumerate(sets) if parts]
+    if edited:
+        variants = [Variant(sets[number]) for number in edited]
+        values[edited] = bench.evaluate(variants, base, donor, task).values.double().numpy()
+    return values
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +90,8 @@ class Share:
     per_example: Floats
 
     def to_json(self) -> dict[str, Any]:
-        return {"ablation": self.ablation, "estimate": self.estimate, "low": self.low, "high": self.high, "n": len(self.per_example)}
+        numbers = {"estimate": self.estimate, "low": self.low, "high": self.high}
+        return {"ablation": self.ablation, **numbers, "n": len(self.per_example)}
 
 
 def share(bench: Bench, values: Floats, empty: Floats, ablation: str) -> Share:

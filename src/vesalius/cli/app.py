@@ -25,7 +25,9 @@ app = typer.Typer(
 app.add_typer(ledgers.app, name="ledger")
 
 DEMO = "smollm2-135m-instruct"
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="Demo alias, local folder, .gguf file, or transformers id.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="Demo alias, local folder, .gguf file, or transformers id.")
+]
 
 
 def main() -> None:
@@ -51,15 +53,29 @@ def main() -> None:
 
 @app.command()
 def study(
-    question: Annotated[str, typer.Argument(help="ioi, sva, capitals, induction, gendered_pronoun, or a .jsonl/.csv file of your own pairs.")],
+    question: Annotated[
+        str,
+        typer.Argument(
+            help="ioi, sva, capitals, induction, gendered_pronoun, or a .jsonl/.csv file of your own pairs."
+        ),
+    ],
     model: ModelOption = DEMO,
     n: Annotated[int, typer.Option("--n", help="Prompt pairs per split, for built-in questions.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for report.html, summary.json and ledger.sqlite; default runs/<question>.")] = None,
-    control: Annotated[str | None, typer.Option(help="random-weights: the same study on the re-initialised model.")] = None,
-    past_gate: Annotated[bool, typer.Option("--past-gate", help="Go on although the model does not do the task.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for report.html, summary.json and ledger.sqlite; default runs/<question>."),
+    ] = None,
+    control: Annotated[
+        str | None, typer.Option(help="random-weights: the same study on the re-initialised model.")
+    ] = None,
+    past_gate: Annotated[
+        bool, typer.Option("--past-gate", help="Go on although the model does not do the task.")
+    ] = False,
     beginning: Annotated[str, typer.Option(help="Token put before every prompt: auto, none, or its text.")] = "auto",
-    random_sets: Annotated[int, typer.Option(help="Random sets the circuit is compared with; p is at least 1 / (sets + 1).")] = 99,
+    random_sets: Annotated[
+        int, typer.Option(help="Random sets the circuit is compared with; p is at least 1 / (sets + 1).")
+    ] = 99,
 ) -> int:
     """From a question to tested claims: circuit, descriptions, verdicts on fresh data, and a report."""
     request = studying.Request(
@@ -70,7 +86,9 @@ def study(
 
 
 @app.command(name="sites")
-def list_sites(model: Annotated[str, typer.Argument(help="Demo alias, local folder, .gguf file, or transformers id.")] = DEMO) -> None:
+def list_sites(
+    model: Annotated[str, typer.Argument(help="Demo alias, local folder, .gguf file, or transformers id.")] = DEMO,
+) -> None:
     """The model's sites with their shapes: what can be read and edited."""
     sites.show(model)
 

@@ -21,15 +21,23 @@ def show(file: LedgerFile) -> None:
     """Every claim with its verdict, computed now from the evidence."""
     with Ledger(file, create=False) as ledger:
         for family in ledger.families():
-            table = Table(title=f"{family.study or 'claims'}: family {family.id[:12]}, {family.m} claims", title_justify="left")
+            table = Table(
+                title=f"{family.study or 'claims'}: family {family.id[:12]}, {family.m} claims", title_justify="left"
+            )
             for heading in ("verdict", "claim", "estimate", "95 % interval", "n", "p (Holm)"):
                 table.add_column(heading)
             for claim, verdict in zip(family.claims, ledger.verdicts(family), strict=True):
                 style = STYLES[verdict.outcome]
-                numbers = ["-"] * 2 if verdict.estimate is None else [f"{verdict.estimate:.3g}", _interval(verdict.low, verdict.high)]
+                numbers = (
+                    ["-"] * 2
+                    if verdict.estimate is None
+                    else [f"{verdict.estimate:.3g}", _interval(verdict.low, verdict.high)]
+                )
                 p = verdict.p_refuted_holm if verdict.outcome == "REFUTED" else verdict.p_supported_holm
                 reason = f" ({verdict.reason})" if verdict.reason else ""
-                table.add_row(f"[{style}]{verdict.outcome}{reason}[/]", claim.statement, *numbers, str(verdict.n), f"{p:.2g}")
+                table.add_row(
+                    f"[{style}]{verdict.outcome}{reason}[/]", claim.statement, *numbers, str(verdict.n), f"{p:.2g}"
+                )
             output.print(table)
 
 

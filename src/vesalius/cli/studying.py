@@ -50,7 +50,9 @@ class Request:
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
         if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise InputError(f"cannot write to {self.folder}: {folder} is not a folder that can be written; choose another --out")
+            raise InputError(
+                f"cannot write to {self.folder}: {folder} is not a folder that can be written; choose another --out"
+            )
 
     @property
     def folder(self) -> Path:
@@ -67,7 +69,9 @@ def study(request: Request) -> int:
         question = vs.studies.question_for(
             request.question, model, n=request.n, seed=request.seed, beginning=request.beginning
         )
-        note(f"{model.name}: {question.text} {question.sizes['discovery']} + {question.sizes['validation']} prompt pairs, beginning {question.beginning}")
+        note(
+            f"{model.name}: {question.text} {question.sizes['discovery']} + {question.sizes['validation']} prompt pairs, beginning {question.beginning}"
+        )
         if request.control is None:
             summary = _plain_study(request, model, question, screen)
         else:
@@ -80,7 +84,9 @@ def study(request: Request) -> int:
 
 
 def _options(request: Request, **changes: Any) -> Any:
-    return vs.studies.Options(seed=request.seed, random_sets=request.random_sets, **{"past_gate": request.past_gate, **changes})
+    return vs.studies.Options(
+        seed=request.seed, random_sets=request.random_sets, **{"past_gate": request.past_gate, **changes}
+    )
 
 
 def _plain_study(request: Request, model: Model, question: Question, screen: Screen) -> dict[str, Any]:
@@ -90,7 +96,9 @@ def _plain_study(request: Request, model: Model, question: Question, screen: Scr
 
 def _control_study(request: Request, model: Model, question: Question, screen: Screen) -> dict[str, Any]:
     """The same study on the re-initialised model, which the trained model's claims are tested on as well."""
-    trained = vs.studies.run_study(question, model, out=request.folder / "trained", options=_options(request), sink=screen)
+    trained = vs.studies.run_study(
+        question, model, out=request.folder / "trained", options=_options(request), sink=screen
+    )
     blank = vs.validate.reinitialised(model, request.seed)
     options = _options(request, past_gate=True, control=request.control)
     done = vs.studies.run_study(question, blank, out=request.folder, options=options, sink=screen)

@@ -8,4 +8,15 @@ from vesalius.studies.question import Question, question_for
 from vesalius.studies.summary import claim_row, summarise
 from vesalius.studies.task_circuit import Options, Study, run_study
 
-__all__ = ["Options", "Question", "Study", "claim_row", "claims_on", "question_for", "run_study", "sentences", "summarise", "supported_roles"]
+__all__ = [
+    "Options",
+    "Question",
+    "Study",
+    "claim_row",
+    "claims_on",
+    "question_for",
+    "run_study",
+    "sentences",
+    "summarise",
+    "supported_roles",
+]

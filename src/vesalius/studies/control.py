@@ -23,4 +23,7 @@ def claims_on(trained: Study, model: Model, folder: Path, sink: Sink = silent) -
         trained.family, trained.circuit, trained.question.corruptions, model, folder / "trained-claims.sqlite",
         draws=trained.options.random_sets, blocks=Blocks(folder / "trained-claims", plan, sink), seed=trained.options.seed, sink=sink,
     )  # fmt: skip
-    return [claim_row(claim, verdict, evidence.get(claim.id)) for claim, verdict in zip(trained.family.claims, verdicts, strict=True)]
+    return [
+        claim_row(claim, verdict, evidence.get(claim.id))
+        for claim, verdict in zip(trained.family.claims, verdicts, strict=True)
+    ]

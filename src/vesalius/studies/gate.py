@@ -51,7 +51,9 @@ class Gate:
 
     @property
     def passed(self) -> bool:
-        return self.accuracy["estimate"] >= ACCURACY and self.logit_diff["estimate"] > 0 and len(self.rows) >= FEWEST_ROWS
+        return (
+            self.accuracy["estimate"] >= ACCURACY and self.logit_diff["estimate"] > 0 and len(self.rows) >= FEWEST_ROWS
+        )
 
     @property
     def rows(self) -> list[int]:
@@ -63,7 +65,9 @@ class Gate:
 def gate(model: Model, pairs: Pairs, split: str) -> Gate:
     """Run the clean prompts and hold them against the thresholds."""
     tokens = pairs.tokens("clean")
-    values = np.concatenate([logit_diff(model.run(part.tokens("clean")).logits, part).double().numpy() for part in _parts(pairs)])
+    values = np.concatenate(
+        [logit_diff(model.run(part.tokens("clean")).logits, part).double().numpy() for part in _parts(pairs)]
+    )
     assert len(values) == len(tokens)
     labels = tuple(pairs.groups.get("template", (NO_TEMPLATE,) * len(pairs)))
     groups = tuple(tuple(pairs.groups[name]) for name in ("template", "names") if name in pairs.groups)

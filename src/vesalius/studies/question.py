@@ -32,10 +32,14 @@ class Question:
         for name, pairs in self.corruptions.items():
             missing = [split for split in SPLITS if split not in pairs.split_names]
             if missing:
-                raise PairsError(f"the pairs of corruption {name!r} have no {' and no '.join(missing)} split; a study needs both")
+                raise PairsError(
+                    f"the pairs of corruption {name!r} have no {' and no '.join(missing)} split; a study needs both"
+                )
             for split in SPLITS:
                 if len(pairs.split(split)) < FEWEST:
-                    raise PairsError(f"the {split} split has {len(pairs.split(split))} pairs; a study needs at least {FEWEST}")
+                    raise PairsError(
+                        f"the {split} split has {len(pairs.split(split))} pairs; a study needs at least {FEWEST}"
+                    )
 
     @property
     def main(self) -> str:
@@ -68,7 +72,9 @@ def question_for(what: str, model: Model, *, n: int = 32, seed: int = 0, beginni
         raise UnknownNameError("question", what, TASKS, "Or give a .jsonl or .csv file with your own pairs.")
     own = sampling_groups(load_pairs(what, model, beginning=beginning))
     name = Path(what).stem
-    return Question(name, f"How does the model choose its answers in {Path(what).name}?", {own.corruption: own}, own.beginning, seed)
+    return Question(
+        name, f"How does the model choose its answers in {Path(what).name}?", {own.corruption: own}, own.beginning, seed
+    )
 
 
 def sampling_groups(pairs: Pairs) -> Pairs:
@@ -99,6 +105,7 @@ def _looks_like_file(what: str) -> bool:
 
 def example_texts(question: Question, model: Model) -> dict[str, str]:
     """One clean prompt, the same prompt under each corruption, its answer and distractor, as text."""
+
     def text(ids: Any) -> str:
         if model.tokenizer is None:
             return " ".join(str(int(i)) for i in ids)
@@ -108,4 +115,9 @@ def example_texts(question: Question, model: Model) -> dict[str, str]:
     first = pairs[question.main]
     size = int(first.size[0])
     shown = {name: text(p.corrupted[0, :size]) for name, p in pairs.items()}
-    return {"clean": text(first.clean[0, :size]), "answer": text(first.answer[:1]), "distractor": text(first.distractor[:1]), **shown}
+    return {
+        "clean": text(first.clean[0, :size]),
+        "answer": text(first.answer[:1]),
+        "distractor": text(first.distractor[:1]),
+        **shown,
+    }

@@ -27,7 +27,9 @@ KINDS = {"z": "head", "mlp_out": "mlp", "embed": "embed"}
 PICTURES = 8
 
 
-def summarise(study: Study, *, command: str, timings: Mapping[str, Any], on_control: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
+def summarise(
+    study: Study, *, command: str, timings: Mapping[str, Any], on_control: Sequence[dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """The summary as a dict. timings: what differs between two runs with one seed. on_control: claim rows of the control."""
     claims = [claim_row(claim, verdict, study.evidence.get(claim.id)) for claim, verdict in _tested(study)]
     return {
@@ -67,7 +69,7 @@ def _model(study: Study) -> dict[str, Any]:
     _, layout = study.model.described
     return {
         "name": study.model.name, "hash": study.model.content_hash, "layers": layout.n_layers, "heads": layout.n_heads,
-        "parameters": sum(p.numel() for p in study.model.module.parameters()), "note": getattr(study.model, "note", ""),
+        "parameters": sum(p.numel() for p in study.model.module.parameters()), "note": study.model.note,
     }  # fmt: skip
 
 
@@ -107,7 +109,12 @@ def _circuit(study: Study, circuit: Circuit) -> dict[str, Any]:
 
 
 def _member(study: Study, number: int, part: Site) -> dict[str, Any]:
-    assert study.effects is not None and study.descriptions is not None and study.tested is not None and study.circuit is not None
+    assert (
+        study.effects is not None
+        and study.descriptions is not None
+        and study.tested is not None
+        and study.circuit is not None
+    )
     index = study.effects.components.index(part)
     condition = study.effects.conditions[0]
     fit = study.descriptions.fits.get(str(part))
@@ -194,7 +201,14 @@ def _attention(study: Study) -> list[dict[str, Any]]:
     for part in sorted(chosen, key=lambda p: p.order):
         fit = found.fits[str(part)]
         pattern = few.pattern(part)[0, :size, :size]
-        rows.append({"component": str(part), "role": fit.role if fit else NO_ROLE, "tokens": tokens, "pattern": pattern.double().tolist()})
+        rows.append(
+            {
+                "component": str(part),
+                "role": fit.role if fit else NO_ROLE,
+                "tokens": tokens,
+                "pattern": pattern.double().tolist(),
+            }
+        )
     return rows
 
 
@@ -205,7 +219,11 @@ def _token_texts(study: Study, ids: list[int]) -> list[str]:
 
 def _cost(costs: Sequence[tuple[str, Cost]]) -> dict[str, Any]:
     steps = [{"name": name, "forwards": round(c.spent, 3), "naive_forwards": c.naive} for name, c in costs]
-    return {"steps": steps, "forwards": round(sum(c.spent for _, c in costs), 3), "naive_forwards": sum(c.naive for _, c in costs)}
+    return {
+        "steps": steps,
+        "forwards": round(sum(c.spent for _, c in costs), 3),
+        "naive_forwards": sum(c.naive for _, c in costs),
+    }
 
 
 def _reproduce(command: str, study: Study) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from vesalius.ledger import Ledger
 from vesalius.model import Model
 from vesalius.records import Claim, Evidence, Family, Verdict, content_hash
 from vesalius.site import Site
+from vesalius.studies.cost import estimate_study
 from vesalius.studies.gate import FEWEST_ROWS, Gate, gate
 from vesalius.studies.question import Question
 from vesalius.studies.testing import Tested, measure_claims
@@ -105,6 +106,11 @@ class _Runner:
         self.blocks = Blocks(self.out / "blocks", self.plan, self.sink)
         rows = passed.rows if len(passed.rows) >= FEWEST_ROWS else list(range(len(passed.labels)))
         bench = self.bench({name: pairs.subset(rows) for name, pairs in discovery.items()})
+        self.sink(
+            Event(
+                "note", "cost", message=f"expected cost: {estimate_study(bench, self.options.random_sets).describe()}"
+            )
+        )
         with Ledger(self.out / "ledger.sqlite") as ledger:
             return self._study(passed, bench, ledger)
 
@@ -172,7 +178,9 @@ class _Runner:
     def _ablated(self, bench: Bench) -> float:
         """Mean effect of giving every component its corrupted value, in logits (discovery)."""
         nothing: list[tuple[Site, ...]] = [()]
-        empty = bench.stored(self.blocks, "nothing kept", lambda: {"values": kept(bench, nothing, "resample")[0]})["values"]
+        empty = bench.stored(self.blocks, "nothing kept", lambda: {"values": kept(bench, nothing, "resample")[0]})[
+            "values"
+        ]
         return float(np.mean(bench.metric("clean").double().numpy() - empty))
 
     def _test(self, ledger: Ledger, family: Family, circuit: Circuit) -> Tested:

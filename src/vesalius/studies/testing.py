@@ -46,8 +46,16 @@ class Tested:
 
 
 def measure_claims(
-    ledger: Ledger, family: Family, circuit: Circuit, bench: Bench, passed: Gate, blocks: Blocks, draws: int, provenance: Mapping[str, Any],
-    *, other_model: bool = False,
+    ledger: Ledger,
+    family: Family,
+    circuit: Circuit,
+    bench: Bench,
+    passed: Gate,
+    blocks: Blocks,
+    draws: int,
+    provenance: Mapping[str, Any],
+    *,
+    other_model: bool = False,
 ) -> Tested:
     """Measure everything the family claims, once, and append one piece of evidence per claim."""
     tested = _circuit_runs(circuit, bench, passed, blocks, draws)
@@ -58,7 +66,11 @@ def measure_claims(
     for number, claim in enumerate(open_claims, 1):
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         stamped = {**provenance, "created_at": now}
-        evidence = _of_circuit(claim, tested, stamped) if claim.kind == "circuit" else check(claim, bench=bench, allow_other_model=other_model, **stamped)
+        evidence = (
+            _of_circuit(claim, tested, stamped)
+            if claim.kind == "circuit"
+            else check(claim, bench=bench, allow_other_model=other_model, **stamped)
+        )
         ledger.append(evidence)
         bench.sink(Event("advance", "test claims", number, len(open_claims)))
     bench.sink(Event("end", "test claims", len(open_claims), len(open_claims)))
@@ -84,7 +96,9 @@ def _circuit_runs(circuit: Circuit, bench: Bench, passed: Gate, blocks: Blocks, 
     keep = {a: _stored(blocks, f"kept-{a}", bench, [circuit.members, nothing, *random], a, kept) for a in ABLATIONS}
     few = random[: max(draws // 5, 4)]
     lose = {
-        a: _stored(blocks, f"removed-{a}", bench, [circuit.members, everything, *(few if a == "resample" else [])], a, removed)
+        a: _stored(
+            blocks, f"removed-{a}", bench, [circuit.members, everything, *(few if a == "resample" else [])], a, removed
+        )
         for a in ABLATIONS
     }
     smaller = [tuple(m for m in circuit.members if m != part) for part in circuit.members]
@@ -92,18 +106,31 @@ def _circuit_runs(circuit: Circuit, bench: Bench, passed: Gate, blocks: Blocks, 
     return Tested(bench, passed, keep, lose, without)
 
 
-def _stored(blocks: Blocks, key: str, bench: Bench, sets: Sequence[Sequence[Site]], ablation: str, measure: Any) -> Floats:
+def _stored(
+    blocks: Blocks, key: str, bench: Bench, sets: Sequence[Sequence[Site]], ablation: str, measure: Any
+) -> Floats:
     """Runs of many sets in stored blocks, so that a killed study loses a few at most."""
     found = []
     for first in range(0, len(sets), SETS_TOGETHER):
         some = sets[first : first + SETS_TOGETHER]
-        block = bench.stored(blocks, f"validation-{key}-{first}", lambda some=some: {"values": measure(bench, some, ablation)})  # type: ignore[misc]
+        block = bench.stored(
+            blocks, f"validation-{key}-{first}", lambda some=some: {"values": measure(bench, some, ablation)}
+        )  # type: ignore[misc]
         found.append(block["values"])
     return np.concatenate(found)
 
 
 def claims_on(
-    family: Family, circuit: Circuit, corruptions: Mapping[str, Pairs], model: Model, path: Path, *, draws: int, blocks: Blocks, seed: int, sink: Sink
+    family: Family,
+    circuit: Circuit,
+    corruptions: Mapping[str, Pairs],
+    model: Model,
+    path: Path,
+    *,
+    draws: int,
+    blocks: Blocks,
+    seed: int,
+    sink: Sink,
 ) -> tuple[tuple[Verdict, ...], dict[str, Evidence]]:
     """Test a family of claims on another model (the random-weights control), in a ledger of its own.
 
@@ -115,6 +142,13 @@ def claims_on(
         opened = {name: ledger.open(pairs, "validation") for name, pairs in corruptions.items()}
         bench = Bench(model, opened, seed, True, sink)
         main = opened[bench.main]
-        stamp = {"data_hash": main.content_hash, "model_hash": model.content_hash, "plan_hash": blocks.plan_hash, "version": __version__}
-        measure_claims(ledger, sealed, circuit, bench, gate(model, main, "validation"), blocks, draws, stamp, other_model=True)
+        stamp = {
+            "data_hash": main.content_hash,
+            "model_hash": model.content_hash,
+            "plan_hash": blocks.plan_hash,
+            "version": __version__,
+        }
+        measure_claims(
+            ledger, sealed, circuit, bench, gate(model, main, "validation"), blocks, draws, stamp, other_model=True
+        )
         return ledger.verdicts(sealed), {claim.id: ledger.evidence(claim)[-1] for claim in sealed.claims}

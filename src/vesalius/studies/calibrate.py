@@ -1,0 +1,301 @@
+"""Calibration: how often the whole procedure supports a claim about noise, and how often it finds what is planted.
+
+False positives, on networks with random weights and fresh prompts: the whole study, past its gate; and, since a study
+of noise claims little, claims handed to the validators about the strongest parts (`studies.handed`). A false positive
+is a network with any SUPPORTED claim: the error rate of a whole family, which Holm's correction should hold.
+
+Power, on networks with a planted circuit: the whole study (was the part found, given a role it has, and all its claims
+supported), and true claims handed to the validators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vesalius import __version__
+from vesalius.errors import InputError
+from vesalius.jobs import Blocks, Sink, silent, track
+from vesalius.model import Model
+from vesalius.records import Claim, Verdict, content_hash
+from vesalius.stats import clopper_pearson
+from vesalius.studies.handed import circular, idle_claims, tested, true_claims
+from vesalius.studies.question import Question
+from vesalius.studies.task_circuit import Options, Study, run_study
+from vesalius.toys import PLANTED, planted_induction, planted_pairs, random_model
+
+LEVEL, BOUND, POWER = 0.95, 0.08, 0.8
+"""Confidence of the one-sided bounds; what the upper bound of false positives may be; what the power must be."""
+PROMPTS, RANDOM_SETS = 36, 19
+"""Prompts per split, three of each template; random sets of the circuit's control."""
+PLANTED_SEEDS = 40
+"""Planted networks at most: one takes longer than a random one, and power needs no tight bound."""
+QUICK = (8, 2)
+STUDY, HANDED, CIRCULAR = "whole study", "handed claims", "handed claims on their own prompts"
+CIRCUIT_CHECKS = ("circuit keeps", "circuit is needed")
+# A mover of this task attends to what followed the last token's earlier occurrence: it is an induction head as well.
+TRUE_ROLES = {
+    "previous-token": {"previous-token"},
+    "name mover": {"name mover", "induction"},
+    "negative mover": {"negative mover"},
+}
+FIELDS = ("arm", "check", "site", "role", "outcome", "p")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One claim and what became of it. arm: `STUDY`, `HANDED` or `CIRCULAR`. p: uncorrected p-value of support."""
+
+    arm: str
+    check: str
+    site: str
+    role: str
+    outcome: str
+    p: float
+
+    @property
+    def supported(self) -> bool:
+        return self.outcome == "SUPPORTED"
+
+
+@dataclass(frozen=True)
+class Network:
+    """What was claimed about one network. members: part -> role it was given ("" for none) in the study's circuit."""
+
+    claims: tuple[Tried, ...]
+    members: dict[str, str]
+
+    def of(self, name: str) -> list[Tried]:
+        """Claims of an arm, or of a check: the circuit's checks in the study, all others as handed over."""
+        if name in (STUDY, HANDED, CIRCULAR):
+            return [claim for claim in self.claims if claim.arm == name]
+        arm = STUDY if name in CIRCUIT_CHECKS else HANDED
+        return [claim for claim in self.claims if claim.check == name and claim.arm == arm]
+
+    def stands(self, part: str) -> bool:
+        """Whether the study gave the part a role and all claims of that role were supported."""
+        claims = [claim for claim in self.of(STUDY) if claim.site == part]
+        return bool(claims) and all(claim.supported for claim in claims)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """k of n, with the exact one-sided 95 % bounds (Clopper and Pearson 1934)."""
+
+    k: int
+    n: int
+
+    @property
+    def share(self) -> float:
+        return self.k / self.n
+
+    @property
+    def upper(self) -> float:
+        return clopper_pearson(self.k, self.n, LEVEL, "upper").high
+
+    @property
+    def lower(self) -> float:
+        return clopper_pearson(self.k, self.n, LEVEL, "lower").low
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "k": self.k,
+            "n": self.n,
+            "share": _short(self.share),
+            "lower": _short(self.lower),
+            "upper": _short(self.upper),
+        }
+
+
+@dataclass(frozen=True)
+class Validator:
+    """One row: networks without mechanism in which it supported anything; true claims (or parts) that it supported."""
+
+    name: str
+    false_positives: Rate
+    claims: int
+    """Claims about random networks that it was tried on."""
+    power: Rate
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "false_positive_rate": _short(self.false_positives.share),
+            "upper_bound": _short(self.false_positives.upper),
+            "power": _short(self.power.share),
+            "power_lower_bound": _short(self.power.lower),
+            "n": self.false_positives.n,
+            "claims": self.claims,
+            "n_power": self.power.n,
+        }
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Figures over all networks. `holds`: false positives and power are within what is asked of the whole study."""
+
+    random: tuple[Network, ...] = field(repr=False)
+    planted: tuple[Network, ...] = field(repr=False)
+
+    @property
+    def validators(self) -> tuple[Validator, ...]:
+        """The whole study, the family of handed claims, then every check."""
+        checks = sorted({claim.check for network in self.planted for claim in network.of(HANDED)})
+        return tuple(self._validator(name) for name in (STUDY, HANDED, *checks, *CIRCUIT_CHECKS))
+
+    def _validator(self, name: str) -> Validator:
+        right = [claim.supported for network in self.planted for claim in network.of(name)]
+        power = self.parts["supported"] if name == STUDY else Rate(sum(right), len(right))
+        return Validator(name, self._wrong(name), sum(len(network.of(name)) for network in self.random), power)
+
+    def _wrong(self, name: str) -> Rate:
+        """Random networks about which anything was supported."""
+        return Rate(
+            sum(any(claim.supported for claim in network.of(name)) for network in self.random), len(self.random)
+        )
+
+    @property
+    def parts(self) -> dict[str, Rate]:
+        """Of all planted parts: found in the circuit, named by a role they have, and all claims of that supported."""
+        listed = [
+            (network, str(part), role) for network in self.planted for role, parts in PLANTED.items() for part in parts
+        ]
+        found = [part in network.members for network, part, _ in listed]
+        exact = [network.members.get(part) == role for network, part, role in listed]
+        named = [network.members.get(part) in TRUE_ROLES[role] for network, part, role in listed]
+        stood = [good and network.stands(part) for good, (network, part, _) in zip(named, listed, strict=True)]
+        counted = {"found": found, "named as planted": exact, "named truly": named, "supported": stood}
+        return {name: Rate(sum(hits), len(hits)) for name, hits in counted.items()}
+
+    def uncorrected(self, arm: str) -> Rate:
+        """Idle claims whose own p-value is at most .05, before the correction for the family."""
+        p = [claim.p for network in self.random for claim in network.of(arm)]
+        return Rate(sum(value <= 1 - LEVEL + 1e-12 for value in p), len(p))
+
+    @property
+    def described(self) -> Rate:
+        """Random networks whose study made any claim beside the two about the circuit."""
+        return Rate(sum(any(c.check not in CIRCUIT_CHECKS for c in n.of(STUDY)) for n in self.random), len(self.random))
+
+    @property
+    def holds(self) -> bool:
+        study, handed = self.validators[:2]
+        bounded = max(study.false_positives.upper, handed.false_positives.upper) <= BOUND
+        return bounded and study.power.share >= POWER
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "seeds": len(self.random),
+            "planted_seeds": len(self.planted),
+            "prompts_per_split": PROMPTS,
+            "random_sets": RANDOM_SETS,
+            "validators": [validator.to_json() for validator in self.validators],
+            "planted_parts": {name: rate.to_json() for name, rate in self.parts.items()},
+            "random_networks_with_described_parts": self.described.to_json(),
+            "idle_claims_uncorrected": self.uncorrected(HANDED).to_json(),
+            "idle_claims_uncorrected_on_their_own_prompts": self.uncorrected(CIRCULAR).to_json(),
+            "false_positives_on_their_own_prompts": self._wrong(CIRCULAR).to_json(),
+            "holds": self.holds,
+            "version": __version__,
+        }
+
+    def _repr_html_(self) -> str:
+        rows = [validator.to_json() for validator in self.validators]
+        names = ("name", "false_positive_rate", "upper_bound", "power", "n")
+        head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
+        body = "".join(f"<tr>{''.join(f'<td>{escape(str(row[name]))}</td>' for name in names)}</tr>" for row in rows)
+        caption = f"Calibration on {len(self.random)} random and {len(self.planted)} planted networks"
+        return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
+
+
+def calibrate(seeds: int = 100, quick: bool = False, out: Path | None = None, sink: Sink = silent) -> Calibration:
+    """Measure false positives on `seeds` random networks and power on up to 40 planted ones, seeds 0, 1, 2, ...
+
+    quick: 8 random and 2 planted networks, a smoke test whose bounds say little. out: folder in which finished networks
+    are kept, so that an interrupted run goes on, and more seeds can be added. Raises InputError for fewer than 1 seed.
+    """
+    if seeds < 1:
+        raise InputError(f"seeds is {seeds}; give at least 1 (at least 36 for a bound of 8 %)")
+    count, planted = QUICK if quick else (seeds, min(seeds, PLANTED_SEEDS))
+    blocks = Blocks(out, content_hash({"calibration": [PROMPTS, RANDOM_SETS], "version": __version__}), sink)
+    return Calibration(
+        _networks(count, "random networks", on_random, blocks, sink),
+        _networks(planted, "planted networks", on_planted, blocks, sink),
+    )
+
+
+def on_random(seed: int) -> Network:
+    """A study of a random network on fresh prompts, and claims handed over about its strongest parts."""
+    question, model = _question(seed), random_model(seed)
+    study = _study(question, model, seed)
+    assert study.effects is not None
+    claims = idle_claims(question, model, study.effects, seed)
+    network = _network(study, question, model, claims, seed)
+    control = _tried(CIRCULAR, claims, circular(question, model, claims, seed))
+    return replace(network, claims=(*network.claims, *control))
+
+
+def on_planted(seed: int) -> Network:
+    """A study of a planted network on fresh prompts, and true claims handed over about its parts."""
+    question, model = _question(seed), planted_induction(seed)
+    return _network(_study(question, model, seed), question, model, true_claims(question, model, seed), seed)
+
+
+def _networks(
+    count: int, task: str, measure: Callable[[int], Network], blocks: Blocks, sink: Sink
+) -> tuple[Network, ...]:
+    kept = []
+    for seed in track(range(count), f"calibrate: {task}", count, sink):
+        kept.append(_unpacked(blocks.get(f"{task} {seed}", lambda seed=seed: _packed(measure(seed)))))  # type: ignore[misc]
+    return tuple(kept)
+
+
+def _question(seed: int) -> Question:
+    text = "Which parts bring the token that followed the last one before?"
+    return Question("planted induction", text, planted_pairs(PROMPTS, seed), seed=seed)
+
+
+def _study(question: Question, model: Model, seed: int) -> Study:
+    # Past the gate: a random network cannot do the task, and would never be looked into.
+    return run_study(question, model, options=Options(seed=seed, past_gate=True, random_sets=RANDOM_SETS))
+
+
+def _network(study: Study, question: Question, model: Model, claims: Sequence[Claim], seed: int) -> Network:
+    assert study.family is not None and study.circuit is not None and study.descriptions is not None
+    fits = study.descriptions.fits
+    given = {str(part): fits.get(str(part)) for part in study.circuit.members}
+    found = [
+        *_tried(STUDY, study.family.claims, study.verdicts),
+        *_tried(HANDED, claims, tested(question, model, claims, seed)),
+    ]
+    return Network(tuple(found), {part: "" if fit is None else fit.role for part, fit in given.items()})
+
+
+def _tried(arm: str, claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[Tried]:
+    return [
+        Tried(
+            arm, claim.check, str(claim.subject.get("site", "")), claim.role or "", verdict.outcome, verdict.p_supported
+        )
+        for claim, verdict in zip(claims, verdicts, strict=True)
+    ]
+
+
+def _packed(network: Network) -> dict[str, NDArray[Any]]:
+    columns = {name: [getattr(claim, name) for claim in network.claims] for name in FIELDS}
+    columns |= {"member": list(network.members), "given": list(network.members.values())}
+    return {name: np.array(column, dtype=np.float64 if name == "p" else np.str_) for name, column in columns.items()}
+
+
+def _unpacked(stored: dict[str, NDArray[Any]]) -> Network:
+    claims = tuple(Tried(*row) for row in zip(*(stored[name].tolist() for name in FIELDS), strict=True))
+    return Network(claims, dict(zip(stored["member"].tolist(), stored["given"].tolist(), strict=True)))
+
+
+def _short(value: float) -> float:
+    return round(value, 4)

@@ -1,0 +1,50 @@
+"""What a study will cost, said before it starts."""
+
+from __future__ import annotations
+
+import time
+
+from vesalius.bench import DIRECTIONS, Bench, components
+from vesalius.circuits import ABLATIONS
+from vesalius.jobs import Estimate
+from vesalius.sweeps.evaluate import estimate
+from vesalius.sweeps.variants import Variant
+
+# What the search for a circuit takes depends on what it finds: about this many candidate sets, and this many members.
+TYPICAL_SETS, TYPICAL_MEMBERS = 250, 40
+# Replayed tokens cost a little more than plain ones: attention is gathered, edits are written.
+OVERHEAD = 1.2
+
+
+def estimate_study(bench: Bench, random_sets: int) -> Estimate:
+    """Estimate from exact counts of the patching runs, typical counts of the rest, and one timed forward of the prompts."""
+    began = time.perf_counter()
+    bench.run("clean")
+    per_forward = (time.perf_counter() - began) / bench.n
+    parts = [Variant((part,)) for part in components(bench.model)]
+    patching = sum(
+        _patching(bench, parts, corruption, direction) for corruption in bench.corruptions for direction in DIRECTIONS
+    )
+    sets = bench.n * (TYPICAL_SETS * _live(bench) + random_sets * (len(ABLATIONS) - 1 + _live(bench)) + TYPICAL_MEMBERS)
+    forwards = patching + sets + patching / 4
+    return Estimate(seconds=per_forward * forwards * OVERHEAD, forwards=forwards, memory_bytes=_memory(bench))
+
+
+def _patching(bench: Bench, parts: list[Variant], corruption: str, direction: str) -> float:
+    base, donor = bench.donor(corruption, direction)
+    return estimate(base, parts, donor, bench.pairs.at + 1).spent
+
+
+def _live(bench: Bench) -> float:
+    """Share of a prompt from its first changed position on: what has to be computed again."""
+    _, donor = bench.donor(bench.main, "noising")
+    return float((1 - donor.first / (bench.pairs.at + 1)).mean())
+
+
+def _memory(bench: Bench) -> int:
+    """Weights, and one recorded run per kind of prompt."""
+    weights = sum(p.numel() * p.element_size() for p in bench.model.module.parameters())
+    run = bench.run("clean")
+    held = sum(t.numel() * t.element_size() for group in (run.resid, run.queries, run.keys, run.values) for t in group)
+    held += sum(t.numel() * t.element_size() for t in run.sites.values())
+    return weights + held * (1 + len(bench.corruptions))

@@ -1,0 +1,148 @@
+"""Controls: matched components, and a model with the same statistics but no mechanism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import handmade
+import tiny
+import vesalius as vs
+from vesalius.bench import Bench, components
+from vesalius.describe import Context, describe
+from vesalius.errors import InputError
+from vesalius.site import Site
+from vesalius.validate import matched_controls, reinitialised
+
+
+class Deep(handmade.Planted):
+    """Ten layers of four heads whose attention the test chooses; nothing is ever run."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.model = vs.Model(tiny.gpt2(layers=10))
+
+    def focus(self, part: Site, mass: float) -> None:
+        self.attend(part, self.landmarks["end"], self.landmarks["answer"], mass)
+
+
+@pytest.fixture
+def deep() -> Deep:
+    return Deep()
+
+
+def test_controls_are_the_nearest_in_entropy_within_four_layers_and_not_members(deep: Deep) -> None:
+    part, member = Site("z", 5, 0), Site("z", 4, 1)
+    near = [Site("z", 1, 2), Site("z", 3, 3), Site("z", 9, 0), Site("z", 5, 2), Site("z", 6, 1)]
+    deep.focus(part, 0.9)
+    deep.focus(member, 0.9)
+    deep.focus(Site("z", 0, 0), 0.9)  # just as focused, but five layers away
+    for number, site in enumerate(near):
+        deep.focus(site, 0.9 - 0.01 * number)
+    chosen = matched_controls(deep, part, [part, member])
+    assert len(chosen.parts) == 8
+    assert set(near) <= set(chosen.parts)
+    assert not {part, member, Site("z", 0, 0)} & set(chosen.parts)
+    assert chosen.rule == "8 heads nearest in attention entropy at the end outside the circuit, within 4 layers"
+    assert list(chosen.parts) == sorted(chosen.parts, key=lambda site: site.order)
+
+
+def test_the_same_bench_gives_the_same_controls(deep: Deep) -> None:
+    part = Site("z", 5, 0)
+    assert matched_controls(deep, part, [part]) == matched_controls(Deep(), part, [part])
+
+
+def test_controls_of_an_mlp_are_the_nearest_mlps(deep: Deep) -> None:
+    chosen = matched_controls(deep, Site("mlp_out", 5), [Site("mlp_out", 4)])
+    assert [site.layer for site in chosen.parts] == [1, 2, 3, 6, 7, 8, 9]
+    assert {site.kind for site in chosen.parts} == {"mlp_out"}
+    assert chosen.rule == "7 MLPs outside the circuit, within 4 layers"
+
+
+def test_the_window_is_widened_when_too_few_are_left_and_the_rule_says_so(deep: Deep) -> None:
+    part = Site("z", 0, 0)
+    free = [Site("z", 2, 1), Site("z", 7, 2), Site("z", 9, 3)]
+    members = [site for site in components(deep.model) if site.kind == "z" and site not in free]
+    chosen = matched_controls(deep, part, members)
+    assert chosen.parts == tuple(free[:2])
+    assert "within 7 layers (widened from 4: fewer than 2 were left)" in chosen.rule
+    alone = matched_controls(deep, part, components(deep.model))
+    assert alone.parts == ()
+
+
+def test_controls_can_be_asked_to_precede_a_layer(deep: Deep) -> None:
+    chosen = matched_controls(deep, Site("z", 4, 0), [], before=6)
+    assert {site.layer for site in chosen.parts if site.layer is not None} <= set(range(6))
+    assert chosen.rule.endswith("before layer 6")
+
+
+@pytest.mark.parametrize("site", ["embed", "layers.2.attn_out"])
+def test_only_heads_and_mlps_have_matched_controls(deep: Deep, site: str) -> None:
+    with pytest.raises(InputError, match=f"{site} has no matched controls: only heads"):
+        matched_controls(deep, Site.parse(site), [])
+
+
+def family(name: str) -> vs.Model:
+    net: Any = tiny.FAMILIES[name](0)
+    with torch.no_grad():  # norms and biases that are not all alike
+        for parameter in net.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return vs.Model(net)
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_random_weights_keep_every_tensors_mean_and_spread(name: str) -> None:
+    model = family(name)
+    other = reinitialised(model, 3)
+    before = dict(model.module.named_parameters())
+    for key, parameter in other.module.named_parameters():
+        assert not torch.equal(parameter, before[key]), key
+        torch.testing.assert_close(parameter.mean(), before[key].mean(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(parameter.std(), before[key].std(), atol=1e-5, rtol=1e-4)
+        if parameter.ndim == 1 and not key.endswith("bias"):
+            torch.testing.assert_close(parameter.sort().values, before[key].sort().values)
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_random_weights_forget_what_the_model_does_and_leave_it_untouched(name: str) -> None:
+    model, tokens = family(name), tiny.pairs().tokens("clean")
+    before, digest = model.run(tokens).logits, vs.Model(model.module).content_hash
+    other = reinitialised(model, 3)
+    logits = other.run(tokens).logits
+    assert vs.Model(model.module).content_hash == digest
+    assert torch.equal(model.run(tokens).logits, before)
+    together = torch.stack([logits.flatten(), before.flatten()])
+    assert abs(float(torch.corrcoef(together)[0, 1])) < 0.3
+    assert not other.module.training
+
+
+def test_one_seed_gives_one_model() -> None:
+    model = family("gpt2")
+    assert reinitialised(model, 3).content_hash == reinitialised(model, 3).content_hash
+    assert reinitialised(model, 3).content_hash != reinitialised(model, 4).content_hash
+    assert reinitialised(model, 3).name.endswith("with random weights (seed 3)")
+
+
+def test_tied_weights_stay_tied_and_buffers_stay() -> None:
+    model = family("gpt2")
+    module: Any = reinitialised(model, 0).module
+    assert module.lm_head.weight is module.transformer.wte.weight
+    llama = family("llama")
+    buffers = dict(reinitialised(llama, 0).module.named_buffers())
+    assert buffers
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in llama.module.named_buffers())
+
+
+def test_random_weights_do_not_hold_the_mechanism_of_the_known_network() -> None:
+    model = handmade.network()
+    trained = handmade.bench(model)
+    control = Bench(reinitialised(model, 1), trained.corruptions)
+    roles = [
+        [fit.role for fit in describe(Context.of(bench, handmade.MEMBERS)).fits.values() if fit is not None]
+        for bench in (trained, control)
+    ]
+    assert sorted(roles[0]) == ["S-inhibition", "S-suppressor", "name mover", "negative mover"]
+    assert not {"S-inhibition", "S-suppressor", "name mover"} & set(roles[1])

@@ -285,5 +285,5 @@ def test_interventions_describe_themselves_in_plain_data(model: vs.Model, tokens
     source = model.run(tokens, capture=["layers.1.z"]).activations
     patch = vs.Patch("layers.1.z[2]", source=source, positions=3).to_json()
     assert patch["part"] == {"kind": "unit", "site": "layers.1.z[2]"}
-    assert tokens.content_hash in patch["source"]
+    assert patch["source"]["tokens"] == tokens.content_hash
     assert vs.Ablate("layers.1.z").to_json()["mode"] == "zero"

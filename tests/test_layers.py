@@ -20,7 +20,7 @@ ROWS = [
     "activations parts",
     "metric intervention adapters",
     "hooks attention",
-    "taps",
+    "taps generation",
     "model",
     "loading direct sweeps",
     "data toys",

@@ -117,7 +117,7 @@ def test_a_role_is_not_found_without_one_of_its_ingredients(role: str, missing: 
     [("name mover", copying("answer", -BIG)), ("name mover", direct(-BIG)),
      ("name mover", attending("end", "distractor_first")), ("S-suppressor", copying("distractor_last", BIG)),
      ("S-suppressor", direct(-BIG)), ("S-inhibition", turning(-0.2)), ("attention sink", direct(BIG)),
-     ("attention sink", direct(-BIG)), ("negative mover", total(BIG))],
+     ("attention sink", direct(-BIG)), ("negative mover", total(BIG)), ("S-inhibition", total(-BIG))],
 )  # fmt: skip
 def test_a_role_is_not_found_when_an_ingredient_has_the_wrong_sign(role: str, wrong: Any) -> None:
     assert role_of(planted([*RECIPES[role], wrong]), PART) != role
@@ -131,6 +131,14 @@ def test_a_negative_mover_is_found_by_its_sign_wherever_it_looks(place: str) -> 
     assert fit.role == "negative mover"
     assert f"looks most at {in_words(place)} (0.80)" in fit.description
     assert [claim.sign for claim in fit.claims] == [-1, -1]
+
+
+def test_a_negative_mover_that_looks_like_an_induction_head_is_named_by_its_sign() -> None:
+    looks = attending("distractor_last", "distractor_first+1", 0.95)
+    found = planted([looks, direct(-1.1 * DELTA), total(-1.1 * DELTA * 3)])
+    scores = found.scores[str(PART)]
+    assert scores["induction"] > scores["negative mover"] >= FITS
+    assert role_of(found, PART) == "negative mover"
 
 
 def test_s_inhibition_needs_a_mover_in_a_later_layer() -> None:

@@ -18,27 +18,36 @@ _HOME = {
     "Direction": "parts",
     "Evidence": "records",
     "Family": "records",
+    "Freeze": "intervention",
+    "Generation": "generation",
+    "Interchange": "intervention",
     "Ledger": "ledger",
     "Measurement": "stats",
     "Metric": "metric",
     "Model": "model",
+    "Noise": "intervention",
     "Pairs": "inputs",
     "Patch": "intervention",
+    "Project": "intervention",
+    "Replace": "intervention",
     "Run": "model",
     "Scores": "sweeps.sweep",
     "Site": "site",
     "Steer": "intervention",
     "Subspace": "parts",
     "Tokens": "inputs",
+    "Tracing": "sweeps.tracing",
     "Unit": "parts",
     "Verdict": "records",
     "answer_logprob": "metric",
+    "causal_tracing": "sweeps.tracing",
     "head": "parts",
     "kl_divergence": "metric",
     "load": "loading",
     "logit_diff": "metric",
     "neuron": "parts",
     "next_token_loss": "metric",
+    "path_patching": "sweeps.paths",
     "sweep": "sweeps.sweep",
 }
 _ROOMS = ("circuits", "data", "describe", "report", "stats", "studies", "toys", "validate")
@@ -63,10 +72,16 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from vesalius.activations import Activations as Activations
     from vesalius.adapters import Adapter as Adapter
+    from vesalius.generation import Generation as Generation
     from vesalius.inputs import Pairs as Pairs
     from vesalius.inputs import Tokens as Tokens
     from vesalius.intervention import Ablate as Ablate
+    from vesalius.intervention import Freeze as Freeze
+    from vesalius.intervention import Interchange as Interchange
+    from vesalius.intervention import Noise as Noise
     from vesalius.intervention import Patch as Patch
+    from vesalius.intervention import Project as Project
+    from vesalius.intervention import Replace as Replace
     from vesalius.intervention import Steer as Steer
     from vesalius.ledger import Ledger as Ledger
     from vesalius.loading import load as load
@@ -88,5 +103,8 @@ if TYPE_CHECKING:
     from vesalius.records import Verdict as Verdict
     from vesalius.site import Site as Site
     from vesalius.stats import Measurement as Measurement
+    from vesalius.sweeps.paths import path_patching as path_patching
     from vesalius.sweeps.sweep import Scores as Scores
     from vesalius.sweeps.sweep import sweep as sweep
+    from vesalius.sweeps.tracing import Tracing as Tracing
+    from vesalius.sweeps.tracing import causal_tracing as causal_tracing

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
-from vesalius.errors import UnknownNameError
+from vesalius.errors import NotFiniteError, UnknownNameError
 from vesalius.inputs import Tokens
 from vesalius.site import INDEX_AXIS, Site
 
@@ -42,3 +43,17 @@ class Activations(Mapping[Site, Tensor]):
     def __repr__(self) -> str:
         rows = ", ".join(f"{site} {list(self._tensors[site].shape)}" for site in self)
         return f"Activations({rows})"
+
+
+def refuse_nonfinite(site: Site, tensor: Tensor, real: Tensor | None) -> None:
+    """Raise NotFiniteError naming site, example and position; padding is not looked at."""
+    bad = ~torch.isfinite(tensor)
+    if real is not None and tensor.shape[:2] == real.shape:
+        bad &= real.to(bad.device).view(*real.shape, *[1] * (tensor.ndim - 2))
+    if bool(bad.any()):
+        where = bad.nonzero()[0].tolist()
+        what = "NaN" if bool(tensor[tuple(where)].isnan()) else "infinity"
+        at = f"example {where[0]}" + (
+            f", position {where[1]}" if len(where) > 1 and site.kind not in ("scores", "pattern") else ""
+        )
+        raise NotFiniteError(f"{site} is the first site with {what}: {at}")

@@ -88,11 +88,30 @@ def grouped(kv: Tensor, n_heads: int) -> Tensor:
     return kv if kv.shape[1] == n_heads else kv.repeat_interleave(n_heads // kv.shape[1], dim=1)
 
 
+def weighted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, cap: float | None) -> Tensor:
+    """Attention's weighted values [batch, head, query_pos, d_head]; q, k, v: [batch, head, pos, d_head].
+
+    mask: True or zero where attention is allowed. cap: bound of the scores (Gemma 2), cap * tanh(scores / cap).
+    """
+    if cap is None:
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scaling)
+    scores = capped(q @ k.transpose(2, 3) * scaling, cap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    pattern = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return pattern @ v
+
+
+def capped(scores: Tensor, cap: float | None) -> Tensor:
+    return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
 class Plain:
     """Eager attention whose scores and pattern can be visited: visit(kind, layer, tensor) -> tensor or None."""
 
     def __init__(self, visit: Callable[[str, int, Tensor], Tensor | None]) -> None:
         self._visit = visit
+        self._calls = 0
 
     def __call__(
         self,
@@ -104,16 +123,20 @@ class Plain:
         scaling: float,
         options: dict[str, Any],
     ) -> Tensor:
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        scores = q @ grouped(k, q.shape[1]).transpose(2, 3) * scaling
-        if options.get("softcap") is not None:
-            scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
+        layer = self._number(module)
+        scores = capped(q @ grouped(k, q.shape[1]).transpose(2, 3) * scaling, options.get("softcap"))
         if mask is not None:
             scores = scores + mask[..., : scores.shape[-1]]
         scores = self._seen("scores", layer, scores)
         pattern = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         pattern = self._seen("pattern", layer, pattern)
         return (pattern @ grouped(v, q.shape[1])).transpose(1, 2).contiguous()
+
+    def _number(self, module: nn.Module) -> int:
+        """Which layer this is; modules that do not say are called one layer after the other."""
+        self._calls += 1
+        number = getattr(module, "layer_idx", None)
+        return self._calls - 1 if number is None else int(number)
 
     def _seen(self, kind: str, layer: int, tensor: Tensor) -> Tensor:
         changed = self._visit(kind, layer, tensor)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from vesalius.adapters import submodule
-from vesalius.errors import UnknownNameError
+from vesalius.adapters.norms import frozen_scale, gain
+from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Pairs, Tokens
 from vesalius.model import Model
 from vesalius.site import Site
@@ -56,31 +57,31 @@ def frozen_norm(model: Model, final: Float[Tensor, "example d_model"], answer: T
     adapter, _ = model.described
     norm = submodule(model.module, adapter.final_norm)
     difference = (model.W_U[answer] - model.W_U[distractor]).to(final)
-    weighted = difference * norm.weight.detach()  # type: ignore[operator]
+    weighted = difference * gain(adapter.norm, norm).to(final)
     bias = getattr(norm, "bias", None)
     constant = difference @ bias.detach() if isinstance(bias, Tensor) else difference.new_zeros(len(difference))
     extra = getattr(submodule(model.module, adapter.unembed), "bias", None)
     if isinstance(extra, Tensor):
         constant = constant + (extra[answer] - extra[distractor]).detach().to(constant)
-    epsilon = _epsilon(norm)
-    if adapter.norm == "rms":
-        return Frozen(weighted / (final.pow(2).mean(-1, keepdim=True) + epsilon).sqrt(), constant)
-    centred = final - final.mean(-1, keepdim=True)
-    scale = (centred.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
-    # Centring is linear: it moves onto the direction.
-    return Frozen((weighted - weighted.mean(-1, keepdim=True)) / scale, constant)
-
-
-def _epsilon(norm: nn.Module) -> float:
-    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-5)))
+    scaled = weighted * frozen_scale(adapter.norm, norm, final)
+    # LayerNorm's centring is linear: it moves onto the direction.
+    return Frozen(scaled if adapter.norm != "layer" else scaled - scaled.mean(-1, keepdim=True), constant)
 
 
 def direct_effects(model: Model, pairs: Pairs, tokens: Tokens) -> Direct:
     """Every component's direct contribution to the logit difference of one run. tokens: the prompts to run.
 
-    The contributions sum to the run's logit difference (1e-4).
+    The contributions sum to the run's logit difference (1e-4); in a model that caps its logits (Gemma 2), to the
+    difference before the cap, which no sum of parts survives. Heads before a norm of their own (Gemma, OLMo 2) are
+    counted with that norm frozen too. Raises InputError for a model whose last layer's output is not the plain sum of
+    what its parts wrote (BERT's norms stand between).
     """
-    _, layout = model.described
+    adapter, layout = model.described
+    if not adapter.direct:
+        raise InputError(
+            f"{model.name} has no direct effects: in the {adapter.family} family the logits are no linear function of "
+            "what the parts wrote, even with the norms frozen"
+        )
     outside = [str(site) for site in model.sites("*") if site.kind in ("embed", "pos_embed")]
     last = f"layers.{layout.n_layers - 1}.resid_post"
     run = model.run(
@@ -92,7 +93,7 @@ def direct_effects(model: Model, pairs: Pairs, tokens: Tokens) -> Direct:
     bias = frozen.constant
     for layer in range(layout.n_layers):
         z = run[f"layers.{layer}.z"][rows, pairs.at]
-        writes = torch.einsum("ehd,hdm->ehm", z, model.W_O(layer))
+        writes = model.head_writes(layer, z)
         shares = frozen.of(writes)
         for head in range(layout.n_heads):
             found[f"layers.{layer}.z[{head}]"] = shares[:, head]

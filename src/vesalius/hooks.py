@@ -1,8 +1,8 @@
 """The only place that registers hooks.
 
-A `Tap` names a tensor (module, input or output) and a function of it; a `CallTap` sees a module's whole call. `tapped`
-installs them for the length of a `with` block and always removes them. Several taps on one tensor share one hook
-and run in the order given.
+A `Tap` names a tensor (module, input or output) and a function of it; a `CallTap` sees a module's whole call, an
+`OutputTap` its arguments and whole output. `tapped` installs them for the length of a `with` block and always removes
+them. Several taps on one tensor share one hook and run in the order given.
 """
 
 from __future__ import annotations
@@ -36,22 +36,38 @@ class CallTap:
     visit: Callable[[tuple[Any, ...], dict[str, Any]], None]
 
 
+@dataclass(frozen=True, eq=False)
+class OutputTap:
+    """Call `visit(args, output)` when `module` returns; a returned value replaces the whole output."""
+
+    module: nn.Module
+    visit: Callable[[tuple[Any, ...], Any], Any]
+
+
 @contextmanager
-def tapped(taps: Sequence[Tap], calls: Sequence[CallTap] = ()) -> Iterator[None]:
+def tapped(taps: Sequence[Tap | OutputTap], calls: Sequence[CallTap] = ()) -> Iterator[None]:
     """Install taps; remove them on success, exception and ctrl-C."""
     grouped: dict[tuple[int, str], list[Tap]] = {}
     for tap in taps:
-        grouped.setdefault((id(tap.module), tap.side), []).append(tap)
+        if isinstance(tap, Tap):
+            grouped.setdefault((id(tap.module), tap.side), []).append(tap)
     handles = []
     try:
         for call in calls:
             handles.append(call.module.register_forward_pre_hook(_on_call(call), with_kwargs=True))
         for same in grouped.values():
             handles.append(_register(same[0].module, same[0].side, [tap.visit for tap in same]))
+        for whole in taps:
+            if isinstance(whole, OutputTap):
+                handles.append(whole.module.register_forward_hook(_on_return(whole)))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _on_return(tap: OutputTap) -> Callable[..., Any]:
+    return lambda _, args, output: tap.visit(args, output)
 
 
 def _on_call(call: CallTap) -> Callable[..., None]:

@@ -7,10 +7,10 @@ are reached through our attention function for the length of that one run; the m
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from vesalius.activations import Activations
 from vesalius.adapters import Adapter, Layout, adapter_for, submodule
-from vesalius.attention import Plain, attending
+from vesalius.adapters.norms import frozen_scale, gain
 from vesalius.errors import InputError
-from vesalius.hooks import tapped
+from vesalius.generation import Choice, Generation, Step, generated
 from vesalius.inputs import Tokens
-from vesalius.intervention import Intervention
+from vesalius.intervention import Intervention, Place
 from vesalius.site import GLOBAL_KINDS, LAYER_KINDS, Site, select
 from vesalius.taps import Recorder
 
@@ -112,16 +112,31 @@ class Model:
     def layer(self, number: int) -> nn.Module:
         """The module of one layer."""
         adapter, _ = self.described
-        return submodule(self.module, f"{adapter.layers}.{number}")
+        return submodule(self.module, adapter.layers if adapter.shared else f"{adapter.layers}.{number}")
 
     def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:  # noqa: N802
-        """Output projection of each head."""
+        """Output projection of each head. In a model with a norm after attention, what comes before that norm."""
         adapter, layout = self.described
         projection = submodule(self.layer(layer), adapter.o_proj)
         weight: Tensor = projection.weight.detach()  # type: ignore[operator]
         # Linear keeps [out, in]; GPT-2's Conv1D keeps [in, out].
         rows = weight.T if isinstance(projection, nn.Linear) else weight
         return rows.reshape(layout.n_heads, layout.d_head, layout.d_model)
+
+    def head_writes(self, layer: int, z: Float[Tensor, "*any head d_head"]) -> Float[Tensor, "*any head d_model"]:
+        """What each head adds to the residual stream, from one layer's z.
+
+        The sum over heads is attn_out less the output projection's bias. With a norm after attention its scale is
+        held at the value it has for this z, which makes the shares exact.
+        """
+        adapter, _ = self.described
+        writes = torch.einsum("...hd,hdm->...hm", z, self.W_O(layer).to(z))
+        if not adapter.attn_norm:
+            return writes
+        norm = submodule(self.layer(layer), adapter.attn_norm)
+        bias = getattr(submodule(self.layer(layer), adapter.o_proj), "bias", None)
+        total = writes.sum(-2) if bias is None else writes.sum(-2) + bias.detach().to(z)
+        return writes * (frozen_scale(adapter.norm, norm, total) * gain(adapter.norm, norm).to(z)).unsqueeze(-2)
 
     @property
     def W_U(self) -> Float[Tensor, "vocab d_model"]:  # noqa: N802
@@ -148,29 +163,85 @@ class Model:
         *,
         grad: bool = False,
         last_logits: bool = False,
+        check_finite: bool = False,
     ) -> Run:
         """One forward pass that captures sites and applies interventions, in their order.
 
         inputs: Tokens, int64 ids [batch, pos], text, or for other modules whatever tensor they take.
         grad: keep the graph, so that autograd reaches captured tensors. last_logits: only the last position's logits,
         when the model can (saves the unembedding of the rest). A captured site holds the value after interventions.
+        check_finite: look at every site (attention's scores and pattern only when they are captured or edited).
 
-        Raises UnknownNameError for an unknown site, InterventionError when an intervention's site never fired.
+        Raises UnknownNameError for an unknown site, InterventionError when an intervention's site never fired, with
+        check_finite NotFiniteError naming the first site, in the order of the pass, that holds NaN or infinity.
         """
         call, tokens = self._call(inputs)
-        if last_logits and self.adapter is not None:
+        if last_logits and self._takes("logits_to_keep"):
             call = {**call, "logits_to_keep": 1}
         wanted = [site for name in capture for site in self._resolve(name)]
-        recorder = Recorder(self, wanted, list(interventions), tokens, grad)
-        with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(grad))
-            stack.enter_context(tapped(recorder.taps))
-            if recorder.needs_attention:
-                stack.enter_context(attending(self.module, Plain(recorder.visit_attention)))
-            output = self.module(**call) if "input_ids" in call else self.module(call["x"])
+        watch = self._all_sites if check_finite else ()
+        recorder = Recorder(self, wanted, list(interventions), tokens, grad, watch=watch)
+        with torch.set_grad_enabled(grad), recorder.listening():
+            output = self.module(call["x"]) if "x" in call else self.module(**call)
         recorder.check_fired()
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", output)
         return Run(logits, Activations(recorder.captured(), tokens), recorder.diagnostics())
+
+    def generate(
+        self,
+        prompts: Any,
+        max_new_tokens: int,
+        interventions: Sequence[Intervention] = (),
+        capture: Sequence[Site | str] = (),
+        *,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        stop: int | None = None,
+    ) -> Generation:
+        """Write up to max_new_tokens after each prompt, with interventions on prompt and new tokens.
+
+        Positions of interventions are token numbers from the start of each prompt, new tokens included; default all.
+        Values given for whole sequences (Patch, Freeze ...) must reach as far as they are used. temperature: 0 takes
+        the likeliest token, more draws one, by `seed`. stop: token after which a prompt is finished.
+
+        Equals running every longer prompt anew with the same interventions. Raises InputError for a model that keeps
+        no keys and values, or positions that are never run.
+        """
+        tokens = self._call(prompts)[1]
+        if tokens is None or not self._takes("past_key_values"):
+            raise InputError(f"{self.name} does not write: it takes no past_key_values. Use run")
+        wanted = [site for name in capture for site in self._resolve(name)]
+        forward = partial(self._pass, wanted, list(interventions))
+        made = generated(forward, tokens, interventions, max_new_tokens, Choice(temperature, seed, stop))
+        if self.tokenizer is None:
+            return made
+        return replace(made, texts=tuple(self.tokenizer.decode(list(row)) for row in made.new))
+
+    def _pass(
+        self,
+        capture: Sequence[Site],
+        interventions: Sequence[Intervention],
+        ids: Tensor,
+        real: Tensor,
+        index: Tensor,
+        cache: Any,
+        places: Sequence[Place],
+    ) -> Step:
+        """One pass of a generation: tokens after those whose keys and values are in the cache."""
+        adapter, here = self.described[0], real[:, -ids.shape[1] :]
+        call: dict[str, Any] = {**self.token_call(Tokens(ids)), "use_cache": True, "past_key_values": cache}
+        if not bool(real.all()):
+            call["attention_mask"] = real.long().to(self.device)
+            if adapter.positions:
+                call["position_ids"] = (index * here).to(self.device)
+        recorder = Recorder(self, capture, interventions, Tokens(ids, here), False, places)
+        with torch.no_grad(), recorder.listening():
+            output = self.module(**call)
+        recorder.check_fired()
+        return Step(output.logits, output.past_key_values, recorder.captured(), recorder.diagnostics())
+
+    def _takes(self, argument: str) -> bool:
+        return self.adapter is not None and argument in inspect.signature(self.module.forward).parameters
 
     def _resolve(self, name: Site | str) -> list[Site]:
         if "*" in str(name):
@@ -197,6 +268,8 @@ class Model:
         if self.adapter is None:
             tokens = inputs if isinstance(inputs, Tokens) else None
             return {"x": tokens.ids if tokens else inputs}, tokens
+        if self.adapter.input != "input_ids":
+            return {self.adapter.input: _pixels(inputs).to(self.device), **self.adapter.call}, None
         if isinstance(inputs, Tensor):
             inputs = Tokens(inputs)
         if not isinstance(inputs, Tokens):
@@ -205,21 +278,29 @@ class Model:
 
     def token_call(self, tokens: Tokens) -> dict[str, Any]:
         """Keyword arguments the wrapped module is called with for these tokens."""
-        vocab = self.described[1].vocab
+        adapter, layout = self.described
+        vocab = layout.vocab
         if int(tokens.ids.max()) >= vocab:
             raise InputError(
                 f"token id {int(tokens.ids.max())} is outside {self.name}'s vocabulary of {vocab}; "
                 "is this its tokenizer?"
             )
-        call: dict[str, Any] = {"input_ids": tokens.ids.to(self.device), "use_cache": False}
+        call: dict[str, Any] = {adapter.input: tokens.ids.to(self.device), **adapter.call}
         if tokens.mask is None:
             return call
         mask = tokens.mask.to(self.device)
         call["attention_mask"] = mask.long()
-        if not bool(mask[:, 0].all()):
+        if adapter.positions and not bool(mask[:, 0].all()):
             # Left padding: real tokens keep the positions they would have alone.
             call["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
         return call
+
+
+def _pixels(inputs: Any) -> Tensor:
+    if isinstance(inputs, Tensor) and inputs.is_floating_point():
+        return inputs
+    given = f"{inputs.dtype} tensor" if isinstance(inputs, Tensor) else type(inputs).__name__
+    raise InputError(f"this model takes images [batch, channel, height, width] as a float tensor; got {given}")
 
 
 def _limit(kind: str, layout: Layout) -> tuple[int | None, str]:
@@ -228,4 +309,6 @@ def _limit(kind: str, layout: Layout) -> tuple[int | None, str]:
         return layout.n_kv_heads, "key-value heads per layer"
     if kind in ("q", "z", "result", "pattern", "scores"):
         return layout.n_heads, "heads per layer"
+    if kind in ("router", "expert_out"):
+        return layout.n_experts, "experts per layer"
     return (None, "neurons") if kind == "mlp_post" else (layout.d_model, "dimensions")

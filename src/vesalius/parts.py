@@ -92,7 +92,8 @@ def as_part(what: Part | Site | str) -> Part:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+    # As bytes: NumPy has no bfloat16.
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +110,7 @@ class Direction:
     def __post_init__(self) -> None:
         if not bool(torch.isfinite(self.vector).all()):
             raise NotFiniteError(f"the direction at {self.site} holds NaN or infinity")
-        if self.vector.ndim != 1 or float(self.vector.norm()) == 0.0:
+        if self.vector.ndim != 1 or float(self.vector.detach().norm()) == 0.0:
             raise InputError(f"a direction is one non-zero vector; got shape {tuple(self.vector.shape)} at {self.site}")
         object.__setattr__(self, "vector", self.vector / self.vector.norm())
 
@@ -150,7 +151,8 @@ class Subspace:
         if not bool(torch.isfinite(self.basis).all()):
             raise NotFiniteError(f"the basis at {self.site} holds NaN or infinity")
         q, r = torch.linalg.qr(self.basis.T.to(torch.float64))
-        if float(r.diagonal().abs().min()) < 1e-8 * float(r.diagonal().abs().max()):
+        sizes = r.detach().diagonal().abs()
+        if float(sizes.min()) < 1e-8 * float(sizes.max()):
             raise InputError(f"the basis at {self.site} is linearly dependent")
         object.__setattr__(self, "basis", q.T.to(self.basis.dtype).contiguous())
 

@@ -9,6 +9,7 @@
 
 Words follow TransformerLens: q, k and v are the projections' outputs (before any rotation), z the weighted values per
 head, result each head's contribution to the residual stream, mlp_post the neurons (what the down projection reads).
+In a mixture of experts router holds the router's logits and expert_out what each expert adds.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ LAYER_KINDS: dict[str, tuple[str, ...]] = {
     "result": ("batch", "pos", "head", "d_model"),
     "scores": ("batch", "head", "query_pos", "key_pos"),
     "pattern": ("batch", "head", "query_pos", "key_pos"),
+    "router": ("batch", "pos", "expert"),
+    "expert_out": ("batch", "pos", "expert", "d_model"),
 }
 GLOBAL_KINDS: dict[str, tuple[str, ...]] = {
     "embed": RESIDUAL,
@@ -46,14 +49,15 @@ GLOBAL_KINDS: dict[str, tuple[str, ...]] = {
 # The axis an index in brackets selects.
 INDEX_AXIS = {
     "q": 2, "k": 2, "v": 2, "z": 2, "result": 2, "scores": 1, "pattern": 1, "mlp_post": 2, "mlp_in": 2,
-    "resid_pre": 2, "resid_mid": 2, "resid_post": 2, "attn_out": 2, "mlp_out": 2, "embed": 2,
+    "resid_pre": 2, "resid_mid": 2, "resid_post": 2, "attn_out": 2, "mlp_out": 2, "embed": 2, "router": 2,
+    "expert_out": 2,
 }  # fmt: skip
 # Order within one layer, in which a forward pass makes them.
 STEP = {
     kind: step
     for step, kind in enumerate(
-        ["resid_pre", "q", "k", "v", "scores", "pattern", "z", "result", "attn_out", "resid_mid", "mlp_in", "mlp_post",
-         "mlp_out", "resid_post"]
+        ["resid_pre", "q", "k", "v", "scores", "pattern", "z", "result", "attn_out", "resid_mid", "mlp_in", "router",
+         "expert_out", "mlp_post", "mlp_out", "resid_post"]
     )
 }  # fmt: skip
 
@@ -72,7 +76,7 @@ class Site:
     """`z`, `mlp_out`, ... or `module` for a module path."""
     layer: int | None = None
     index: int | None = None
-    """Head, key-value head, neuron or dimension; None for the whole tensor."""
+    """Head, key-value head, expert, neuron or dimension; None for the whole tensor."""
     stack: str = ""
     """`encoder` or `decoder` in models that have both, else empty."""
     module: str = ""

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from vesalius.activations import refuse_nonfinite
 from vesalius.adapters import Access, Adapter, Layout, submodule
+from vesalius.adapters.heads import join_heads, split_heads
+from vesalius.adapters.routing import contributions, rerouted
+from vesalius.attention import Plain, attending
 from vesalius.errors import InterventionError, UnknownNameError
-from vesalius.hooks import Tap
+from vesalius.hooks import OutputTap, Tap, Visit, tapped
 from vesalius.inputs import Tokens
-from vesalius.intervention import Intervention, apply, off_distribution
+from vesalius.intervention import Intervention, Place, Reader, Recorded, apply, off_distribution
 from vesalius.site import Site
 
 READ_ONLY = ("result",)
 ATTENTION = ("scores", "pattern")
+# Scores hold minus infinity by right; experts' shares are costly to make, and show in mlp_out.
+UNWATCHED = (*READ_ONLY, *ATTENTION, "router", "expert_out")
 
 
 @runtime_checkable
@@ -29,32 +37,15 @@ class Host(Protocol):
 
     def layer(self, number: int) -> nn.Module: ...
     def check_site(self, site: Site) -> None: ...
-    def W_O(self, layer: int) -> Tensor: ...  # noqa: N802
-
-
-def split_heads(tensor: Tensor, access: Access, layout: Layout) -> Tensor:
-    """A module's tensor as the site names it: its part of the last axis, with a head axis when there is one."""
-    if access.part is not None:
-        number, of = access.part
-        tensor = tensor.chunk(of, -1)[number]
-    if not access.heads:
-        return tensor
-    heads = layout.n_heads if access.heads == "head" else layout.n_kv_heads
-    return tensor.unflatten(-1, (heads, -1))
-
-
-def join_heads(whole: Tensor, site_tensor: Tensor, access: Access) -> Tensor:
-    """Inverse of `split_heads`: the module's tensor with the site's new value in its place."""
-    flat = site_tensor.flatten(-2) if access.heads else site_tensor
-    if access.part is None:
-        return flat
-    pieces = list(whole.chunk(access.part[1], -1))
-    pieces[access.part[0]] = flat
-    return torch.cat(pieces, -1)
+    def head_writes(self, layer: int, z: Tensor) -> Tensor: ...
 
 
 class Recorder:
-    """Taps of one run, and what they saw."""
+    """Taps of one run, and what they saw. Edits of one site act in the order given.
+
+    places: one per intervention, which tokens this pass holds and which of them are edited; default all of `tokens`,
+    and each intervention's own positions. watch: sites where NaN or infinity is refused.
+    """
 
     def __init__(
         self,
@@ -63,23 +54,47 @@ class Recorder:
         interventions: Sequence[Intervention],
         tokens: Tokens | None,
         grad: bool,
+        places: Sequence[Place] = (),
+        watch: Sequence[Site] = (),
     ) -> None:
         self._host = host
         self._real = tokens.real if tokens is not None else None
         self._grad = grad
+        self._places = places
         self._seen: dict[Site, Tensor] = {}
         self._fired: set[Site] = set()
         self._capture = list(dict.fromkeys(capture))
-        self._edits: dict[Site, list[Intervention]] = {}
+        self._edits: dict[Site, list[tuple[int, Intervention]]] = {}
         self._diagnostics: dict[int, dict[str, Any]] = {}
-        for edit in interventions:
+        self._read: set[Site] = set()
+        for number, edit in enumerate(interventions):
             self._check_editable(edit)
-            self._edits.setdefault(edit.part.site.whole, []).append(edit)
-        self._order = list(interventions)
+            self._edits.setdefault(edit.part.site.whole, []).append((number, edit))
+            if isinstance(edit, Reader):
+                self._read.add(self._checked_read(edit))
         hidden = [Site("z", site.layer) for site in self._capture if site.kind == "result"]
-        self._all = list(dict.fromkeys([*self._edits, *(s for s in self._capture if s.kind not in READ_ONLY), *hidden]))
-        self.taps = [tap for site in self._all if site.kind not in ATTENTION for tap in self._taps(site)]
-        self.needs_attention = any(site.kind in ATTENTION for site in self._all)
+        asked = [*self._edits, *self._read, *(s for s in self._capture if s.kind not in READ_ONLY), *hidden]
+        # In the order of the forward pass: two sites can share a module's tensor (attn_out, and the sum resid_mid).
+        self._all = sorted(dict.fromkeys(asked), key=_forward_order)
+        through = [site for site in self._all if self._through_attention(site)]
+        self._refuse_nan = bool(watch)
+        only = [site for site in watch if site not in self._all and self._lies_open(site)]
+        direct = sorted((site for site in (*self._all, *only) if site not in through), key=_forward_order)
+        self.taps = [tap for site in direct for tap in self._counted(site, site in only)]
+        self.needs_attention = bool(through)
+
+    def _lies_open(self, site: Site) -> bool:
+        """Whether a module has this tensor, so that looking at it costs nothing."""
+        return site.kind not in UNWATCHED and not self._through_attention(site)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Taps and attention in place for the length of a `with` block."""
+        with ExitStack() as stack:
+            stack.enter_context(tapped(self.taps))
+            if self.needs_attention:
+                stack.enter_context(attending(self._host.module, Plain(self.visit_attention)))
+            yield
 
     def _check_editable(self, edit: Intervention) -> None:
         site = edit.part.site
@@ -90,14 +105,57 @@ class Recorder:
         if site.kind != "module":
             self._host.check_site(site)
 
-    def _taps(self, site: Site) -> list[Tap]:
+    def _checked_read(self, edit: Reader) -> Site:
+        site = edit.reads.site
+        if site.kind in READ_ONLY:
+            raise InterventionError(
+                f"{site} is no tensor of the pass, so no edit can read it; read layers.{site.layer}.z"
+            )
+        if site.kind != "module":
+            self._host.check_site(site)
+        return site.whole
+
+    def _through_attention(self, site: Site) -> bool:
+        """Scores and patterns are reached in our attention function, unless a module of the model returns them."""
+        adapter = self._host.adapter
+        return site.kind in ATTENTION and not (adapter is not None and site.kind in adapter.sites)
+
+    def _counted(self, site: Site, only: bool) -> list[Tap | OutputTap]:
+        """A site's taps (only: its lookout); where all layers are one module, they act in one of its calls."""
+        adapter, taps = self._host.adapter, self._lookout(site) if only else self._taps(site)
+        if adapter is None or not adapter.shared or site.layer is None:
+            return taps
+        return [Tap(tap.module, tap.side, _nth(tap.visit, site.layer)) for tap in taps if isinstance(tap, Tap)]
+
+    def _taps(self, site: Site) -> list[Tap | OutputTap]:
         if site.kind == "module":
             return [Tap(submodule(self._host.module, site.module), site.side, self._visitor(site, None))]
         access = self._access(site)
         root = self._host.module if site.layer is None else self._host.layer(site.layer)
+        if site.kind in ("router", "expert_out"):
+            return [OutputTap(submodule(root, access.path), self._expert_visitor(site, access))]
         if not access.delta or site not in self._edits:
             return [Tap(submodule(root, access.path), access.side, self._visitor(site, access))]
         return self._delta_taps(site, access, root)
+
+    def _lookout(self, site: Site) -> list[Tap | OutputTap]:
+        """Taps that only refuse NaN and infinity."""
+        if site.kind == "module":
+            module = submodule(self._host.module, site.module)
+            return [OutputTap(module, lambda _, output: self._check_all(site, output))]
+        access = self._access(site)
+        root = self._host.module if site.layer is None else self._host.layer(site.layer)
+
+        def visit(tensor: Tensor) -> None:
+            refuse_nonfinite(site, self._split(tensor, access), self._real)
+
+        return [Tap(submodule(root, access.path), access.side, visit)]
+
+    def _check_all(self, site: Site, output: Any) -> None:
+        """Every floating-point tensor a module returns."""
+        for item in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(item, Tensor) and item.dtype.is_floating_point:
+                refuse_nonfinite(site, item, self._real)
 
     def _access(self, site: Site) -> Access:
         adapter = self._host.adapter
@@ -107,7 +165,7 @@ class Recorder:
             raise UnknownNameError("site", str(site), table)
         return table[site.kind]
 
-    def _delta_taps(self, site: Site, access: Access, root: nn.Module) -> list[Tap]:
+    def _delta_taps(self, site: Site, access: Access, root: nn.Module) -> list[Tap | OutputTap]:
         """A sum no module returns (resid_mid): edited by adding the change to its last summand, read where used."""
         before: list[Tensor] = []
 
@@ -118,34 +176,60 @@ class Recorder:
             total = before[0] + tensor
             return tensor + (self._edited(site, total) - total)
 
-        read = self._reader(site)
+        read = self._reader(site, access)
         return [
             Tap(root, "in", remember),
             Tap(submodule(root, access.delta), "out", add_change),
             Tap(submodule(root, access.path), access.side, read),
         ]
 
-    def _reader(self, site: Site) -> Callable[[Tensor], None]:
+    def _reader(self, site: Site, access: Access) -> Callable[[Tensor], None]:
         def visit(tensor: Tensor) -> None:
-            self._keep(site, tensor)
+            self._keep(site, self._split(tensor, access))
 
         return visit
+
+    def _split(self, tensor: Tensor, access: Access | None) -> Tensor:
+        layout = self._host.layout
+        if access is None or layout is None:
+            return tensor
+        return split_heads(tensor, access, layout, self._batch())
 
     def _visitor(self, site: Site, access: Access | None) -> Callable[[Tensor], Tensor | None]:
         layout = self._host.layout
 
         def visit(tensor: Tensor) -> Tensor | None:
-            here = tensor if access is None or layout is None else split_heads(tensor, access, layout)
-            if self._real is not None and access is not None and here.shape[0] == 1:
+            here = self._split(tensor, access)
+            if access is not None and here.shape[0] == 1:
                 # Position embeddings are made once for the whole batch.
-                here = here.expand(len(self._real), *here.shape[1:])
+                here = here.expand(self._batch(), *here.shape[1:])
             edited = self._edited(site, here) if site in self._edits else here
             edited = self._keep(site, edited)
             if edited is here and not self._grad:
                 return None
-            return edited if access is None else join_heads(tensor, edited, access)
+            return edited if access is None or layout is None else join_heads(tensor, edited, access, layout)
 
         return visit
+
+    def _expert_visitor(self, site: Site, access: Access) -> Callable[[tuple[Any, ...], Any], Any]:
+        """Router logits, whose edit reroutes; or what each expert adds, whose edit is added to the experts' sum."""
+
+        def route(_: tuple[Any, ...], output: Any) -> Any:
+            here = self._split(output[0], access)
+            edited = self._keep(site, self._edited(site, here) if site in self._edits else here)
+            return None if edited is here and not self._grad else rerouted(gate, edited.flatten(0, 1))
+
+        def add(args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            here = self._split(contributions(gate, *args[:3]), access)
+            edited = self._keep(site, self._edited(site, here) if site in self._edits else here)
+            if self._grad:
+                # The same value, with the gradient through the contributions.
+                return edited.sum(2).flatten(0, 1) + (output - here.sum(2).flatten(0, 1)).detach()
+            return None if edited is here else output + (edited - here).sum(2).flatten(0, 1)
+
+        assert site.layer is not None
+        gate = submodule(self._host.layer(site.layer), access.path)
+        return route if site.kind == "router" else add
 
     def visit_attention(self, kind: str, layer: int, tensor: Tensor) -> Tensor | None:
         """Called by our attention function with scores and pattern [batch, head, query_pos, key_pos]."""
@@ -156,15 +240,37 @@ class Recorder:
         return self._keep(site, edited)
 
     def _edited(self, site: Site, tensor: Tensor) -> Tensor:
-        real = self._real_like(tensor)
-        for edit in self._edits[site]:
-            changed = apply(edit, tensor, real)
-            self._diagnostics[id(edit)] = {
-                "intervention": edit.to_json(),
-                **(off_distribution(tensor, changed, real, edit.part.site) if self._real is not None else {}),
+        for number, edit in self._edits[site]:
+            place = self._places[number] if self._places else Place(self._real_like(tensor))
+            if place.chosen is not None and not bool(place.chosen.any()):
+                continue
+            changed = apply(self._ready(edit, site, tensor), tensor, place)
+            self._diagnostics[number] = {
+                "intervention": edit.describe() if isinstance(edit, Recorded) else edit.to_json(),
+                **(off_distribution(tensor, changed, place.real, edit.part.site) if self._tokenwise else {}),
             }
             tensor = changed
         return tensor
+
+    @property
+    def _tokenwise(self) -> bool:
+        return self._real is not None or bool(self._places)
+
+    def _ready(self, edit: Intervention, site: Site, tensor: Tensor) -> Intervention:
+        """The edit, with what it reads elsewhere in this run."""
+        if not isinstance(edit, Reader):
+            return edit
+        read = edit.reads.site.whole
+        if read != site and read not in self._seen:
+            raise InterventionError(
+                f"{type(edit).__name__} reads {read}, which this pass makes only after {site}; "
+                "an edit can read the same site or an earlier one"
+            )
+        return edit.given(tensor if read == site else self._seen[read])
+
+    def _batch(self) -> int:
+        """Examples in this pass; 1 when nothing says so."""
+        return 1 if self._real is None else len(self._real)
 
     def _real_like(self, tensor: Tensor) -> Tensor:
         if self._real is not None:
@@ -174,9 +280,11 @@ class Recorder:
 
     def _keep(self, site: Site, tensor: Tensor) -> Tensor:
         self._fired.add(site)
+        if self._refuse_nan and site.kind != "scores":
+            refuse_nonfinite(site, tensor, self._real)
         if self._grad and not tensor.requires_grad:
             tensor = tensor.detach().requires_grad_()
-        if site in self._capture or site.kind == "z":
+        if site in self._capture or site in self._read or site.kind == "z":
             self._seen[site] = tensor
         return tensor
 
@@ -194,9 +302,19 @@ class Recorder:
         for site in self._capture:
             if site.kind == "result":
                 assert site.layer is not None
-                z = self._seen[Site("z", site.layer)]
-                found[site] = torch.einsum("bphd,hdm->bphm", z, self._host.W_O(site.layer).to(z))
+                found[site] = self._host.head_writes(site.layer, self._seen[Site("z", site.layer)])
         return found
 
     def diagnostics(self) -> tuple[Mapping[str, Any], ...]:
-        return tuple(self._diagnostics[id(edit)] for edit in self._order if id(edit) in self._diagnostics)
+        """One entry per intervention that acted, in the order given."""
+        return tuple(self._diagnostics[number] for number in sorted(self._diagnostics))
+
+
+def _nth(visit: Visit, number: int) -> Visit:
+    """Acts in call `number` only."""
+    calls = count()
+    return lambda tensor: visit(tensor) if next(calls) == number else None
+
+
+def _forward_order(site: Site) -> tuple[int, ...]:
+    return (1, *site.order) if site.kind == "module" else (0, *site.order)

@@ -10,9 +10,9 @@ GPT2 = Adapter(
     layers="transformer.h",
     sites={
         "resid_pre": Access("", "in"),
-        "q": Access("attn.c_attn", heads="head", part=(0, 3)),
-        "k": Access("attn.c_attn", heads="head", part=(1, 3)),
-        "v": Access("attn.c_attn", heads="head", part=(2, 3)),
+        "q": Access("attn.c_attn", heads="head", part="q"),
+        "k": Access("attn.c_attn", heads="kv_head", part="k"),
+        "v": Access("attn.c_attn", heads="kv_head", part="v"),
         "z": Access("attn.c_proj", "in", heads="head"),
         "attn_out": Access("attn.resid_dropout"),
         "resid_mid": Access("ln_2", "in", delta="attn.resid_dropout"),
@@ -46,5 +46,19 @@ GPT2 = Adapter(
         "use_cache": "false",
         "position_ids": "positions",
     },
-    refuse={"add_cross_attention": (False,), "reorder_and_upcast_attn": (False,)},
+    accepts={"add_cross_attention": (False,), "reorder_and_upcast_attn": (False,)},
+    understood=frozenset(
+        [
+            "vocab_size",
+            "n_positions",
+            "n_embd",
+            "n_layer",
+            "n_head",
+            "n_inner",
+            "activation_function",
+            "layer_norm_epsilon",
+            "scale_attn_weights",
+            "scale_attn_by_inverse_layer_idx",
+        ]
+    ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vesalius.adapters.base import Access, Adapter
+from vesalius.adapters.understood import ROTARY, SIZES
 
 LLAMA = Adapter(
     family="llama",
@@ -46,5 +47,6 @@ LLAMA = Adapter(
         "position_ids": "positions",
         "position_embeddings": "rotary",
     },
-    refuse={"pretraining_tp": (1,)},
+    accepts={"pretraining_tp": (1,)},
+    understood=SIZES | ROTARY | {"attention_bias", "mlp_bias"},
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vesalius.circuits.circuit import RULE, Circuit, Edge, find_circuit, find_edges
+from vesalius.circuits.circuit import RULE, Circuit, Edge, find_circuit
+from vesalius.circuits.edges import find_edges
 from vesalius.circuits.effects import Condition, Effects, clusters, decompose
 from vesalius.circuits.faithfulness import ABLATIONS, Share, kept, random_sets, removed, share
 

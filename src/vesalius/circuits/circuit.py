@@ -1,10 +1,10 @@
-"""Circuit: the smallest set of components found by a stated rule, with its measured edges.
+"""Circuit: the smallest set of components found by a stated rule.
 
 The rule, fixed before any patching:
 
-1. Rank components: those significant in some condition first, then by mean absolute effect over conditions.
-2. Take the shortest prefix (of the tried sizes) that keeps at least `START` of the effect when every other component gets
-   its value from the corrupted prompt (resample ablation, discovery prompts).
+1. Rank components by their mean absolute effect under the main corruption, noising and denoising.
+2. Take the shortest prefix (of the tried sizes) that keeps at least `START` of the effect when every other component
+   gets its value from the corrupted prompt (resample ablation, discovery prompts).
 3. Drop, again and again, the sixth of the members whose single removal changes the kept effect least; when that would
    bring it under `KEEP`, drop half as many; stop when not even one can go.
 
@@ -14,36 +14,30 @@ Single effects alone would keep members that only matter while the whole model r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vesalius.bench import EMBED, Bench
 from vesalius.circuits.effects import Effects
 from vesalius.circuits.faithfulness import kept
-from vesalius.intervention import Patch
-from vesalius.jobs import Blocks
 from vesalius.site import Site
-from vesalius.sweeps.variants import normal
 
 START, KEEP = 0.9, 0.8
-SIZES = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 120, 150)
-SMALLEST_EDGE = 0.05
-EDGE_EXAMPLES = 16
+SIZES = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 120, 150, 200, 300, 500, 1000)
 
 RULE = (
-    f"Components ranked by their mean absolute effect over all conditions (significant ones first); the shortest prefix that keeps "
-    f"{START:.0%} of the effect while all others get corrupted values; then members dropped, least needed first, as long as "
-    f"{KEEP:.0%} is kept. Discovery prompts only."
+    "Components ranked by their mean absolute effect under the main corruption, both directions; the shortest prefix "
+    f"that keeps {START:.0%} of the effect while all others get corrupted values; then members dropped, least needed "
+    f"first, as long as {KEEP:.0%} is kept. Discovery prompts only."
 )
 
 
 @dataclass(frozen=True)
 class Edge:
-    """weight: share of the target's change between clean and corrupted runs that patching the source alone brings about."""
+    """weight: share of the target's change, clean to corrupted, that patching the source alone brings about."""
 
     source: str
     target: str
@@ -52,16 +46,19 @@ class Edge:
 
 @dataclass(frozen=True)
 class Circuit:
-    """members: components in forward order. kept: share of the effect they keep alone, on the prompts they were found on."""
+    """Components found by `rule`, with their edges.
+
+    members: in forward order. kept: share of the effect they keep alone, on the prompts they were found on. reached:
+    False when no tried prefix kept `KEEP` of the effect; then it is the best of them. history: (size, kept) of every
+    set accepted on the way.
+    """
 
     members: tuple[Site, ...]
     kept: float
     reached: bool
-    """False when no tried prefix kept enough: then it is the largest one, and says so."""
     edges: tuple[Edge, ...] = ()
     rule: str = RULE
-    history: tuple[tuple[int, float], ...] = field(default=())
-    """(size, kept) of every set accepted on the way."""
+    history: tuple[tuple[int, float], ...] = ()
 
     def __len__(self) -> int:
         return len(self.members)
@@ -78,28 +75,28 @@ class Circuit:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Circuit:
+        """The circuit that `to_json` gave."""
         return cls(
-            tuple(Site.parse(name) for name in data["members"]), data["kept"], data["reached"],
-            tuple(Edge(**edge) for edge in data["edges"]), data["rule"], tuple((int(k), float(f)) for k, f in data["history"]),
-        )  # fmt: skip
+            members=tuple(Site.parse(name) for name in data["members"]),
+            kept=float(data["kept"]),
+            reached=bool(data["reached"]),
+            edges=tuple(Edge(**edge) for edge in data["edges"]),
+            rule=data["rule"],
+            history=tuple((int(size), float(share)) for size, share in data["history"]),
+        )
 
     def _repr_html_(self) -> str:
         names = ", ".join(escape(str(part)) for part in self.members)
-        return f"<p><b>Circuit of {len(self)} components</b>, keeps {self.kept:.0%} of the effect (discovery)</p><p>{names}</p>"
+        title = f"<b>Circuit of {len(self)} components</b>, keeps {self.kept:.0%} of the effect (discovery)"
+        return f"<p>{title}</p><p>{names}</p>"
 
 
-def find_circuit(bench: Bench, effects: Effects, blocks: Blocks | None = None) -> Circuit:
-    """The circuit by the rule above. blocks: where finished evaluations are kept."""
-    search = _Search(bench, blocks)
+def find_circuit(bench: Bench, effects: Effects) -> Circuit:
+    """The circuit by the rule above, without edges (`find_edges` measures those)."""
+    search = _Search(bench)
     ranked = [effects.components[i] for i in effects.ranked()]
-    limit = int(effects.significant.sum())
-    sizes = [size for size in SIZES if size < limit] + [max(limit, 1)]
-    shares = search.kept([ranked[:size] for size in sizes])
-    enough = [number for number, share in enumerate(shares) if share >= START]
-    number = enough[0] if enough else int(np.argmax(shares))
-    members, share = ranked[: sizes[number]], shares[number]
-    history = [(len(members), share)]
-    reached = share >= KEEP
+    members, history = search.prefix(ranked)
+    reached = history[-1][1] >= KEEP
     if reached:
         members, history = search.thin(members, history)
     order = sorted(members, key=lambda part: (part != EMBED, part.order))
@@ -107,27 +104,34 @@ def find_circuit(bench: Bench, effects: Effects, blocks: Blocks | None = None) -
 
 
 class _Search:
-    """Shares kept by candidate sets, remembered in blocks."""
+    """Shares kept by candidate sets."""
 
-    def __init__(self, bench: Bench, blocks: Blocks | None) -> None:
+    def __init__(self, bench: Bench) -> None:
         self._bench = bench
-        self._blocks = blocks or Blocks(None, "")
         self._empty: float | None = None
 
     def kept(self, sets: Sequence[Sequence[Site]]) -> list[float]:
         """Share of the effect each set keeps alone (resample ablation of the rest)."""
         if self._empty is None:
-            self._empty = float(self._means([[]])[0])
+            self._empty = self._means([[]])[0]
         full = float(self._bench.metric("clean").mean())
-        return [float((mean - self._empty) / (full - self._empty)) for mean in self._means(sets)]
+        return [(mean - self._empty) / (full - self._empty) for mean in self._means(sets)]
 
-    def _means(self, sets: Sequence[Sequence[Site]]) -> NDArray[np.float64]:
-        names = [sorted(str(part) for part in members) for members in sets]
-        key = f"kept-{names}"
-        means = self._bench.stored(self._blocks, key, lambda: {"mean": kept(self._bench, sets, "resample").mean(1)})[
-            "mean"
-        ]
-        return np.asarray(means)
+    def _means(self, sets: Sequence[Sequence[Site]]) -> list[float]:
+        names = [sorted(map(str, members)) for members in sets]
+        found = self._bench.stored(f"kept {names}", lambda: {"mean": kept(self._bench, sets, "resample").mean(1)})
+        return [float(mean) for mean in found["mean"]]
+
+    def prefix(self, ranked: list[Site]) -> tuple[list[Site], list[tuple[int, float]]]:
+        """Steps 1 and 2 of the rule; when no prefix keeps enough, the one that keeps most."""
+        best: tuple[int, float] = (1, -np.inf)
+        for size in [*(size for size in SIZES if size < len(ranked)), len(ranked)]:
+            share = self.kept([ranked[:size]])[0]
+            if share > best[1]:
+                best = (size, share)
+            if share >= START:
+                break
+        return ranked[: best[0]], [best]
 
     def thin(self, members: list[Site], history: list[tuple[int, float]]) -> tuple[list[Site], list[tuple[int, float]]]:
         """Step 3 of the rule."""
@@ -152,59 +156,3 @@ class _Search:
                 return rest, share
             count //= 2
         return None
-
-
-def find_edges(bench: Bench, members: Sequence[Site], examples: int = EDGE_EXAMPLES) -> tuple[Edge, ...]:
-    """Measured edges between members: what patching one alone changes in each later one.
-
-    For a source s and a later target t, with D the target's change between the clean and the corrupted run and d its
-    change when only s is patched: weight = <d, D> / <D, D> over live positions. To `logits`: the source's own direct
-    effect, clean minus corrupted, as a share of the total effect. Edges under 5 % are left out.
-    """
-    rows = list(range(min(examples, bench.n)))
-    few = Bench(bench.model, {bench.main: bench.pairs.subset(rows)}, bench.seed, check=False)
-    parts = [part for part in members if part != EMBED]
-    sites = sorted({part.whole for part in parts}, key=lambda site: site.order)
-    clean = few.model.run(few.pairs.tokens("clean"), capture=sites).activations
-    corrupted = few.model.run(few.pairs.tokens("corrupted"), capture=sites).activations
-    live = few.pairs.real & (_positions(few) <= few.pairs.at[:, None])
-    edges = [] if EMBED not in members else [Edge(str(EMBED), str(t), 1.0) for t in _roots(parts)]
-    for source in parts:
-        later = [
-            t
-            for t in parts
-            if (normal(t)[0].order > normal(source)[0].order and t.layer != source.layer) or _feeds(source, t)
-        ]
-        run = few.model.run(few.pairs.tokens("clean"), capture=sorted({t.whole for t in later}, key=lambda s: s.order) or sites[:1],
-                            interventions=[Patch(source, source=corrupted)])  # fmt: skip
-        for target in later:
-            change = (clean[target] - corrupted[target])[live]
-            moved = (clean[target] - run[target])[live]
-            weight = float((moved * change).sum() / change.pow(2).sum().clamp_min(1e-12))
-            if abs(weight) >= SMALLEST_EDGE:
-                edges.append(Edge(str(source), str(target), weight))
-        edges += _to_logits(few, source)
-    return tuple(edges)
-
-
-def _feeds(source: Site, target: Site) -> bool:
-    """An attention head feeds the MLP of its own layer."""
-    return source.layer == target.layer and source.kind == "z" and target.kind == "mlp_out"
-
-
-def _roots(parts: Sequence[Site]) -> list[Site]:
-    """The first members, drawn as fed by the embeddings."""
-    first = min((part.layer for part in parts if part.layer is not None), default=0)
-    return [part for part in parts if part.layer == first]
-
-
-def _positions(bench: Bench) -> Any:
-    """Position numbers [1, pos] of a bench's prompts."""
-    return bench.pairs.clean.new_tensor(range(bench.pairs.clean.shape[1]))[None]
-
-
-def _to_logits(bench: Bench, source: Site) -> list[Edge]:
-    frozen = bench.frozen("clean")
-    change = frozen.of(bench.write(source) - bench.write(source, bench.main))
-    weight = float(change.mean() / bench.total(bench.main).mean())
-    return [Edge(str(source), "logits", weight)] if abs(weight) >= SMALLEST_EDGE else []

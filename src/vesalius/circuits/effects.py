@@ -77,12 +77,13 @@ class Effects:
 
     @cached_property
     def strength(self) -> Floats:
-        """[component]: mean absolute effect over conditions; what ranks components, helping or suppressing alike."""
-        return np.stack([np.abs(condition.mean) for condition in self.conditions]).mean(0)
+        """[component]: mean absolute effect under the main corruption, both directions; suppressing counts alike."""
+        main = self.conditions[0].corruption
+        return np.stack([np.abs(c.mean) for c in self.conditions if c.corruption == main]).mean(0)
 
     def ranked(self) -> list[int]:
-        """Component numbers, significant ones first, then by strength."""
-        return sorted(range(len(self.components)), key=lambda i: (not self.significant[i], -self.strength[i]))
+        """Component numbers, strongest first."""
+        return sorted(range(len(self.components)), key=lambda i: (-self.strength[i], i))
 
     def condition(self, corruption: str, direction: str) -> Condition:
         """One condition. Raises UnknownNameError for one that was not measured."""

@@ -5,8 +5,8 @@
     minimality     each member's marginal: the circuit with and without it, everything else ablated
 
 Each is measured under zero, mean and resample ablation, because the answer depends on it (Miller et al. 2024): one
-number would hide that. Figures are shares of what ablating everything takes away, a ratio of means over prompts (Wang et al.
-2022; a mean of ratios would be dominated by prompts with a small denominator).
+number would hide that. Figures are shares of what ablating everything takes away, a ratio of means over prompts (Wang
+et al. 2022; a mean of ratios would be dominated by prompts with a small denominator).
 """
 
 from __future__ import annotations

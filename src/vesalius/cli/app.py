@@ -1,7 +1,7 @@
 """`vesalius study | sites | calibrate | ledger`.
 
-Exit codes: 0 done, 1 the study stopped at its gate, 2 something given cannot be used (the message says what, and what to
-do), 130 interrupted; finished work is kept and the same command goes on from there.
+Exit codes: 0 done, 1 the study stopped at its gate, 2 something given cannot be used (the message says what, and what
+to do), 130 interrupted; finished work is kept and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(ledgers.app, name="ledger")
 
+USAGE, INTERRUPTED = 2, 130
 DEMO = "smollm2-135m-instruct"
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="Demo alias, local folder, .gguf file, or transformers id.")
@@ -32,23 +33,34 @@ ModelOption = Annotated[
 
 def main() -> None:
     """Entry point: turns errors into one message and an exit code."""
-    warnings.showwarning = warn  # type: ignore[assignment]
+    shown, warnings.showwarning = warnings.showwarning, warn  # type: ignore[assignment]
     try:
-        code = app(standalone_mode=False)
+        raise SystemExit(_run())
+    finally:
+        warnings.showwarning = shown
+
+
+def _run() -> int:
+    """The exit code of a command; errors that are no bugs are told in one message."""
+    try:
+        code = app(prog_name="vesalius", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
-        console.print("[yellow]Interrupted.[/] Finished work is kept; the same command goes on from there.")
-        raise SystemExit(130) from None
+        code = INTERRUPTED
     except VesaliusError as error:
-        fail(str(error))
+        return fail(str(error))
     except OSError as error:
-        fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        return fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except Exception as error:
         # typer's own usage errors bring a message; anything else is a bug and keeps its traceback.
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        fail(message())
-    raise SystemExit(code or 0)
+        # Without arguments the help was shown, and there is no more to say.
+        return fail(message()) if message() else USAGE
+    # Some versions of typer turn ctrl-C into this code themselves.
+    if code == INTERRUPTED:
+        console.print("[yellow]Interrupted.[/] Finished work is kept; the same command goes on from there.")
+    return code
 
 
 @app.command()
@@ -79,7 +91,8 @@ def study(
 ) -> int:
     """From a question to tested claims: circuit, descriptions, verdicts on fresh data, and a report."""
     request = studying.Request(
-        question=question, model=model, n=n, seed=seed, out=out, control=control, past_gate=past_gate, beginning=beginning,
+        question=question, model=model, n=n, seed=seed, out=out, control=control, past_gate=past_gate,
+        beginning=beginning,
         random_sets=random_sets, command=shlex.join(["vesalius", *sys.argv[1:]]),
     )  # fmt: skip
     return studying.study(request)

@@ -6,54 +6,67 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from vesalius.cli.screen import output, say
+from vesalius.errors import FileFormatError, InputError
 from vesalius.ledger import Ledger
+from vesalius.records import Claim, Verdict
 
 app = typer.Typer(no_args_is_help=True, help="Look into a ledger of claims and evidence.")
 LedgerFile = Annotated[Path, typer.Argument(help="A ledger.sqlite file.")]
 STYLES = {"SUPPORTED": "green", "REFUTED": "red", "INCONCLUSIVE": "yellow"}
 
 
+def _opened(file: Path) -> Ledger:
+    """A ledger that is there. An empty file would be taken for one that is still to be made."""
+    if file.is_file() and file.stat().st_size == 0:
+        raise FileFormatError(f"{file} is empty, so it is no ledger; restore it from a copy")
+    return Ledger(file, create=False)
+
+
 @app.command()
 def show(file: LedgerFile) -> None:
     """Every claim with its verdict, computed now from the evidence."""
-    with Ledger(file, create=False) as ledger:
+    with _opened(file) as ledger:
         for family in ledger.families():
-            table = Table(
-                title=f"{family.study or 'claims'}: family {family.id[:12]}, {family.m} claims", title_justify="left"
-            )
+            name = escape(family.study or "claims")
+            mark = ", exploratory" if family.exploratory else ""
+            title = f"{name}: family {family.id[:12]}, {family.m} claims{mark}"
+            table = Table(title=title, title_justify="left")
             for heading in ("verdict", "claim", "estimate", "95 % interval", "n", "p (Holm)"):
                 table.add_column(heading)
             for claim, verdict in zip(family.claims, ledger.verdicts(family), strict=True):
-                style = STYLES[verdict.outcome]
-                numbers = (
-                    ["-"] * 2
-                    if verdict.estimate is None
-                    else [f"{verdict.estimate:.3g}", _interval(verdict.low, verdict.high)]
-                )
-                p = verdict.p_refuted_holm if verdict.outcome == "REFUTED" else verdict.p_supported_holm
-                reason = f" ({verdict.reason})" if verdict.reason else ""
-                table.add_row(
-                    f"[{style}]{verdict.outcome}{reason}[/]", claim.statement, *numbers, str(verdict.n), f"{p:.2g}"
-                )
+                table.add_row(*_cells(claim, verdict))
             output.print(table)
 
 
-def _interval(low: float | None, high: float | None) -> str:
-    return "-" if low is None or high is None else f"{low:.3g} to {high:.3g}"
+def _cells(claim: Claim, verdict: Verdict) -> tuple[str, ...]:
+    style = STYLES[verdict.outcome]
+    reason = f" ({verdict.reason})" if verdict.reason else ""
+    estimate = "-" if verdict.estimate is None else f"{verdict.estimate:.3g}"
+    interval = "-" if verdict.low is None or verdict.high is None else f"{verdict.low:.3g} to {verdict.high:.3g}"
+    p = verdict.p_refuted_holm if verdict.outcome == "REFUTED" else verdict.p_supported_holm
+    outcome = f"[{style}]{verdict.outcome}{escape(reason)}[/]"
+    return outcome, escape(claim.statement), estimate, interval, str(verdict.n), f"{p:.2g}"
 
 
 @app.command()
 def verify(file: LedgerFile) -> None:
     """Recompute every hash and every verdict from the evidence; exit code 2 when anything does not match."""
-    with Ledger(file, create=False) as ledger:
-        say(str(ledger.verify()))
+    with _opened(file) as ledger:
+        found = ledger.verify()
+    verdicts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(found.outcomes.items())) or "none"
+    say(f"{file}: all {found.records} records are as they were written, in order, and follow the protocol.")
+    say(f"{found.claims} claims, {found.evidence} with evidence, {found.openings} openings. Verdicts: {verdicts}.")
+    say(f"head {found.head}")
 
 
 @app.command()
 def export(file: LedgerFile, to: Annotated[Path, typer.Argument(help="JSON file to write.")]) -> None:
     """All records and verdicts as JSON."""
-    with Ledger(file, create=False) as ledger:
+    if to.exists() and file.exists() and to.samefile(file):
+        raise InputError(f"{to} is the ledger itself and would be overwritten; give another file to export to")
+    with _opened(file) as ledger:
         say(str(ledger.export(to)))

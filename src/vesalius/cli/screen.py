@@ -33,10 +33,10 @@ def note(text: str) -> None:
     console.print(f"[dim]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
 
-def fail(message: str) -> None:
-    """Print an error and leave with exit code 2."""
+def fail(message: str) -> int:
+    """Print an error; gives the exit code 2."""
     console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
-    raise SystemExit(2)
+    return 2
 
 
 def warn(message: Warning | str, *_: Any) -> None:
@@ -72,10 +72,12 @@ class Screen:
             self._bars.remove_task(self._tasks.pop(event.task))
 
     def seconds(self, steps: tuple[str, ...]) -> list[dict[str, Any]]:
-        """Wall seconds of each step of a study, in order."""
+        """Wall seconds of each step of a study, in order; of the last one when several were run."""
         marks = [(name, at) for name, at in self._marks if name in steps]
-        ends = [at for _, at in marks[1:]] + [time.monotonic()]
-        return [{"name": name, "seconds": round(end - at, 3)} for (name, at), end in zip(marks, ends, strict=True)]
+        last = max((number for number, (name, _) in enumerate(marks) if name == steps[0]), default=0)
+        began = marks[last:]
+        ends = [*(at for _, at in began[1:]), time.monotonic()][: len(began)]
+        return [{"name": name, "seconds": round(end - at, 3)} for (name, at), end in zip(began, ends, strict=True)]
 
     @property
     def elapsed(self) -> float:

@@ -14,7 +14,8 @@ def show(name: str) -> None:
         model = vs.load(name, sink=Screen(progress))
     _, layout = model.described
     widths = {
-        "d_model": layout.d_model, "head": layout.n_heads, "kv_head": layout.n_kv_heads, "d_head": layout.d_head, "vocab": layout.vocab,
+        "d_model": layout.d_model, "head": layout.n_heads, "kv_head": layout.n_kv_heads, "d_head": layout.d_head,
+        "vocab": layout.vocab,
     }  # fmt: skip
     table = Table(title=f"{model.name}: {layout.n_layers} layers", title_justify="left")
     for heading in ("site", "axes", "shape"):

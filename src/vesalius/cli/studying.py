@@ -17,7 +17,7 @@ from vesalius.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
     from vesalius.model import Model
-    from vesalius.studies import Question, Study
+    from vesalius.studies import Options, Question, Study
 
 CONTROLS = ("random-weights",)
 STEPS = ("decompose", "circuit", "describe", "validate")
@@ -42,22 +42,32 @@ class Request:
         """Refuse what cannot be done before anything heavy is loaded."""
         if self.control is not None and self.control not in CONTROLS:
             raise UnknownNameError("control", self.control, CONTROLS)
-        if self.random_sets < 4:
-            raise InputError(f"--random-sets must be at least 4; got {self.random_sets}")
         if self.n < 1:
             raise InputError(f"--n must be positive; got {self.n}")
-        folder = self.folder
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed must lie between 0 and 2**63 - 1; got {self.seed}")
+        vs.studies.check_question(self.question)
+        self.options()
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        folder = self.folder.absolute()
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise InputError(
-                f"cannot write to {self.folder}: {folder} is not a folder that can be written; choose another --out"
+                f"cannot write to {self.folder}: {folder} is no folder that can be written; give another --out"
             )
 
     @property
     def folder(self) -> Path:
         name = Path(self.question).stem
         return self.out or Path("runs") / (name if self.control is None else f"{name}-{self.control}")
+
+    def options(self, **changes: Any) -> Options:
+        """The study's knobs. Raises InputError for those that are out of range."""
+        asked = {"seed": self.seed, "random_sets": self.random_sets, "past_gate": self.past_gate}
+        return vs.studies.Options(**{**asked, **changes})
 
 
 def study(request: Request) -> int:
@@ -69,13 +79,9 @@ def study(request: Request) -> int:
         question = vs.studies.question_for(
             request.question, model, n=request.n, seed=request.seed, beginning=request.beginning
         )
-        note(
-            f"{model.name}: {question.text} {question.sizes['discovery']} + {question.sizes['validation']} prompt pairs, beginning {question.beginning}"
-        )
-        if request.control is None:
-            summary = _plain_study(request, model, question, screen)
-        else:
-            summary = _control_study(request, model, question, screen)
+        note(_announcement(model, question))
+        run = _plain_study if request.control is None else _control_study
+        summary = run(request, model, question, screen)
         report = vs.report.write(summary, request.folder)
     for sentence in summary["answer"]:
         say(sentence)
@@ -83,27 +89,38 @@ def study(request: Request) -> int:
     return 1 if summary["stopped"] else 0
 
 
-def _options(request: Request, **changes: Any) -> Any:
-    return vs.studies.Options(
-        seed=request.seed, random_sets=request.random_sets, **{"past_gate": request.past_gate, **changes}
-    )
+def _announcement(model: Model, question: Question) -> str:
+    sizes = f"{question.sizes['discovery']} + {question.sizes['validation']} prompt pairs"
+    return f"{model.name}: {question.text} {sizes}, beginning {question.beginning}"
 
 
 def _plain_study(request: Request, model: Model, question: Question, screen: Screen) -> dict[str, Any]:
-    done = vs.studies.run_study(question, model, out=request.folder, options=_options(request), sink=screen)
-    return vs.studies.summarise(done, command=request.command, timings=timings(screen, done))
+    return _studied(request, model, question, screen, request.folder, request.options())[1]
 
 
 def _control_study(request: Request, model: Model, question: Question, screen: Screen) -> dict[str, Any]:
-    """The same study on the re-initialised model, which the trained model's claims are tested on as well."""
-    trained = vs.studies.run_study(
-        question, model, out=request.folder / "trained", options=_options(request), sink=screen
-    )
+    """The same study on the re-initialised model, which the trained model's claims are tested on as well.
+
+    The trained model's own study goes into a folder inside; when it stops at the gate there is nothing to compare with.
+    """
+    inside = request.folder / "trained"
+    trained, summary = _studied(request, model, question, screen, inside, request.options())
+    vs.report.write(summary, inside)
+    if trained.stopped:
+        return {**summary, "control": request.control}
     blank = vs.validate.reinitialised(model, request.seed)
-    options = _options(request, past_gate=True, control=request.control)
-    done = vs.studies.run_study(question, blank, out=request.folder, options=options, sink=screen)
+    options = request.options(past_gate=True, control=request.control)
     rows = vs.studies.claims_on(trained, blank, request.folder, screen)
-    return vs.studies.summarise(done, command=request.command, timings=timings(screen, done), on_control=rows)
+    return _studied(request, blank, question, screen, request.folder, options, rows)[1]
+
+
+def _studied(
+    request: Request, model: Model, question: Question, screen: Screen, out: Path, options: Options,
+    on_control: list[dict[str, Any]] | None = None,
+) -> tuple[Study, dict[str, Any]]:  # fmt: skip
+    done = vs.studies.run_study(question, model, out=out, options=options, sink=screen)
+    summary = vs.studies.summarise(done, command=request.command, timings=timings(screen, done), on_control=on_control)
+    return done, summary
 
 
 def timings(screen: Screen, done: Study) -> Mapping[str, Any]:

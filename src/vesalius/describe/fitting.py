@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from vesalius.describe.context import Context, Role, RoleFit, is_head
 from vesalius.describe.measures import later, measure_shifts
-from vesalius.describe.roles import MOVER, NEEDS_MOVERS, ROLES, promising
+from vesalius.describe.roles import BY_SIGN, MOVER, NEEDS_MOVERS, ROLES, promising
 from vesalius.records import Claim
 from vesalius.site import Site
 
@@ -50,8 +50,8 @@ def describe(context: Context, roles: Sequence[Role] = ROLES) -> Descriptions:
 
 
 def best_of(fits: Sequence[RoleFit]) -> RoleFit | None:
-    """The best-scoring fit whose thresholds hold; ties go to the first."""
-    return max((fit for fit in fits if fit.fits), key=lambda fit: fit.score, default=None)
+    """The best-scoring fit whose thresholds hold, a negative mover before all others; ties go to the first."""
+    return max((fit for fit in fits if fit.fits), key=lambda fit: (fit.role == BY_SIGN, fit.score), default=None)
 
 
 def _tried(context: Context, member: Site, roles: Sequence[Role]) -> tuple[RoleFit, ...]:

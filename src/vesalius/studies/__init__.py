@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vesalius.studies.answer import sentences, supported_roles
 from vesalius.studies.control import claims_on
-from vesalius.studies.question import Question, question_for
+from vesalius.studies.question import Question, check_question, question_for
 from vesalius.studies.summary import claim_row, summarise
 from vesalius.studies.task_circuit import Options, Study, run_study
 
@@ -12,6 +12,7 @@ __all__ = [
     "Options",
     "Question",
     "Study",
+    "check_question",
     "claim_row",
     "claims_on",
     "question_for",

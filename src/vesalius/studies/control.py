@@ -15,15 +15,18 @@ from vesalius.studies.testing import claims_on as _claims_on
 
 
 def claims_on(trained: Study, model: Model, folder: Path, sink: Sink = silent) -> list[dict[str, Any]]:
-    """Rows (as in a summary's `claims`) of a finished study's claims, tested on another model. [] for a stopped study."""
+    """Rows (as in a summary's `claims`) of a finished study's claims, tested on another model.
+
+    folder: where the ledger and the finished pieces of this test are kept. [] for a stopped study.
+    """
     if trained.family is None or trained.circuit is None:
         return []
-    plan = content_hash([trained.family.id, model.content_hash, trained.options.random_sets, __version__])
+    family, draws = trained.family, trained.options.random_sets
+    plan = content_hash([family.id, model.content_hash, draws, __version__])
+    folder.mkdir(parents=True, exist_ok=True)
     verdicts, evidence = _claims_on(
-        trained.family, trained.circuit, trained.question.corruptions, model, folder / "trained-claims.sqlite",
-        draws=trained.options.random_sets, blocks=Blocks(folder / "trained-claims", plan, sink), seed=trained.options.seed, sink=sink,
+        family, trained.circuit, trained.question.corruptions, model, folder / "trained-claims.sqlite",
+        draws=draws, blocks=Blocks(folder / "trained-claims", plan, sink), seed=trained.options.seed, sink=sink,
     )  # fmt: skip
-    return [
-        claim_row(claim, verdict, evidence.get(claim.id))
-        for claim, verdict in zip(trained.family.claims, verdicts, strict=True)
-    ]
+    rows = zip(family.claims, verdicts, strict=True)
+    return [claim_row(claim, verdict, evidence.get(claim.id)) for claim, verdict in rows]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vesalius.circuits.effects import clusters_of
 from vesalius.inputs import Pairs
 from vesalius.metric import logit_diff
 from vesalius.model import Model
@@ -64,13 +65,11 @@ class Gate:
 
 def gate(model: Model, pairs: Pairs, split: str) -> Gate:
     """Run the clean prompts and hold them against the thresholds."""
-    tokens = pairs.tokens("clean")
     values = np.concatenate(
         [logit_diff(model.run(part.tokens("clean")).logits, part).double().numpy() for part in _parts(pairs)]
     )
-    assert len(values) == len(tokens)
     labels = tuple(pairs.groups.get("template", (NO_TEMPLATE,) * len(pairs)))
-    groups = tuple(tuple(pairs.groups[name]) for name in ("template", "names") if name in pairs.groups)
+    groups = clusters_of(pairs)
     rows = []
     for template in dict.fromkeys(labels):
         here = values[[label == template for label in labels]]

@@ -64,7 +64,7 @@ def true_claims(question: Question, model: Model, seed: int) -> list[Claim]:
     return claims
 
 
-def tested(question: Question, model: Model, claims: Sequence[Claim], seed: int) -> tuple[Verdict, ...]:
+def judged(question: Question, model: Model, claims: Sequence[Claim], seed: int) -> tuple[Verdict, ...]:
     """Verdicts of claims, by the whole protocol: sealed as one family, then validation opened and each claim tested."""
     with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder) / "ledger.sqlite") as ledger:
         family = ledger.register(claims, study=STUDY)
@@ -79,13 +79,13 @@ def tested(question: Question, model: Model, claims: Sequence[Claim], seed: int)
 
 def circular(question: Question, model: Model, claims: Sequence[Claim], seed: int) -> tuple[Verdict, ...]:
     """Verdicts on the very prompts that the claims were made from: what no ledger allows, to see what it would do."""
-    bench = Bench(model, question.split("discovery"), seed)
+    bench = Bench(model, question.split("discovery"), seed, check=False)
     prefetch(claims, bench)
     return decide(claims, {claim.id: check(claim, bench=bench) for claim in claims})
 
 
 def _context(question: Question, model: Model, members: Sequence[Site], movers: Sequence[Site], seed: int) -> Context:
-    bench = Bench(model, question.split("discovery"), seed)
+    bench = Bench(model, question.split("discovery"), seed, check=False)
     context = Context.of(bench, members, study=STUDY, n=question.sizes["validation"])
     return replace(context, movers=tuple(movers))
 

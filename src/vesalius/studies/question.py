@@ -9,7 +9,7 @@ from typing import Any
 
 from vesalius.data import TASKS, load_pairs
 from vesalius.data.tasks import task as task_named
-from vesalius.errors import PairsError, UnknownNameError
+from vesalius.errors import FileFormatError, PairsError, TokenizerError, UnknownNameError
 from vesalius.inputs import Pairs
 from vesalius.model import Model
 
@@ -29,6 +29,8 @@ class Question:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not self.corruptions:
+            raise PairsError("a question needs pairs of at least one corruption; got none")
         for name, pairs in self.corruptions.items():
             missing = [split for split in SPLITS if split not in pairs.split_names]
             if missing:
@@ -61,28 +63,43 @@ class Question:
 def question_for(what: str, model: Model, *, n: int = 32, seed: int = 0, beginning: str = "auto") -> Question:
     """A built-in question by name, or the user's own pairs by path.
 
-    Raises UnknownNameError for a name that is neither, and the errors of tasks and pair files.
+    Raises UnknownNameError for a name that is neither, TokenizerError for tokens that the model does not have, and the
+    errors of tasks and pair files.
     """
+    check_question(what)
     if what in TASKS:
         built = task_named(what)
         made = {c: built.build(model, n=n, seed=seed, corruption=c, beginning=beginning) for c in built.corruptions}
-        pairs = {c: sampling_groups(p) for c, p in made.items()}
+        pairs = {c: sampling_groups(_within(model, p)) for c, p in made.items()}
         return Question(what, built.question, pairs, next(iter(pairs.values())).beginning, seed)
-    if not _looks_like_file(what):
-        raise UnknownNameError("question", what, TASKS, "Or give a .jsonl or .csv file with your own pairs.")
-    own = sampling_groups(load_pairs(what, model, beginning=beginning))
+    own = sampling_groups(_within(model, load_pairs(what, model, beginning=beginning)))
     name = Path(what).stem
     return Question(
         name, f"How does the model choose its answers in {Path(what).name}?", {own.corruption: own}, own.beginning, seed
     )
 
 
-def sampling_groups(pairs: Pairs) -> Pairs:
-    """The pairs with those groups that were sampled: a label that both splits share on purpose (an order, a gender) is a
-    condition, and keeping it would make discovery and validation overlap.
+def _within(model: Model, pairs: Pairs) -> Pairs:
+    """The pairs, if the model has all their tokens."""
+    vocab = model.described[1].vocab
+    largest = max(int(ids.max()) for ids in (pairs.clean, pairs.corrupted, pairs.answer, pairs.distractor))
+    if largest >= vocab:
+        raise TokenizerError(
+            f"the tokenizer gives token id {largest}, but {model.name} has a vocabulary of {vocab}; "
+            "is this its tokenizer?"
+        )
+    return pairs
 
-    Raises PairsError when templates, names or entities themselves are shared.
+
+def sampling_groups(pairs: Pairs) -> Pairs:
+    """The pairs with those groups that were sampled.
+
+    A kind of label that both splits share on purpose (an order, a gender) is a condition, and keeping it would make
+    discovery and validation overlap. Raises PairsError when templates, names or entities themselves are shared, or the
+    pairs have no splits.
     """
+    if not pairs.splits:
+        raise PairsError(f"pairs without splits; a study needs {' and '.join(SPLITS)}: give Pairs(..., splits=)")
     kept = {}
     for kind, labels in pairs.groups.items():
         seen: dict[str, set[str]] = {split: set() for split in SPLITS}
@@ -93,14 +110,24 @@ def sampling_groups(pairs: Pairs) -> Pairs:
             kept[kind] = labels
         elif kind in SAMPLED:
             raise PairsError(
-                f"{kind} {min(shared)!r} occurs in the discovery and in the validation split; what is found on one must be "
-                f"tested on other {kind}: give a split column in which they are disjoint, or leave the {kind} column out"
+                f"{kind} {min(shared)!r} occurs in the discovery and in the validation split; what is found on one "
+                f"must be tested on other {kind}: give a split column in which they are disjoint, or leave the {kind} "
+                "column out"
             )
     return replace(pairs, groups=kept)
 
 
-def _looks_like_file(what: str) -> bool:
-    return Path(what).suffix != "" or "/" in what or Path(what).exists()
+def check_question(what: str) -> None:
+    """Refuses a question that cannot be one, before anything heavy is loaded.
+
+    Raises UnknownNameError for a name that is neither built in nor like a file's, FileFormatError for a file that is
+    not there.
+    """
+    if what in TASKS or Path(what).exists():
+        return
+    if Path(what).suffix == "" and "/" not in what:
+        raise UnknownNameError("question", what, TASKS, "Or give a .jsonl or .csv file with your own pairs.")
+    raise FileFormatError(f"there is no file {Path(what).absolute()}")
 
 
 def example_texts(question: Question, model: Model) -> dict[str, str]:

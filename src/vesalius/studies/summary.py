@@ -30,7 +30,10 @@ PICTURES = 8
 def summarise(
     study: Study, *, command: str, timings: Mapping[str, Any], on_control: Sequence[dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """The summary as a dict. timings: what differs between two runs with one seed. on_control: claim rows of the control."""
+    """The summary as a dict.
+
+    timings: what differs between two runs with one seed. on_control: claim rows of the random-weights control.
+    """
     claims = [claim_row(claim, verdict, study.evidence.get(claim.id)) for claim, verdict in _tested(study)]
     return {
         "schema": "vesalius/summary/1",
@@ -60,8 +63,9 @@ def _tested(study: Study) -> list[tuple[Claim, Verdict]]:
 def _question(study: Study) -> dict[str, Any]:
     question = study.question
     return {
-        "name": question.name, "text": question.text, "corruptions": list(question.corruptions), "beginning": question.beginning,
-        "n": question.sizes, "seed": question.seed, "prompts": example_texts(question, study.model),
+        "name": question.name, "text": question.text, "corruptions": list(question.corruptions),
+        "beginning": question.beginning, "n": question.sizes, "seed": question.seed,
+        "prompts": example_texts(question, study.model),
     }  # fmt: skip
 
 
@@ -164,18 +168,21 @@ def _completeness(tested: Tested, ablation: str) -> dict[str, Any]:
 def claim_row(claim: Claim, verdict: Verdict, evidence: Evidence | None) -> dict[str, Any]:
     """One row of the claims table."""
     control = None if evidence is None or evidence.control is None else list(evidence.control)
-    supported_side = verdict.outcome != "REFUTED"
+    refuted = verdict.outcome == "REFUTED"
     interval = None if verdict.low is None or verdict.high is None else [verdict.low, verdict.high]
     return {
-        "id": claim.id, "statement": claim.statement, "component": claim.subject.get("site"), "role": claim.role, "kind": claim.kind,
-        "check": claim.check, "verdict": verdict.outcome, "reason": verdict.reason, "estimate": verdict.estimate,
-        "interval": interval, "low": verdict.low, "high": verdict.high, "unit": claim.unit, "delta": claim.delta, "delta_c": claim.delta_c,
+        "id": claim.id, "statement": claim.statement, "component": claim.subject.get("site"), "role": claim.role,
+        "kind": claim.kind, "check": claim.check, "verdict": verdict.outcome, "reason": verdict.reason,
+        "estimate": verdict.estimate, "interval": interval, "low": verdict.low, "high": verdict.high,
+        "unit": claim.unit, "delta": claim.delta, "delta_c": claim.delta_c,
         "control": _control_text(claim), "control_estimate": None if control is None else float(np.mean(control)),
-        "n": verdict.n, "n_groups": verdict.n_groups, "p": verdict.p_supported if supported_side else verdict.p_refuted,
-        "p_holm": verdict.p_supported_holm if supported_side else verdict.p_refuted_holm, "n_to_decide": verdict.n_to_decide,
-        "scope": verdict.scope, "condition": {key: claim.condition.get(key) for key in ("corruption", "direction", "effect")},
+        "n": verdict.n, "n_groups": verdict.n_groups, "n_to_decide": verdict.n_to_decide, "scope": verdict.scope,
+        "p": verdict.p_refuted if refuted else verdict.p_supported,
+        "p_holm": verdict.p_refuted_holm if refuted else verdict.p_supported_holm,
+        "condition": {key: claim.condition.get(key) for key in ("corruption", "direction", "effect")},
         "values": [] if evidence is None else list(evidence.effects), "control_values": control,
-        "templates": [] if evidence is None else list(evidence.groups.get("template", ())), "exploratory": verdict.exploratory,
+        "templates": [] if evidence is None else list(evidence.groups.get("template", ())),
+        "exploratory": verdict.exploratory,
     }  # fmt: skip
 
 
@@ -228,6 +235,7 @@ def _cost(costs: Sequence[tuple[str, Cost]]) -> dict[str, Any]:
 
 def _reproduce(command: str, study: Study) -> dict[str, Any]:
     return {
-        "command": command, "version": __version__, "python": platform.python_version(), "torch": version("torch").split("+")[0],
-        "transformers": version("transformers"), "ledger": None if study.family is None else "ledger.sqlite",
+        "command": command, "version": __version__, "python": platform.python_version(),
+        "torch": version("torch").split("+")[0], "transformers": version("transformers"),
+        "ledger": None if study.family is None else "ledger.sqlite",
     }  # fmt: skip

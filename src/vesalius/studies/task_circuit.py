@@ -23,33 +23,44 @@ import numpy as np
 
 from vesalius import __version__
 from vesalius.bench import Bench
-from vesalius.circuits import Circuit, Edge, Effects, decompose, find_circuit, find_edges, kept
+from vesalius.circuits import Circuit, Effects, decompose, find_circuit, find_edges, kept
 from vesalius.describe import Context, Descriptions, describe
+from vesalius.errors import FileFormatError, InputError
 from vesalius.inputs import Pairs
 from vesalius.jobs import Blocks, Event, Sink, silent
 from vesalius.ledger import Ledger
 from vesalius.model import Model
 from vesalius.records import Claim, Evidence, Family, Verdict, content_hash
 from vesalius.site import Site
+from vesalius.studies.answer import html
 from vesalius.studies.cost import estimate_study
-from vesalius.studies.gate import FEWEST_ROWS, Gate, gate
+from vesalius.studies.gate import ACCURACY, FEWEST_ROWS, Gate, gate
+from vesalius.studies.kept import edges_from_arrays, edges_to_arrays, found_from_arrays, found_to_arrays
 from vesalius.studies.question import Question
 from vesalius.studies.testing import Tested, measure_claims
 from vesalius.sweeps.evaluate import Cost
 from vesalius.validate.circuit import circuit_claims
 
 T = TypeVar("T")
+FEWEST_SETS = 4
 
 
 @dataclass(frozen=True)
 class Options:
-    """Knobs of a study. random_sets: draws of the random-set control, and so the smallest p it can give: 1 / (draws + 1)."""
+    """Knobs of a study. random_sets: draws of the random-set control; the smallest p it can give is 1 / (draws + 1).
+
+    Raises InputError for fewer than `FEWEST_SETS` of them.
+    """
 
     seed: int = 0
     past_gate: bool = False
     random_sets: int = 99
     check: bool = True
     control: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.random_sets < FEWEST_SETS:
+            raise InputError(f"random_sets must be at least {FEWEST_SETS}; got {self.random_sets}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,27 +85,54 @@ class Study:
     sealed_at: str | None = None
     """When the validation split was first opened; the family was sealed just before."""
 
+    def _repr_html_(self) -> str:
+        return html(self)
+
 
 def run_study(
     question: Question, model: Model, *, out: Path | None = None, options: Options | None = None, sink: Sink = silent
 ) -> Study:
     """Run or resume a study. out: folder for blocks and ledger (None: nothing is kept).
 
-    A model that does not do the task gives a Study whose `stopped` says so (unless options.past_gate). Raises InputError
-    when `out` holds another study.
+    A model that does not do the task gives a Study whose `stopped` says so (unless options.past_gate). Raises
+    InputError when `out` holds another study, or clean and corrupted prompts do not differ in their effect.
     """
+    chosen = options or Options()
     if out is not None:
-        return _Runner(question, model, out, options or Options(), sink).run()
+        blocks = _blocks(out, question, model, chosen, sink)
+        return _Runner(question, model, out, blocks, chosen, sink).run()
     with tempfile.TemporaryDirectory() as folder:
-        return _Runner(question, model, Path(folder), options or Options(), sink).run()
+        return _Runner(question, model, Path(folder), Blocks(None, _plan(question, model, chosen)), chosen, sink).run()
+
+
+def _plan(question: Question, model: Model, options: Options) -> str:
+    """What a study computes, as a hash. Going past the gate is left out: it changes whether, not what."""
+    knobs = {name: getattr(options, name) for name in ("random_sets", "seed", "control")}
+    return content_hash({**question.plan(), **knobs, "model": model.content_hash, "version": __version__})
+
+
+def _blocks(out: Path, question: Question, model: Model, options: Options, sink: Sink) -> Blocks:
+    """Where the study's pieces are kept. Raises InputError when the folder holds those of another study."""
+    folder, plan, ledger = out / "blocks", _plan(question, model, options), out / "ledger.sqlite"
+    if ledger.exists():
+        Ledger(ledger).close()  # refuses a file that is none before anything is written beside it
+    try:
+        return Blocks(folder, plan, sink)
+    except FileFormatError:
+        raise
+    except InputError as error:
+        raise InputError(
+            f"{out} holds another study (other pairs, model, options or version of vesalius), and nothing of it was "
+            f"changed; choose another folder, or delete {out} to start afresh. {error}"
+        ) from error
 
 
 class _Runner:
-    def __init__(self, question: Question, model: Model, out: Path, options: Options, sink: Sink) -> None:
+    def __init__(
+        self, question: Question, model: Model, out: Path, blocks: Blocks, options: Options, sink: Sink
+    ) -> None:
         self.question, self.model, self.options, self.sink = question, model, options, sink
-        knobs = {name: getattr(options, name) for name in ("random_sets", "past_gate", "seed", "control")}
-        self.plan = content_hash({**question.plan(), **knobs, "model": model.content_hash, "version": __version__})
-        self.out = out
+        self.out, self.blocks = out, blocks
         self.costs: list[tuple[str, Cost]] = []
 
     def run(self) -> Study:
@@ -103,14 +141,9 @@ class _Runner:
         stopped = self._stop(passed)
         if stopped:
             return Study(self.question, self.model, self.options, passed, stopped)
-        self.blocks = Blocks(self.out / "blocks", self.plan, self.sink)
-        rows = passed.rows if len(passed.rows) >= FEWEST_ROWS else list(range(len(passed.labels)))
-        bench = self.bench({name: pairs.subset(rows) for name, pairs in discovery.items()})
-        self.sink(
-            Event(
-                "note", "cost", message=f"expected cost: {estimate_study(bench, self.options.random_sets).describe()}"
-            )
-        )
+        bench = self._bench(discovery, passed, "discovery")
+        expected = estimate_study(bench, self.options.random_sets)
+        self.sink(Event("note", "cost", message=f"expected cost: {expected.describe()}"))
         with Ledger(self.out / "ledger.sqlite") as ledger:
             return self._study(passed, bench, ledger)
 
@@ -119,29 +152,31 @@ class _Runner:
             return None
         accuracy = passed.accuracy
         return (
-            f"{self.model.name} prefers the answer in {accuracy['estimate']:.0%} of {int(accuracy['n'])} discovery prompts, "
-            f"with a mean logit difference of {passed.logit_diff['estimate']:+.2f}: it does not do this task well enough for "
-            "its mechanism to be looked for. --past-gate goes on all the same."
+            f"{self.model.name} prefers the answer in {accuracy['estimate']:.0%} of {int(accuracy['n'])} discovery "
+            f"prompts, with a mean logit difference of {passed.logit_diff['estimate']:+.2f} (needed: {ACCURACY:.0%}, "
+            f"above 0, and {FEWEST_ROWS} prompts of templates that it gets right): it does not do this task well "
+            "enough for its mechanism to be looked for. --past-gate goes on all the same."
         )
 
-    def bench(self, corruptions: Mapping[str, Pairs]) -> Bench:
-        return Bench(self.model, corruptions, self.options.seed, self.options.check, self.sink)
+    def _bench(self, corruptions: Mapping[str, Pairs], passed: Gate, split: str) -> Bench:
+        """Prompts of templates that passed the gate; all of them when too few did (past the gate only)."""
+        rows = passed.rows if len(passed.rows) >= FEWEST_ROWS else range(len(passed.labels))
+        chosen = {name: pairs.subset(rows) for name, pairs in corruptions.items()}
+        return Bench(self.model, chosen, self.options.seed, self.options.check, self.sink, self.blocks, split)
 
     def _study(self, passed: Gate, bench: Bench, ledger: Ledger) -> Study:
-        effects = self._step("decompose", bench, lambda: decompose(bench, self.blocks))
+        effects = self._step("decompose", bench, lambda: decompose(bench))
         circuit = self._step("circuit", bench, lambda: self._circuit(bench, effects))
-        context = self._context(bench, circuit)
-        descriptions = self._step("describe", bench, lambda: describe(context))
-        family = ledger.register(self._claims(bench, circuit, descriptions), study=self.question.name)
+        descriptions, claims = self._step("describe", bench, lambda: self._described(bench, circuit))
+        family = ledger.register(claims, study=self.question.name)
         bench.forget()
         tested = self._test(ledger, family, circuit)
+        tested.bench.forget()
         self.costs.append(("validate", tested.bench.cost))
-        verdicts = ledger.verdicts(family)
         evidence = {claim.id: ledger.evidence(claim)[-1] for claim in family.claims}
-        head = ledger.verify().head
         return Study(
-            self.question, self.model, self.options, passed, None, effects, circuit, descriptions, bench, tested, family,
-            verdicts, evidence, tuple(self.costs), head, ledger.openings()[0].at,
+            self.question, self.model, self.options, passed, None, effects, circuit, descriptions, bench, tested,
+            family, ledger.verdicts(family), evidence, tuple(self.costs), ledger.verify().head, ledger.openings()[0].at,
         )  # fmt: skip
 
     def _step(self, name: str, bench: Bench, work: Callable[[], T]) -> T:
@@ -152,10 +187,20 @@ class _Runner:
         return result
 
     def _circuit(self, bench: Bench, effects: Effects) -> Circuit:
-        found = find_circuit(bench, effects, self.blocks)
-        stored = self.blocks.get("edges", lambda: _edge_arrays(find_edges(bench, found.members)))
-        edges = zip(stored["source"], stored["target"], stored["weight"], strict=True)
-        return replace(found, edges=tuple(Edge(str(s), str(t), float(w)) for s, t, w in edges))
+        found = find_circuit(bench, effects)
+        stored = bench.stored("edges", lambda: edges_to_arrays(find_edges(bench, found.members)))
+        return replace(found, edges=edges_from_arrays(stored))
+
+    def _described(self, bench: Bench, circuit: Circuit) -> tuple[Descriptions, tuple[Claim, ...]]:
+        """Descriptions of the members, and every claim of the study."""
+
+        def work() -> dict[str, Any]:
+            found = describe(self._context(bench, circuit))
+            total = self._ablated(bench)
+            whole = circuit_claims(bench, circuit.members, total, self.options.random_sets, self._common())
+            return found_to_arrays(found, [*found.claims, *whole])
+
+        return found_from_arrays(bench.stored("descriptions and claims", work))
 
     def _context(self, bench: Bench, circuit: Circuit) -> Context:
         made = Context.of(bench, circuit.members, study=self.question.name, n=self.question.sizes["validation"])
@@ -164,10 +209,6 @@ class _Runner:
     def _parents(self) -> tuple[str, ...]:
         """Hashes of the data that claims are made from: the whole discovery split, failed templates too."""
         return tuple(pairs.content_hash for pairs in self.question.split("discovery").values())
-
-    def _claims(self, bench: Bench, circuit: Circuit, found: Descriptions) -> list[Claim]:
-        total = self._ablated(bench)
-        return [*found.claims, *circuit_claims(bench, circuit.members, total, self.options.random_sets, self._common())]
 
     def _common(self) -> dict[str, Any]:
         return {
@@ -178,27 +219,17 @@ class _Runner:
     def _ablated(self, bench: Bench) -> float:
         """Mean effect of giving every component its corrupted value, in logits (discovery)."""
         nothing: list[tuple[Site, ...]] = [()]
-        empty = bench.stored(self.blocks, "nothing kept", lambda: {"values": kept(bench, nothing, "resample")[0]})[
-            "values"
-        ]
+        empty = kept(bench, nothing, "resample")[0]
         return float(np.mean(bench.metric("clean").double().numpy() - empty))
 
     def _test(self, ledger: Ledger, family: Family, circuit: Circuit) -> Tested:
         self.sink(Event("note", "validate", message="validate"))
         opened = {name: ledger.open(pairs, "validation") for name, pairs in self.question.corruptions.items()}
-        passed = gate(self.model, opened[self.question.main], "validation")
-        rows = passed.rows if len(passed.rows) >= FEWEST_ROWS else list(range(len(passed.labels)))
-        bench = self.bench({name: pairs.subset(rows) for name, pairs in opened.items()})
+        main = opened[self.question.main]
+        passed = gate(self.model, main, "validation")
         provenance = {
-            "data_hash": opened[self.question.main].content_hash, "model_hash": self.model.content_hash, "plan_hash": self.plan,
-            "version": __version__,
+            "data_hash": main.content_hash, "model_hash": self.model.content_hash,
+            "plan_hash": self.blocks.plan_hash, "version": __version__,
         }  # fmt: skip
-        return measure_claims(ledger, family, circuit, bench, passed, self.blocks, self.options.random_sets, provenance)
-
-
-def _edge_arrays(edges: tuple[Edge, ...]) -> dict[str, Any]:
-    return {
-        "source": np.array([e.source for e in edges], dtype=np.str_),
-        "target": np.array([e.target for e in edges], dtype=np.str_),
-        "weight": np.array([e.weight for e in edges], dtype=np.float64),
-    }
+        bench = self._bench(opened, passed, "validation")
+        return measure_claims(ledger, family, circuit, bench, passed, self.options.random_sets, provenance)

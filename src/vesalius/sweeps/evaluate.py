@@ -10,19 +10,29 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vesalius.adapters import submodule
+from vesalius.attention import capped
 from vesalius.errors import InputError, NotFiniteError, SelfCheckError
-from vesalius.inputs import Pairs, Tokens
-from vesalius.intervention import Patch
+from vesalius.inputs import Pairs
 from vesalius.jobs import Event, Sink, silent
 from vesalius.metric import Metric
 from vesalius.site import Site
+from vesalius.sweeps.plain import (
+    PlainRun,
+    at_read,
+    base_logits,
+    live_cells,
+    plain_metric,
+    plain_runs,
+    plain_value,
+    why_plain,
+)  # fmt: skip
 from vesalius.sweeps.record import Record
 from vesalius.sweeps.replay import Replay, Rows, base_pattern
-from vesalius.sweeps.variants import Batch, Donor, Variant, batches, normal, rows_of
+from vesalius.sweeps.variants import Batch, Donor, Variant, batches, rows_of
 
 TOKENS_PER_BATCH = 1024
 TOLERANCE, ROUNDING = 1e-4, 1e-5
-_UNWATCHED = ("resid_pre", "resid_mid", "resid_post", "scores", "result")
+_UNWATCHED = ("resid_pre", "resid_mid", "resid_post", "scores", "result", "expert_out")
 
 
 @dataclass(frozen=True)
@@ -59,8 +69,11 @@ class Outcome:
 
 def estimate(record: Record, variants: Sequence[Variant], donor: Donor, ends: Int[Tensor, " example"]) -> Cost:
     """What `evaluate` would cost; nothing is run."""
-    found = [rows for variant in variants for rows in rows_of(variant, donor, ends)]
     cells = len(variants) * len(record)
+    if why_plain(record, variants):
+        live = int(live_cells(record, variants, donor, ends).sum())
+        return Cost(float(live), float(cells), cells - live)
+    found = [rows for variant in variants for rows in rows_of(variant, donor, ends)]
     return Cost(sum(_work(record, rows) for rows in found), float(cells), cells - sum(len(rows) for rows in found))
 
 
@@ -90,11 +103,16 @@ def evaluate(
     with it). check: re-run two random cells plainly and raise
     SelfCheckError when they differ (see `self_check`). watch: whole sites inside layers whose value at the read
     position is kept (`pattern` too). Raises NotFiniteError for a metric that is NaN or infinite, InputError for a
-    metric that reads all positions or a site that cannot be watched.
+    metric that reads all positions or a site that cannot be watched. What replay does not cover is run as whole
+    forwards, and a note event says why.
     """
     if metric.needs.positions != "read":
         raise InputError(f"{metric.name} reads every position; sweeps take metrics of the read position. Use Model.run")
     _check_watch(watch)
+    reason = why_plain(record, variants)
+    if reason:
+        sink(Event("note", task, message=f"no replay: {reason}; every edited run is one whole forward"))
+        return _whole_forwards(record, variants, donor, pairs, metric, others, watch, budget, check, seed, task, sink)
     ends = pairs.at + 1
     base_hidden = record.resid[-1][torch.arange(len(record)), pairs.at]
     base = score(record, base_hidden, torch.arange(len(record)), pairs, metric, base_hidden)
@@ -124,6 +142,46 @@ def evaluate(
     sink(Event("end", task, len(variants), len(variants)))
     cost = Cost(spent, float(ran.numel()), int((~ran).sum()))
     return Outcome(values, base, watched, cost, other_values, other_bases)
+
+
+def _whole_forwards(
+    record: Record, variants: Sequence[Variant], donor: Donor, pairs: Pairs, metric: Metric, others: Sequence[Pairs],
+    watch: Sequence[Site], budget: int, check: bool, seed: int, task: str, sink: Sink,
+) -> Outcome:  # fmt: skip
+    """`evaluate` by ordinary forwards."""
+    live, base = live_cells(record, variants, donor, pairs.at + 1), base_logits(record)
+    labels, everyone = [pairs, *others], torch.arange(len(record))
+    bases = [plain_metric(base, base, everyone, label, metric) for label in labels]
+    _refuse_nan(bases[0][None], "nothing")
+    values = [first.repeat(len(variants), 1) for first in bases]
+    seen = record.model.run(record.tokens, capture=list(watch)) if watch else None
+    watched = {site: at_read(seen[site], pairs.at, site)[None].repeat_interleave(len(variants), 0) for site in watch
+               if seen is not None}  # fmt: skip
+
+    def keep(run: PlainRun) -> None:
+        for label, filled in zip(labels, values, strict=True):
+            filled[run.number, run.example] = plain_metric(run.logits, base, run.example, label, metric)
+        for site, found in run.watched.items():
+            watched[site][run.number, run.example] = found
+        _refuse_nan(values[0][run.number : run.number + 1], str(variants[run.number].parts[0]))
+        sink(Event("advance", task, run.number + 1, len(variants)))
+
+    sink(Event("start", task, 0, len(variants)))
+    plain_runs(record, variants, donor, live, pairs, watch, budget, keep)
+    if check and variants:
+        self_check(record, variants, donor, pairs, metric, values[0], seed, live)
+    sink(Event("end", task, len(variants), len(variants)))
+    cost = Cost(float(live.sum()), float(live.numel()), int((~live).sum()))
+    return Outcome(values[0], bases[0], watched, cost, tuple(values[1:]), tuple(bases[1:]))
+
+
+def base_values(record: Record, pairs: Pairs, metric: Metric, reference: Record) -> Float[Tensor, " example"]:
+    """The metric of a recorded run without edits. reference: the run that metrics with a base are measured from."""
+    rows = torch.arange(len(record))
+    if record.reason:
+        return plain_metric(base_logits(record), base_logits(reference), rows, pairs, metric)
+    ends = [run.resid[-1][rows, pairs.at] for run in (record, reference)]
+    return score(record, ends[0], rows, pairs, metric, ends[1])
 
 
 def _check_watch(watch: Sequence[Site]) -> None:
@@ -162,10 +220,12 @@ def _logits(record: Record, hidden: Tensor, tokens: Tensor | None) -> Tensor:
     with torch.no_grad():
         normed = submodule(record.model.module, adapter.final_norm)(hidden)
         if tokens is None:
-            return unembed(normed)
-        weight, bias = unembed.weight, getattr(unembed, "bias", None)
-        logits = torch.einsum("rd,rkd->rk", normed, weight[tokens])  # type: ignore[index]
-        return logits if bias is None else logits + bias[tokens]
+            logits = unembed(normed)
+        else:
+            weight, bias = unembed.weight, getattr(unembed, "bias", None)
+            logits = torch.einsum("rd,rkd->rk", normed, weight[tokens])  # type: ignore[index]
+            logits = logits if bias is None else logits + bias[tokens]
+        return capped(logits, getattr(record.model.module.config, adapter.cap) if adapter.cap else None)
 
 
 def _refuse_nan(values: Tensor, edited: str) -> None:
@@ -211,35 +271,9 @@ def self_check(
 
 
 def _logit_range(record: Record, pairs: Pairs) -> float:
-    logits = _logits(record, record.resid[-1][:1, pairs.at[0]], None)
+    end = pairs.at[0]
+    logits = _logits(record, record.resid[-1][:1, end], None) if record.logits is None else record.logits[0, end]
     return float(logits.max() - logits.min())
-
-
-def plain_value(record: Record, variant: Variant, donor: Donor, pairs: Pairs, metric: Metric, example: int) -> float:
-    """One cell by an ordinary forward with one hook per edited part: the independent implementation."""
-    one = pairs.subset([example])
-    size = int(record.lengths[example])
-    tokens = Tokens(record.tokens.ids[example : example + 1, :size])
-    start = int(donor.first[example])
-    mask = torch.zeros(1, size, dtype=torch.bool)
-    if variant.position is None:
-        mask[:, start:] = True
-    elif start <= variant.position < size:
-        mask[:, variant.position] = True
-    edits = [_patch(part, donor, example, size, mask) for part in variant.parts]
-    logits = record.model.run(tokens, interventions=edits).logits
-    base = record.model.run(tokens).logits if metric.needs.base else None
-    return float(metric(logits, one, base)[0])
-
-
-def _patch(part: Site, donor: Donor, example: int, size: int, mask: Tensor) -> Patch:
-    site, index = normal(part)
-    values = donor.source.at(site)
-    row = values[int(donor.example[example]) if values.shape[0] > 1 else 0][None, :size]
-    row = row.expand(1, size, *row.shape[2:])
-    n_layers_site = part.whole if part.kind != "embed" else site
-    at = n_layers_site if index < 0 else n_layers_site[index]
-    return Patch(at, source=row if index < 0 else row.select(2, index), positions=mask)
 
 
 def batch_count(variants: Sequence[Variant], donor: Donor, ends: Tensor, budget: int = TOKENS_PER_BATCH) -> int:
@@ -247,4 +281,6 @@ def batch_count(variants: Sequence[Variant], donor: Donor, ends: Tensor, budget:
     return sum(1 for _ in batches(variants, donor, ends, budget))
 
 
-__all__ = ["Batch", "Cost", "Outcome", "estimate", "evaluate", "plain_value", "score", "self_check"]
+__all__ = [
+    "Batch", "Cost", "Outcome", "base_values", "estimate", "evaluate", "plain_value", "score", "self_check",
+]  # fmt: skip

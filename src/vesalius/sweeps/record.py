@@ -1,7 +1,9 @@
 """Record: one base run, kept so that later runs can start in its middle.
 
 It holds every layer's input, keys and values (after rotation), the keywords each layer was called with, and the sites a
-sweep takes values from. Prompts are right-padded and attention is causal, so nothing before a position depends on it.
+sweep takes values from. Prompts are right-padded; where attention is causal, nothing before a position depends on it.
+
+A model that cannot be replayed is recorded too, with the `reason`: sweeps of it are ordinary runs.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from vesalius.attention import attending, grouped
+from vesalius.attention import attending, grouped, weighted
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.hooks import CallTap, tapped
 from vesalius.inputs import Tokens
@@ -38,9 +40,22 @@ class Record:
     """Each layer's arguments by name, without its hidden states."""
     scaling: tuple[float, ...]
     sites: Mapping[Site, Tensor]
+    windows: tuple[int | None, ...] = ()
+    """How many positions each layer's attention looks back, itself included; None is all."""
+    caps: tuple[float | None, ...] = ()
+    """Bound of each layer's attention scores: cap * tanh(scores / cap); None is none."""
+    reason: str = ""
+    """Why layers cannot be replayed; empty when they can. Then queries, keys, values and calls are there."""
+    logits: Tensor | None = None
+    """[example, pos, vocab], when layers cannot be replayed."""
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def causal(self) -> bool:
+        """No position reads a later one."""
+        return self.model.described[0].causal
 
     @property
     def lengths(self) -> Int[Tensor, " example"]:
@@ -62,11 +77,17 @@ class Record:
 class _Keeper:
     """Attention with the model's own arithmetic that keeps queries, keys and values per layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, lengths: Int[Tensor, " example"]) -> None:
+        self._lengths = lengths
         self.q: dict[int, Tensor] = {}
         self.k: dict[int, Tensor] = {}
         self.v: dict[int, Tensor] = {}
         self.scaling: dict[int, float] = {}
+        self.windows: dict[int, int | None] = {}
+        self.caps: dict[int, float | None] = {}
+        self._masks: list[tuple[Tensor, int | None]] = []
+        self.strange = ""
+        """What is not causal attention, perhaps windowed."""
 
     def __call__(
         self,
@@ -78,27 +99,53 @@ class _Keeper:
         scaling: float,
         options: dict[str, Any],
     ) -> Tensor:
-        if options.get("softcap") is not None or options.get("sliding_window") is not None:
-            raise InputError("sweeps do not cover attention with soft caps or sliding windows yet; use Model.run")
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         self.q[layer], self.k[layer], self.v[layer], self.scaling[layer] = q.transpose(1, 2), k, v, scaling
-        heads = q.shape[1]
+        self.caps[layer] = options.get("softcap")
         if mask is not None:
             mask = mask[..., : k.shape[2]]
-        out = nn.functional.scaled_dot_product_attention(q, grouped(k, heads), grouped(v, heads), mask, scale=scaling)
+        self._look(layer, mask)
+        heads = q.shape[1]
+        out = weighted(q, grouped(k, heads), grouped(v, heads), mask, scaling, self.caps[layer])
         return out.transpose(1, 2).contiguous()
+
+    def _look(self, layer: int, mask: Tensor | None) -> None:
+        """The window of a causal mask; anything else is strange. The mask is read, never replayed."""
+        if mask is None:
+            self.strange = self.strange or f"layer {layer} was given no attention mask"
+            return
+        if not any(mask.data_ptr() == seen.data_ptr() for seen, _ in self._masks):
+            self._masks.append((mask, window_of(mask, self._lengths)))
+        window = next(window for seen, window in self._masks if mask.data_ptr() == seen.data_ptr())
+        if window == 0:
+            self.strange = self.strange or f"layer {layer}'s attention mask is neither causal nor a sliding window"
+        self.windows[layer] = window
+
+
+def window_of(mask: Tensor, lengths: Int[Tensor, " example"]) -> int | None:
+    """How many positions a mask [example or 1, 1, pos, pos] lets a position look back; None all, 0 not causal."""
+    allowed = (mask[:, 0] >= 0 if mask.is_floating_point() else mask[:, 0]).expand(len(lengths), -1, -1)
+    pos = torch.arange(allowed.shape[-1], device=allowed.device)
+    real = pos < lengths[:, None].to(pos.device)
+    back, reach = pos[:, None] - pos, int((allowed & real[:, :, None]).sum(-1).max())
+    expected = (back >= 0) & (back < reach) & real[:, None, :]
+    if mask.shape[1] > 1 or not torch.equal(allowed & real[:, :, None], expected & real[:, :, None]):
+        return 0
+    return None if reach >= int(lengths.max()) else reach
 
 
 def record(model: Model, tokens: Tokens, sites: Sequence[Site] = ()) -> Record:
     """Run the model once and keep what replays need. Raises InputError for left-padded tokens."""
     adapter, layout = model.described
-    if not adapter.attention or not adapter.replay:
-        raise InputError(f"the {adapter.family} adapter does not say how to replay a layer; use Model.run")
     if not bool(tokens.real[:, 0].all()):
         raise InputError("sweeps take right-padded prompts; build them with Tokens.from_rows or Pairs")
+    if not adapter.causal:
+        return _plain(model, tokens, sites, f"attention of the {adapter.family} family reads later positions too")
+    if not adapter.attention or not adapter.replay:
+        return _plain(model, tokens, sites, f"the {adapter.family} adapter does not say how to replay a layer")
     calls: dict[int, dict[str, Any]] = {}
     inputs: dict[int, Tensor] = {}
-    keeper = _Keeper()
+    keeper = _Keeper(tokens.lengths)
     taps = Recorder(
         model, [s.whole for s in sites if s.kind not in ("resid_pre", "resid_post")], [], tokens, grad=False
     )
@@ -109,13 +156,46 @@ def record(model: Model, tokens: Tokens, sites: Sequence[Site] = ()) -> Record:
         model.module(**model.token_call(tokens), logits_to_keep=1)
     taps.check_fired()
     order = range(layout.n_layers)
+    reason = keeper.strange or _untold(calls, adapter.replay)
+    if reason:
+        return _plain(model, tokens, sites, reason)
     return Record(
         model, tokens,
         resid=(*(inputs[n] for n in order), last.captured()[Site("resid_post", layout.n_layers - 1)]),
         queries=tuple(keeper.q[n] for n in order), keys=tuple(keeper.k[n] for n in order),
         values=tuple(keeper.v[n] for n in order), calls=tuple(calls[n] for n in order),
         scaling=tuple(keeper.scaling[n] for n in order), sites=taps.captured(),
+        windows=tuple(keeper.windows[n] for n in order), caps=tuple(keeper.caps[n] for n in order),
     )  # fmt: skip
+
+
+def _plain(model: Model, tokens: Tokens, sites: Sequence[Site], reason: str) -> Record:
+    """A record of an ordinary run, for a model whose layers cannot be replayed."""
+    n_layers = model.described[1].n_layers
+    stream = [*(Site("resid_pre", n) for n in range(n_layers)), Site("resid_post", n_layers - 1)]
+    run = model.run(tokens, capture=[*stream, *(site.whole for site in sites)])
+    held = {site: run.activations[site] for site in run.activations}
+    resid = tuple(held[site] for site in stream)
+    return Record(model, tokens, resid, (), (), (), (), (), held, reason=reason, logits=run.logits)
+
+
+def _untold(calls: Mapping[int, Mapping[str, Any]], rules: Mapping[str, str]) -> str:
+    """The first tensor argument of a layer that has no replay rule, in words; empty when there is none."""
+    for layer, call in calls.items():
+        for name, value in call.items():
+            if name not in rules and holds_tensor(value):
+                return untold(layer, name)
+    return ""
+
+
+def untold(layer: int, name: str) -> str:
+    return f"layer {layer} takes a tensor {name!r} that its adapter has no replay rule for"
+
+
+def holds_tensor(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return any(holds_tensor(item) for item in value)
+    return isinstance(value, Tensor)
 
 
 def _call_keeper(layer: nn.Module, number: int, calls: dict[int, dict[str, Any]], inputs: dict[int, Tensor]) -> Any:

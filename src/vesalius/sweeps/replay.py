@@ -21,13 +21,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from vesalius.adapters import submodule
-from vesalius.attention import attending
+from vesalius.adapters.heads import join_heads, split_heads
+from vesalius.attention import attending, capped, weighted
 from vesalius.errors import InterventionError
 from vesalius.hooks import Tap, tapped
 from vesalius.site import Site
 from vesalius.sweeps.edits import Edits
-from vesalius.sweeps.record import Record
-from vesalius.taps import join_heads, split_heads
+from vesalius.sweeps.record import Record, holds_tensor, untold
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ class _Attention:
         self._record = record
         self._flat = flat
         self._watch = watch
-        self._geometry: tuple[int, Any] = (-1, None)
+        self._geometry: dict[tuple[int, int | None], Any] = {}
 
     def __call__(
         self,
@@ -108,7 +108,7 @@ class _Attention:
         padded = q[0].transpose(0, 1)[index].view(len(rows), index.shape[1], n_kv, n_heads // n_kv, depth)
         stacked = padded.permute(0, 2, 3, 1, 4).reshape(len(rows), n_kv, -1, depth)
         tiled = mask.repeat(1, n_heads // n_kv, 1)[:, None]
-        out = nn.functional.scaled_dot_product_attention(stacked, keys, values, tiled, scale=scaling)
+        out = weighted(stacked, keys, values, tiled, scaling, self._record.caps[layer])
         if Site("pattern", layer) in self._watch:
             self._look(layer, padded, keys, mask, scaling)
         spread = out.view(len(rows), n_kv, n_heads // n_kv, -1, out.shape[-1]).permute(0, 3, 1, 2, 4)
@@ -116,21 +116,23 @@ class _Attention:
 
     def _layout(self, layer: int) -> Any:
         count, tokens = self._flat.active(layer)
-        if self._geometry[0] != count:
+        window = self._record.windows[layer]
+        if (count, window) not in self._geometry:
             rows = self._flat.rows.take(torch.arange(count))
             steps = torch.arange(int(rows.sizes.max()))
             index = (self._flat.offset[:count, None] + steps).clamp_max(tokens - 1)
-            reach = (rows.start[:, None] + steps)[..., None] >= torch.arange(int(rows.end.max()))
+            back = (rows.start[:, None] + steps)[..., None] - torch.arange(int(rows.end.max()))
+            reach = back >= 0 if window is None else (back >= 0) & (back < window)
             row_of, pos_of = self._flat.row_of[:tokens], self._flat.pos_of[:tokens]
             within = pos_of - rows.start[row_of]
-            self._geometry = (count, (rows, index, reach, row_of, pos_of, within))
-        return self._geometry[1]
+            self._geometry[count, window] = (rows, index, reach, row_of, pos_of, within)
+        return self._geometry[count, window]
 
     def _look(self, layer: int, padded: Tensor, keys: Tensor, mask: Tensor, scaling: float) -> None:
         """Attention pattern of each row's last token: [row, head, key_pos]."""
         rows = torch.arange(len(padded))
         at = self._flat.rows.sizes[: len(padded)] - 1
-        scores = torch.einsum("rkgd,rksd->rkgs", padded[rows, at], keys) * scaling
+        scores = capped(torch.einsum("rkgd,rksd->rkgs", padded[rows, at], keys) * scaling, self._record.caps[layer])
         scores = scores.masked_fill(~mask[rows, at][:, None, None], float("-inf"))
         pattern = scores.softmax(-1).flatten(1, 2)
         full = pattern.new_zeros(*pattern.shape[:2], self._record.tokens.ids.shape[1])
@@ -183,10 +185,8 @@ class Replay:
         built: dict[str, Any] = {}
         for name, value in self._record.calls[layer].items():
             rule = rules.get(name)
-            if rule is None and _holds_tensor(value):
-                raise InterventionError(
-                    f"layer {layer} takes a tensor {name!r} that its adapter has no replay rule for"
-                )
+            if rule is None and holds_tensor(value):
+                raise InterventionError(untold(layer, name))
             built[name] = _rebuilt(rule, value, example, pos)
         return built
 
@@ -212,7 +212,7 @@ class Replay:
             if site in self._seen:
                 assert site.layer is not None
                 self._seen[site].append(edited[0, self._flat.last[: self._flat.active(site.layer)[0]]])
-            return None if edited is here else join_heads(tensor, edited, access)
+            return None if edited is here else join_heads(tensor, edited, access, self._layout)
 
         return visit
 
@@ -241,14 +241,10 @@ def base_pattern(record: Record, site: Site, rows: Rows) -> Tensor:
     query = record.queries[site.layer][rows.example, rows.end - 1]
     spread = query.view(len(rows), keys.shape[1], -1, query.shape[-1])
     scores = torch.einsum("rkgd,rksd->rkgs", spread, keys) * record.scaling[site.layer]
-    hidden = torch.arange(keys.shape[2])[None] >= rows.end[:, None]
+    scores, window = capped(scores, record.caps[site.layer]), record.windows[site.layer]
+    back = rows.end[:, None] - 1 - torch.arange(keys.shape[2])
+    hidden = back < 0 if window is None else (back < 0) | (back >= window)
     return scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1).flatten(1, 2)
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return any(_holds_tensor(item) for item in value)
-    return isinstance(value, Tensor)
 
 
 def _rebuilt(rule: str | None, value: Any, example: Tensor, pos: Tensor) -> Any:

@@ -25,7 +25,8 @@ from vesalius.metric import Metric, logit_diff
 from vesalius.model import Model
 from vesalius.records import content_hash
 from vesalius.site import Site
-from vesalius.sweeps.evaluate import TOKENS_PER_BATCH, Cost, estimate, evaluate, score
+from vesalius.sweeps.evaluate import TOKENS_PER_BATCH, Cost, base_values, estimate, evaluate
+from vesalius.sweeps.plain import why_plain
 from vesalius.sweeps.record import Record, record
 from vesalius.sweeps.variants import EDITS, Donor, Variant, donor_for, normal
 
@@ -137,6 +138,9 @@ def sweep(
     variants = {site: _variants(model, site, each, pairs) for site in places}
     mask = _mask(variants[places[0]], pairs)
     quote = estimate(runs[0], [v for site in places for v in variants[site]], donor, pairs.at + 1)
+    reason = why_plain(runs[0], [variant for site in places for variant in variants[site]])
+    if reason:
+        sink(Event("note", "sweep", message=f"no replay: {reason}; every edited run is one whole forward"))
     sink(Event("note", "sweep", message=_bill(quote, mask.expand(len(places), -1, -1)).describe()))
     plan = {"model": model.content_hash if out else "", "pairs": pairs.content_hash, "each": each, "edit": edit,
             "metric": [metric.name, metric.unit], "base": base, "seed": seed, "budget": budget}  # fmt: skip
@@ -250,9 +254,7 @@ def _scores(
     values = torch.stack([torch.from_numpy(result["values"].copy()) for result in results])
     mask = mask.expand(len(sites), -1, -1)
     cost = sum((Cost(float(c[0]), float(c[1]), int(c[2])) for c in (r["cost"] for r in results)), Cost(0.0, 0.0, 0))
-    rows = torch.arange(len(pairs))
-    ends = [run.resid[-1][rows, pairs.at] for run in runs]
-    plain = [score(runs[0], end, rows, pairs, metric, ends[0]) for end in ends]
+    plain = [base_values(run, pairs, metric, runs[0]) for run in runs]
     return Scores(
         values=values if each else values[:, 0],
         base=plain[0],

@@ -50,8 +50,14 @@ class _Constant:
 
 
 def patch_donor(base: Record, other: Record) -> Donor:
-    """Values of an aligned run (clean into corrupted, or back). Nothing differs before the first differing token."""
+    """Values of an aligned run (clean into corrupted, or back).
+
+    Nothing differs before the first differing token, in a causal model.
+    """
     _same_count(base, other)
+    if not base.causal:
+        everyone = torch.arange(len(base))
+        return Donor("patch", other, everyone, torch.zeros_like(everyone))
     differs = base.tokens.ids != other.tokens.ids
     width = differs.shape[1]
     first = torch.where(differs.any(1), differs.long().argmax(1), torch.full((len(differs),), width))
@@ -87,7 +93,7 @@ def _means(values: Tensor, real: Tensor, width: int) -> Tensor:
 def _first(base: Record, reference: Record) -> Int[Tensor, " example"]:
     """First position where another prompt's value can differ: 1 when all begin with one token, else 0."""
     begins = torch.cat([base.tokens.ids[:, 0], reference.tokens.ids[:, 0]])
-    shared = bool((begins == begins[0]).all())
+    shared = base.causal and bool((begins == begins[0]).all())
     return torch.full((len(base),), int(shared))
 
 
@@ -135,7 +141,8 @@ def normal(part: Site) -> tuple[Site, int]:
         return Site("resid_pre", 0), index
     if whole.layer is None or whole.kind in ("pattern", "scores", "result", "resid_mid"):
         raise InputError(
-            f"{part} cannot be swept; sweep embed, resid_pre, resid_post, attn_out, mlp_out, mlp_post, q, k, v or z"
+            f"{part} cannot be swept; sweep embed, resid_pre, resid_post, attn_out, mlp_out, mlp_post, router, "
+            "expert_out, q, k, v or z"
         )
     return whole, index
 

@@ -27,8 +27,13 @@ def reinitialised(model: Model, seed: int) -> Model:
         for name, parameter in module.named_parameters():
             parameter.copy_(_redrawn(name, parameter, generator))
     module.train(model.module.training)
-    return Model(module, model.tokenizer, model.adapter, name=f"{model.name} with random weights (seed {seed})",
-        note="re-initialised: every tensor keeps its mean and spread")
+    return Model(
+        module,
+        model.tokenizer,
+        model.adapter,
+        name=f"{model.name} with random weights (seed {seed})",
+        note="re-initialised: every tensor keeps its mean and spread",
+    )
 
 
 def _redrawn(name: str, parameter: nn.Parameter, generator: torch.Generator) -> Tensor:

@@ -15,6 +15,8 @@ from vesalius.describe.roles.s_suppressor import SSuppressor
 
 MOVER = NameMover().name
 """The role that others speak about."""
+BY_SIGN = NegativeMover().name
+"""The role that goes before all others where it fits: what works against the answer is not named by where it looks."""
 NEEDS_MOVERS = (SInhibition().name,)
 
 # Of equal scores the first counts.
@@ -32,6 +34,7 @@ ROLES: tuple[Role, ...] = (
 )
 
 __all__ = [
+    "BY_SIGN",
     "MOVER",
     "NEEDS_MOVERS",
     "ROLES",

@@ -37,7 +37,7 @@ def _speakable(context: Context) -> bool:
 
 
 def _cheap(context: Context, component: Site) -> list[Ingredient]:
-    return [looks(context, component, "end", "distractor_last", "answer"), matters(context, component)]
+    return [looks(context, component, "end", "distractor_last", "answer"), matters(context, component, 1)]
 
 
 def _hold(ingredients: list[Ingredient]) -> bool:

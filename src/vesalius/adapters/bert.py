@@ -1,0 +1,46 @@
+"""BERT (masked language model): attention in both directions, norms on the residual stream itself.
+
+attn_out and mlp_out are added to the stream, which is then normed: resid_mid and resid_post are normed sums, so no
+direct effects. Sweeps run the whole model.
+"""
+
+from __future__ import annotations
+
+from vesalius.adapters.base import Access, Adapter
+from vesalius.adapters.understood import SIZES
+
+BERT = Adapter(
+    family="bert",
+    classes=("BertForMaskedLM",),
+    layers="bert.encoder.layer",
+    sites={
+        "resid_pre": Access("", "in"),
+        "q": Access("attention.self.query", heads="head"),
+        "k": Access("attention.self.key", heads="kv_head"),
+        "v": Access("attention.self.value", heads="kv_head"),
+        "z": Access("attention.output.dense", "in", heads="head"),
+        "attn_out": Access("attention.output.dense"),
+        "resid_mid": Access("attention"),
+        "mlp_in": Access("intermediate", "in"),
+        "mlp_post": Access("output.dense", "in"),
+        "mlp_out": Access("output.dense"),
+        "resid_post": Access(""),
+    },
+    outside={"embed": Access("bert.embeddings"), "logits": Access("cls.predictions.decoder")},
+    o_proj="attention.output.dense",
+    final_norm="cls.predictions.transform",
+    unembed="cls.predictions.decoder",
+    norm="layer",
+    config={
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "d_model": "hidden_size",
+        "vocab": "vocab_size",
+    },
+    attention="attention.self",
+    accepts={"is_decoder": (False,), "add_cross_attention": (False,), "position_embedding_type": ("absolute",)},
+    understood=SIZES | {"type_vocab_size"},
+    causal=False,
+    call={},
+    direct=False,
+)

@@ -1,0 +1,40 @@
+"""Gemma 2 and 3 (text): norms before and after each block, scaled embeddings, sliding and full attention layers.
+
+attn_out and mlp_out are what is added to the residual stream: the outputs of the norms after attention and MLP. embed
+is the scaled embedding. The site logits is the unembedding's output, before Gemma 2's cap; a run's logits are capped.
+q and k are the projections' outputs, before Gemma 3's query and key norms and before rotation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vesalius.adapters.base import Access
+from vesalius.adapters.llama import LLAMA
+from vesalius.adapters.understood import ROTARY, SIZES, WINDOWS
+
+GEMMA2 = replace(
+    LLAMA,
+    family="gemma2",
+    classes=("Gemma2ForCausalLM",),
+    sites={
+        **LLAMA.sites,
+        "attn_out": Access("post_attention_layernorm"),
+        "resid_mid": Access("pre_feedforward_layernorm", "in", delta="post_attention_layernorm"),
+        "mlp_out": Access("post_feedforward_layernorm"),
+    },
+    norm="rms_plus_one",
+    attn_norm="post_attention_layernorm",
+    cap="final_logit_softcapping",
+    accepts={"use_bidirectional_attention": (None, False)},
+    understood=SIZES | ROTARY | WINDOWS
+    | {"hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping", "attention_bias"},
+)  # fmt: skip
+# Gemma 3 reads attn_logit_softcapping nowhere: a value there would be a promise the model does not keep.
+GEMMA3 = replace(
+    GEMMA2,
+    family="gemma3",
+    classes=("Gemma3ForCausalLM",),
+    accepts={"use_bidirectional_attention": (False, None), "attn_logit_softcapping": (None,)},
+    understood=GEMMA2.understood | {"sliding_window_pattern"},
+)

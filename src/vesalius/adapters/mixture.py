@@ -1,0 +1,47 @@
+"""Mixtures of experts: Mixtral, OLMoE and Qwen 2 MoE. Llama's layer with a router and experts for an MLP.
+
+router: logits [batch, pos, expert]; an edit reroutes. expert_out: what each expert adds, times its weight
+[batch, pos, expert, d_model]; zero where a token was not sent. Their sum is mlp_out (less the shared expert of
+Qwen 2 MoE). There is no mlp_post: each token has its own neurons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vesalius.adapters.base import Access
+from vesalius.adapters.llama import LLAMA
+from vesalius.adapters.understood import ROTARY, SIZES, WINDOWS
+
+MIXTRAL = replace(
+    LLAMA,
+    family="mixtral",
+    classes=("MixtralForCausalLM",),
+    sites={
+        **{kind: access for kind, access in LLAMA.sites.items() if kind != "mlp_post"},
+        "router": Access("mlp.gate", flat=True),
+        "expert_out": Access("mlp.experts", flat=True),
+    },
+    gate="mlp.gate",
+    experts="mlp.experts",
+    config={**LLAMA.config, "n_experts": "num_local_experts"},
+    accepts={},
+    understood=SIZES | ROTARY | {"sliding_window", "num_experts_per_tok"},
+)
+OLMOE = replace(
+    MIXTRAL,
+    family="olmoe",
+    classes=("OlmoeForCausalLM",),
+    config={**LLAMA.config, "n_experts": "num_experts"},
+    accepts={"clip_qkv": (None,)},
+    understood=SIZES | ROTARY | {"num_experts_per_tok", "norm_topk_prob", "attention_bias"},
+)
+QWEN2_MOE = replace(
+    OLMOE,
+    family="qwen2_moe",
+    classes=("Qwen2MoeForCausalLM",),
+    accepts={"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
+    understood=SIZES | ROTARY | WINDOWS
+    | {"num_experts_per_tok", "norm_topk_prob", "qkv_bias", "moe_intermediate_size",
+       "shared_expert_intermediate_size"},
+)  # fmt: skip

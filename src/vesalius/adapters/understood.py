@@ -1,0 +1,65 @@
+"""Which config fields are understood: a field that could change the forward pass and is not known is refused.
+
+Fields of the config class count, and so do fields that a config file brought along without the class knowing them: the
+class does not read those, but whoever wrote them meant another computation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
+
+# Sizes, activations and epsilons: whatever they are, the sites and their sums mean the same.
+SIZES = frozenset(
+    ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "layer_norm_eps"]
+)  # fmt: skip
+ROTARY = frozenset(["rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor"])
+# Windows restrict the mask, which is recorded; they change no site.
+WINDOWS = frozenset(["sliding_window", "use_sliding_window", "max_window_layers", "layer_types"])
+# Training, generation, files: nothing of the forward pass in evaluation mode.
+_ASIDE = frozenset(
+    ["initializer_range", "initializer_factor", "init_std", "use_cache", "pad_token_id", "bos_token_id",
+     "eos_token_id", "cls_token_id", "sep_token_id", "unk_token_id", "tie_word_embeddings", "attention_dropout",
+     "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout", "resid_pdrop",
+     "embd_pdrop", "attn_pdrop", "classifier_dropout", "classifier_dropout_prob", "dropout", "dropout_rate",
+     "embedding_dropout", "mlp_dropout", "layerdrop", "router_aux_loss_coef", "router_jitter_noise",
+     "output_router_logits", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+     "summary_first_dropout", "architectures", "chunk_size_feed_forward", "dtype", "torch_dtype", "id2label",
+     "label2id", "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
+     "ignore_keys_at_rope_validation",
+        "transformers_version", "name_or_path", "model_type", "auto_map", "quantization_config", "cache_implementation",
+     "task_specific_params", "prefix", "gradient_checkpointing", "gradient_checkpointing_use_reentrant",
+     "transformers.js_config", "is_llama_config", "unsloth_fixed", "unsloth_version", "original_architecture",
+     "attn_implementation", "experts_implementation", "n_ctx", "seq_length"]
+)  # fmt: skip
+
+
+def strange_field(config: Any, understood: Collection[str]) -> tuple[str, Any] | None:
+    """Name and value of the first config field that is not understood and not at its default; None when all are."""
+    defaults = _declared(config)
+    for name, value in vars(config).items():
+        if name.startswith("_") or name in _ASIDE or name in understood:
+            continue
+        if name in defaults and value == defaults[name]:
+            continue
+        if name not in defaults and not value:
+            continue  # an unknown switch that is off
+        return name, value
+    return None
+
+
+def _declared(config: Any) -> Mapping[str, Any]:
+    """Fields of the config class with their defaults."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: _default(f) for f in dataclasses.fields(config)}
+    parameters = inspect.signature(type(config).__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _default(declared: dataclasses.Field[Any]) -> Any:
+    if declared.default_factory is not dataclasses.MISSING:
+        return declared.default_factory()
+    return None if declared.default is dataclasses.MISSING else declared.default

@@ -1,0 +1,244 @@
+"""Generation: a model writes tokens, with edits on the prompt and on what it has just written.
+
+Tokens are run once and their keys and values kept, so an edit at a position acts when that position is run and its
+consequences stay in the cache; a pass without a cache, with the same edits, gives the same logits. Positions are token
+numbers in each prompt's own sequence, prompt first and new tokens after it, whatever the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vesalius.activations import Activations
+from vesalius.errors import InputError, InterventionError, NotFiniteError
+from vesalius.inputs import Tokens
+from vesalius.intervention import Intervention, Place, Positions, mask_of
+from vesalius.site import Site
+
+ATTENTION = ("pattern", "scores")
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One pass. logits: [batch, pos, vocab] of its tokens, or only of the last. captured: site -> [batch, pos, ...]."""
+
+    logits: Tensor
+    cache: Any
+    captured: Mapping[Site, Tensor]
+    diagnostics: tuple[Mapping[str, Any], ...]
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """Runs the tokens ids [batch, pos] after those in the cache. real: [batch, key], every column so far."""
+
+    def __call__(self, ids: Tensor, real: Tensor, index: Tensor, cache: Any, places: Sequence[Place]) -> Step: ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the next token is chosen: the likeliest, or drawn at a temperature, by a seed.
+
+    Every prompt has draws of its own, so that what is written for it does not depend on its neighbours.
+    Raises InputError for a negative temperature, or a positive one without seed.
+    """
+
+    temperature: float = 0.0
+    seed: int | None = None
+    stop: int | None = None
+    """Token after which a prompt is finished."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise InputError(f"temperature must be 0 (the likeliest token) or more; got {self.temperature}")
+        if self.temperature > 0 and self.seed is None:
+            raise InputError("sampling needs seed=, so that the same text can be made again")
+
+    def picker(self, batch: int) -> Callable[[Tensor], Tensor]:
+        """Next tokens [batch] from logits [batch, vocab]."""
+        if self.temperature == 0:
+            return lambda logits: logits.argmax(-1)
+        assert self.seed is not None
+        draws = [torch.Generator().manual_seed((self.seed * 1_000_003 + row) % 2**63) for row in range(batch)]
+
+        def draw(logits: Tensor) -> Tensor:
+            chances = (logits.double().cpu() / self.temperature).softmax(-1)
+            picked = [torch.multinomial(row, 1, generator=own) for row, own in zip(chances, draws, strict=True)]
+            return torch.cat(picked).to(logits.device)
+
+        return draw
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """What a model wrote."""
+
+    tokens: Tokens
+    """Prompts and new tokens, right-padded."""
+    new: tuple[tuple[int, ...], ...]
+    """The new tokens of each prompt; a stop token is the last of them."""
+    logits: Float[Tensor, "batch new vocab"]
+    """What each new token was chosen from."""
+    activations: Activations
+    """Captured sites over prompt and new tokens, by token number; the last new token was never run."""
+    diagnostics: tuple[Mapping[str, Any], ...]
+    """One entry per intervention and pass in which it acted, with the number of the pass (0: the prompt)."""
+    texts: tuple[str, ...] = ()
+    """The new tokens as text, when the model has a tokenizer."""
+
+    def __getitem__(self, key: Site | str) -> Tensor:
+        return self.activations[key]
+
+
+def generated(forward: Pass, prompts: Tokens, edits: Sequence[Intervention], steps: int, choice: Choice) -> Generation:
+    """Up to `steps` new tokens for each prompt.
+
+    Raises InputError for no steps and for positions that are never run, NotFiniteError when logits are NaN.
+    """
+    if steps < 1:
+        raise InputError(f"max_new_tokens must be at least 1; got {steps}")
+    rows = [row[real].tolist() for row, real in zip(prompts.ids, prompts.real, strict=True)]
+    prompts = Tokens.from_rows(rows)
+    masks = [edited_tokens(edit.positions, prompts.lengths, steps) for edit in edits]
+    _check_attention(edits, prompts)
+    written = _write(forward, prompts, masks, steps, choice)
+    return _result(written, rows, prompts, steps, choice.stop)
+
+
+@dataclass(eq=False)
+class _Written:
+    passes: list[Step]
+    index: list[Tensor]
+    logits: list[Tensor]
+    chosen: list[Tensor]
+
+
+def _write(forward: Pass, prompts: Tokens, masks: Sequence[Tensor], steps: int, choice: Choice) -> _Written:
+    lengths, pick = prompts.lengths, choice.picker(len(prompts))
+    nowhere = prompts.ids.shape[1] + steps - 1
+    ids, real, cache = prompts.ids, prompts.real, None
+    index = torch.where(real, torch.arange(ids.shape[1]), nowhere)
+    columns, kept, open_rows = real, _Written([], [], [], []), torch.ones(len(prompts), dtype=torch.bool)
+    for number in range(steps):
+        places = [Place(real, index, mask.gather(1, index.clamp_max(nowhere - 1)) & real) for mask in masks]
+        step = forward(ids, columns, index, cache, places)
+        last = step.logits[:, -1] if step.logits.shape[1] == 1 else _at_end(step.logits, lengths, number)
+        if bool(last.isnan().any()):
+            raise NotFiniteError(
+                f"the logits of new token {number} are NaN; run(..., check_finite=True) says where from"
+            )
+        cache, ids = step.cache, pick(last)[:, None].cpu()
+        kept.passes.append(Step(step.logits[:, :0], None, step.captured, step.diagnostics))
+        kept.index.append(index)
+        kept.logits.append(last)
+        kept.chosen.append(ids[:, 0])
+        open_rows &= ids[:, 0] != (-1 if choice.stop is None else choice.stop)
+        if not bool(open_rows.any()):
+            break
+        index, real = (lengths + number)[:, None], torch.ones_like(ids, dtype=torch.bool)
+        columns = torch.cat([columns, real], 1)
+    return kept
+
+
+def _at_end(logits: Tensor, lengths: Tensor, number: int) -> Tensor:
+    """Logits of each prompt's last token [batch, vocab]."""
+    if number:
+        return logits[:, -1]
+    return logits[torch.arange(len(lengths), device=logits.device), (lengths - 1).to(logits.device)]
+
+
+def edited_tokens(positions: Positions, lengths: Int[Tensor, " batch"], steps: int) -> Bool[Tensor, "batch token"]:
+    """Positions as a mask over prompt and new tokens, without the last new one, which is never run.
+
+    A mask may cover the prompts only. Raises InputError for a position that is never run, or counts from the end.
+    """
+    width, total = int(lengths.max()), int(lengths.max()) + steps - 1
+    run = torch.arange(total)[None] < (lengths + steps - 1)[:, None]
+    if positions is None:
+        return run
+    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
+        if positions.shape == (len(lengths), width):
+            positions = torch.nn.functional.pad(positions, (0, total - width))
+        if positions.shape != run.shape:
+            raise InputError(
+                f"a position mask must be {(len(lengths), width)} (the prompts) or {tuple(run.shape)} (with the new "
+                f"tokens that are run); got {tuple(positions.shape)}"
+            )
+        return positions.cpu() & run
+    for position in positions.tolist() if isinstance(positions, Tensor) else _listed(positions):
+        if position < 0:
+            raise InputError(f"position {position}: while a model writes, positions count from the start of the prompt")
+        if position >= total:
+            raise InputError(
+                f"position {position} is never run: prompts of {width} tokens and {steps} new ones are run up to "
+                f"position {total - 1} (the last new token is not run)"
+            )
+    mask = mask_of(positions, run)
+    assert mask is not None
+    return mask & run
+
+
+def _listed(positions: int | Sequence[int]) -> list[int]:
+    return [positions] if isinstance(positions, int) else list(positions)
+
+
+def _check_attention(edits: Sequence[Intervention], prompts: Tokens) -> None:
+    """Keys of prompts of unequal lengths are not in the same columns as their tokens."""
+    ragged = len(set(prompts.lengths.tolist())) > 1
+    bad = [edit for edit in edits if edit.part.site.kind in ATTENTION]
+    if ragged and bad:
+        raise InterventionError(
+            f"{bad[0].part.site}: while a model writes, attention can be edited for prompts of equal length only; "
+            f"got lengths {min(prompts.lengths.tolist())} to {max(prompts.lengths.tolist())}"
+        )
+
+
+def _result(written: _Written, rows: list[list[int]], prompts: Tokens, steps: int, stop: int | None) -> Generation:
+    new = tuple(_until(row, stop) for row in torch.stack(written.chosen, 1).tolist())
+    full = [row + list(more) for row, more in zip(rows, new, strict=True)]
+    ran = Tokens.from_rows([row[:-1] for row in full])
+    nowhere = prompts.ids.shape[1] + steps - 1
+    sites = list(written.passes[0].captured)
+    cut = {site: _cut(site, _assembled(site, written, nowhere), ran.ids.shape[1]) for site in sites}
+    told = [{**entry, "pass": number} for number, step in enumerate(written.passes) for entry in step.diagnostics]
+    return Generation(Tokens.from_rows(full), new, torch.stack(written.logits, 1), Activations(cut, ran), tuple(told))
+
+
+def _cut(site: Site, tensor: Tensor, width: int) -> Tensor:
+    return tensor[:, :, :width, :width] if site.kind in ATTENTION else tensor[:, :width]
+
+
+def _until(row: list[int], stop: int | None) -> tuple[int, ...]:
+    return tuple(row[: row.index(stop) + 1]) if stop in row else tuple(row)
+
+
+def _assembled(site: Site, written: _Written, nowhere: int) -> Tensor:
+    """A captured site over all passes, by token number; padding goes to a column past the end."""
+    pieces = [step.captured[site] for step in written.passes]
+    if site.kind in ATTENTION:
+        return _assembled_attention(pieces, written.index, nowhere)
+    first = pieces[0]
+    whole = first.new_zeros(first.shape[0], nowhere + 1, *first.shape[2:])
+    for piece, index in zip(pieces, written.index, strict=True):
+        whole[torch.arange(len(whole))[:, None], index.to(whole.device)] = piece
+    return whole
+
+
+def _assembled_attention(pieces: Sequence[Tensor], index: Sequence[Tensor], nowhere: int) -> Tensor:
+    """[batch, head, query, key]; keys that a pass did not have yet are 0."""
+    batch, heads = pieces[0].shape[:2]
+    whole = pieces[0].new_zeros(batch, nowhere + 1, nowhere + 1, heads)
+    row = torch.arange(batch)[:, None, None]
+    keys = torch.empty(batch, 0, dtype=torch.long)
+    for piece, query in zip(pieces, index, strict=True):
+        keys = torch.cat([keys, query], 1)
+        # A cache with a window holds the last keys only.
+        held = keys[:, -piece.shape[-1] :]
+        whole[row, query[:, :, None], held[:, None]] = piece.permute(0, 2, 3, 1)
+    return whole.permute(0, 3, 1, 2)

@@ -1,0 +1,46 @@
+"""Interventions: values that say which Part to change, where, and how.
+
+Patch, Freeze, Interchange   the value of another run, of a recorded run of the same prompts, of a source example
+Ablate, Project, Steer       take information away, keep or remove a subspace, add a vector
+Noise                        Gaussian, independent for every example and token
+Replace                      what a function makes of another site of the same run
+
+Edits of one site are applied in the order given, edits of different sites in the order of the forward pass.
+"""
+
+from __future__ import annotations
+
+from vesalius.intervention.basic import Ablate, Freeze, Interchange, Patch, Steer, derangement
+from vesalius.intervention.diagnostic import off_distribution
+from vesalius.intervention.edits import Noise, Project, Replace
+from vesalius.intervention.form import Recorded, Source, digest
+from vesalius.intervention.place import Place, Positions, mask_of, token_axis
+from vesalius.intervention.protocol import Intervention, Reader, apply
+from vesalius.intervention.stored import from_json, load, save, tensors_of
+
+__all__ = [
+    "Ablate",
+    "Freeze",
+    "Interchange",
+    "Intervention",
+    "Noise",
+    "Patch",
+    "Place",
+    "Positions",
+    "Project",
+    "Reader",
+    "Recorded",
+    "Replace",
+    "Source",
+    "Steer",
+    "apply",
+    "derangement",
+    "digest",
+    "from_json",
+    "load",
+    "mask_of",
+    "off_distribution",
+    "save",
+    "tensors_of",
+    "token_axis",
+]

@@ -1,0 +1,200 @@
+"""Patch, Freeze, Interchange, Ablate and Steer: give a part a value, take its information away, or add to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from vesalius.activations import Activations
+from vesalius.errors import InputError, InterventionError, UnknownNameError
+from vesalius.inputs import Tokens
+from vesalius.intervention.form import Recorded, Source
+from vesalius.intervention.place import Place, Positions, token_axis
+from vesalius.parts import Direction, Part, Unit, as_part
+from vesalius.site import Site
+
+KEPT_OUT = {"kept_out": True}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class At(Recorded):
+    """Where: a Part, Site or site name, and the positions (default all)."""
+
+    at: Part | Site | str = field(metadata=KEPT_OUT)
+    part: Part = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "part", as_part(self.at))
+
+    @property
+    def target(self) -> Part:
+        return as_part(self.at)
+
+
+def values_of(source: Source, part: Part) -> Tensor:
+    """A part's value in another run, or the tensor itself."""
+    return part.read(source[part.site.whole]) if isinstance(source, Activations) else source
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Patch(At):
+    """Give a part the value it had in another run (Activations that captured the site) or a tensor."""
+
+    source: Source = field(kw_only=True)
+    positions: Positions = None
+
+    def value(self, whole: Tensor, place: Place) -> Tensor:
+        return place.here(values_of(self.source, self.part), self.part, whole).to(whole)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Freeze(At):
+    """Hold a part at the value of a recorded run of the same prompts, while something else is edited.
+
+    source: Activations. Raises UnknownNameError when they did not capture the site, InterventionError in a run whose
+    tensor there has another shape: nothing is stretched to fit.
+    """
+
+    source: Activations = field(kw_only=True)
+    positions: Positions = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.source[self.part.site.whole]
+
+    def value(self, whole: Tensor, place: Place) -> Tensor:
+        held = self.source[self.part.site.whole]
+        if place.index is None and held.shape != whole.shape:
+            raise InterventionError(
+                f"Freeze at {self.part.site}: recorded {tuple(held.shape)}, this run has {tuple(whole.shape)}; "
+                "record the same prompts, or use Patch"
+            )
+        return place.here(self.part.read(held), self.part, whole).to(whole)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Interchange(At):
+    """Give a part of each base example the value it has in a source example (Geiger et al. 2023, section 2).
+
+    source: Activations, or the part's values [source, pos, ...]. examples: [batch], the source example of each base
+    example; default the one with the same number. source_positions: the source position that is read, one number or
+    [batch], written at every edited position; default the same position as in the base. With a Subspace or Direction
+    only its coordinates are interchanged (DAS), and gradients reach its basis.
+
+    Raises InputError for a source example that is not there, InterventionError when the numbers do not fit the run.
+    """
+
+    source: Source = field(kw_only=True)
+    examples: Int[Tensor, " batch"] | None = None
+    source_positions: int | Int[Tensor, " batch"] | None = None
+    positions: Positions = None
+
+    def value(self, whole: Tensor, place: Place) -> Tensor:
+        values = values_of(self.source, self.part)
+        row = self._rows(len(whole), len(values)).to(values.device)
+        if self.source_positions is None:
+            return place.here(values[row], self.part, whole).to(whole)
+        axis = token_axis(self.part.site)
+        at = torch.as_tensor(self.source_positions, device=values.device).expand(len(whole))
+        if int(at.max()) >= values.shape[axis] or int(at.min()) < 0:
+            raise InputError(
+                f"Interchange at {self.part.site}: source positions {int(at.min())} to {int(at.max())} of "
+                f"{values.shape[axis]} tokens; they count from 0"
+            )
+        return values.movedim(axis, 1)[row, at].unsqueeze(1).movedim(1, axis).to(whole)
+
+    def _rows(self, batch: int, known: int) -> Tensor:
+        rows = torch.arange(batch) if self.examples is None else torch.as_tensor(self.examples)
+        if rows.shape != (batch,):
+            raise InterventionError(
+                f"Interchange at {self.part.site}: examples= has shape {tuple(rows.shape)}; this run has {batch} "
+                "examples, and each needs one source example"
+            )
+        if int(rows.max()) >= known or int(rows.min()) < 0:
+            raise InputError(
+                f"Interchange at {self.part.site}: source examples {int(rows.min())} to {int(rows.max())} of {known}; "
+                "they count from 0"
+            )
+        return rows
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Ablate(At):
+    """Remove a part's information.
+
+    mode "zero": zeros. "mean": the mean over the real positions of a reference (Activations), or a tensor given.
+    "resample": the value of another example of the reference, drawn without fixed points by `seed`.
+    """
+
+    mode: Literal["zero", "mean", "resample"] = "zero"
+    reference: Source | None = None
+    positions: Positions = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode not in ("zero", "mean", "resample"):
+            raise UnknownNameError("ablation mode", self.mode, ["zero", "mean", "resample"])
+        if self.mode != "zero" and self.reference is None:
+            raise InputError(
+                f"{self.mode} ablation of {self.part.site} needs reference= (activations of other prompts)"
+            )
+
+    def value(self, whole: Tensor, place: Place) -> Tensor:
+        if self.mode == "zero":
+            return torch.zeros_like(self.part.read(whole))
+        assert self.reference is not None
+        values = values_of(self.reference, self.part)
+        if self.mode == "mean" and isinstance(self.reference, Activations):
+            return mean_of(values, self.reference.tokens).to(whole)
+        if self.mode == "resample":
+            values = values[derangement(len(values), self.seed).to(values.device)]
+        return place.here(values, self.part, whole).to(whole)
+
+
+def mean_of(values: Tensor, tokens: Tokens | None) -> Tensor:
+    """Mean over the real positions: [batch, pos, ...] -> [...]."""
+    if tokens is None:
+        return values.mean((0, 1))
+    return values[tokens.real.to(values.device)].mean(0)
+
+
+def derangement(n: int, seed: int, lengths: Int[Tensor, " n"] | None = None) -> Int[Tensor, " n"]:
+    """A permutation of n without fixed points: each gets the one before it in a random order, the first gets the last.
+
+    lengths: order by length first and at random within a length, so that partners have (nearly) equal lengths.
+    Raises InputError for n < 2.
+    """
+    if n < 2:
+        raise InputError("resample ablation needs at least 2 reference examples")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    if lengths is not None:
+        order = order[lengths.cpu()[order].argsort(stable=True)]
+    result = torch.empty_like(order)
+    result[order] = order.roll(1)
+    return result
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Steer(At):
+    """Add `scale` times a vector at a residual-stream-like site: a Direction's own unit vector, or `vector`."""
+
+    scale: float = field(kw_only=True)
+    vector: Tensor | None = None
+    positions: Positions = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vector is None:
+            if not isinstance(self.part, Direction):
+                raise InputError(f"Steer at {self.part.site} needs vector=, or a Direction as its first argument")
+            object.__setattr__(self, "vector", self.part.vector)
+        object.__setattr__(self, "part", Unit(self.part.site))
+
+    def value(self, whole: Tensor, _place: Place) -> Tensor:
+        assert self.vector is not None
+        return self.part.read(whole) + self.scale * self.vector.to(whole)

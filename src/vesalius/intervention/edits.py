@@ -1,0 +1,154 @@
+"""Project, Noise and Replace: edits whose new value is computed from the run itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from vesalius.activations import Activations
+from vesalius.errors import InputError, InterventionError
+from vesalius.intervention.basic import KEPT_OUT, At, mean_of
+from vesalius.intervention.form import Recorded, Source, Write
+from vesalius.intervention.place import ATTENTION, Place, Positions, token_axis
+from vesalius.parts import Direction, Part, Subspace, Unit, as_part
+from vesalius.site import Site
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Project(At):
+    """Remove a Direction or Subspace from a site, or keep nothing else: x - P(x - c), or c + P(x - c).
+
+    keep: keep the subspace instead of removing it. centre: c, a vector or Activations (their mean over real
+    positions); default zero. With a centre, what is lost is replaced by its mean and not by zero.
+
+    Raises InputError for a part that is not a Direction or Subspace.
+    """
+
+    keep: bool = False
+    centre: Source | None = None
+    positions: Positions = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.part, Direction | Subspace):
+            raise InputError(
+                f"Project at {self.part.site} needs a Direction or a Subspace; to remove all of it, Ablate"
+            )
+        object.__setattr__(self, "part", Unit(self.part.site))
+
+    def value(self, whole: Tensor, _place: Place) -> Tensor:
+        present = self.part.read(whole)
+        wide = present.to(torch.promote_types(present.dtype, torch.float32))
+        centre = self._centre().to(wide)
+        basis = _basis(self.target).to(wide)
+        inside = (wide - centre) @ basis.T @ basis
+        return centre + inside if self.keep else wide - inside
+
+    def _centre(self) -> Tensor:
+        if self.centre is None:
+            return torch.zeros(())
+        if isinstance(self.centre, Activations):
+            return mean_of(self.part.read(self.centre[self.part.site.whole]), self.centre.tokens)
+        return self.centre
+
+
+def _basis(part: Part) -> Tensor:
+    """Orthonormal rows [rank, width]."""
+    assert isinstance(part, Direction | Subspace)
+    return part.vector[None] if isinstance(part, Direction) else part.basis
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Noise(At):
+    """Add Gaussian noise: `scale` times `std` times a standard normal draw, independent for every example and token.
+
+    std: what the scale is measured in: a number, or a tensor that broadcasts to the part's value, such as the standard
+    deviation of the embeddings (Meng et al. 2022, section 2: 3 of them). seed: the draws depend on it, on the number of
+    the example and on the token's, and on nothing else: not on batch size, order or padding. examples: [batch], the
+    numbers of the examples of this run; default 0, 1, 2, ...
+
+    Raises InputError for a negative scale or a std that is not finite.
+    """
+
+    scale: float = field(kw_only=True)
+    std: float | Tensor = 1.0
+    seed: int = 0
+    examples: Int[Tensor, " batch"] | None = None
+    positions: Positions = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale < 0 or not bool(torch.isfinite(torch.as_tensor(self.std)).all()):
+            raise InputError(f"Noise at {self.part.site} needs scale >= 0 and a finite std; got {self.scale}")
+
+    def value(self, whole: Tensor, place: Place) -> Tensor:
+        present = self.part.read(whole)
+        if place.index is not None and self.part.site.kind in ATTENTION:
+            raise InterventionError(f"Noise at {self.part.site} is not fixed token by token while a model generates")
+        std = self.std.to(present) if isinstance(self.std, Tensor) else self.std
+        return present + self.scale * std * self._draw(present, place).to(present)
+
+    def _draw(self, present: Tensor, place: Place) -> Tensor:
+        """Standard normal noise of the shape of `present`, in float32 on the CPU whatever the model runs in."""
+        axis = token_axis(self.part.site)
+        if present.ndim <= axis:
+            raise InterventionError(f"Noise at {self.part.site} needs [batch, pos, ...]; got {tuple(present.shape)}")
+        shape = list(present.movedim(axis, 1).shape)
+        numbers = torch.arange(shape[0]) if self.examples is None else torch.as_tensor(self.examples)
+        if len(numbers) != shape[0]:
+            raise InterventionError(f"Noise at {self.part.site}: {len(numbers)} examples= for a run of {shape[0]}")
+        index = torch.arange(shape[1]).expand(shape[0], -1) if place.index is None else place.index.cpu()
+        rows = [self._of_example(int(n), index[row], shape[2:]) for row, n in enumerate(numbers)]
+        return torch.stack(rows).movedim(1, axis)
+
+    def _of_example(self, number: int, index: Int[Tensor, " pos"], shape: list[int]) -> Tensor:
+        """Drawn token after token, so that more tokens do not change the first ones."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        drawn = [torch.randn(shape, generator=generator) for _ in range(int(index.max()) + 1)]
+        return torch.stack(drawn)[index.clamp_max(len(drawn) - 1)]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Replace(Recorded):
+    """Write fn(value read at one site) at the same or a later site of the same run: how a transcoder is spliced in.
+
+    read, write: Parts, Sites or names; the value read is the one after interventions there. fn: from the part's value
+    at `read` to the one at `write`, over the same tokens. ref: the name or hash of the function, which stands for it in
+    JSON and in hashes; give it back with from_json(..., functions={ref: fn}).
+
+    A run raises InterventionError when the pass makes `read` only after `write`, or the result has another shape.
+    """
+
+    read: Part | Site | str
+    write: Part | Site | str = field(metadata=KEPT_OUT)
+    fn: Callable[[Tensor], Tensor] = field(metadata=KEPT_OUT)
+    ref: str
+    positions: Positions = None
+    made: Tensor | None = field(default=None, metadata=KEPT_OUT)
+    part: Part = field(init=False)
+    reads: Part = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "part", as_part(self.write))
+        object.__setattr__(self, "reads", as_part(self.read))
+        if not self.ref:
+            raise InputError(f"Replace at {self.part.site} needs ref=, a name or hash that stands for its function")
+
+    def given(self, read: Tensor) -> Replace:
+        """The edit, now that `read`'s whole tensor is known."""
+        return replace(self, made=self.fn(self.reads.read(read)))
+
+    def value(self, _whole: Tensor, _place: Place) -> Tensor:
+        if self.made is None:
+            raise InterventionError(
+                f"Replace at {self.part.site}: {self.reads.site} has not been read; use it in a run"
+            )
+        return self.made
+
+    def written(self, write: Write) -> dict[str, object]:
+        data = super().written(write)
+        return {**data, "read": self.reads.to_json()}

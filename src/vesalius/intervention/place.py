@@ -1,0 +1,117 @@
+"""Where an edit acts: positions as masks, and which tokens the tensor in hand holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from vesalius.errors import InputError, InterventionError
+from vesalius.parts import Part
+from vesalius.site import Site
+
+Positions = int | Sequence[int] | Tensor | None
+ATTENTION = ("pattern", "scores")
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Which tokens a tensor holds, and which of them are edited.
+
+    real: [batch, pos], True on real tokens. index: [batch, pos], the number each token has in its own sequence; None in
+    an ordinary run, where it is the column. While a model generates, later columns are later tokens. chosen:
+    [batch, pos], the columns that are edited; None is all.
+    """
+
+    real: Bool[Tensor, "batch pos"]
+    index: Int[Tensor, "batch pos"] | None = None
+    chosen: Bool[Tensor, "batch pos"] | None = None
+
+    def here(self, values: Tensor, part: Part, whole: Tensor) -> Tensor:
+        """Values given for a whole sequence, at these tokens; values without a token axis are the same everywhere.
+
+        Raises InterventionError when a token that is edited is past the end of the values.
+        """
+        if self.index is None:
+            return values
+        rank, axis = part.read(whole).ndim, token_axis(part.site)
+        missing = rank - values.ndim
+        if missing > axis or values.shape[axis - missing] == 1:
+            return values
+        values = values[(None,) * missing]
+        self._check_reach(values.shape[axis], part.site)
+        index = self.index.to(values.device).clamp_max(values.shape[axis] - 1)
+        row = torch.arange(len(index), device=values.device) if values.shape[0] > 1 else torch.zeros_like(index[:, 0])
+        found = values.movedim(axis, 1)[row[:, None], index].movedim(1, axis)
+        # Keys are the columns of the cache so far.
+        return found[..., : whole.shape[-1]] if part.site.kind in ATTENTION else found
+
+    def _check_reach(self, width: int, site: Site) -> None:
+        assert self.index is not None
+        edited = self.index if self.chosen is None else self.index[self.chosen]
+        if edited.numel() and int(edited.max()) >= width:
+            raise InterventionError(
+                f"{site}: the values given hold {width} tokens, and token {int(edited.max())} is to be edited; "
+                "give positions= inside them"
+            )
+
+
+def token_axis(site: Site) -> int:
+    """Axis of a part's value that counts tokens: the query positions of attention, else the second axis."""
+    return 2 if site.kind in ATTENTION and site.index is None else 1
+
+
+def mask_of(positions: Positions, real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"] | None:
+    """Positions as a mask: None all, int or list the same everywhere, [batch] one each, bool [batch, pos] a mask.
+
+    Raises InputError for a position outside the prompts, and for a negative one that is padding in some prompt.
+    """
+    if positions is None:
+        return None
+    batch, width = real.shape
+    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
+        if positions.shape != real.shape:
+            raise InputError(f"a position mask must be {tuple(real.shape)}; got {tuple(positions.shape)}")
+        return positions.to(real.device)
+    chosen = torch.zeros(batch, width, dtype=torch.bool, device=real.device)
+    if isinstance(positions, Tensor):
+        if positions.shape != (batch,):
+            raise InputError(f"per-example positions must be [{batch}]; got {tuple(positions.shape)}")
+        _check_positions(positions.tolist(), real)
+        chosen[torch.arange(batch, device=real.device), positions.to(real.device)] = True
+        return chosen
+    listed = [positions] if isinstance(positions, int) else list(positions)
+    _check_positions(listed, real)
+    chosen[:, listed] = True
+    return chosen
+
+
+def _check_positions(positions: Sequence[int], real: Bool[Tensor, "batch pos"]) -> None:
+    width = real.shape[1]
+    for position in positions:
+        if not -width <= position < width:
+            raise InputError(f"position {position} is outside the prompts' {width} tokens")
+        if position < 0 and not bool(real[:, position].all()):
+            raise InputError(
+                f"position {position} counts from the padded end, which is padding in some prompts; "
+                "give one position per example: a tensor [batch], such as tokens.lengths - 1"
+            )
+
+
+def spread(chosen: Bool[Tensor, "batch pos"], whole: Tensor, site: Site) -> Tensor:
+    """The mask broadcast to a whole tensor: positions are axis 1, or the query positions (axis 2) of attention.
+
+    Raises InterventionError when the tensor's token axis does not have the mask's positions.
+    """
+    axis = token_axis(site.whole)
+    if whole.ndim <= axis or (whole.shape[0], whole.shape[axis]) != tuple(chosen.shape):
+        raise InterventionError(
+            f"{site} is {tuple(whole.shape)} here, so positions of {tuple(chosen.shape)} (batch, pos) do not fit it; "
+            "leave positions= out, or run without last_logits"
+        )
+    if axis == 2:
+        return chosen[:, None, :, None]
+    return chosen.view(*chosen.shape, *[1] * (whole.ndim - 2))

@@ -1,0 +1,145 @@
+"""Edits to and from files: JSON for what they are, safetensors beside it for the tensors they hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vesalius.activations import Activations
+from vesalius.errors import FileFormatError, InputError, UnknownNameError
+from vesalius.inputs import Tokens
+from vesalius.intervention.basic import Ablate, Freeze, Interchange, Patch, Steer
+from vesalius.intervention.edits import Noise, Project, Replace
+from vesalius.intervention.form import Recorded, by_hash, digest
+from vesalius.intervention.protocol import Intervention
+from vesalius.parts import Direction, Part, Subspace, Unit
+from vesalius.records import canonical_json
+from vesalius.site import Site
+
+KINDS: Mapping[str, type[Any]] = {
+    cls.__name__.lower(): cls for cls in (Ablate, Freeze, Interchange, Noise, Patch, Project, Replace, Steer)
+}
+Functions = Mapping[str, Callable[[Tensor], Tensor]]
+
+
+def from_json(
+    data: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None, functions: Functions | None = None
+) -> Any:
+    """The edit of a JSON form.
+
+    tensors: floating-point tensors by content hash (see `tensors_of`), for edits that hold any. functions: ref -> the
+    function of a Replace. Raises UnknownNameError for an unknown kind of edit or part, InputError for a tensor or
+    function that is missing, FileFormatError for a tensor that does not match its hash.
+    """
+    given = dict(data)
+    kind = given.pop("edit", None)
+    if kind not in KINDS:
+        raise UnknownNameError("edit", str(kind), KINDS)
+    held = tensors or {}
+    part = _part(given.pop("part"), held)
+    fields = {name: _value(value, held) for name, value in given.items()}
+    if kind != "replace":
+        return KINDS[kind](part, **fields)
+    read, ref = _part(given["read"], held), str(given["ref"])
+    if ref not in (functions or {}):
+        raise InputError(f"Replace at {part.site} needs its function: pass functions={{{ref!r}: ...}}")
+    assert functions is not None
+    return Replace(read, part, functions[ref], ref, fields["positions"])
+
+
+def tensors_of(edits: Sequence[Intervention]) -> dict[str, Tensor]:
+    """Every floating-point tensor the edits hold, by content hash."""
+    found: dict[str, Tensor] = {}
+
+    def keep(tensor: Tensor) -> dict[str, Any]:
+        data = by_hash(tensor)
+        if "tensor" in data:
+            found[data["tensor"]] = tensor.detach().cpu().contiguous()
+        return data
+
+    for edit in edits:
+        if not isinstance(edit, Recorded):
+            raise InputError(
+                f"a {type(edit).__name__} is not one of vesalius's edits ({', '.join(KINDS)}); store it yourself"
+            )
+        edit.written(keep)
+        for part in (edit.target, getattr(edit, "reads", edit.target)):
+            if isinstance(part, Direction | Subspace):
+                keep(part.vector if isinstance(part, Direction) else part.basis)
+    return found
+
+
+def save(edits: Sequence[Intervention], path: str | Path) -> None:
+    """Write edits as JSON, in their order, and their tensors beside it as `<path>.safetensors` when there are any."""
+    # Late and here only: importing vesalius must stay light.
+    from safetensors.torch import save_file
+
+    target, tensors = Path(path), tensors_of(edits)
+    if tensors:
+        # Copies, because one storage may not be saved under two names.
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, _beside(target))
+    target.write_text(canonical_json([edit.to_json() for edit in edits]), "utf-8")
+
+
+def load(path: str | Path, functions: Functions | None = None) -> list[Any]:
+    """The edits that `save` wrote. Raises FileFormatError for a file that is none, and as `from_json`."""
+    from safetensors.torch import load_file
+
+    target = Path(path)
+    try:
+        listed = json.loads(target.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{target} holds no stored interventions: {error}") from error
+    tensors = load_file(_beside(target)) if _beside(target).exists() else {}
+    return [from_json(data, tensors, functions) for data in listed]
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".safetensors")
+
+
+def _value(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, Mapping):
+        if "activations" in value:
+            return _activations(value, tensors)
+        if "values" in value:
+            return torch.tensor(value["values"], dtype=getattr(torch, value["dtype"]))
+        if "tensor" in value:
+            return _tensor(value["tensor"], tensors).view(getattr(torch, value["dtype"])).reshape(value["shape"])
+    return value
+
+
+def _activations(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Activations:
+    values = {Site.parse(data["site"]): _value(data["activations"], tensors)}
+    if data["tokens"] is None:
+        return Activations(values)
+    return Activations(values, Tokens(_value(data["ids"], tensors), _value(data["mask"], tensors)))
+
+
+def _tensor(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    if name not in tensors:
+        raise InputError(
+            f"the tensor {name[:12]}... of this edit is missing: pass tensors={{hash: tensor}}, or use load"
+        )
+    if digest(tensors[name]) != name:
+        raise FileFormatError(f"the tensor stored as {name[:12]}... does not match its hash: the file was changed")
+    return tensors[name]
+
+
+def _part(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Part:
+    site = Site.parse(data["site"])
+    if data["kind"] == "unit":
+        return Unit(site)
+    if data["kind"] not in ("direction", "subspace"):
+        raise UnknownNameError("kind of part", data["kind"], ["unit", "direction", "subspace"])
+    kept = _tensor(data["sha256"], tensors)
+    kept = kept.reshape(-1) if data["kind"] == "direction" else torch.atleast_2d(kept)
+    part: Any = (Direction if data["kind"] == "direction" else Subspace)(site, kept, data["label"])
+    # Normalising what is already normal could move a last bit, and with it the hash.
+    object.__setattr__(part, "vector" if data["kind"] == "direction" else "basis", kept)
+    return part

@@ -1,0 +1,124 @@
+"""Edited runs as ordinary forwards with hooks: the check of replay, and the way of models that cannot be replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vesalius.inputs import Pairs, Tokens
+from vesalius.intervention import Patch
+from vesalius.metric import Metric
+from vesalius.site import Site
+from vesalius.sweeps.record import Record
+from vesalius.sweeps.variants import Donor, Variant, normal, rows_of
+
+_WHOLE_RUNS = ("router", "expert_out")
+
+
+def why_plain(record: Record, variants: Sequence[Variant]) -> str:
+    """Why these variants need ordinary runs; empty when replay covers them."""
+    kinds = sorted({part.kind for variant in variants for part in variant.parts} & set(_WHOLE_RUNS))
+    return record.reason or (f"{' and '.join(kinds)} edits are not replayed" if kinds else "")
+
+
+def live_cells(
+    record: Record, variants: Sequence[Variant], donor: Donor, ends: Int[Tensor, " example"]
+) -> Bool[Tensor, "variant example"]:
+    """Cells whose edit can change something at the read position."""
+    live = torch.zeros(len(variants), len(record), dtype=torch.bool)
+    for number, variant in enumerate(variants):
+        if record.causal:
+            for rows in rows_of(variant, donor, ends):
+                live[number, rows.example] = True
+        else:
+            live[number] = variant.position is None or record.lengths > variant.position
+    return live
+
+
+@dataclass(frozen=True, eq=False)
+class PlainRun:
+    """One edited run of some examples. logits: [row, pos, vocab]; watched: site -> [row, ...] at the read position."""
+
+    number: int
+    example: Int[Tensor, " row"]
+    logits: Tensor
+    watched: Mapping[Site, Tensor]
+
+
+def plain_runs(
+    record: Record, variants: Sequence[Variant], donor: Donor, live: Bool[Tensor, "variant example"], pairs: Pairs,
+    watch: Sequence[Site], budget: int, visit: Callable[[PlainRun], None],
+) -> None:  # fmt: skip
+    """Run every live cell, at most `budget` tokens together, and hand each run to `visit`."""
+    width = record.tokens.ids.shape[1]
+    for number, variant in enumerate(variants):
+        for example in live[number].nonzero()[:, 0].split(max(1, budget // width)):
+            if len(example):
+                visit(_edited(record, number, variant, donor, example, pairs, watch))
+
+
+def _edited(
+    record: Record, number: int, variant: Variant, donor: Donor, example: Tensor, pairs: Pairs, watch: Sequence[Site]
+) -> PlainRun:
+    run = record.model.run(
+        _tokens(record, example), capture=list(watch), interventions=patches(record, variant, donor, example)
+    )
+    at = pairs.at[example]
+    return PlainRun(number, example, run.logits, {site: at_read(run[site], at, site) for site in watch})
+
+
+def _tokens(record: Record, example: Tensor) -> Tokens:
+    return Tokens(record.tokens.ids[example], record.tokens.real[example])
+
+
+def at_read(values: Tensor, at: Int[Tensor, " example"], site: Site) -> Tensor:
+    """A site's value at each example's read position (the query, for patterns)."""
+    rows = torch.arange(len(values))
+    return values[rows, :, at] if site.kind == "pattern" else values[rows, at]
+
+
+def base_logits(record: Record) -> Float[Tensor, "example pos vocab"]:
+    return record.model.run(record.tokens).logits if record.logits is None else record.logits
+
+
+def plain_metric(
+    logits: Tensor, base: Tensor, example: Int[Tensor, " row"], pairs: Pairs, metric: Metric
+) -> Float[Tensor, " row"]:
+    """Metric of some examples' runs. logits: [row, pos, vocab]; base: [example, pos, vocab], of all examples."""
+    return metric(logits, pairs.subset(example.tolist()), base[example] if metric.needs.base else None)
+
+
+def patches(
+    record: Record, variant: Variant, donor: Donor, example: Int[Tensor, " row"], size: int | None = None
+) -> list[Patch]:
+    """A variant's edits of some examples as hooks. size: width of the run, when it is cut."""
+    width = record.tokens.ids.shape[1] if size is None else size
+    pos = torch.arange(width)
+    mask = (pos >= donor.first[example][:, None]) & record.tokens.real[example, :width]
+    if variant.position is not None:
+        mask &= pos == variant.position
+    return [_patch(part, donor, example, mask) for part in variant.parts]
+
+
+def _patch(part: Site, donor: Donor, example: Tensor, mask: Bool[Tensor, "row pos"]) -> Patch:
+    site, index = normal(part)
+    values = donor.source.at(site)
+    rows = donor.example[example] if values.shape[0] > 1 else torch.zeros_like(example)
+    given = values[rows, : mask.shape[1]]
+    given = given.expand(-1, mask.shape[1], *given.shape[2:])
+    at = part.whole if part.kind != "embed" else site
+    return Patch(at if index < 0 else at[index], source=given if index < 0 else given.select(2, index), positions=mask)
+
+
+def plain_value(record: Record, variant: Variant, donor: Donor, pairs: Pairs, metric: Metric, example: int) -> float:
+    """One cell by an ordinary forward of that example alone, with one hook per edited part."""
+    one, size = pairs.subset([example]), int(record.lengths[example])
+    tokens = Tokens(record.tokens.ids[example : example + 1, :size])
+    edits = patches(record, variant, donor, torch.tensor([example]), size)
+    logits = record.model.run(tokens, interventions=edits).logits
+    base = record.model.run(tokens).logits if metric.needs.base else None
+    return float(metric(logits, one, base)[0])

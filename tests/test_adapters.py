@@ -1,0 +1,462 @@
+"""Every family: captures are what raw hooks see, edits act, sums add up, and strange configs are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+
+import families
+import tiny
+import vesalius as vs
+from families import FAMILIES, Family
+from vesalius.adapters import KNOWN, adapter_for
+from vesalius.direct import direct_effects
+from vesalius.errors import InputError, UnknownArchitectureError
+
+MIXTURES = ("mixtral", "olmoe", "qwen2_moe")
+POST_NORM = ("gemma2", "gemma3", "olmo2")
+DIRECT = sorted(name for name, family in FAMILIES.items() if family.direct)
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(family: Family) -> vs.Model:
+    return vs.Model(family.build())
+
+
+@pytest.fixture(scope="module")
+def tokens() -> vs.Tokens:
+    """Prompts of unequal lengths."""
+    return tiny.pairs(n=4).tokens("clean")
+
+
+@pytest.fixture(scope="module")
+def others() -> vs.Tokens:
+    return tiny.pairs(n=4).tokens("corrupted")
+
+
+def plain_logits(net: nn.Module, tokens: vs.Tokens) -> Tensor:
+    with torch.no_grad():
+        return net(tokens.ids, attention_mask=tokens.real.long()).logits
+
+
+def layers(model: vs.Model) -> range:
+    return range(model.described[1].n_layers)
+
+
+# -------------------------------------------------------------------------------------------------- what is read
+
+
+def test_a_run_without_edits_is_bit_identical(model: vs.Model, tokens: vs.Tokens) -> None:
+    plain = plain_logits(model.module, tokens)
+    assert torch.equal(model.run(tokens).logits, plain)
+    names = [str(site) for site in model.sites() if site.kind not in ("scores", "pattern")]
+    assert torch.equal(model.run(tokens, capture=names).logits, plain)
+
+
+def test_every_layer_site_is_what_a_raw_hook_sees(family: Family, model: vs.Model, tokens: vs.Tokens) -> None:
+    expected = families.raw_layers(family, model.module, tokens)
+    run = model.run(tokens, capture=[site for site in model.sites() if site.kind not in ("scores", "pattern")])
+    for name, raw in expected.items():
+        if not name.endswith("pattern"):
+            assert torch.equal(run[name].reshape(raw.shape), raw), name
+    computed = {"result", "pattern", "scores", "expert_out"}
+    kinds = {site.kind for site in model.sites() if site.layer is not None}
+    assert {name.split(".")[-1] for name in expected} - computed == kinds - computed
+
+
+def test_head_counts_are_the_configs(family: Family, model: vs.Model, tokens: vs.Tokens) -> None:
+    layout = model.described[1]
+    assert (layout.n_heads, layout.n_kv_heads) == family.heads
+    run = model.run(tokens, capture=["layers.1.*"])
+    for kind, count in (("q", layout.n_heads), ("z", layout.n_heads), ("k", layout.n_kv_heads)):
+        assert run[f"layers.1.{kind}"].shape[2:] == (count, layout.d_head)
+
+
+def test_the_pattern_is_the_eager_models(model: vs.Model, tokens: vs.Tokens) -> None:
+    eager = eager_twin(model)
+    with torch.no_grad():
+        out = eager(tokens.ids, attention_mask=tokens.real.long(), output_attentions=True)
+    run = model.run(tokens, capture=["layers.*.pattern"])
+    real = tokens.real[:, None, :, None]
+    for layer, expected in enumerate(out.attentions):
+        assert torch.allclose(run[f"layers.{layer}.pattern"] * real, expected * real, atol=1e-5)
+
+
+def eager_twin(model: vs.Model) -> nn.Module:
+    twin = type(model.module)(model.module.config).eval()
+    twin.load_state_dict(model.module.state_dict())
+    if model.described[0].attention:
+        twin.set_attn_implementation("eager")
+    return twin
+
+
+def test_z_is_pattern_times_value(model: vs.Model, tokens: vs.Tokens) -> None:
+    layout = model.described[1]
+    run = model.run(tokens, capture=["layers.1.pattern", "layers.1.v", "layers.1.z"])
+    for head in range(layout.n_heads):
+        shared = head // (layout.n_heads // layout.n_kv_heads)
+        by_hand = run[f"layers.1.pattern[{head}]"] @ run[f"layers.1.v[{shared}]"]
+        assert torch.allclose(by_hand[tokens.real], run[f"layers.1.z[{head}]"][tokens.real], atol=1e-4)
+
+
+def test_what_is_written_to_the_residual_stream_adds_up(family: Family, model: vs.Model, tokens: vs.Tokens) -> None:
+    run = model.run(tokens, capture=["*"])
+    for layer in layers(model):
+        at = f"layers.{layer}."
+        middle = run[at + "resid_pre"] + run[at + "attn_out"]
+        if family.additive:
+            assert torch.allclose(middle + run[at + "mlp_out"], run[at + "resid_post"], atol=1e-4)
+            if family.raw.get("resid_mid"):
+                assert torch.allclose(middle, run[at + "resid_mid"], atol=1e-4)
+        else:
+            assert normed(middle, run[at + "resid_mid"], model, layer)
+            assert normed(run[at + "resid_mid"] + run[at + "mlp_out"], run[at + "resid_post"], model, layer)
+
+
+def normed(before: Tensor, after: Tensor, model: vs.Model, layer: int) -> bool:
+    """One of the layer's LayerNorms takes `before` to `after`."""
+    norms = [module for module in model.layer(layer).modules() if isinstance(module, nn.LayerNorm)]
+    with torch.no_grad():
+        return any(torch.allclose(norm(before), after, atol=1e-4) for norm in norms)
+
+
+def test_heads_results_sum_to_attn_out_less_the_bias(model: vs.Model, tokens: vs.Tokens) -> None:
+    adapter = model.described[0]
+    for layer in layers(model):
+        run = model.run(tokens, capture=[f"layers.{layer}.{kind}" for kind in ("result", "attn_out", "z")])
+        projection = model.layer(layer).get_submodule(adapter.o_proj)
+        bias = getattr(projection, "bias", None)
+        total = run[f"layers.{layer}.result"].sum(2)
+        if bias is not None and adapter.attn_norm:
+            with torch.no_grad():
+                before = projection(run[f"layers.{layer}.z"].flatten(2))
+                # The frozen norm multiplies the bias by the same numbers as everything else.
+                bias = bias * run[f"layers.{layer}.attn_out"] / before
+        expected = run[f"layers.{layer}.attn_out"] - (0 if bias is None else bias)
+        assert torch.allclose(total, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", POST_NORM)
+def test_a_norm_after_attention_is_frozen_in_each_heads_result(name: str, tokens: vs.Tokens) -> None:
+    model = families.model(name)
+    run = model.run(tokens, capture=["layers.0.result", "layers.0.z", "layers.0.attn_out"])
+    bare = torch.einsum("bphd,hdm->bphm", run["layers.0.z"], model.W_O(0))
+    factor = (run["layers.0.result"] / bare)[tokens.real]
+    assert torch.allclose(factor, factor[:, :1], rtol=1e-2)  # one factor for all heads
+    assert not torch.allclose(factor, torch.ones(()), atol=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------------ edits
+
+
+def editable(model: vs.Model) -> list[vs.Site]:
+    return [site for site in model.sites() if site.kind != "result"]
+
+
+def test_a_no_op_patch_changes_nothing_at_any_site(model: vs.Model, tokens: vs.Tokens) -> None:
+    through = ["layers.0.pattern"]  # keeps every run on the same attention path
+    run = model.run(tokens, capture=[*through, *editable(model)])
+    for site in editable(model):
+        patched = model.run(tokens, capture=through, interventions=[vs.Patch(site, source=run.activations)])
+        assert torch.equal(patched.logits, run.logits), site
+
+
+def test_a_real_patch_changes_something_at_every_site(model: vs.Model, tokens: vs.Tokens, others: vs.Tokens) -> None:
+    base, source = model.run(tokens), model.run(others, capture=editable(model)).activations
+    for site in editable(model):
+        if site.kind != "pos_embed":
+            patched = model.run(tokens, interventions=[vs.Patch(site, source=source)])
+            assert float((patched.logits - base.logits)[tokens.real].abs().max()) > 1e-4, site
+
+
+def test_patching_a_whole_residual_stream_gives_the_other_run(
+    family: Family, model: vs.Model, tokens: vs.Tokens, others: vs.Tokens
+) -> None:
+    kinds = ["resid_pre", "resid_post", *(["resid_mid"] if family.raw.get("resid_mid") else [])]
+    for layer in layers(model):
+        for kind in kinds:
+            other = model.run(others, capture=[f"layers.{layer}.{kind}"])
+            patched = model.run(tokens, interventions=[vs.Patch(f"layers.{layer}.{kind}", source=other.activations)])
+            assert torch.allclose(patched.logits[tokens.real], other.logits[tokens.real], atol=1e-4)
+
+
+def test_an_edited_head_is_edited_alone(model: vs.Model, tokens: vs.Tokens) -> None:
+    for kind in ("q", "k", "v", "z"):
+        base = model.run(tokens, capture=[f"layers.0.{kind}"])[f"layers.0.{kind}"]
+        cut = model.run(tokens, capture=[f"layers.0.{kind}"], interventions=[vs.Ablate(f"layers.0.{kind}[1]")])
+        found = cut[f"layers.0.{kind}"]
+        assert not found[:, :, 1].any()
+        keep = [head for head in range(base.shape[2]) if head != 1]
+        assert torch.equal(found[:, :, keep], base[:, :, keep])
+
+
+# ---------------------------------------------------------------------------------------------------- direct effects
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_direct_contributions_sum_to_the_logit_difference(name: str) -> None:
+    """Before the cap, where the family has one: the site logits is read there."""
+    model, pairs = families.model(name), tiny.pairs(n=4)
+    direct = direct_effects(model, pairs, pairs.tokens("clean"))
+    uncapped = model.run(pairs.tokens("clean"), capture=["logits"])["logits"]
+    assert torch.allclose(direct.total(), vs.logit_diff(uncapped, pairs), atol=2e-4)
+
+
+def test_gemma_2s_cap_is_on_a_runs_logits_and_not_on_the_site(tokens: vs.Tokens) -> None:
+    run = families.model("gemma2").run(tokens, capture=["logits"])
+    assert torch.allclose(torch.tanh(run["logits"] / 3.0) * 3.0, run.logits, atol=1e-6)
+    assert float(run["logits"].abs().max()) > 3.0 >= float(run.logits.abs().max())
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(DIRECT)))
+def test_direct_effects_are_refused_where_the_logits_are_no_sum(name: str) -> None:
+    pairs = tiny.pairs(n=4)
+    with pytest.raises(InputError, match="has no direct effects"):
+        direct_effects(families.model(name), pairs, pairs.tokens("clean"))
+
+
+# ------------------------------------------------------------------------------------------------------ mixtures
+
+
+@pytest.fixture(params=MIXTURES)
+def mixture(request: pytest.FixtureRequest) -> vs.Model:
+    return families.model(request.param)
+
+
+def test_expert_outputs_sum_to_mlp_out_less_the_shared_expert(mixture: vs.Model, tokens: vs.Tokens) -> None:
+    run = mixture.run(tokens, capture=["layers.1.expert_out", "layers.1.mlp_out", "layers.1.mlp_in"])
+    block, hidden = mixture.layer(1).mlp, run["layers.1.mlp_in"]
+    shared = torch.zeros_like(hidden)
+    if hasattr(block, "shared_expert"):
+        with torch.no_grad():
+            shared = torch.sigmoid(block.shared_expert_gate(hidden)) * block.shared_expert(hidden)
+    assert torch.allclose(run["layers.1.expert_out"].sum(2) + shared, run["layers.1.mlp_out"], atol=1e-4)
+
+
+def test_an_experts_output_is_its_weighted_gated_mlp(mixture: vs.Model, tokens: vs.Tokens) -> None:
+    run = mixture.run(tokens, capture=["layers.0.expert_out", "layers.0.mlp_in", "layers.0.router"])
+    experts, hidden = mixture.layer(0).mlp.experts, run["layers.0.mlp_in"]
+    chances = run["layers.0.router"].softmax(-1)
+    best = chances.topk(2, -1)
+    norm = mixture.described[0].family == "mixtral" or mixture.module.config.norm_topk_prob
+    with torch.no_grad():
+        for expert in range(5):
+            gate, up = (hidden @ experts.gate_up_proj[expert].T).chunk(2, -1)
+            out = (nn.functional.silu(gate) * up) @ experts.down_proj[expert].T
+            weight = (best.values * (best.indices == expert)).sum(-1) / (best.values.sum(-1) if norm else 1)
+            assert torch.allclose(run[f"layers.0.expert_out[{expert}]"], out * weight[..., None], atol=1e-4)
+
+
+def test_an_ablated_router_logit_sends_tokens_elsewhere(mixture: vs.Model, tokens: vs.Tokens) -> None:
+    base = mixture.run(tokens, capture=["layers.0.router", "layers.0.expert_out"])
+    busy = int(base["layers.0.expert_out"][tokens.real].norm(dim=-1).sum(0).argmax())
+    never = torch.full_like(base["layers.0.router"][..., busy], -1e9)
+    shut = vs.Patch(f"layers.0.router[{busy}]", source=never)
+    run = mixture.run(tokens, capture=["layers.0.expert_out"], interventions=[shut])
+    assert not run[f"layers.0.expert_out[{busy}]"].any()
+    used = (run["layers.0.expert_out"].norm(dim=-1) > 0).sum(-1)
+    assert bool((used == 2).all())  # two other experts, not one
+
+
+def test_an_ablated_expert_takes_its_contribution_away(mixture: vs.Model, tokens: vs.Tokens) -> None:
+    names = ["layers.1.mlp_out", "layers.1.expert_out"]
+    base = mixture.run(tokens, capture=names)
+    cut = mixture.run(tokens, capture=names, interventions=[vs.Ablate("layers.1.expert_out[3]")])
+    expected = base["layers.1.mlp_out"] - base["layers.1.expert_out[3]"]
+    assert torch.allclose(cut["layers.1.mlp_out"], expected, atol=1e-5)
+    assert base["layers.1.expert_out[3]"].any()
+
+
+def test_gradients_reach_the_router_and_the_experts(mixture: vs.Model, tokens: vs.Tokens) -> None:
+    names = ["layers.0.router", "layers.0.expert_out"]
+    mixture.module.config._experts_implementation = "eager"  # the fast one knows no float64
+    mixture.module.double()
+    run = mixture.run(tokens, capture=names, grad=True)
+    plain = mixture.run(tokens).logits
+    assert torch.allclose(run.logits, plain, atol=1e-4)
+    for name, grad in zip(names, torch.autograd.grad(run.logits[:, 3, 5].sum(), [run[n] for n in names]), strict=True):
+        generator = torch.Generator().manual_seed(0)
+        step = 1e-3 * torch.randn(grad.shape, generator=generator, dtype=torch.float64)
+        step = step if name.endswith("router") else step * (run[name] != 0)
+        ends = [
+            mixture.run(tokens, interventions=[vs.Patch(name, source=run[name].detach() + sign * step)]).logits
+            for sign in (1, -1)
+        ]
+        measured = float((ends[0] - ends[1])[:, 3, 5].sum())
+        assert measured == pytest.approx(float(2 * (grad * step).sum()), rel=0.02, abs=1e-5), name
+
+
+def test_an_expert_past_the_end_is_refused(mixture: vs.Model, tokens: vs.Tokens) -> None:
+    with pytest.raises(InputError, match="has 5 experts per layer, numbered from 0"):
+        mixture.run(tokens, capture=["layers.0.router[5]"])
+
+
+# ---------------------------------------------------------------------------------------------- shared layers, images
+
+
+def test_an_edit_of_one_shared_layer_leaves_the_others_alone(tokens: vs.Tokens) -> None:
+    model = families.model("albert")
+    base = model.run(tokens, capture=["layers.*.z"])
+    cut = model.run(tokens, capture=["layers.*.z"], interventions=[vs.Ablate("layers.1.z")])
+    assert torch.equal(cut["layers.0.z"], base["layers.0.z"])
+    assert not cut["layers.1.z"].any()
+    assert cut["layers.2.z"].any()
+    assert not torch.equal(cut["layers.2.z"], base["layers.2.z"])
+
+
+def test_the_edited_call_of_a_shared_layer_is_the_one_asked_for(tokens: vs.Tokens) -> None:
+    model, calls = families.model("albert"), []
+
+    def second_call(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        calls.append(1)
+        return (torch.zeros_like(args[0]),) if len(calls) == 2 else None
+
+    handle = model.layer(0).get_submodule("attention.dense").register_forward_pre_hook(second_call)
+    expected = plain_logits(model.module, tokens)
+    handle.remove()
+    assert torch.equal(model.run(tokens, interventions=[vs.Ablate("layers.1.z")]).logits, expected)
+
+
+def vit() -> vs.Model:
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=40, image_size=8,
+                       patch_size=4, initializer_range=0.2, num_labels=7)  # fmt: skip
+    return vs.Model(ViTForImageClassification(config).eval())
+
+
+def test_an_image_model_is_read_and_edited_like_the_others() -> None:
+    model, images = vit(), torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = model.module(images).logits
+    run = model.run(images, capture=["*"])
+    assert torch.equal(model.run(images, capture=["layers.*.z", "layers.*.resid_mid"]).logits, plain)
+    assert torch.allclose(run.logits, plain, atol=1e-5)
+    assert run["layers.1.z"].shape == (3, 5, 6, 8)
+    for layer in range(2):
+        at = f"layers.{layer}."
+        middle = run[at + "resid_pre"] + run[at + "attn_out"]
+        assert torch.allclose(middle, run[at + "resid_mid"], atol=1e-5)
+        assert torch.allclose(middle + run[at + "mlp_out"], run[at + "resid_post"], atol=1e-5)
+        by_head = torch.einsum("bhqk,bkhd->bqhd", run[at + "pattern"], run[at + "v"])
+        assert torch.allclose(by_head, run[at + "z"], atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(model.module.classifier(run["final_norm"][:, 0]), plain, atol=1e-5)
+    cut = model.run(images, interventions=[vs.Ablate("layers.1.resid_post")])
+    assert torch.allclose(cut.logits, cut.logits[:1].expand(3, -1))
+    assert not torch.allclose(cut.logits, plain)
+
+
+def test_an_image_model_refuses_tokens() -> None:
+    with pytest.raises(InputError, match=r"takes images \[batch, channel, height, width\]"):
+        vit().run(torch.zeros(1, 4, dtype=torch.long))
+
+
+# ---------------------------------------------------------------------------------------------------- any module
+
+
+class Squeeze(nn.Module):
+    """Squeeze and excitation: channels weighted by what the whole image holds."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.reduce, self.expand = nn.Conv2d(width, 2, 1), nn.Conv2d(2, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.expand(torch.relu(self.reduce(x.mean((2, 3), keepdim=True)))))
+
+
+class Inverted(nn.Module):
+    """Inverted bottleneck with a depthwise convolution, as in EfficientNet."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.Conv2d(width, 3 * width, 1), nn.BatchNorm2d(3 * width), nn.SiLU(),
+            nn.Conv2d(3 * width, 3 * width, 3, padding=1, groups=3 * width), nn.SiLU(), Squeeze(3 * width),
+            nn.Conv2d(3 * width, width, 1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x)
+
+
+def test_a_convolutional_network_is_read_and_edited_by_module() -> None:
+    torch.manual_seed(0)
+    stem, body, head = nn.Conv2d(3, 4, 3, stride=2), nn.Sequential(Inverted(4), Inverted(4)), nn.Linear(4, 5)
+    net = nn.Sequential(stem, body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
+    model, images = vs.Model(net), torch.randn(2, 3, 9, 9)
+    run = model.run(images, capture=["module:1.0|out", "module:1.1.block.5|in", "module:4|in"])
+    with torch.no_grad():
+        assert torch.equal(run["module:1.0|out"], body[0](stem(images)))
+        cut = model.run(images, interventions=[vs.Ablate("module:1.1.block|out")])
+        assert torch.allclose(cut.logits, head(run["module:1.0|out"].mean((2, 3))), atol=1e-6)
+        assert torch.equal(model.run(images).logits, net(images))
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_every_known_class_is_found_by_its_own_adapter(family: Family, model: vs.Model) -> None:
+    assert model.described[0].family == family.name.replace("llama with biases", "llama")
+    assert family.model in model.described[0].classes
+
+
+def test_a_field_nobody_knows_is_refused_by_name_and_value(family: Family) -> None:
+    net = family.build()
+    net.config.mystery_scale = 3.5
+    with pytest.raises(UnknownArchitectureError, match=r"config.mystery_scale=3.5, a field that the .* does not"):
+        adapter_for(net)
+    net.config.mystery_scale = False  # a switch that is off
+    assert adapter_for(net) is not None
+
+
+def test_a_declared_field_that_is_not_understood_is_refused_unless_at_its_default() -> None:
+    adapter = next(adapter for adapter in KNOWN if adapter.family == "llama")
+    unaware = replace(adapter, understood=adapter.understood - {"mlp_bias"})
+    unaware.check(FAMILIES["llama"].build())
+    with pytest.raises(UnknownArchitectureError, match="LlamaForCausalLM has config.mlp_bias=True"):
+        unaware.check(FAMILIES["llama"].build(mlp_bias=True))
+
+
+def test_fields_of_files_and_training_are_let_through() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(**families.GROUPED, is_llama_config=True, rope_interleaved=False, attention_dropout=0.3,
+                         torch_dtype="float32", use_cache=False, **{"transformers.js_config": {"a": 1}})  # fmt: skip
+    assert adapter_for(LlamaForCausalLM(config)) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llama", {"pretraining_tp": 2}, "config.pretraining_tp=2"),
+        ("gemma2", {"use_bidirectional_attention": True}, "config.use_bidirectional_attention=True"),
+        ("gemma3", {"attn_logit_softcapping": 5.0}, r"config.attn_logit_softcapping=5.0; .* understands \(None,\)"),
+        ("opt", {"do_layer_norm_before": False}, "config.do_layer_norm_before=False"),
+        ("opt", {"word_embed_proj_dim": 16}, "only the value of config.hidden_size, 48"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm=True"),
+        ("olmoe", {"clip_qkv": 2.0}, "config.clip_qkv=2.0"),
+        ("qwen2_moe", {"mlp_only_layers": [0]}, r"config.mlp_only_layers=\[0\]"),
+        ("qwen2_moe", {"decoder_sparse_step": 2}, "config.decoder_sparse_step=2"),
+        ("bert", {"is_decoder": True}, "config.is_decoder=True"),
+        ("albert", {"inner_group_num": 2}, "config.inner_group_num=2"),
+    ],
+)
+def test_a_config_that_changes_what_sites_mean_is_refused(name: str, change: dict[str, Any], message: str) -> None:
+    net = FAMILIES[name].build(**change)
+    with pytest.raises(UnknownArchitectureError, match=message):
+        vs.Model(net)
+
+
+def test_parallel_and_serial_neox_are_told_apart() -> None:
+    assert "resid_mid" not in families.model("gpt_neox").described[0].sites
+    assert "resid_mid" in families.model("gpt_neox (serial)").described[0].sites

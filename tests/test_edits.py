@@ -1,0 +1,455 @@
+"""Project, Interchange, Freeze, Noise and Replace do what they say; every edit prints, hashes and survives a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+import vesalius as vs
+from vesalius.errors import FileFormatError, InputError, InterventionError, UnknownNameError
+from vesalius.intervention import Place, apply, from_json, load, save, tensors_of
+
+SITE = vs.Site.parse("layers.1.resid_post")
+KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_in", "mlp_post", "q", "k", "v", "z",
+         "scores", "pattern")  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=sorted(tiny.FAMILIES))
+def model(request: pytest.FixtureRequest) -> vs.Model:
+    return tiny.model(request.param)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> vs.Tokens:
+    return tiny.pairs().tokens("clean")
+
+
+@pytest.fixture(scope="module")
+def others() -> vs.Tokens:
+    return tiny.pairs(seed=5).tokens("corrupted")
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def value(model: vs.Model, tokens: vs.Tokens, edit: Any, name: str) -> Tensor:
+    return model.run(tokens, capture=[name], interventions=[edit])[name]
+
+
+def editable(model: vs.Model) -> list[str]:
+    outside = [str(site) for site in model.sites() if site.layer is None]
+    return [*outside, *(f"layers.1.{kind}" for kind in KINDS)]
+
+
+# -------------------------------------------------------------------------------------------------------------- project
+
+
+def test_a_removed_subspace_cannot_be_read_and_the_rest_is_untouched(model: vs.Model, tokens: vs.Tokens) -> None:
+    space = vs.Subspace(SITE, randn(5, 48))
+    base = model.run(tokens, capture=[SITE])[SITE]
+    removed = value(model, tokens, vs.Project(space), str(SITE))
+    assert float(space.read(removed).abs().max()) < 1e-5 < float(space.read(base).abs().max())
+    outside = torch.eye(48) - space.basis.T @ space.basis
+    assert torch.allclose(removed @ outside, base @ outside, atol=1e-5)
+
+
+def test_what_is_kept_and_what_is_removed_add_up_to_the_base(model: vs.Model, tokens: vs.Tokens) -> None:
+    space = vs.Subspace(SITE, randn(5, 48))
+    base = model.run(tokens, capture=[SITE])[SITE]
+    kept = value(model, tokens, vs.Project(space, keep=True), str(SITE))
+    removed = value(model, tokens, vs.Project(space), str(SITE))
+    assert torch.allclose(kept + removed, base, atol=1e-5)
+    assert torch.allclose(kept, base @ space.basis.T @ space.basis, atol=1e-5)
+
+
+def test_with_a_centre_what_is_lost_is_replaced_by_the_mean(
+    model: vs.Model, tokens: vs.Tokens, others: vs.Tokens
+) -> None:
+    direction = vs.Direction(SITE, randn(48))
+    reference = model.run(others, capture=[SITE])
+    centre = torch.cat([row[:size] for row, size in zip(reference[SITE], others.lengths.tolist(), strict=True)]).mean(0)
+    base = model.run(tokens, capture=[SITE])[SITE]
+    removed = value(model, tokens, vs.Project(direction, centre=reference.activations), str(SITE))
+    assert torch.allclose(removed @ direction.vector, (centre @ direction.vector).expand(6, 9), atol=1e-5)
+    kept = value(model, tokens, vs.Project(direction, keep=True, centre=centre), str(SITE))
+    along = (base - centre) @ direction.vector
+    assert torch.allclose(kept, centre + along[..., None] * direction.vector, atol=1e-5)
+
+
+def test_projecting_a_head_leaves_the_other_heads_alone(model: vs.Model, tokens: vs.Tokens) -> None:
+    width = model.described[1].d_head
+    base = model.run(tokens, capture=["layers.1.z"])["layers.1.z"]
+    edited = value(model, tokens, vs.Project(vs.Direction(vs.Site("z", 1, 2), randn(width))), "layers.1.z")
+    assert torch.equal(edited[:, :, [0, 1, 3]], base[:, :, [0, 1, 3]])
+    assert not torch.equal(edited[:, :, 2], base[:, :, 2])
+
+
+def test_only_directions_and_subspaces_are_projected() -> None:
+    with pytest.raises(InputError, match=r"Project at layers.1.z needs a Direction or a Subspace"):
+        vs.Project("layers.1.z")
+
+
+# ---------------------------------------------------------------------------------------------------------- interchange
+
+
+def test_an_interchange_takes_each_examples_value_from_its_own_source(
+    model: vs.Model, tokens: vs.Tokens, others: vs.Tokens
+) -> None:
+    source = model.run(others, capture=[SITE])
+    order, at = torch.tensor([3, 3, 0, 5, 1, 2]), torch.tensor([0, 4, 2, 1, 5, 3])
+    swap = vs.Interchange(SITE, source=source.activations, examples=order, source_positions=at, positions=4)
+    edited, base = value(model, tokens, swap, str(SITE)), model.run(tokens, capture=[SITE])[SITE]
+    for row in range(6):
+        assert torch.equal(edited[row, 4], source[SITE][order[row], at[row]])
+    assert torch.equal(edited[:, 5:], base[:, 5:])
+
+
+def test_an_interchange_with_nothing_named_is_a_patch(model: vs.Model, tokens: vs.Tokens, others: vs.Tokens) -> None:
+    source = model.run(others, capture=["layers.1.z", "layers.1.pattern"]).activations
+    for name in ("layers.1.z[2]", "layers.1.pattern[1]"):
+        swapped = model.run(tokens, interventions=[vs.Interchange(name, source=source)]).logits
+        assert torch.equal(swapped, model.run(tokens, interventions=[vs.Patch(name, source=source)]).logits)
+
+
+def test_interchanging_all_dimensions_of_a_layer_gives_the_source_run(
+    model: vs.Model, tokens: vs.Tokens, others: vs.Tokens
+) -> None:
+    """The theorem behind distributed alignment search: a full-rank rotation swaps everything."""
+    source = model.run(others, capture=["layers.0.resid_pre"])
+    space = vs.Subspace(vs.Site("resid_pre", 0), randn(48, 48))
+    order = torch.tensor([1, 0, 2, 3, 4, 5])
+    same = torch.stack([others.real[order], tokens.real]).all(0)
+    swapped = model.run(tokens, interventions=[vs.Interchange(space, source=source.activations, examples=order)])
+    plain = source.logits[order]
+    assert torch.allclose(swapped.logits[same], plain[same], atol=1e-3)
+    one = vs.Subspace(vs.Site("resid_pre", 0), randn(1, 48))
+    part = model.run(tokens, interventions=[vs.Interchange(one, source=source.activations, examples=order)])
+    assert not torch.allclose(part.logits[same], plain[same], atol=1e-3)
+
+
+def test_gradients_reach_the_basis_of_an_interchange(model: vs.Model, tokens: vs.Tokens, others: vs.Tokens) -> None:
+    source = model.run(others, capture=[SITE]).activations
+    basis = randn(3, 48).requires_grad_()
+    swap = vs.Interchange(vs.Subspace(SITE, basis), source=source)
+    model.run(tokens, interventions=[swap], grad=True).logits[:, 4, 7].sum().backward()
+    assert basis.grad is not None
+    assert float(basis.grad.abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"examples": torch.tensor([0, 1])}, InterventionError, r"examples= has shape \(2,\); this run has 6 examples"),
+        ({"examples": torch.full((6,), 9)}, InputError, "source examples 9 to 9 of 6"),
+        ({"source_positions": 20}, InputError, "source positions 20 to 20 of 9 tokens"),
+    ],
+)
+def test_a_source_that_is_not_there_is_refused(
+    model: vs.Model, tokens: vs.Tokens, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    source = model.run(tokens, capture=[SITE]).activations
+    with pytest.raises(error, match=message):
+        model.run(tokens, interventions=[vs.Interchange(SITE, source=source, **options)])
+
+
+# --------------------------------------------------------------------------------------------------------------- freeze
+
+
+def test_freezing_everything_after_an_edit_undoes_it(model: vs.Model, tokens: vs.Tokens) -> None:
+    base = model.run(tokens, capture=["layers.*.z", "layers.*.mlp_out"])
+    ablate = vs.Ablate("layers.0.z[1]")
+    held = [vs.Freeze(site, source=base.activations) for site in base.activations if site.layer]
+    direct = model.run(tokens, capture=["layers.2.resid_post"], interventions=[*held, ablate])["layers.2.resid_post"]
+    lost = model.head_writes(0, base["layers.0.z"])[:, :, 1]
+    mlp = vs.Freeze("layers.0.mlp_out", source=base.activations)
+    frozen = model.run(tokens, capture=["layers.2.resid_post"], interventions=[ablate, *held, mlp])
+    plain = model.run(tokens, capture=["layers.2.resid_post"])["layers.2.resid_post"]
+    assert torch.allclose(frozen["layers.2.resid_post"], plain - lost, atol=1e-4)
+    assert not torch.allclose(direct, plain - lost, atol=1e-4)
+
+
+def test_freezing_refuses_a_run_of_other_prompts_and_a_site_that_was_not_captured(
+    model: vs.Model, tokens: vs.Tokens
+) -> None:
+    short = model.run(tokens.ids[:2], capture=[SITE])
+    with pytest.raises(InterventionError, match=r"recorded \(2, 9, 48\), this run has \(6, 9, 48\)"):
+        model.run(tokens, interventions=[vs.Freeze(SITE, source=short.activations)])
+    with pytest.raises(UnknownNameError, match="unknown captured site 'layers.0.z'"):
+        vs.Freeze("layers.0.z", source=short.activations)
+
+
+# ---------------------------------------------------------------------------------------------------------------- noise
+
+
+def test_noise_has_the_stated_size_and_is_independent_between_examples_and_tokens() -> None:
+    net, ids = tiny.model("llama"), torch.full((40, 50), 7)
+    base = net.run(ids, capture=["embed"])["embed"]
+    drawn = value(net, vs.Tokens(ids), vs.Noise("embed", scale=3.0, std=0.5, seed=1), "embed") - base
+    assert float(drawn.std()) == pytest.approx(1.5, rel=0.01)
+    assert float(drawn.mean()) == pytest.approx(0.0, abs=0.02)
+    rows = drawn.flatten(1)
+    assert float((torch.corrcoef(rows) - torch.eye(40)).abs().max()) < 0.15
+    assert float((torch.corrcoef(drawn[0]) - torch.eye(50)).abs().max()) < 0.75
+
+
+def test_noise_depends_on_the_example_and_its_tokens_not_on_its_neighbours(model: vs.Model, tokens: vs.Tokens) -> None:
+    def drawn(inputs: vs.Tokens, **options: Any) -> Tensor:
+        base = model.run(inputs, capture=[SITE])[SITE]
+        return value(model, inputs, vs.Noise(SITE, scale=1.0, seed=4, **options), str(SITE)) - base
+
+    together = drawn(tokens)
+    order = torch.tensor([4, 0, 3])
+    some = drawn(vs.Tokens(tokens.ids[order], tokens.real[order]), examples=order)
+    assert torch.allclose(some, together[order], atol=1e-5)
+    short = drawn(vs.Tokens(tokens.ids[:1, :4]))
+    assert torch.allclose(short[0], together[0, :4], atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-1)
+
+
+def test_noise_is_the_seeds_doing_and_stays_where_it_is_put(model: vs.Model, tokens: vs.Tokens) -> None:
+    runs = [
+        value(model, tokens, vs.Noise(SITE, scale=2.0, seed=seed, positions=[2, 3]), str(SITE)) for seed in (0, 0, 1)
+    ]
+    base = model.run(tokens, capture=[SITE])[SITE]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    assert torch.equal(runs[0][:, [0, 1, 4, 5, 6, 7, 8]], base[:, [0, 1, 4, 5, 6, 7, 8]])
+    assert bool((runs[0] != base)[:, 2:4].all())
+
+
+def test_noise_in_a_direction_moves_that_coordinate_only(model: vs.Model, tokens: vs.Tokens) -> None:
+    direction = vs.Direction(SITE, randn(48))
+    base = model.run(tokens, capture=[SITE])[SITE]
+    moved = value(model, tokens, vs.Noise(direction, scale=1.0), str(SITE)) - base
+    along = moved @ direction.vector
+    assert float(along.abs().max()) > 0.5
+    assert torch.allclose(moved, along[..., None] * direction.vector, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"scale": -1.0}, {"scale": 1.0, "std": float("nan")}])
+def test_noise_of_a_size_that_is_none_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="needs scale >= 0 and a finite std"):
+        vs.Noise(SITE, **options)
+
+
+# -------------------------------------------------------------------------------------------------------------- replace
+
+
+def test_replacing_an_mlp_by_itself_changes_nothing(model: vs.Model, tokens: vs.Tokens) -> None:
+    """The splice of a perfect transcoder."""
+    splice = vs.Replace("layers.1.mlp_in", "layers.1.mlp_out", model.layer(1).mlp.forward, "itself")
+    assert torch.equal(model.run(tokens, interventions=[splice]).logits, model.run(tokens).logits)
+    half = vs.Replace("layers.1.mlp_in", "layers.1.mlp_out", lambda x: 0.5 * model.layer(1).mlp.forward(x), "half")
+    base = model.run(tokens, capture=["layers.1.mlp_out"])["layers.1.mlp_out"]
+    assert torch.allclose(value(model, tokens, half, "layers.1.mlp_out"), base / 2, atol=1e-6)
+
+
+def test_a_replacement_reads_what_earlier_edits_left(model: vs.Model, tokens: vs.Tokens) -> None:
+    shift = vs.Steer("layers.0.resid_post", scale=1.0, vector=torch.ones(48))
+    splice = vs.Replace("layers.0.resid_post", "layers.2.mlp_out", lambda x: x - 1, "minus one", positions=[3])
+    base = model.run(tokens, capture=["layers.0.resid_post"])["layers.0.resid_post"]
+    run = model.run(tokens, capture=["layers.2.mlp_out"], interventions=[splice, shift])["layers.2.mlp_out"]
+    assert torch.allclose(run[:, 3], base[:, 3], atol=1e-5)
+
+
+def test_a_replacement_between_heads_and_on_its_own_site(model: vs.Model, tokens: vs.Tokens) -> None:
+    base = model.run(tokens, capture=["layers.0.z", "layers.1.z"])
+    copy = vs.Replace("layers.0.z[3]", "layers.1.z[1]", torch.clone, "copy")
+    assert torch.equal(value(model, tokens, copy, "layers.1.z")[:, :, 1], base["layers.0.z"][:, :, 3])
+    twice = vs.Replace("layers.1.z", "layers.1.z", lambda z: 2 * z, "twice")
+    assert torch.equal(value(model, tokens, twice, "layers.1.z"), 2 * base["layers.1.z"])
+
+
+def test_a_replacement_cannot_read_the_future_nor_what_is_no_tensor(model: vs.Model, tokens: vs.Tokens) -> None:
+    late = vs.Replace("layers.2.mlp_out", "layers.1.mlp_out", torch.clone, "copy")
+    with pytest.raises(InterventionError, match=r"reads layers.2.mlp_out, which this pass makes only after layers.1"):
+        model.run(tokens, interventions=[late])
+    with pytest.raises(InterventionError, match=r"layers.0.result is no tensor of the pass.*read layers.0.z"):
+        model.run(tokens, interventions=[vs.Replace("layers.0.result", "layers.1.z", torch.clone, "copy")])
+    with pytest.raises(InputError, match="needs ref="):
+        vs.Replace("layers.0.z", "layers.1.z", torch.clone, "")
+    with pytest.raises(InterventionError, match=r"Replace at layers.1.z: the new value has shape"):
+        model.run(tokens, interventions=[vs.Replace("layers.0.mlp_out", "layers.1.z", torch.clone, "copy")])
+
+
+# --------------------------------------------------------------------------------------------------- sites and position
+
+
+def edits_at(name: str, width: int, source: vs.Activations) -> list[Any]:
+    """One edit of every kind at a site, each of which changes something."""
+    part = vs.Direction(vs.Site.parse(name), randn(width))
+    return [
+        vs.Patch(name, source=source), vs.Ablate(name), vs.Ablate(name, mode="resample", reference=source),
+        vs.Steer(name, scale=1.0, vector=randn(width)), vs.Project(part), vs.Project(part, keep=True),
+        vs.Interchange(name, source=source, examples=torch.tensor([1, 2, 3, 4, 5, 0])),
+        vs.Freeze(name, source=source), vs.Noise(name, scale=1.0), vs.Replace(name, name, lambda x: x + 1, "plus one"),
+    ]  # fmt: skip
+
+
+def test_every_edit_acts_at_every_editable_site_and_only_at_its_positions(
+    model: vs.Model, tokens: vs.Tokens, others: vs.Tokens
+) -> None:
+    mask = torch.zeros(6, 9, dtype=torch.bool)
+    mask[1, 3] = mask[2, 5] = mask[4, 1] = True
+    for name in editable(model):
+        base = model.run(tokens, capture=[name, "layers.0.pattern"])[name]
+        source = model.run(others, capture=[name]).activations
+        axis = 2 if "pattern" in name or "scores" in name else 1
+        for edit in edits_at(name, base.shape[-1], source):
+            object.__setattr__(edit, "positions", mask)
+            run = model.run(tokens, capture=[name, "layers.0.pattern"], interventions=[edit])
+            there, before = run[name].movedim(axis, 1), base.movedim(axis, 1)
+            exact = 1e-5 if "resid_mid" in name else 0.0
+            assert float((there - before)[~mask].abs().max()) <= exact, (name, edit)
+            changed = (there != before)[mask].flatten(1).any(1)
+            same_embedding = name == "pos_embed" and not bool(changed.any())
+            assert bool(changed.all()) or same_embedding, (name, edit)
+
+
+@pytest.mark.parametrize("kind", ["Patch", "Ablate", "Steer", "Project", "Interchange", "Freeze", "Noise", "Replace"])
+def test_edits_work_on_any_modules_input_and_output(kind: str) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    model, x = vs.Model(net), randn(5, 7, 4)
+    for name in ("module:1|in", "module:1|out"):
+        source = model.run(randn(5, 7, 4, seed=1), capture=[name]).activations
+        base = model.run(x, capture=[name])[name]
+        for edit in [e for e in edits_at(name, 6, source) if type(e).__name__ == kind and len(source[name]) != 6]:
+            if kind == "Interchange":
+                edit = vs.Interchange(name, source=source, examples=torch.tensor([1, 2, 3, 4, 0]))
+            object.__setattr__(edit, "positions", [2])
+            edited = model.run(x, capture=[name], interventions=[edit])[name]
+            assert torch.equal(edited[:, [0, 1, 3]], base[:, [0, 1, 3]])
+            assert bool((edited != base)[:, 2].any())
+
+
+def test_positions_that_do_not_fit_the_tensor_are_refused(model: vs.Model, tokens: vs.Tokens) -> None:
+    with pytest.raises(InterventionError, match=r"logits is \(6, 1, 61\) here, so positions of \(6, 9\)"):
+        model.run(tokens, interventions=[vs.Ablate("logits", positions=[1])], last_logits=True)
+    assert not model.run(tokens, interventions=[vs.Ablate("logits")], last_logits=True).logits.any()
+
+
+def test_two_sites_on_one_tensor_are_edited_in_forward_order(model: vs.Model, tokens: vs.Tokens) -> None:
+    """attn_out comes before the sum it enters, whatever the order of the list."""
+    wipe, shift = vs.Ablate("layers.1.attn_out"), vs.Steer("layers.1.resid_mid", scale=1.0, vector=torch.ones(48))
+    base = model.run(tokens, capture=["layers.1.resid_pre"])["layers.1.resid_pre"]
+    for edits in ([wipe, shift], [shift, wipe]):
+        run = model.run(tokens, capture=["layers.1.resid_mid", "layers.1.attn_out"], interventions=edits)
+        assert torch.allclose(run["layers.1.resid_mid"], base + 1, atol=1e-5)
+        assert not run["layers.1.attn_out"].any()
+
+
+def test_values_go_to_where_the_tensor_is() -> None:
+    """A layer on another device: everything an edit holds is moved there (torch's meta device stands for it)."""
+    source = vs.Activations({SITE: randn(2, 5, 8)}, vs.Tokens(torch.ones(2, 5, dtype=torch.long)))
+    whole, real = torch.zeros(2, 5, 8, device="meta"), torch.ones(2, 5, dtype=torch.bool, device="meta")
+    edits = edits_at(str(SITE), 8, source)
+    swap = vs.Interchange(SITE, source=source, examples=torch.tensor([1, 0]), source_positions=torch.tensor([1, 2]))
+    mean = vs.Ablate(SITE, mode="mean", reference=source)
+    for edit in [*(e for e in edits if not isinstance(e, vs.Interchange | vs.Replace)), swap, mean]:
+        chosen = torch.ones(2, 5, dtype=torch.bool)
+        assert apply(edit, whole, Place(real, chosen=chosen)).device.type == "meta"
+        index = torch.arange(5).expand(2, -1)
+        assert apply(edit, whole, Place(real, index, chosen)).device.type == "meta"
+
+
+# ------------------------------------------------------------------------------------------------ print, JSON, hash, file
+
+
+def every_edit(model: vs.Model, tokens: vs.Tokens) -> list[Any]:
+    source = model.run(tokens, capture=[SITE, "layers.1.z"]).activations
+    direction, space = vs.Direction(SITE, randn(48), "a"), vs.Subspace(SITE, randn(3, 48, seed=1), "b")
+    return [
+        vs.Patch("layers.1.z[2]", source=source, positions=torch.tensor([0, 1, 2, 3, 4, 5])),
+        vs.Patch(SITE, source=randn(48)), vs.Freeze(SITE, source=source, positions=range(3)),
+        vs.Interchange(space, source=source, examples=torch.tensor([1, 0, 2, 3, 4, 5]), source_positions=2),
+        vs.Ablate("layers.1.z", mode="mean", reference=source), vs.Ablate(SITE, mode="resample", reference=source),
+        vs.Ablate("layers.0.pattern", positions=torch.eye(6, 9).bool()), vs.Steer(direction, scale=-2.0, positions=-7),
+        vs.Steer(SITE, scale=1.5, vector=randn(48).bfloat16()), vs.Project(space, keep=True, centre=randn(48)),
+        vs.Project(direction, centre=source), vs.Noise("embed", scale=3.0, std=0.1, seed=2, positions=[1, 2]),
+        vs.Replace(SITE, "layers.2.mlp_out", torch.tanh, "tanh"),
+    ]  # fmt: skip
+
+
+def test_edits_survive_a_file_and_do_the_same(model: vs.Model, tokens: vs.Tokens, tmp_path: Path) -> None:
+    edits = every_edit(model, tokens)
+    save(edits, tmp_path / "edits.json")
+    again = load(tmp_path / "edits.json", functions={"tanh": torch.tanh})
+    for before, after in zip(edits, again, strict=True):
+        assert type(before) is type(after)
+        assert before.content_hash == after.content_hash
+        runs = [model.run(tokens, interventions=[edit]).logits for edit in (before, after)]
+        assert torch.equal(*runs), before
+
+
+def test_the_json_is_plain_and_needs_no_file_when_there_are_no_tensors(tmp_path: Path) -> None:
+    edit = vs.Ablate("layers.1.z[2]", positions=[3])
+    assert from_json(json.loads(json.dumps(edit.to_json()))).content_hash == edit.content_hash
+    save([edit], tmp_path / "one.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
+
+
+def test_the_hash_sees_everything_that_matters_and_nothing_else(model: vs.Model, tokens: vs.Tokens) -> None:
+    vector = randn(48)
+    base = vs.Steer(SITE, scale=1.0, vector=vector, positions=[1])
+    same = vs.Steer(str(SITE), scale=1.0, vector=vector.clone(), positions=[1])
+    assert base.content_hash == same.content_hash
+    changes: list[dict[str, Any]] = [{"scale": 2.0}, {"vector": vector + 1e-6}, {"positions": [2]}, {"positions": None}]
+    hashes = {
+        vs.Steer(SITE, **{"scale": 1.0, "vector": vector, "positions": [1], **c}).content_hash for c in changes
+    } | {vs.Steer("layers.0.resid_post", scale=1.0, vector=vector, positions=[1]).content_hash, base.content_hash}
+    assert len(hashes) == 6
+    assert len({edit.content_hash for edit in every_edit(model, tokens)}) == 13
+
+
+def test_edits_print_on_one_line(model: vs.Model, tokens: vs.Tokens) -> None:
+    for edit in every_edit(model, tokens):
+        text = repr(edit)
+        assert text.startswith(f"{type(edit).__name__}(")
+        assert "\n" not in text
+        assert len(text) < 250
+    assert repr(vs.Ablate("layers.1.z[2]")) == "Ablate(layers.1.z[2], mode=zero, seed=0)"
+    assert "direction at layers.1.resid_post" in repr(vs.Steer(vs.Direction(SITE, randn(48)), scale=1.0))
+
+
+def test_a_changed_tensor_file_is_found_and_missing_pieces_are_named(tmp_path: Path) -> None:
+    edit = vs.Steer(SITE, scale=1.0, vector=randn(48))
+    data, (name,) = edit.to_json(), tensors_of([edit])
+    with pytest.raises(FileFormatError, match="does not match its hash"):
+        from_json(data, {name: randn(48, seed=9)})
+    with pytest.raises(InputError, match=r"the tensor .* is missing: pass tensors="):
+        from_json(data)
+    splice = vs.Replace(SITE, SITE, torch.tanh, "tanh").to_json()
+    with pytest.raises(InputError, match=r"needs its function: pass functions=\{'tanh'"):
+        from_json(splice)
+    with pytest.raises(UnknownNameError, match="unknown edit 'melt'; known: ablate, freeze, interchange"):
+        from_json({**data, "edit": "melt"})
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(FileFormatError, match="holds no stored interventions"):
+        load(tmp_path / "bad.json")
+
+
+def test_every_edit_reports_how_far_it_went(model: vs.Model, tokens: vs.Tokens, others: vs.Tokens) -> None:
+    source = model.run(others, capture=[SITE]).activations
+    for edit in edits_at(str(SITE), 48, source):
+        (found,) = model.run(tokens, interventions=[edit]).diagnostics
+        assert found["intervention"]["edit"] == type(edit).__name__.lower()
+        assert found["norm_ratio"] >= 0
+        assert found["z_rms"] > 0
+    far, near = (model.run(tokens, interventions=[vs.Noise(SITE, scale=s)]).diagnostics[0] for s in (50.0, 0.01))
+    assert far["norm_ratio"] > 5 > 1.1 > near["norm_ratio"]
+
+
+def test_the_same_edit_given_twice_acts_and_reports_twice(model: vs.Model, tokens: vs.Tokens) -> None:
+    shift = vs.Steer(SITE, scale=1.0, vector=torch.ones(48))
+    run = model.run(tokens, capture=[SITE], interventions=[shift, shift])
+    base = model.run(tokens, capture=[SITE])[SITE]
+    assert torch.allclose(run[SITE] - base, torch.full((6, 9, 48), 2.0), atol=1e-5)
+    assert len(run.diagnostics) == 2

@@ -142,9 +142,7 @@ def gpt2(net: Any, ids: Tensor, edit: Edit) -> Tensor:
         written = z.flatten(2) @ layer.attn.c_proj.weight + layer.attn.c_proj.bias
         x = edit(f"{at}.resid_mid", x + edit(f"{at}.attn_out", written))
         into = edit(f"{at}.mlp_in", norm(x, layer.ln_2))
-        post = edit(
-            f"{at}.mlp_post", gelu(into @ layer.mlp.c_fc.weight + layer.mlp.c_fc.bias, approximate="tanh")
-        )
+        post = edit(f"{at}.mlp_post", gelu(into @ layer.mlp.c_fc.weight + layer.mlp.c_fc.bias, approximate="tanh"))
         out = edit(f"{at}.mlp_out", post @ layer.mlp.c_proj.weight + layer.mlp.c_proj.bias)
         x = edit(f"{at}.resid_post", x + out)
     return edit("logits", edit("final_norm", norm(x, body.ln_f)) @ net.lm_head.weight.T)

@@ -85,8 +85,9 @@ def plans(draw: Any, family: str) -> list[Plan]:
 def agree(family: str, listed: list[Plan]) -> None:
     expected = reference(family, listed)
     run = MODELS[family].run(IDS, capture=["layers.0.pattern"], interventions=[intervention(plan) for plan in listed])
-    # Llama's norm rounds to float32 inside an otherwise float64 model.
-    assert float((run.logits - expected).abs().max()) <= 2e-5 * float(expected.max() - expected.min())
+    # Llama's norm rounds to float32 inside an otherwise float64 model; a sum is edited by adding the change to it.
+    allowed = max(2e-5 * float(expected.max() - expected.min()), 1e-7)
+    assert float((run.logits - expected).abs().max()) <= allowed
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
@@ -110,12 +111,13 @@ def test_any_list_of_edits_equals_the_same_list_by_hand(family: str, data: Any) 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 def test_every_kind_at_every_site_equals_the_edit_by_hand_and_is_felt(family: str) -> None:
-    everywhere, plain = torch.ones(3, 6, dtype=torch.bool), reference(family, [])
+    # Not everywhere: what is added to all keys alike, softmax takes away again.
+    some, plain = (torch.arange(6) % 2 == 1).expand(3, -1), reference(family, [])
     for name, tensor in SITES[family].items():
         for kind in KINDS:
             if not fits(kind, name):
                 continue
             a = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-            plan = Plan(kind, name, everywhere, a)
+            plan = Plan(kind, name, some, a)
             agree(family, [plan])
             assert not torch.allclose(reference(family, [plan]), plain), (kind, name)

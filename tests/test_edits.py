@@ -181,7 +181,7 @@ def test_freezing_refuses_a_run_of_other_prompts_and_a_site_that_was_not_capture
     short = model.run(tokens.ids[:2], capture=[SITE])
     with pytest.raises(InterventionError, match=r"recorded \(2, 9, 48\), this run has \(6, 9, 48\)"):
         model.run(tokens, interventions=[vs.Freeze(SITE, source=short.activations)])
-    with pytest.raises(UnknownNameError, match="unknown captured site 'layers.0.z'"):
+    with pytest.raises(UnknownNameError, match=r"unknown captured site 'layers.0.z'"):
         vs.Freeze("layers.0.z", source=short.activations)
 
 
@@ -360,7 +360,7 @@ def test_values_go_to_where_the_tensor_is() -> None:
         assert apply(edit, whole, Place(real, index, chosen)).device.type == "meta"
 
 
-# ------------------------------------------------------------------------------------------------ print, JSON, hash, file
+# ---------------------------------------------------------------------------------------------- print, JSON, hash, file
 
 
 def every_edit(model: vs.Model, tokens: vs.Tokens) -> list[Any]:

@@ -83,13 +83,14 @@ def drawn(table: Bench, count: int, seed: int) -> list[Variant]:
 
 @pytest.mark.parametrize("mode", DONORS)
 def test_random_parts_and_positions_equal_plain_runs(table: Bench, mode: str) -> None:
-    variants = drawn(table, 14, seed=DONORS.index(mode))
+    variants = drawn(table, 6, seed=DONORS.index(mode))
     assert table.worst(variants, mode, table.run(variants, mode)) < 1e-5
 
 
 def test_replayed_parts_of_every_layer_equal_plain_runs(table: Bench) -> None:
     """Without routers and experts, which send a whole batch to ordinary runs."""
     variants = [Variant((part,)) for part in table.parts if part.kind not in ("router", "expert_out")]
+    variants = variants[:: 1 if table.clean.reason == "" else 4]
     heard: list[Event] = []
     out = table.run(variants, sink=heard.append)
     assert table.worst(variants, "patch", out) < 1e-5
@@ -232,7 +233,7 @@ def test_a_value_that_is_not_a_number_is_refused_in_whole_runs() -> None:
     broken = table.corrupted.at(site).clone()
     broken[2] = float("nan")
     donor = donor_for("patch", table.clean, replace(table.corrupted, sites={site: broken}), [], 0)
-    with pytest.raises(NotFiniteError, match="not finite for example 2 with layers.0.mlp_out edited"):
+    with pytest.raises(NotFiniteError, match=r"not finite for example 2 with layers.0.mlp_out edited"):
         evaluate(table.clean, [Variant((site,))], donor, table.pairs, vs.logit_diff)
 
 

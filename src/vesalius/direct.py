@@ -73,14 +73,14 @@ def direct_effects(model: Model, pairs: Pairs, tokens: Tokens) -> Direct:
 
     The contributions sum to the run's logit difference (1e-4); in a model that caps its logits (Gemma 2), to the
     difference before the cap, which no sum of parts survives. Heads before a norm of their own (Gemma, OLMo 2) are
-    counted with that norm frozen too. Raises InputError for a model whose last layer's output is not the plain sum of
-    what its parts wrote (BERT's norms stand between).
+    counted with that norm frozen too. Raises InputError for a model whose logits are no such sum (BERT's norms
+    stand between).
     """
     adapter, layout = model.described
     if not adapter.direct:
         raise InputError(
-            f"{model.name} has no direct effects: in the {adapter.family} family the logits are no linear function of "
-            "what the parts wrote, even with the norms frozen"
+            f"{model.name} has no direct effects: the {adapter.family} family's logits are not the unembedding of the "
+            "normed sum of what its parts wrote at a prompt's position"
         )
     outside = [str(site) for site in model.sites("*") if site.kind in ("embed", "pos_embed")]
     last = f"layers.{layout.n_layers - 1}.resid_post"

@@ -103,6 +103,10 @@ class Model:
         inside = [Site(kind, layer) for layer in range(self.layout.n_layers) for kind in kinds]
         return inside + [Site(kind) for kind in GLOBAL_KINDS if kind in self.adapter.outside]
 
+    @cached_property
+    def _site_set(self) -> frozenset[Site]:
+        return frozenset(self._all_sites)
+
     def _derives(self, kind: str) -> bool:
         assert self.adapter is not None
         if kind in ("scores", "pattern"):
@@ -256,7 +260,8 @@ class Model:
         _, layout = self.described
         if site.layer is not None and site.layer >= layout.n_layers:
             raise InputError(f"{site}: {self.name} has {layout.n_layers} layers, numbered from 0")
-        select(str(site.whole), self._all_sites)
+        if site.whole not in self._site_set:
+            select(str(site.whole), self._all_sites)  # raises, naming the sites there are
         limit, what = _limit(site.kind, layout)
         if site.index is not None and limit is not None and site.index >= limit:
             raise InputError(f"{site}: {self.name} has {limit} {what}, numbered from 0")

@@ -5,6 +5,7 @@
     d_head    width of one head              d_model   width of the residual stream
     d_mlp     neurons of an MLP              vocab     output tokens
     query_pos, key_pos                       latent    units of a dictionary
+    expert    experts of a mixture, per layer
 
 Shapes are checked by beartype in the test run only; users pay nothing.
 """

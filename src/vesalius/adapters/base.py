@@ -92,7 +92,7 @@ class Adapter:
     causal: bool = True
     """No position reads a later one."""
     direct: bool = True
-    """The logits are the unembedding of the normed sum of all that was written: direct effects are exact."""
+    """Logits of prompts are the unembedding of the normed sum of all that was written: direct effects are exact."""
     positions: bool = True
     """The module takes position_ids."""
     call: Mapping[str, Any] = field(default_factory=lambda: {"use_cache": False})

@@ -1,6 +1,7 @@
 """ViT (image classifier): patches for positions, the class token first, norms before blocks.
 
-Takes images [batch, channel, height, width]; a run's logits are [batch, class], read at position 0.
+Takes images [batch, channel, height, width]; a run's logits are [batch, class], read at position 0. Sweeps and direct
+effects take prompts, so they are not for images.
 """
 
 from __future__ import annotations
@@ -41,5 +42,6 @@ VIT = Adapter(
     | {"image_size", "patch_size", "num_channels", "qkv_bias", "encoder_stride", "pooler_output_size", "pooler_act"},
     causal=False,
     call={},
+    direct=False,
     input="pixel_values",
 )  # fmt: skip

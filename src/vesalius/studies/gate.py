@@ -76,7 +76,7 @@ def gate(model: Model, pairs: Pairs, split: str) -> Gate:
         accuracy = float((here > 0).mean())
         # Half right is chance: a template has to do better than that.
         rows.append(TemplateRow(template, split, len(here), accuracy, float(here.mean()), accuracy > TEMPLATE_ACCURACY))
-    return Gate(values, labels, tuple(rows), _figure((values > 0).astype(float), groups), _figure(values, groups))
+    return Gate(values, labels, tuple(rows), _figure((values > 0).astype(float), groups, 0.0, 1.0), _figure(values, groups))
 
 
 def _parts(pairs: Pairs, size: int = 8) -> list[Pairs]:
@@ -84,6 +84,9 @@ def _parts(pairs: Pairs, size: int = 8) -> list[Pairs]:
     return [pairs.subset(range(first, min(first + size, len(pairs)))) for first in range(0, len(pairs), size)]
 
 
-def _figure(values: NDArray[np.float64], groups: tuple[tuple[str, ...], ...]) -> dict[str, float]:
+def _figure(
+    values: NDArray[np.float64], groups: tuple[tuple[str, ...], ...], least: float = -np.inf, most: float = np.inf
+) -> dict[str, float]:
+    """Mean with a clustered interval, cut off where the figure cannot be."""
     test = clustered_t(values, *groups)
-    return {"estimate": test.estimate, "low": test.low, "high": test.high, "n": test.n}
+    return {"estimate": test.estimate, "low": max(test.low, least), "high": min(test.high, most), "n": test.n}

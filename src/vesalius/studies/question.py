@@ -140,10 +140,11 @@ def example_texts(question: Question, model: Model) -> dict[str, str]:
 
     pairs = {name: p.split(SPLITS[0]) for name, p in question.corruptions.items()}
     first = pairs[question.main]
-    size = int(first.size[0])
-    shown = {name: text(p.corrupted[0, :size]) for name, p in pairs.items()}
+    # The beginning token is told apart from the text; it is the same in every prompt.
+    words = slice(0 if question.beginning in ("", "none") else 1, int(first.size[0]))
+    shown = {name: text(p.corrupted[0, words]) for name, p in pairs.items()}
     return {
-        "clean": text(first.clean[0, :size]),
+        "clean": text(first.clean[0, words]),
         "answer": text(first.answer[:1]),
         "distractor": text(first.distractor[:1]),
         **shown,

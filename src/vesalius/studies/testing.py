@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vesalius import __version__
-from vesalius.bench import Bench, components
+from vesalius.bench import EMBED, Bench, components
 from vesalius.circuits import ABLATIONS, Circuit, kept, random_sets, removed
 from vesalius.inputs import Pairs
 from vesalius.jobs import Blocks, Sink, track
@@ -34,7 +34,8 @@ class Tested:
     """What the validation split showed.
 
     kept: ablation -> [set, example] logit difference with only that set kept; set 0 is the circuit, set 1 nothing, the
-    rest random. removed: ablation -> [set, example] with the set ablated; set 0 is the circuit, set 1 everything.
+    rest random. removed: ablation -> [set, example] with the set ablated; set 0 is the circuit, set 1 everything. The
+    embeddings are never among what is removed (set 1 apart): without them there is no prompt, and any set would be needed.
     without: [member, example], the circuit kept without that member (resample ablation of the rest).
     """
 
@@ -94,9 +95,14 @@ def _circuit_runs(circuit: Circuit, bench: Bench, passed: Gate, draws: int) -> T
     for ablation in ABLATIONS:
         keep[ablation] = _stored(bench, "keep", [circuit.members, nothing, *random], ablation, kept)
         compared = random[: needed_draws(draws)] if ablation == "resample" else []
-        lose[ablation] = _stored(bench, "remove", [circuit.members, everything, *compared], ablation, removed)
+        parts = [_without_input(members) for members in (circuit.members, *compared)]
+        lose[ablation] = _stored(bench, "remove", [parts[0], everything, *parts[1:]], ablation, removed)
     smaller = [tuple(m for m in circuit.members if m != part) for part in circuit.members]
     return Tested(bench, passed, keep, lose, _stored(bench, "without", smaller, "resample", kept))
+
+
+def _without_input(members: Sequence[Site]) -> tuple[Site, ...]:
+    return tuple(part for part in members if part != EMBED)
 
 
 def _stored(bench: Bench, what: str, sets: Sequence[Sequence[Site]], ablation: str, measure: Any) -> Floats:

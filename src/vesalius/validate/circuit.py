@@ -53,7 +53,7 @@ def circuit_claims(
             check=KEEPS, control=_control(draws), **shared,
         ),
         Claim(
-            statement=f"without {count} at least half of the effect is lost",
+            statement=f"without {count} (the embeddings left alone) at least half of the effect is lost",
             check=NEEDED, control=_control(needed_draws(draws)), **shared,
         ),
     )  # fmt: skip

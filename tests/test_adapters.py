@@ -437,6 +437,21 @@ def test_fields_of_files_and_training_are_let_through() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("bloom", {"offset_alibi": 100, "attention_softmax_in_fp32": True, "seq_length": 64, "pretraining_tp": 4}),
+        ("opt", {"activation_dropout": 0.1, "prefix": "</s>", "layerdrop": 0.1}),
+        ("albert", {"net_structure_type": 0, "down_scale_factor": 1, "position_embedding_type": "absolute"}),
+        ("bert", {"gradient_checkpointing": True, "position_embedding_type": "absolute"}),
+        ("gemma3", {"cache_implementation": "hybrid", "rope_local_base_freq": 1e4}),
+        ("gpt_neox", {"rotary_pct": 0.25, "rotary_emb_base": 1e4}),
+    ],
+)
+def test_what_published_configs_bring_along_is_let_through(name: str, more: dict[str, Any]) -> None:
+    assert vs.Model(FAMILIES[name].build(**more)).adapter is not None
+
+
+@pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         ("llama", {"pretraining_tp": 2}, "config.pretraining_tp=2"),

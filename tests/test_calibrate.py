@@ -232,5 +232,5 @@ def test_the_same_claims_about_a_random_network_do_not_stand() -> None:
 def test_the_whole_procedure_holds_its_error_rate_and_finds_what_is_planted() -> None:
     calibration = calibrate(100)
     assert calibration.holds, calibration.to_json()
-    # The measurement sees a defect: without fresh prompts the same claims look several times as good.
-    assert calibration.uncorrected(CIRCULAR).share > 2 * calibration.uncorrected(HANDED).share
+    # The measurement sees a defect: tested on the prompts they were made from, the same claims look better.
+    assert calibration.uncorrected(CIRCULAR).lower > calibration.uncorrected(HANDED).share

@@ -37,7 +37,7 @@ def pairs() -> vs.Pairs:
     return tiny.pairs()
 
 
-# -------------------------------------------------------------------------------------------------------- by plain hooks
+# ------------------------------------------------------------------------------------------------------ by plain hooks
 
 
 Place = tuple[nn.Module, str, slice]
@@ -50,7 +50,7 @@ def place(model: vs.Model, name: str) -> Place:
         return model.layer(0), "in", slice(None)
     assert site.layer is not None
     layer, gpt2 = model.layer(site.layer), hasattr(model.layer(site.layer), "attn")
-    depth, heads = (12, 4) if gpt2 else (8, 6)
+    depth = 12 if gpt2 else 8
     columns = slice(None) if site.index is None else slice(site.index * depth, (site.index + 1) * depth)
     if site.kind == "z":
         return layer.get_submodule("attn.c_proj" if gpt2 else "self_attn.o_proj"), "in", columns
@@ -219,7 +219,7 @@ def test_a_whole_layer_of_receivers_and_the_rest_frozen_is_the_sum_of_what_they_
     assert float(alone.values[0, 0]) == pytest.approx(float(found.values[0, 2]), abs=1e-5)
 
 
-@pytest.mark.parametrize("budget", [1, 30, 10_000])
+@pytest.mark.parametrize("budget", [9, 60, 10_000])
 def test_the_budget_does_not_change_the_values(model: vs.Model, pairs: vs.Pairs, budget: int) -> None:
     options: dict[str, Any] = {"senders": SENDERS, "receivers": ["layers.2.q", "layers.2.mlp_in"], "each": "head"}
     reference = vs.path_patching(model, pairs, **options)
@@ -239,7 +239,7 @@ def test_metrics_of_the_whole_vocabulary_and_of_the_base_run_work(model: vs.Mode
     assert torch.allclose(found.base, vs.answer_logprob(model.run(pairs.tokens("clean")).logits, pairs), atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------- fallback and refusals
+# ------------------------------------------------------------------------------------------------ fallback and refusals
 
 
 def test_a_model_that_cannot_be_replayed_gives_the_same_by_plain_runs_and_says_so(pairs: vs.Pairs) -> None:

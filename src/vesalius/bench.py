@@ -16,16 +16,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vesalius.attention import capped
 from vesalius.data.positions import landmarks
 from vesalius.direct import Frozen, frozen_norm
-from vesalius.errors import PairsError, UnknownNameError
+from vesalius.errors import InputError, PairsError, UnknownNameError
 from vesalius.inputs import Pairs
 from vesalius.intervention import derangement
 from vesalius.jobs import Blocks, Sink, silent
 from vesalius.metric import logit_diff
 from vesalius.model import Model
 from vesalius.site import Site
-from vesalius.sweeps.evaluate import Cost, Outcome, evaluate
+from vesalius.sweeps.evaluate import Cost, Outcome, base_values, evaluate
 from vesalius.sweeps.record import Record, record
 from vesalius.sweeps.variants import Donor, Variant, patch_donor
 
@@ -135,8 +136,7 @@ class Bench:
         return self.memo["metric", which]
 
     def _metric(self, which: str, labels: Pairs) -> Float[Tensor, " example"]:
-        frozen = self.frozen(which, labels)
-        return frozen.of(self.run(which).resid[-1][torch.arange(self.n), self.pairs.at]) + frozen.constant
+        return base_values(self.run(which), labels, logit_diff, self.run(which))
 
     def total(self, corruption: str) -> Float[Tensor, " example"]:
         """Total effect per example: clean minus corrupted logit difference."""
@@ -145,6 +145,8 @@ class Bench:
     def frozen(self, which: str, labels: Pairs | None = None) -> Frozen:
         """The final norm frozen at a run's read position, towards answer minus distractor."""
         labels = labels or self.pairs
+        if self.run(which).reason:
+            raise InputError(f"direct effects in {self.model.name} are not to be had: {self.run(which).reason}")
         final = self.run(which).resid[-1][torch.arange(self.n), self.pairs.at]
         return frozen_norm(self.model, final, labels.answer, labels.distractor)
 
@@ -154,7 +156,7 @@ class Bench:
         if part.kind != "z":
             return value
         assert part.layer is not None and part.index is not None
-        return value[:, part.index] @ self.model.W_O(part.layer)[part.index]
+        return self.model.head_writes(part.layer, value)[:, part.index]
 
     def direct(self, part: Site, labels: Pairs | None = None) -> Float[Tensor, " example"]:
         """Direct contribution of a part to the clean run's logit difference, final norm frozen."""
@@ -164,13 +166,19 @@ class Bench:
         """Attention pattern of a head, from recorded queries and keys; exact at real query positions."""
         assert part.layer is not None and part.index is not None
         base = self.run(which)
+        if base.reason:
+            raise InputError(f"the attention of {self.model.name} is not recorded: {base.reason}")
         keys = base.keys[part.layer]
         group = base.queries[part.layer].shape[2] // keys.shape[1]
         query = base.queries[part.layer][:, :, part.index]
-        scores = query @ keys[:, part.index // group].transpose(1, 2) * base.scaling[part.layer]
-        width = scores.shape[-1]
-        future = torch.ones(width, width, dtype=torch.bool, device=scores.device).triu(1)
-        return scores.masked_fill(future, float("-inf")).softmax(-1)
+        scores = capped(
+            query @ keys[:, part.index // group].transpose(1, 2) * base.scaling[part.layer], base.caps[part.layer]
+        )
+        position = torch.arange(scores.shape[-1], device=scores.device)
+        back = position[:, None] - position[None]
+        window = base.windows[part.layer]
+        hidden = (back < 0) if window is None else (back < 0) | (back >= window)
+        return scores.masked_fill(hidden, float("-inf")).softmax(-1)
 
     def donor(self, corruption: str, direction: str) -> tuple[Record, Donor]:
         """Base run and values: noising puts corrupted values into the clean run, denoising the other way round."""

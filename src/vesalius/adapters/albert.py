@@ -36,6 +36,7 @@ ALBERT = replace(
     unembed="predictions.decoder",
     attention="attention",
     accepts={"num_hidden_groups": (1,), "inner_group_num": (1,), "position_embedding_type": ("absolute",)},
-    understood=SIZES | {"embedding_size", "type_vocab_size"},
+    understood=SIZES
+    | {"embedding_size", "type_vocab_size", "down_scale_factor", "gap_size", "net_structure_type", "num_memory_blocks"},
     shared=True,
 )

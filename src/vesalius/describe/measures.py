@@ -84,8 +84,10 @@ def copies(bench: Bench, parameters: Parameters) -> PerExample:
     assert component.layer is not None and component.index is not None
     run = bench.run("clean")
     value = run.values[component.layer][torch.arange(bench.n), :, positions(bench, key)]
-    weight = bench.model.W_O(component.layer)
-    write = value[:, component.index // (len(weight) // value.shape[1])] @ weight[component.index]
+    # As if every head attended there; one head's write does not depend on the others, short of a norm after them.
+    heads = bench.model.described[1].n_heads
+    spread = value.repeat_interleave(heads // value.shape[1], 1)
+    write = bench.model.head_writes(component.layer, spread)[:, component.index]
     return torch.einsum("ed,ed->e", write, _copying_direction(bench, key).to(write))
 
 

@@ -76,7 +76,9 @@ def gate(model: Model, pairs: Pairs, split: str) -> Gate:
         accuracy = float((here > 0).mean())
         # Half right is chance: a template has to do better than that.
         rows.append(TemplateRow(template, split, len(here), accuracy, float(here.mean()), accuracy > TEMPLATE_ACCURACY))
-    return Gate(values, labels, tuple(rows), _figure((values > 0).astype(float), groups, 0.0, 1.0), _figure(values, groups))
+    return Gate(
+        values, labels, tuple(rows), _figure((values > 0).astype(float), groups, 0.0, 1.0), _figure(values, groups)
+    )
 
 
 def _parts(pairs: Pairs, size: int = 8) -> list[Pairs]:

@@ -35,7 +35,7 @@ class Tested:
 
     kept: ablation -> [set, example] logit difference with only that set kept; set 0 is the circuit, set 1 nothing, the
     rest random. removed: ablation -> [set, example] with the set ablated; set 0 is the circuit, set 1 everything. The
-    embeddings are never among what is removed (set 1 apart): without them there is no prompt, and any set would be needed.
+    embeddings are not among what is removed (but in set 1): without them there is no prompt, and any set would do.
     without: [member, example], the circuit kept without that member (resample ablation of the rest).
     """
 

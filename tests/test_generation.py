@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import families
 import tiny
 import vesalius as vs
 from vesalius.errors import InputError, InterventionError, NotFiniteError
@@ -103,6 +104,19 @@ def test_edits_on_prompt_and_new_tokens_equal_running_anew(
     ]
     made = same_as_anew(model, tokens, edits, make)
     assert made.new != model.generate(tokens, NEW).new
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "phi3", "opt", "bloom", "mixtral"])
+def test_other_ways_to_tell_positions_equal_running_anew_too(family: str, ragged: vs.Tokens) -> None:
+    """Sliding windows (which count columns), positions from the mask, slopes by distance, experts."""
+    model = families.model(family)
+    vector = randn(model.described[1].d_model)
+
+    def make(_row: int, width: int) -> list[Any]:
+        here = [p for p in (2, 8, 9) if p < width]
+        return [vs.Steer("layers.0.resid_post", scale=1.0, vector=vector, positions=here), vs.Ablate("layers.1.z[1]")]
+
+    same_as_anew(model, ragged, make(0, 10), make, 4)
 
 
 @pytest.mark.parametrize("kind", ["q", "k", "v", "resid_mid", "mlp_post"])

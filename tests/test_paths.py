@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import families
 import tiny
 import vesalius as vs
 from vesalius.direct import frozen_norm
@@ -251,6 +252,24 @@ def test_a_model_that_cannot_be_replayed_gives_the_same_by_plain_runs_and_says_s
         found = vs.path_patching(slow, pairs, sink=events.append, **options)
         assert torch.allclose(found.values, vs.path_patching(model, pairs, **options).values, atol=1e-5)
     assert any(event.kind == "note" and "no replay" in event.message for event in events if isinstance(event, Event))
+
+
+def test_where_attention_looks_both_ways_every_position_is_sent_and_held() -> None:
+    model, pairs = families.model("bert"), tiny.pairs()
+    found = vs.path_patching(model, pairs, senders="layers.0.z", receivers="layers.1.mlp_in")
+    n_layers, rows = model.described[1].n_layers, torch.arange(len(pairs))
+    names = ["layers.*.z", "layers.*.mlp_out"]
+    base, other = (model.run(pairs.tokens(which), capture=names).activations for which in ("clean", "corrupted"))
+    held = [vs.Freeze(f"layers.{n}.z", source=base) for n in range(1, n_layers)]
+    held += [vs.Freeze(f"layers.{n}.mlp_out", source=base) for n in range(n_layers)]
+    edits = [vs.Patch("layers.0.z", source=other), *held]
+    heard = model.run(pairs.tokens("clean"), capture=["layers.1.mlp_in"], interventions=edits).activations
+    patch = vs.Patch("layers.1.mlp_in", source=heard)
+    last = model.run(pairs.tokens("clean"), interventions=[patch]).logits[rows, pairs.at]
+    assert torch.allclose(found.values[0], last[rows, pairs.answer] - last[rows, pairs.distractor], atol=1e-5)
+    assert float(found.effects.abs().max()) > 1e-3
+    with pytest.raises(InputError, match="no direct effects with frozen norms; pass freeze_norm=False"):
+        vs.path_patching(model, pairs, senders="layers.0.z", receivers="logits")
 
 
 def test_a_sabotaged_replay_is_caught(model: vs.Model, pairs: vs.Pairs, monkeypatch: pytest.MonkeyPatch) -> None:

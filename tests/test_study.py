@@ -157,7 +157,7 @@ def test_a_study_that_is_killed_again_and_again_ends_like_one_that_is_not(
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=TESTS)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert found["ended"].count(-9) >= 6
+    assert found["ended"].count(-9) >= 3
     assert found["ended"][-1] == 0
     assert found["summary"] == timeless(summary)
     with Ledger(out / "ledger.sqlite", create=False) as ledger:

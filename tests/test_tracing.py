@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import families
 import tiny
 import vesalius as vs
 from vesalius.errors import InputError, NotFiniteError, SelfCheckError, UnknownNameError
@@ -205,6 +206,14 @@ def test_a_model_that_cannot_be_replayed_gives_the_same_and_says_so(pairs: vs.Pa
         assert torch.allclose(found.draws[kind], fast.draws[kind], atol=1e-4)
     assert any(event.kind == "note" and "no replay" in event.message for event in events if isinstance(event, Event))
     assert fast["mlp_out"].cost.spent < 0.6 * found["mlp_out"].cost.spent
+
+
+def test_where_attention_looks_both_ways_earlier_positions_count_too(pairs: vs.Pairs) -> None:
+    model = families.model("bert")
+    subject = torch.zeros(4, 9, dtype=torch.bool)
+    subject[:, 3] = True
+    found = vs.causal_tracing(model, pairs, subject, kinds=["resid_post"], draws=2)
+    assert float(found["resid_post"].effects[0, 0].abs().max()) > 1e-4
 
 
 def test_a_sabotaged_replay_is_caught(

@@ -2,7 +2,8 @@
 
 Tokens are run once and their keys and values kept, so an edit at a position acts when that position is run and its
 consequences stay in the cache; a pass without a cache, with the same edits, gives the same logits. Positions are token
-numbers in each prompt's own sequence, prompt first and new tokens after it, whatever the padding.
+numbers in each prompt's own sequence, prompt first and new tokens after it, whatever the padding. Inside, prompts are
+padded on the left: a sliding window counts columns, so a prompt's tokens must lie side by side.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ATTENTION = ("pattern", "scores")
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One pass. logits: [batch, pos, vocab] of its tokens, or only of the last. captured: site -> [batch, pos, ...]."""
+    """One pass. logits: [batch, pos, vocab], or [batch, vocab] once only the last is kept. captured: by site."""
 
     logits: Tensor
     cache: Any
@@ -107,50 +108,49 @@ def generated(forward: Pass, prompts: Tokens, edits: Sequence[Intervention], ste
     prompts = Tokens.from_rows(rows)
     masks = [edited_tokens(edit.positions, prompts.lengths, steps) for edit in edits]
     _check_attention(edits, prompts)
-    written = _write(forward, prompts, masks, steps, choice)
+    written = _write(forward, _left_padded(prompts), masks, steps, choice)
     return _result(written, rows, prompts, steps, choice.stop)
+
+
+def _left_padded(prompts: Tokens) -> Tokens:
+    """The same prompts with their padding moved from the right to the left."""
+    width = prompts.ids.shape[1]
+    column = (torch.arange(width)[None] - (width - prompts.lengths)[:, None]) % width
+    return Tokens(prompts.ids.gather(1, column), prompts.real.gather(1, column))
 
 
 @dataclass(eq=False)
 class _Written:
     passes: list[Step]
     index: list[Tensor]
-    logits: list[Tensor]
     chosen: list[Tensor]
 
 
 def _write(forward: Pass, prompts: Tokens, masks: Sequence[Tensor], steps: int, choice: Choice) -> _Written:
-    lengths, pick = prompts.lengths, choice.picker(len(prompts))
-    nowhere = prompts.ids.shape[1] + steps - 1
+    """prompts: padded on the left. Padding has the token number `nowhere`, past all that is run."""
+    lengths, pick, width = prompts.lengths, choice.picker(len(prompts)), prompts.ids.shape[1]
+    nowhere = width + steps - 1
     ids, real, cache = prompts.ids, prompts.real, None
-    index = torch.where(real, torch.arange(ids.shape[1]), nowhere)
-    columns, kept, open_rows = real, _Written([], [], [], []), torch.ones(len(prompts), dtype=torch.bool)
+    index = torch.where(real, torch.arange(width)[None] - (width - lengths)[:, None], nowhere)
+    columns, kept, unfinished = real, _Written([], [], []), torch.ones(len(prompts), dtype=torch.bool)
     for number in range(steps):
         places = [Place(real, index, mask.gather(1, index.clamp_max(nowhere - 1)) & real) for mask in masks]
         step = forward(ids, columns, index, cache, places)
-        last = step.logits[:, -1] if step.logits.shape[1] == 1 else _at_end(step.logits, lengths, number)
+        last = step.logits[:, -1]
         if bool(last.isnan().any()):
             raise NotFiniteError(
                 f"the logits of new token {number} are NaN; run(..., check_finite=True) says where from"
             )
         cache, ids = step.cache, pick(last)[:, None].cpu()
-        kept.passes.append(Step(step.logits[:, :0], None, step.captured, step.diagnostics))
+        kept.passes.append(Step(last, None, step.captured, step.diagnostics))
         kept.index.append(index)
-        kept.logits.append(last)
         kept.chosen.append(ids[:, 0])
-        open_rows &= ids[:, 0] != (-1 if choice.stop is None else choice.stop)
-        if not bool(open_rows.any()):
+        unfinished &= ids[:, 0] != (-1 if choice.stop is None else choice.stop)
+        if not bool(unfinished.any()):
             break
         index, real = (lengths + number)[:, None], torch.ones_like(ids, dtype=torch.bool)
         columns = torch.cat([columns, real], 1)
     return kept
-
-
-def _at_end(logits: Tensor, lengths: Tensor, number: int) -> Tensor:
-    """Logits of each prompt's last token [batch, vocab]."""
-    if number:
-        return logits[:, -1]
-    return logits[torch.arange(len(lengths), device=logits.device), (lengths - 1).to(logits.device)]
 
 
 def edited_tokens(positions: Positions, lengths: Int[Tensor, " batch"], steps: int) -> Bool[Tensor, "batch token"]:
@@ -189,7 +189,7 @@ def _listed(positions: int | Sequence[int]) -> list[int]:
 
 
 def _check_attention(edits: Sequence[Intervention], prompts: Tokens) -> None:
-    """Keys of prompts of unequal lengths are not in the same columns as their tokens."""
+    """Keys of prompts of unequal lengths are not in the columns of their token numbers."""
     ragged = len(set(prompts.lengths.tolist())) > 1
     bad = [edit for edit in edits if edit.part.site.kind in ATTENTION]
     if ragged and bad:
@@ -207,7 +207,13 @@ def _result(written: _Written, rows: list[list[int]], prompts: Tokens, steps: in
     sites = list(written.passes[0].captured)
     cut = {site: _cut(site, _assembled(site, written, nowhere), ran.ids.shape[1]) for site in sites}
     told = [{**entry, "pass": number} for number, step in enumerate(written.passes) for entry in step.diagnostics]
-    return Generation(Tokens.from_rows(full), new, torch.stack(written.logits, 1), Activations(cut, ran), tuple(told))
+    return Generation(
+        Tokens.from_rows(full),
+        new,
+        torch.stack([step.logits for step in written.passes], 1),
+        Activations(cut, ran),
+        tuple(told),
+    )
 
 
 def _cut(site: Site, tensor: Tensor, width: int) -> Tensor:

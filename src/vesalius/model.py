@@ -238,6 +238,11 @@ class Model:
             call["attention_mask"] = real.long().to(self.device)
             if adapter.positions:
                 call["position_ids"] = (index * here).to(self.device)
+        whole = any(
+            site.kind in ("logits", "module") for site in (*capture, *(edit.part.site for edit in interventions))
+        )
+        if self._takes("logits_to_keep") and not whole:
+            call["logits_to_keep"] = 1
         recorder = Recorder(self, capture, interventions, Tokens(ids, here), False, places)
         with torch.no_grad(), recorder.listening():
             output = self.module(**call)

@@ -102,16 +102,28 @@ def share(bench: Bench, values: Floats, empty: Floats, ablation: str) -> Share:
     return Share(ablation, test.estimate, test.low, test.high, per_example)
 
 
-def random_sets(bench: Bench, members: Sequence[Site], draws: int, seed: int) -> list[tuple[Site, ...]]:
-    """Random sets of the same size and composition: as many heads and MLPs, the embeddings iff the circuit has them."""
+def random_sets(
+    bench: Bench, members: Sequence[Site], draws: int, seed: int, *, outside: bool = False
+) -> list[tuple[Site, ...]]:
+    """Random sets of the same size and composition: as many heads and MLPs, the embeddings iff the circuit has them.
+
+    outside: draw from what is not in the circuit, as far as there is enough of it (what another set would cost to lose;
+    a set that shares members with the circuit is needed for their sake).
+    """
     generator = torch.Generator().manual_seed(seed)
-    everything = components(bench.model)
+    pools = [_pool(bench, members, kind, outside) for kind in ("z", "mlp_out")]
     found = []
     for _ in range(draws):
         chosen: list[Site] = [EMBED] if EMBED in members else []
-        for kind in ("z", "mlp_out"):
-            pool = [part for part in everything if part.kind == kind]
-            count = sum(part.kind == kind for part in members)
+        for pool, count in pools:
             chosen += [pool[int(i)] for i in torch.randperm(len(pool), generator=generator)[:count]]
         found.append(tuple(chosen))
     return found
+
+
+def _pool(bench: Bench, members: Sequence[Site], kind: str, outside: bool) -> tuple[list[Site], int]:
+    """Components of a kind to draw from, and how many of them."""
+    everything = [part for part in components(bench.model) if part.kind == kind]
+    count = sum(part.kind == kind for part in members)
+    others = [part for part in everything if part not in set(members)]
+    return (others if outside and len(others) >= count else everything), count

@@ -110,7 +110,7 @@ def list_sites(
 def calibrate(
     quick: Annotated[bool, typer.Option("--quick", help="Few seeds: a smoke test, not a calibration.")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
-    seeds: Annotated[int, typer.Option(help="Random models and planted models each.")] = 100,
+    seeds: Annotated[int, typer.Option(help="Random networks; up to 40 planted ones go with them.")] = 100,
 ) -> None:
     """How often each validator supports a claim about noise, and how often it finds what is planted."""
     calibrating.run(seeds=seeds, quick=quick, json=json)

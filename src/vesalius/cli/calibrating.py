@@ -20,8 +20,8 @@ def run(*, seeds: int, quick: bool, json: Path | None) -> None:
     if json is not None:
         write_atomic(json, jsonlib.dumps(data, indent=2) + "\n")
     table = Table(title="Calibration", title_justify="left")
-    for heading in ("name", "false_positive_rate", "power", "n"):
+    for heading in ("name", "false_positive_rate", "upper_bound", "power", "n"):
         table.add_column(heading)
     for row in data["validators"]:
-        table.add_row(*(str(row[key]) for key in ("name", "false_positive_rate", "power", "n")))
+        table.add_row(*(str(row[key]) for key in ("name", "false_positive_rate", "upper_bound", "power", "n")))
     output.print(table)

@@ -17,6 +17,7 @@ from vesalius.intervention.basic import Ablate, Freeze, Interchange, Patch, Stee
 from vesalius.intervention.edits import Noise, Project, Replace
 from vesalius.intervention.form import Recorded, by_hash, digest
 from vesalius.intervention.protocol import Intervention
+from vesalius.jobs import write_atomic
 from vesalius.parts import Direction, Part, Subspace, Unit
 from vesalius.records import canonical_json
 from vesalius.site import Site
@@ -77,13 +78,13 @@ def tensors_of(edits: Sequence[Intervention]) -> dict[str, Tensor]:
 def save(edits: Sequence[Intervention], path: str | Path) -> None:
     """Write edits as JSON, in their order, and their tensors beside it as `<path>.safetensors` when there are any."""
     # Late and here only: importing vesalius must stay light.
-    from safetensors.torch import save_file
+    from safetensors.torch import save as as_bytes
 
     target, tensors = Path(path), tensors_of(edits)
     if tensors:
         # Copies, because one storage may not be saved under two names.
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, _beside(target))
-    target.write_text(canonical_json([edit.to_json() for edit in edits]), "utf-8")
+        write_atomic(_beside(target), as_bytes({name: tensor.clone() for name, tensor in tensors.items()}))
+    write_atomic(target, canonical_json([edit.to_json() for edit in edits]))
 
 
 def load(path: str | Path, functions: Functions | None = None) -> list[Any]:

@@ -89,12 +89,13 @@ def _of_circuit(claim: Claim, tested: Tested, provenance: Mapping[str, Any]) -> 
 
 def _circuit_runs(circuit: Circuit, bench: Bench, passed: Gate, draws: int) -> Tested:
     random = random_sets(bench, circuit.members, draws, bench.seed)
+    others = random_sets(bench, circuit.members, needed_draws(draws), bench.seed, outside=True)
     nothing: tuple[Site, ...] = ()
     everything = tuple(components(bench.model))
     keep, lose = {}, {}
     for ablation in ABLATIONS:
         keep[ablation] = _stored(bench, "keep", [circuit.members, nothing, *random], ablation, kept)
-        compared = random[: needed_draws(draws)] if ablation == "resample" else []
+        compared = others if ablation == "resample" else []
         parts = [_without_input(members) for members in (circuit.members, *compared)]
         lose[ablation] = _stored(bench, "remove", [parts[0], everything, *parts[1:]], ablation, removed)
     smaller = [tuple(m for m in circuit.members if m != part) for part in circuit.members]

@@ -14,7 +14,7 @@ last, and with the final norm frozen the effect is the sender's direct effect).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -83,7 +83,10 @@ def path_patching(
     kept += [normal(site)[0] for site in names if site.kind == "attn_out"]
     other = PROMPTS[1 - PROMPTS.index(base)]
     runs = record(model, pairs.tokens(base), kept), record(model, pairs.tokens(other), kept)
-    work = _Work(*runs, patch_donor(*runs), pairs, metric, paths)
+    donor = patch_donor(*runs)
+    if not runs[0].causal:
+        donor = replace(donor, first=torch.zeros_like(donor.first))
+    work = _Work(*runs, donor, pairs, metric, paths)
     values, cost = work.values(names, budget, sink)
     plain = [base_values(run, pairs, metric, runs[0]) for run in runs]
     _refuse_nan(values, names)
@@ -99,6 +102,8 @@ def path_patching(
 
 def logit_range(base: Record, pairs: Pairs) -> float:
     """Spread of the first example's logits at its read position: what rounding is measured against."""
+    if base.logits is not None:
+        return float(base.logits[0, pairs.at[0]].max() - base.logits[0, pairs.at[0]].min())
     model = base.model
     unembed = submodule(model.module, model.described[0].unembed)
     with torch.no_grad():

@@ -134,8 +134,9 @@ class _Work:
 
     @property
     def donor(self) -> Donor:
-        """Clean values; nothing differs before the first subject token."""
-        return Donor("patch", self.clean, torch.arange(len(self.pairs)), self.mask.long().argmax(1))
+        """Clean values; where attention is causal nothing differs before the first subject token."""
+        first = self.mask.long().argmax(1) * int(self.clean.causal)
+        return Donor("patch", self.clean, torch.arange(len(self.pairs)), first)
 
     def trace(self, noises: Sequence[Noise], std: float, check: bool, seed: int, sink: Sink) -> Tracing:
         """All draws, averaged."""

@@ -54,13 +54,13 @@ def circuit_claims(
         ),
         Claim(
             statement=f"without {count} (the embeddings left alone) at least half of the effect is lost",
-            check=NEEDED, control=_control(needed_draws(draws)), **shared,
+            check=NEEDED, control=_control(needed_draws(draws), ", outside the circuit as far as that goes"), **shared,
         ),
     )  # fmt: skip
 
 
-def _control(draws: int) -> dict[str, Any]:
-    return {"rule": f"mean of {draws} random sets of the same size and composition", "draws": draws}
+def _control(draws: int, where: str = "") -> dict[str, Any]:
+    return {"rule": f"mean of {draws} random sets of the same size and composition{where}", "draws": draws}
 
 
 def circuit_evidence(

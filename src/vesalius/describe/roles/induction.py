@@ -28,4 +28,4 @@ class Induction:
         if not places:
             return None
         seen = max((looks(context, component, *found) for found in places), key=lambda look: look.strength)
-        return role_fit(context, component, self.name, [seen, matters(context, component)])
+        return role_fit(context, component, self.name, [seen, matters(context, component, 1)])

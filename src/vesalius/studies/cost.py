@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from vesalius.bench import DIRECTIONS, Bench, components
 from vesalius.circuits import ABLATIONS
 from vesalius.jobs import Estimate
-from vesalius.sweeps.evaluate import estimate
+from vesalius.metric import logit_diff
+from vesalius.sweeps.evaluate import estimate, evaluate
 from vesalius.sweeps.variants import Variant
 
 # What the search for a circuit takes depends on what it finds: about this many candidate sets, and this many members.
 TYPICAL_SETS, TYPICAL_MEMBERS = 250, 40
-# Replayed tokens cost a little more than plain ones: attention is gathered, edits are written.
-OVERHEAD = 1.2
+# Parts patched to find out how fast this machine is.
+TIMED = 4
 
 
 def estimate_study(bench: Bench, random_sets: int) -> Estimate:
-    """From exact counts of the patching runs, typical counts of the rest, and one timed forward of the prompts."""
-    bench.run("clean")  # the first run warms up and is not timed
-    per_forward = min(_seconds(bench, corruption) for corruption in bench.corruptions) / bench.n
+    """From exact counts of the patching runs, typical counts of the rest, and the time a few parts take to patch."""
     parts = [Variant((part,)) for part in components(bench.model)]
     patching = sum(
         _patching(bench, parts, corruption, direction) for corruption in bench.corruptions for direction in DIRECTIONS
     )
     sets = bench.n * (TYPICAL_SETS * _live(bench) + random_sets * (len(ABLATIONS) - 1 + _live(bench)) + TYPICAL_MEMBERS)
     forwards = patching + sets + patching / 4
-    return Estimate(seconds=per_forward * forwards * OVERHEAD, forwards=forwards, memory_bytes=_memory(bench))
+    return Estimate(seconds=_seconds(bench, parts[:TIMED]) * forwards, forwards=forwards, memory_bytes=_memory(bench))
 
 
-def _seconds(bench: Bench, corruption: str) -> float:
+def _seconds(bench: Bench, parts: Sequence[Variant]) -> float:
+    """Seconds per forward equivalent, from a few parts patched for the purpose."""
+    base, donor = bench.donor(bench.main, "noising")
+    evaluate(base, parts[:1], donor, bench.pairs, logit_diff, check=False)  # the first sweep warms up and is not timed
     began = time.perf_counter()
-    bench.run(corruption)
-    return time.perf_counter() - began
+    outcome = evaluate(base, parts, donor, bench.pairs, logit_diff, check=False)
+    return (time.perf_counter() - began) / max(outcome.cost.spent, 1e-9)
 
 
 def _patching(bench: Bench, parts: list[Variant], corruption: str, direction: str) -> float:

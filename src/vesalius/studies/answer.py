@@ -96,7 +96,8 @@ def _no_effect(study: Study) -> str:
         return ""
     return (
         f"On fresh prompts the corruption changes the logit difference by {total.estimate:+.2f} [{total.low:+.2f}, "
-        f"{total.high:+.2f}], which cannot be told from nothing: there is no effect whose parts could be described."
+        f"{total.high:+.2f}] ({total.n} prompts in {total.n_groups} independent groups): too uncertain to be told from "
+        "nothing, so no share of it is stated."
     )
 
 

@@ -1,9 +1,10 @@
-"""Inputs to study: built-in tasks, the user's own files, named positions."""
+"""Inputs to study: built-in tasks, the user's own files, named positions; activations as rows to train on."""
 
 from __future__ import annotations
 
 from vesalius.data.files import load_pairs
 from vesalius.data.positions import landmarks
+from vesalius.data.source import Source, TensorSource, as_source
 from vesalius.data.tasks import (
     TASKS,
     Row,
@@ -21,7 +22,10 @@ from vesalius.data.tasks import (
 __all__ = [
     "TASKS",
     "Row",
+    "Source",
     "Task",
+    "TensorSource",
+    "as_source",
     "beginning_token",
     "build_pairs",
     "capitals",

@@ -1,0 +1,180 @@
+"""Source: shuffled rows of activations, whatever keeps them: a store on disk, a stream from a model, plain tensors.
+
+A row is one token: one vector per site. What fits on rows (dictionaries, probes) takes a Source and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vesalius.data.tasks.base import stream
+from vesalius.errors import InputError, NotFiniteError
+from vesalius.site import Site
+
+Rows = tuple[Float[Tensor, "batch _"], ...]
+"""One tensor [batch, width] per site; row i of each is the same token."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Rows to train on: the same seed gives the same batches, and a run that was broken off goes on exactly."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """In the order of the tensors of a batch."""
+        ...
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Length of a row at each site."""
+        ...
+
+    @property
+    def n_rows(self) -> int | None:
+        """Rows of one epoch; None for a stream of unknown length."""
+        ...
+
+    @property
+    def content_hash(self) -> str:
+        """Of everything that the batches of a seed depend on."""
+        ...
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Rows]:
+        """Endless batches, every epoch in a new order; float32 unless the source was made with another dtype.
+
+        Every batch is full: one that reaches past the end of an epoch goes on with the next. start: batches to leave
+        out; what then comes is what would have come without a break. Raises InputError for a batch_size under 1, and
+        for a seed or start under 0.
+        """
+        ...
+
+    def sample(self, n: int, *, seed: int) -> Rows:
+        """n different rows at random, for statistics; fewer when there are fewer. Raises InputError for n under 1."""
+        ...
+
+
+class TensorSource:
+    """A Source of plain tensors in memory: x, or (x, y) and so on, [n, width] each, row i of each the same token.
+
+    sites: names for the tensors; by default module:tensor0|out and so on, which no model has. dtype: of the batches.
+
+    Raises InputError for shapes or dtypes that don't fit, NotFiniteError for NaN and infinity.
+    """
+
+    def __init__(
+        self, *tensors: Float[Tensor, "n _"], sites: Sequence[Site | str] = (), dtype: torch.dtype = torch.float32
+    ) -> None:
+        _check_tensors(tensors)
+        named = tuple(Site.parse(site) for site in sites) or _unnamed(len(tensors))
+        if len(named) != len(tensors):
+            raise InputError(f"{len(named)} sites were given for {len(tensors)} tensors; give one each, or none")
+        self._tensors, self._sites, self._dtype = tensors, named, dtype
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self._sites
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(tensor.shape[1] for tensor in self._tensors)
+
+    @property
+    def n_rows(self) -> int:
+        return self._tensors[0].shape[0]
+
+    @cached_property
+    def content_hash(self) -> str:
+        """sha256 of the values, their shapes and dtypes, the sites, and the dtype of the batches."""
+        digest = hashlib.sha256(str(self._dtype).encode())
+        for site, tensor in zip(self._sites, self._tensors, strict=True):
+            digest.update(f"{site}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Rows]:
+        """As `Source.batches`."""
+        check_batches(batch_size, seed, start)
+        return map(self._rows, _endless(self.n_rows, batch_size, seed, start))
+
+    def sample(self, n: int, *, seed: int) -> Rows:
+        """As `Source.sample`."""
+        check_sample(n, seed)
+        return self._rows(torch.randperm(self.n_rows, generator=stream("sample", seed))[:n])
+
+    def _rows(self, index: Tensor) -> Rows:
+        return tuple(tensor.detach()[index.to(tensor.device)].to(self._dtype) for tensor in self._tensors)
+
+
+def as_source(given: Any) -> Source:
+    """A Source as it is; a tensor [n, width], or a tuple or list of such, as a TensorSource.
+
+    Raises InputError for anything else, and as `TensorSource`.
+    """
+    if isinstance(given, Source):
+        return given
+    if isinstance(given, Tensor):
+        return TensorSource(given)
+    if isinstance(given, tuple | list) and given and all(isinstance(item, Tensor) for item in given):
+        return TensorSource(*given)
+    raise InputError(
+        f"activations must be a store, a stream, a tensor [n, width] or a tuple of such tensors; got "
+        f"{type(given).__name__}"
+    )
+
+
+def check_batches(batch_size: int, seed: int, start: int) -> None:
+    """Raise InputError when these cannot be arguments of `batches`."""
+    _check_whole("batch_size", batch_size, 1)
+    _check_whole("seed", seed, 0)
+    _check_whole("start", start, 0)
+
+
+def check_sample(n: int, seed: int) -> None:
+    """Raise InputError when these cannot be arguments of `sample`."""
+    _check_whole("n", n, 1)
+    _check_whole("seed", seed, 0)
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number, at least {least}; got {value!r}")
+
+
+def _check_tensors(tensors: Sequence[Tensor]) -> None:
+    if not tensors:
+        raise InputError("no tensors: give at least one, [n, width]")
+    for number, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor) or tensor.ndim != 2 or not tensor.is_floating_point() or not tensor.numel():
+            given = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InputError(f"tensor {number} must hold floating-point rows [n, width], at least one; got {given}")
+        if len(tensor) != len(tensors[0]):
+            raise InputError(
+                f"tensor {number} has {len(tensor)} rows and tensor 0 has {len(tensors[0])}; row i of each must be "
+                "the same token"
+            )
+        bad = ~torch.isfinite(tensor).all(1)
+        if bool(bad.any()):
+            raise NotFiniteError(f"tensor {number} holds NaN or infinity, first in row {int(bad.nonzero()[0])}")
+
+
+def _unnamed(n: int) -> tuple[Site, ...]:
+    return tuple(Site("module", module=f"tensor{number}") for number in range(n))
+
+
+def _endless(n: int, batch_size: int, seed: int, start: int) -> Iterator[Tensor]:
+    """Row numbers of batch `start` and all that follow: the orders of all epochs, one after the other."""
+    epoch, at = divmod(start * batch_size, n)
+    left = torch.empty(0, dtype=torch.long)
+    while True:
+        order = torch.randperm(n, generator=stream("epoch", seed, epoch))[at:]
+        left = torch.cat([left, order]) if len(left) else order
+        full = len(left) // batch_size
+        yield from left[: full * batch_size].view(full, batch_size)
+        left, epoch, at = left[full * batch_size :], epoch + 1, 0

@@ -19,7 +19,7 @@ ROWS = [
     "inputs",
     "activations parts",
     "metric intervention adapters",
-    "hooks attention",
+    "hooks attention calls",
     "taps generation",
     "model",
     "loading direct sweeps",

@@ -56,12 +56,18 @@ class Metric:
         return self.of(self._select(logits, pairs), None if base is None else self._select(base, pairs), pairs)
 
     def _select(self, logits: Tensor, pairs: Pairs) -> Tensor:
+        logits = wide(logits)
         if self.needs.positions == "all":
             return logits
         rows = torch.arange(len(pairs), device=logits.device)
         read = logits[rows, pairs.at.to(logits.device)]
         tokens = self.tokens(pairs)
         return read if tokens is None else read.gather(1, tokens.to(logits.device))
+
+
+def wide(logits: Tensor) -> Tensor:
+    """In float32 or wider: logits of a half-precision model are exact numbers, and metrics do not round them again."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _logit_diff(logits: Tensor, _base: Tensor | None, _pairs: Pairs) -> Tensor:

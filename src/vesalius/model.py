@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vesalius.activations import Activations
 from vesalius.adapters import Adapter, Layout, adapter_for, submodule
 from vesalius.adapters.norms import frozen_scale, gain
+from vesalius.calls import Caller, logits_of
 from vesalius.errors import InputError
 from vesalius.generation import Choice, Generation, Step, generated
 from vesalius.inputs import Tokens
@@ -171,7 +172,8 @@ class Model:
     ) -> Run:
         """One forward pass that captures sites and applies interventions, in their order.
 
-        inputs: Tokens, int64 ids [batch, pos], text, or for other modules whatever tensor they take.
+        inputs: Tokens, int64 ids [batch, pos], text, or for a module without adapter whatever it takes: a tensor, a
+        tuple of arguments, a mapping of keywords. Of several outputs the first is `logits`.
         grad: keep the graph, so that autograd reaches captured tensors. last_logits: only the last position's logits,
         when the model can (saves the unembedding of the rest). A captured site holds the value after interventions.
         check_finite: look at every site (attention's scores and pattern only when they are captured or edited).
@@ -179,17 +181,16 @@ class Model:
         Raises UnknownNameError for an unknown site, InterventionError when an intervention's site never fired, with
         check_finite NotFiniteError naming the first site, in the order of the pass, that holds NaN or infinity.
         """
-        call, tokens = self._call(inputs)
+        args, call, tokens = self._call(inputs)
         if last_logits and self._takes("logits_to_keep"):
             call = {**call, "logits_to_keep": 1}
         wanted = [site for name in capture for site in self._resolve(name)]
         watch = self._all_sites if check_finite else ()
         recorder = Recorder(self, wanted, list(interventions), tokens, grad, watch=watch)
         with torch.set_grad_enabled(grad), recorder.listening():
-            output = self.module(call["x"]) if "x" in call else self.module(**call)
+            output = self.module(*args, **call)
         recorder.check_fired()
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", output)
-        return Run(logits, Activations(recorder.captured(), tokens), recorder.diagnostics())
+        return Run(logits_of(output), Activations(recorder.captured(), tokens), recorder.diagnostics())
 
     def generate(
         self,
@@ -211,7 +212,7 @@ class Model:
         Equals running every longer prompt anew with the same interventions. Raises InputError for a model that keeps
         no keys and values, or positions that are never run.
         """
-        tokens = self._call(prompts)[1]
+        tokens = self._call(prompts)[2]
         if tokens is None or not self._takes("past_key_values"):
             raise InputError(f"{self.name} does not write: it takes no past_key_values. Use run")
         wanted = [site for name in capture for site in self._resolve(name)]
@@ -256,12 +257,14 @@ class Model:
         if "*" in str(name):
             return [site.whole for site in self.sites(str(name))]
         site = Site.parse(name)
-        if site.kind != "module":
-            self.check_site(site)
+        self.check_site(site)
         return [site.whole]
 
     def check_site(self, site: Site) -> None:
         """Raise UnknownNameError or InputError when this model has no such site."""
+        if site.kind == "module":
+            submodule(self.module, site.module)
+            return
         _, layout = self.described
         if site.layer is not None and site.layer >= layout.n_layers:
             raise InputError(f"{site}: {self.name} has {layout.n_layers} layers, numbered from 0")
@@ -271,46 +274,20 @@ class Model:
         if site.index is not None and limit is not None and site.index >= limit:
             raise InputError(f"{site}: {self.name} has {limit} {what}, numbered from 0")
 
-    def _call(self, inputs: Any) -> tuple[dict[str, Any], Tokens | None]:
+    def _call(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tokens | None]:
         """Arguments of the module, and the tokens when there are any."""
         if isinstance(inputs, str) or (isinstance(inputs, list) and inputs and isinstance(inputs[0], str)):
             inputs = self.tokens(inputs)
-        if self.adapter is None:
-            tokens = inputs if isinstance(inputs, Tokens) else None
-            return {"x": tokens.ids if tokens else inputs}, tokens
-        if self.adapter.input != "input_ids":
-            return {self.adapter.input: _pixels(inputs).to(self.device), **self.adapter.call}, None
-        if isinstance(inputs, Tensor):
-            inputs = Tokens(inputs)
-        if not isinstance(inputs, Tokens):
-            raise InputError(f"inputs must be Tokens, int64 ids [batch, pos] or text; got {type(inputs).__name__}")
-        return self.token_call(inputs), inputs
+        return self._caller.arguments(inputs)
 
     def token_call(self, tokens: Tokens) -> dict[str, Any]:
         """Keyword arguments the wrapped module is called with for these tokens."""
-        adapter, layout = self.described
-        vocab = layout.vocab
-        if int(tokens.ids.max()) >= vocab:
-            raise InputError(
-                f"token id {int(tokens.ids.max())} is outside {self.name}'s vocabulary of {vocab}; "
-                "is this its tokenizer?"
-            )
-        call: dict[str, Any] = {adapter.input: tokens.ids.to(self.device), **adapter.call}
-        if tokens.mask is None:
-            return call
-        mask = tokens.mask.to(self.device)
-        call["attention_mask"] = mask.long()
-        if adapter.positions and not bool(mask[:, 0].all()):
-            # Left padding: real tokens keep the positions they would have alone.
-            call["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
-        return call
+        _ = self.described
+        return self._caller.of_tokens(tokens)
 
-
-def _pixels(inputs: Any) -> Tensor:
-    if isinstance(inputs, Tensor) and inputs.is_floating_point():
-        return inputs
-    given = f"{inputs.dtype} tensor" if isinstance(inputs, Tensor) else type(inputs).__name__
-    raise InputError(f"this model takes images [batch, channel, height, width] as a float tensor; got {given}")
+    @property
+    def _caller(self) -> Caller:
+        return Caller(self.adapter, self.layout, self.name, self.device)
 
 
 def _limit(kind: str, layout: Layout) -> tuple[int | None, str]:

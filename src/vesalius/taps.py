@@ -102,8 +102,7 @@ class Recorder:
             raise InterventionError(
                 f"{site} is computed for reading and cannot be edited; edit layers.{site.layer}.z instead"
             )
-        if site.kind != "module":
-            self._host.check_site(site)
+        self._host.check_site(site)
 
     def _checked_read(self, edit: Reader) -> Site:
         site = edit.reads.site
@@ -111,8 +110,7 @@ class Recorder:
             raise InterventionError(
                 f"{site} is no tensor of the pass, so no edit can read it; read layers.{site.layer}.z"
             )
-        if site.kind != "module":
-            self._host.check_site(site)
+        self._host.check_site(site)
         return site.whole
 
     def _through_attention(self, site: Site) -> bool:

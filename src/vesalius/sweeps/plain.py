@@ -9,14 +9,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vesalius.errors import InputError
 from vesalius.inputs import Pairs, Tokens
 from vesalius.intervention import Patch
 from vesalius.metric import Metric
 from vesalius.site import Site
-from vesalius.sweeps.record import Record
+from vesalius.sweeps.record import Record, taken, together
 from vesalius.sweeps.variants import Donor, Variant, normal, rows_of
 
-_WHOLE_RUNS = ("router", "expert_out")
+_WHOLE_RUNS = ("router", "expert_out", "module")
 
 
 def why_plain(record: Record, variants: Sequence[Variant]) -> str:
@@ -56,23 +57,19 @@ def plain_runs(
     """Run every live cell, at most `budget` tokens together, and hand each run to `visit`."""
     width = record.tokens.ids.shape[1]
     for number, variant in enumerate(variants):
-        for example in live[number].nonzero()[:, 0].split(max(1, budget // width)):
-            if len(example):
+        for some in live[number].nonzero()[:, 0].split(max(1, budget // width)):
+            for example in together(record.model, record.tokens, some):
                 visit(_edited(record, number, variant, donor, example, pairs, watch))
 
 
 def _edited(
     record: Record, number: int, variant: Variant, donor: Donor, example: Tensor, pairs: Pairs, watch: Sequence[Site]
 ) -> PlainRun:
-    run = record.model.run(
-        _tokens(record, example), capture=list(watch), interventions=patches(record, variant, donor, example)
-    )
+    tokens = taken(record.model, record.tokens, example)
+    edits = patches(record, variant, donor, example, tokens.ids.shape[1])
+    run = record.model.run(tokens, capture=list(watch), interventions=edits)
     at = pairs.at[example]
     return PlainRun(number, example, run.logits, {site: at_read(run[site], at, site) for site in watch})
-
-
-def _tokens(record: Record, example: Tensor) -> Tokens:
-    return Tokens(record.tokens.ids[example], record.tokens.real[example])
 
 
 def at_read(values: Tensor, at: Int[Tensor, " example"], site: Site) -> Tensor:
@@ -101,7 +98,27 @@ def patches(
     mask = (pos >= donor.first[example][:, None]) & record.tokens.real[example, :width]
     if variant.position is not None:
         mask &= pos == variant.position
-    return [_patch(part, donor, example, mask) for part in variant.parts]
+    return [
+        _patch_module(part, donor, example, mask, variant.position is None)
+        if part.kind == "module"
+        else _patch(part, donor, example, mask)
+        for part in variant.parts
+    ]
+
+
+def _patch_module(part: Site, donor: Donor, example: Tensor, mask: Bool[Tensor, "row pos"], everywhere: bool) -> Patch:
+    """A module's tensor may have any shape; one that counts tokens is [example, pos, ...]."""
+    values, pos = donor.source.at(part), mask.shape[1]
+    given = values[donor.example[example]] if values.shape[0] > 1 else values
+    given = given[:, :pos] if given.ndim > 2 else given
+    if everywhere and bool(mask.all()):
+        return Patch(part, source=given)
+    if given.ndim < 3 or given.shape[1] not in (1, pos):
+        raise InputError(
+            f"{part} is [example, {', '.join(map(str, values.shape[1:]))}] here, which does not count the {pos} tokens "
+            "of the prompts: sweep it whole (each=None) with prompts of one length"
+        )
+    return Patch(part, source=given, positions=mask)
 
 
 def _patch(part: Site, donor: Donor, example: Tensor, mask: Bool[Tensor, "row pos"]) -> Patch:

@@ -55,7 +55,7 @@ class Record:
     @property
     def causal(self) -> bool:
         """No position reads a later one."""
-        return self.model.described[0].causal
+        return self.model.adapter is not None and self.model.adapter.causal
 
     @property
     def lengths(self) -> Int[Tensor, " example"]:
@@ -136,13 +136,12 @@ def window_of(mask: Tensor, lengths: Int[Tensor, " example"]) -> int | None:
 
 def record(model: Model, tokens: Tokens, sites: Sequence[Site] = ()) -> Record:
     """Run the model once and keep what replays need. Raises InputError for left-padded tokens."""
-    adapter, layout = model.described
     if not bool(tokens.real[:, 0].all()):
         raise InputError("sweeps take right-padded prompts; build them with Tokens.from_rows or Pairs")
-    if not adapter.causal:
-        return _plain(model, tokens, sites, f"attention of the {adapter.family} family reads later positions too")
-    if not adapter.attention or not adapter.replay:
-        return _plain(model, tokens, sites, f"the {adapter.family} adapter does not say how to replay a layer")
+    reason = _never_replayed(model)
+    if reason:
+        return _plain(model, tokens, sites, reason)
+    adapter, layout = model.described
     calls: dict[int, dict[str, Any]] = {}
     inputs: dict[int, Tensor] = {}
     keeper = _Keeper(tokens.lengths)
@@ -169,14 +168,66 @@ def record(model: Model, tokens: Tokens, sites: Sequence[Site] = ()) -> Record:
     )  # fmt: skip
 
 
+def _never_replayed(model: Model) -> str:
+    """Why this model's layers cannot be replayed, whatever the prompts; empty when they perhaps can."""
+    adapter = model.adapter
+    if adapter is None:
+        return f"{model.name} has no adapter"
+    if not adapter.causal:
+        return f"attention of the {adapter.family} family reads later positions too"
+    if not adapter.attention or not adapter.replay:
+        return f"the {adapter.family} adapter does not say how to replay a layer"
+    return ""
+
+
 def _plain(model: Model, tokens: Tokens, sites: Sequence[Site], reason: str) -> Record:
     """A record of an ordinary run, for a model whose layers cannot be replayed."""
-    n_layers = model.described[1].n_layers
-    stream = [*(Site("resid_pre", n) for n in range(n_layers)), Site("resid_post", n_layers - 1)]
-    run = model.run(tokens, capture=[*stream, *(site.whole for site in sites)])
-    held = {site: run.activations[site] for site in run.activations}
+    n_layers = 0 if model.layout is None else model.layout.n_layers
+    stream = [*(Site("resid_pre", n) for n in range(n_layers)), *(Site("resid_post", n - 1) for n in [n_layers] if n)]
+    asked = [*stream, *(site.whole for site in sites if site.kind not in ("resid_pre", "resid_post"))]
+    groups = together(model, tokens, torch.arange(len(tokens)))
+    runs = [model.run(taken(model, tokens, rows), capture=asked) for rows in groups]
+    logits = _merged(tokens, groups, [_checked_logits(model, run.logits) for run in runs], "its output")
+    held = {site: _merged(tokens, groups, [run[site] for run in runs], str(site)) for site in runs[0].activations}
     resid = tuple(held[site] for site in stream)
-    return Record(model, tokens, resid, (), (), (), (), (), held, reason=reason, logits=run.logits)
+    return Record(model, tokens, resid, (), (), (), (), (), held, reason=reason, logits=logits)
+
+
+def together(model: Model, tokens: Tokens, example: Int[Tensor, " row"]) -> list[Int[Tensor, " group"]]:
+    """Examples that one run may hold: without an adapter nothing hides the padding, so those of one length."""
+    if model.adapter is not None:
+        return [example] if len(example) else []
+    lengths = tokens.lengths[example]
+    return [example[lengths == size] for size in lengths.unique()]
+
+
+def taken(model: Model, tokens: Tokens, example: Int[Tensor, " row"]) -> Tokens:
+    """These examples' prompts; without an adapter cut to their one length."""
+    if model.adapter is None:
+        return Tokens(tokens.ids[example, : int(tokens.lengths[example].max())])
+    return Tokens(tokens.ids[example], tokens.real[example])
+
+
+def _checked_logits(model: Model, logits: Any) -> Tensor:
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        given = str(tuple(logits.shape)) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"a sweep reads logits [example, pos, vocab]; {model.name} gives {given}")
+    return logits
+
+
+def _merged(tokens: Tokens, groups: Sequence[Tensor], pieces: Sequence[Tensor], name: str) -> Tensor:
+    """One tensor [example, pos, ...] from runs of some examples each, zero past an example's end."""
+    if len(pieces) == 1:
+        return pieces[0]
+    if len({piece.shape[2:] for piece in pieces}) > 1 or any(
+        piece.ndim < 3 or piece.shape[1] != int(tokens.lengths[rows[0]])
+        for rows, piece in zip(groups, pieces, strict=True)
+    ):
+        raise InputError(f"{name} is not [example, pos, ...], so prompts of unequal lengths cannot share it")
+    whole = pieces[0].new_zeros(*tokens.ids.shape, *pieces[0].shape[2:])
+    for rows, piece in zip(groups, pieces, strict=True):
+        whole[rows, : piece.shape[1]] = piece
+    return whole
 
 
 def _untold(calls: Mapping[int, Mapping[str, Any]], rules: Mapping[str, str]) -> str:

@@ -116,7 +116,8 @@ def sweep(
     """Edit every site, one at a time, and measure every example.
 
     sites: names, globs or Sites (embed, and inside layers resid_pre, resid_post, attn_out, mlp_in, mlp_out, mlp_post,
-    q, k, v, z). `embed` is the first layer's input: with learned positions it holds token and position embedding.
+    q, k, v, z; or module:<path>|in and |out of any network that maps token ids to logits [example, pos, vocab], by
+    whole runs). `embed` is the first layer's input: with learned positions it holds token and position embedding.
     each: "position" edits one absolute token index at a time; "head" one head at all positions (sites z, q, k or v; on
     k and v key-value heads); None the whole site at all positions.
     edit: "patch" the other prompts' value at the same position; "zero"; "mean" over the other prompts' positions (the

@@ -83,7 +83,12 @@ def mean_donor(base: Record, reference: Record, sites: Sequence[Site]) -> Donor:
 
 
 def _means(values: Tensor, real: Tensor, width: int) -> Tensor:
-    """[1, width, ...]: the mean of the first position there, and the mean of the other real ones everywhere else."""
+    """[1, width, ...]: the mean of the first position there, and the mean of the other real ones everywhere else.
+
+    A module's tensor without token axis has one mean over the examples.
+    """
+    if values.shape[:2] != real.shape:
+        return values.mean(0, keepdim=True)
     later = values[real].mean(0) if bool(real.any()) else values[:, 0].mean(0)
     table = later.expand(1, width, *later.shape).clone()
     table[0, 0] = values[:, 0].mean(0)
@@ -123,6 +128,8 @@ class _Stretched:
 
     def at(self, site: Site) -> Tensor:
         values = self.reference.at(site)
+        if values.shape[:2] != self.reference.tokens.ids.shape:
+            return values
         last = (self.reference.lengths - 1)[:, None].expand(-1, values.shape[1])
         pos = torch.minimum(torch.arange(values.shape[1])[None].expand_as(last), last)
         return values[torch.arange(len(values))[:, None], pos]
@@ -139,10 +146,12 @@ def normal(part: Site) -> tuple[Site, int]:
         return Site("resid_pre", whole.layer + 1), index
     if whole.kind == "embed":
         return Site("resid_pre", 0), index
+    if whole.kind == "module":
+        return whole, index
     if whole.layer is None or whole.kind in ("pattern", "scores", "result", "resid_mid"):
         raise InputError(
             f"{part} cannot be swept; sweep embed, resid_pre, resid_post, attn_out, mlp_out, mlp_post, router, "
-            "expert_out, q, k, v or z"
+            "expert_out, q, k, v, z or module:<path>|in and |out"
         )
     return whole, index
 
@@ -181,7 +190,8 @@ def _layer(variant: Variant) -> int:
     layers = [normal(part)[0].layer for part in variant.parts]
     if not layers:
         raise InputError("a variant without parts edits nothing")
-    return min(layer for layer in layers if layer is not None)
+    # A module's place is not known; its edits are run whole.
+    return min(layer or 0 for layer in layers)
 
 
 EDITS = ("patch", "zero", "mean", "resample")

@@ -1,0 +1,84 @@
+"""How a module is called: arguments from what the user hands over, and the logits among what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vesalius.adapters import Adapter, Layout
+from vesalius.errors import InputError
+from vesalius.inputs import Tokens
+
+
+@dataclass(frozen=True)
+class Caller:
+    """One model's way of being called. name: for messages."""
+
+    adapter: Adapter | None
+    layout: Layout | None
+    name: str
+    device: torch.device
+
+    def arguments(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tokens | None]:
+        """Positional and keyword arguments of the module, and the tokens when there are any."""
+        if self.adapter is None:
+            tokens = inputs if isinstance(inputs, Tokens) else None
+            return *_plain_arguments(tokens.ids if tokens else inputs, self.device), tokens
+        if self.adapter.input != "input_ids":
+            return (), {self.adapter.input: _pixels(inputs).to(self.device), **self.adapter.call}, None
+        if isinstance(inputs, Tensor):
+            inputs = Tokens(inputs)
+        if not isinstance(inputs, Tokens):
+            raise InputError(f"inputs must be Tokens, int64 ids [batch, pos] or text; got {type(inputs).__name__}")
+        return (), self.of_tokens(inputs), inputs
+
+    def of_tokens(self, tokens: Tokens) -> dict[str, Any]:
+        """Keyword arguments for tokens. Raises InputError for an id outside the vocabulary."""
+        adapter, layout = self.adapter, self.layout
+        assert adapter is not None
+        assert layout is not None
+        if int(tokens.ids.max()) >= layout.vocab:
+            raise InputError(
+                f"token id {int(tokens.ids.max())} is outside {self.name}'s vocabulary of {layout.vocab}; "
+                "is this its tokenizer?"
+            )
+        call: dict[str, Any] = {adapter.input: tokens.ids.to(self.device), **adapter.call}
+        if tokens.mask is None:
+            return call
+        mask = tokens.mask.to(self.device)
+        call["attention_mask"] = mask.long()
+        if adapter.positions and not bool(mask[:, 0].all()):
+            # Left padding: real tokens keep the positions they would have alone.
+            call["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+        return call
+
+
+def _plain_arguments(inputs: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A mapping holds keywords, a tuple several arguments, anything else is the only one."""
+    if isinstance(inputs, Mapping):
+        return (), {name: _there(value, device) for name, value in inputs.items()}
+    return tuple(_there(value, device) for value in (inputs if isinstance(inputs, tuple) else (inputs,))), {}
+
+
+def _there(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _pixels(inputs: Any) -> Tensor:
+    if isinstance(inputs, Tensor) and inputs.is_floating_point():
+        return inputs
+    given = f"{inputs.dtype} tensor" if isinstance(inputs, Tensor) else type(inputs).__name__
+    raise InputError(f"this model takes images [batch, channel, height, width] as a float tensor; got {given}")
+
+
+def logits_of(output: Any) -> Any:
+    """A module's result: its logits where it names them, the first of several, or what it returns."""
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]
+    return getattr(output, "logits", output)

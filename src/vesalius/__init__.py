@@ -37,6 +37,7 @@ _HOME = {
     "Subspace": "parts",
     "Tokens": "inputs",
     "Tracing": "sweeps.tracing",
+    "TrainConfig": "dictionaries",
     "Unit": "parts",
     "Verdict": "records",
     "answer_logprob": "metric",
@@ -50,7 +51,7 @@ _HOME = {
     "path_patching": "sweeps.paths",
     "sweep": "sweeps.sweep",
 }
-_ROOMS = ("circuits", "data", "describe", "report", "stats", "studies", "toys", "validate")
+_ROOMS = ("circuits", "data", "describe", "dictionaries", "report", "stats", "studies", "toys", "validate")
 
 __all__ = sorted([*_HOME, *_ROOMS])
 
@@ -72,6 +73,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from vesalius.activations import Activations as Activations
     from vesalius.adapters import Adapter as Adapter
+    from vesalius.dictionaries import TrainConfig as TrainConfig
     from vesalius.generation import Generation as Generation
     from vesalius.inputs import Pairs as Pairs
     from vesalius.inputs import Tokens as Tokens

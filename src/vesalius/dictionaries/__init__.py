@@ -1,0 +1,24 @@
+"""DECOMPOSE into latents: sparse dictionaries, one training loop for every kind, and their files."""
+
+from __future__ import annotations
+
+from vesalius.dictionaries.coder import Coder
+from vesalius.dictionaries.config import KINDS, TrainConfig
+from vesalius.dictionaries.dictionary import Dictionary
+from vesalius.dictionaries.folder import save
+from vesalius.dictionaries.history import History
+from vesalius.dictionaries.kinds import ACTIVATIONS
+from vesalius.dictionaries.latent import Latent
+from vesalius.dictionaries.loading import load
+
+__all__ = [
+    "ACTIVATIONS",
+    "KINDS",
+    "Coder",
+    "Dictionary",
+    "History",
+    "Latent",
+    "TrainConfig",
+    "load",
+    "save",
+]

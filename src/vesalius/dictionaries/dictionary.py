@@ -1,0 +1,270 @@
+"""Dictionary: a fitted sparse coder with one set of latents. SAE, transcoder and crosscoder are this noun."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vesalius.dictionaries.coder import (
+    Rebuilt,
+    Values,
+    aligned_rows,
+    check_latents,
+    chunks_of,
+    joined_sparse,
+    site_number,
+    strongest,
+)
+from vesalius.dictionaries.history import History
+from vesalius.dictionaries.kinds import Vectors, activation_of
+from vesalius.dictionaries.latent import Latent
+from vesalius.dictionaries.shape_check import check_weights
+from vesalius.errors import InputError, NotFiniteError
+from vesalius.intervention import digest
+from vesalius.parts import Direction
+from vesalius.records import content_hash
+from vesalius.site import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """Latents that read one or more sites and rebuild one or more.
+
+    With s over sites: pre = b_enc + sum_s (in_scale_s x_s - [b_dec_s]) W_enc_s, latents = activation(pre), and the
+    activations rebuilt at s are (latents W_dec_s + b_dec_s [+ skip]) / out_scale_s. The b_dec in brackets is there with
+    `apply_b_dec_to_input`, the skip (x W_skip, of the scaled input) in transcoders that have one.
+
+    Raises InputError naming the tensor for shapes that don't fit, NotFiniteError for NaN and infinity.
+    """
+
+    activation: str
+    """`relu`, `gated`, `jumprelu`, `topk` or `batchtopk`; `kinds` has one file each."""
+    in_sites: tuple[Site, ...]
+    out_sites: tuple[Site, ...]
+    encoders: tuple[Float[Tensor, "d_in latent"], ...]
+    """One per input site."""
+    decoders: tuple[Float[Tensor, "latent d_out"], ...]
+    """One per output site; rows are directions, of any norm."""
+    b_enc: Float[Tensor, " latent"]
+    b_dec: tuple[Float[Tensor, " d_out"], ...]
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the activation needs beside b_enc: `threshold` ([latent], or [] for all), `r_mag` and `b_mag`."""
+    k: int | None = None
+    """Of `topk`."""
+    skip: Float[Tensor, "d_in d_out"] | None = None
+    apply_b_dec_to_input: bool = False
+    in_scale: tuple[float, ...] = ()
+    """Factor on each input before encoding; default 1."""
+    out_scale: tuple[float, ...] = ()
+    """What each output is divided by after decoding; default 1."""
+    groups: tuple[int, ...] = ()
+    """Sizes of the nested prefixes that were trained to rebuild on their own (matryoshka)."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Where it comes from: plain JSON, such as the training config and the hash of the activations."""
+    history: History | None = None
+    """Loss, error and sparsity of every training step."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "in_scale", tuple(self.in_scale) or (1.0,) * len(self.in_sites))
+        object.__setattr__(self, "out_scale", tuple(self.out_scale) or (1.0,) * len(self.out_sites))
+        check_weights(self)
+        for name, tensor in self.tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise NotFiniteError(f"the dictionary's {name} holds NaN or infinity")
+
+    @property
+    def n_latents(self) -> int:
+        """Number of latents."""
+        return self.b_enc.shape[0]
+
+    @property
+    def in_widths(self) -> tuple[int, ...]:
+        """Width of each input site."""
+        return tuple(encoder.shape[0] for encoder in self.encoders)
+
+    @property
+    def out_widths(self) -> tuple[int, ...]:
+        """Width of each output site."""
+        return tuple(decoder.shape[1] for decoder in self.decoders)
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in latent"]:  # noqa: N802
+        """The encoder of a dictionary that reads one site. Raises InputError when it reads several."""
+        return _only("W_enc", "encoders", self.encoders)
+
+    @property
+    def W_dec(self) -> Float[Tensor, "latent d_out"]:  # noqa: N802
+        """The decoder of a dictionary that rebuilds one site. Raises InputError when it rebuilds several."""
+        return _only("W_dec", "decoders", self.decoders)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, as it is stored: `W_enc.0`, `W_dec.0`, `b_dec.0`, one number per site, ..."""
+        named = {f"W_enc.{number}": tensor for number, tensor in enumerate(self.encoders)}
+        named |= {f"W_dec.{number}": tensor for number, tensor in enumerate(self.decoders)}
+        named |= {f"b_dec.{number}": tensor for number, tensor in enumerate(self.b_dec)}
+        skip = {} if self.skip is None else {"W_skip": self.skip}
+        return named | {"b_enc": self.b_enc} | dict(self.extras) | skip
+
+    @property
+    def stored_as(self) -> str:
+        """Its name in `config.json`."""
+        return "dictionary"
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Hash of the weights and of everything else that decides what it computes."""
+        return content_hash({**self.settings, "tensors": {name: digest(t) for name, t in self.tensors.items()}})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything but the tensors that decides what it computes, as plain JSON."""
+        return {
+            "activation": self.activation, "in_sites": [str(site) for site in self.in_sites],
+            "out_sites": [str(site) for site in self.out_sites], "k": self.k,
+            "apply_b_dec_to_input": self.apply_b_dec_to_input, "in_scale": list(self.in_scale),
+            "out_scale": list(self.out_scale), "groups": list(self.groups),
+        }  # fmt: skip
+
+    def encode(self, x: Values, latents: Sequence[int] | None = None) -> Float[Tensor, "... latent"]:
+        """Latents [..., latent] of activations [..., d_in], zero where inactive.
+
+        latents: only those with these numbers, in this order. Raises InputError for wrong widths or rows that are not
+        aligned, NotFiniteError for NaN and infinity.
+        """
+        rows, lead = aligned_rows(x, self.in_sites, self.in_widths, self.b_enc)
+        wanted = None if latents is None else torch.tensor(check_latents(latents, self.n_latents), dtype=torch.long)
+        return torch.cat([self._latents(part, wanted) for part in chunks_of(rows)]).reshape(*lead, -1)
+
+    def encode_sparse(self, x: Values) -> tuple[Tensor, Tensor]:
+        """(indices, values), both [..., active]: the active latents of each row, strongest first.
+
+        Rows with fewer than the most active one are filled with index 0 and value 0. Raises as `encode`.
+        """
+        rows, lead = aligned_rows(x, self.in_sites, self.in_widths, self.b_enc)
+        indices, values = joined_sparse([strongest(self._latents(part, None)) for part in chunks_of(rows)])
+        return indices.reshape(*lead, -1), values.reshape(*lead, -1)
+
+    def decode(self, latents: Float[Tensor, "... latent"]) -> Rebuilt:
+        """Activations [..., d_out] from latents, without the skip. Raises InputError for another number of latents."""
+        if latents.shape[-1] != self.n_latents:
+            raise InputError(f"{latents.shape[-1]} latents were given to decode; this dictionary has {self.n_latents}")
+        given = latents.to(self.b_enc)
+        return self._out([given @ decoder + bias for decoder, bias in zip(self.decoders, self.b_dec, strict=True)])
+
+    def decode_sparse(self, indices: Tensor, values: Tensor) -> Rebuilt:
+        """Activations [..., d_out] from indices and values [..., active], without the skip."""
+        lead = indices.shape[:-1]
+        flat, weights = indices.reshape(-1, indices.shape[-1]), values.reshape(-1, values.shape[-1]).to(self.b_enc)
+        summed = [
+            torch.nn.functional.embedding_bag(flat, decoder, per_sample_weights=weights, mode="sum") + bias
+            for decoder, bias in zip(self.decoders, self.b_dec, strict=True)
+        ]
+        return self._out([rows.reshape(*lead, -1) for rows in summed])
+
+    def reconstruct(self, x: Values) -> Rebuilt:
+        """Activations [..., d_out] rebuilt from activations: decode(encode(x)), plus the skip where there is one."""
+        rows, lead = aligned_rows(x, self.in_sites, self.in_widths, self.b_enc)
+        parts = []
+        for part in chunks_of(rows):
+            latents = self._latents(part, None)
+            rebuilt = [latents @ decoder + bias for decoder, bias in zip(self.decoders, self.b_dec, strict=True)]
+            if self.skip is not None:
+                rebuilt[0] = rebuilt[0] + (part[0] * self.in_scale[0]) @ self.skip
+            parts.append(rebuilt)
+        return self._out([torch.cat(pieces).reshape(*lead, -1) for pieces in zip(*parts, strict=True)])
+
+    def latent(self, index: int) -> Latent:
+        """Latent `index` as a Part. Raises InputError for one that does not exist."""
+        return Latent(self, check_latents([index], self.n_latents)[0])
+
+    def direction(self, index: int, site: Site | str | None = None) -> Direction:
+        """Unit vector that latent `index` writes at an output site (default: the first).
+
+        Raises InputError for a latent or site that is not there, and for a latent that writes nothing.
+        """
+        at = self.out_sites[0] if site is None else Site.parse(site)
+        return Direction(at, self.written(index, at), label=f"latent {index}")
+
+    def written(self, index: int, site: Site | str | None = None) -> Float[Tensor, " d_out"]:
+        """What one unit of latent `index` adds to the activations at an output site (default: the first).
+
+        Raises InputError for a latent or site that is not there.
+        """
+        number = 0 if site is None else site_number(site, self.out_sites)
+        check_latents([index], self.n_latents)
+        return self.decoders[number][index] / self.out_scale[number]
+
+    def folded(self) -> Dictionary:
+        """The same function with all scales 1. With one scale for all sites, latents come in units of the activations
+        and rows of the decoder keep their norm; else the decoder takes up each site's own.
+        """
+        unit = self.out_scale[0]
+        pairs = zip(self.encoders, self.in_scale, strict=True)
+        ends = list(zip(self.decoders, self.b_dec, self.out_scale, strict=True))
+        scaled = {name: t if name == "r_mag" else t / unit for name, t in self.extras.items()}
+        if self.apply_b_dec_to_input and self.in_scale != self.out_scale:
+            raise InputError("b_dec cannot be subtracted from inputs whose scale differs from the outputs'")
+        return replace(
+            self, encoders=tuple(encoder * (scale / unit) for encoder, scale in pairs), b_enc=self.b_enc / unit,
+            decoders=tuple(decoder * (unit / scale) for decoder, _, scale in ends),
+            b_dec=tuple(bias / scale for _, bias, scale in ends), extras=scaled,
+            skip=None if self.skip is None else self.skip * (self.in_scale[0] / unit), in_scale=(), out_scale=(),
+        )  # fmt: skip
+
+    def to(self, where: torch.device | torch.dtype | str) -> Dictionary:
+        """A copy on a device, or with another floating-point type."""
+        move = lambda tensors: tuple(tensor.to(where) for tensor in tensors)  # noqa: E731
+        return replace(
+            self, encoders=move(self.encoders), decoders=move(self.decoders), b_enc=self.b_enc.to(where),
+            b_dec=move(self.b_dec), extras={name: t.to(where) for name, t in self.extras.items()},
+            skip=None if self.skip is None else self.skip.to(where),
+        )  # fmt: skip
+
+    def _latents(self, rows: Sequence[Tensor], wanted: Tensor | None) -> Tensor:
+        """Latents of rows [n, d_in] per site. Only the wanted columns are computed where latents don't compete."""
+        activation = activation_of(self.activation)
+        early = wanted is not None and activation.local
+        pick = (lambda t: t[..., wanted] if t.ndim else t) if early else (lambda t: t)
+        vectors = {name: pick(t) for name, t in self._vectors.items()}
+        pre = vectors["b_enc"].expand(len(rows[0]), -1)
+        for number, encoder in enumerate(self.encoders):
+            pre = torch.addmm(pre, self._centred(rows[number], number), pick(encoder))
+        latents = activation.latents(pre, vectors, self.k or 0)
+        return latents if early or wanted is None else latents[:, wanted]
+
+    @property
+    def _vectors(self) -> Vectors:
+        return {**self.extras, "b_enc": self.b_enc}
+
+    def _centred(self, rows: Tensor, number: int) -> Tensor:
+        scaled = rows if self.in_scale[number] == 1.0 else rows * self.in_scale[number]
+        return scaled - self.b_dec[number] if self.apply_b_dec_to_input else scaled
+
+    def _out(self, rebuilt: Sequence[Tensor]) -> Rebuilt:
+        unscaled = tuple(
+            rows if scale == 1.0 else rows / scale for rows, scale in zip(rebuilt, self.out_scale, strict=True)
+        )
+        return unscaled[0] if len(unscaled) == 1 else unscaled
+
+    def __repr__(self) -> str:
+        k = f", k={self.k}" if self.k else ""
+        sites = ", ".join(map(str, self.in_sites))
+        to = "" if self.in_sites == self.out_sites else f" -> {', '.join(map(str, self.out_sites))}"
+        return f"Dictionary({self.activation}{k}, {self.n_latents} latents, {sites}{to})"
+
+    def _repr_html_(self) -> str:
+        curve = "" if self.history is None else self.history._repr_html_()
+        return f"<div><code>{self!r}</code>{curve}</div>"
+
+
+def _only(name: str, plural: str, tensors: Sequence[Tensor]) -> Tensor:
+    if len(tensors) != 1:
+        raise InputError(f"{name} is for dictionaries with one site there; this one has {len(tensors)}: see {plural}")
+    return tensors[0]

@@ -1,0 +1,176 @@
+"""A dictionary on disk: a folder with `weights.safetensors`, `config.json` and, after training, `history.npz`.
+
+config.json, version 1:
+
+    format, version    "vesalius-dictionary", 1
+    coder              "dictionary" or "cross_layer_transcoder"
+    settings           activation, in_sites, out_sites, k, apply_b_dec_to_input, in_scale, out_scale, groups
+    tensors            name -> {shape, dtype}: the names in weights.safetensors
+    weights_sha256     of the file weights.safetensors
+    content_hash       of settings and tensors together
+    about              where it comes from: training config, hash of the activations, version of the package
+
+config.json is written last and whole, so a folder that has it has everything it names.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from vesalius.cache import file_sha256
+from vesalius.dictionaries.dictionary import Dictionary
+from vesalius.dictionaries.history import History
+from vesalius.errors import FileFormatError, InputError, UnknownNameError
+from vesalius.jobs import write_atomic
+from vesalius.records.canonical import plain
+from vesalius.site import Site
+
+CONFIG, WEIGHTS, HISTORY = "config.json", "weights.safetensors", "history.npz"
+FORMAT, VERSION = "vesalius-dictionary", 1
+
+
+class Stored(Protocol):
+    """What a coder needs to be kept in a folder."""
+
+    @property
+    def stored_as(self) -> str: ...
+
+    @property
+    def about(self) -> Mapping[str, Any]: ...
+
+    @property
+    def history(self) -> History | None: ...
+
+    @property
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    @property
+    def content_hash(self) -> str: ...
+
+
+def save(coder: Stored, out: str | Path) -> Path:
+    """Writes a coder to a folder, which is made when missing.
+
+    The same coder may be saved again over itself. Raises InputError when the folder holds another dictionary.
+    """
+    folder = Path(out)
+    config = _config(coder)
+    if (folder / CONFIG).exists() and _read_config(folder)["content_hash"] != config["content_hash"]:
+        raise InputError(f"{folder} holds another dictionary; choose another folder, or delete this one")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in coder.tensors.items()}
+    write_atomic(folder / WEIGHTS, safetensors.torch.save(tensors))
+    if coder.history is not None:
+        write_atomic(folder / HISTORY, _npz(coder.history))
+    hashes = {name: file_sha256(folder / name) for name in (WEIGHTS, HISTORY) if (folder / name).exists()}
+    write_atomic(folder / CONFIG, json.dumps({**config, "sha256": hashes}, indent=1, sort_keys=True) + "\n")
+    return folder
+
+
+def _config(coder: Stored) -> dict[str, Any]:
+    shapes = {
+        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        for name, tensor in coder.tensors.items()
+    }
+    return {
+        "format": FORMAT, "version": VERSION, "coder": coder.stored_as, "settings": coder.settings, "tensors": shapes,
+        "content_hash": coder.content_hash, "about": plain(coder.about, "about"),
+    }  # fmt: skip
+
+
+def is_folder(folder: str | Path) -> bool:
+    """Whether a folder claims to hold a dictionary of this format."""
+    try:
+        found = json.loads((Path(folder) / CONFIG).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("format") == FORMAT
+
+
+def read(folder: str | Path, readers: Mapping[str, Callable[..., Any]]) -> Any:
+    """The coder in a folder. readers: from the name of a coder to what makes one of its parts.
+
+    Every file is compared with the hash that was written beside it. Raises FileFormatError naming the file that is
+    missing, truncated, altered or of a later version.
+    """
+    where = Path(folder)
+    config = _read_config(where)
+    if config["coder"] not in readers:
+        raise UnknownNameError("coder in a file", str(config["coder"]), readers)
+    for name, wanted in config["sha256"].items():
+        _check_file(where / name, str(wanted))
+    history = _read_history(where / HISTORY) if HISTORY in config["sha256"] else None
+    coder = readers[config["coder"]](config["settings"], _read_weights(where / WEIGHTS), config["about"], history)
+    if coder.content_hash != config["content_hash"]:
+        raise FileFormatError(f"{where / CONFIG} was altered: what it describes has another hash than it says")
+    return coder
+
+
+def dictionary_from(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], about: Mapping[str, Any], history: History | None
+) -> Dictionary:
+    """A Dictionary from its settings and named tensors."""
+    numbered = lambda name, count: tuple(tensors[f"{name}.{number}"] for number in range(count))  # noqa: E731
+    sites = {name: tuple(map(Site.parse, settings[name])) for name in ("in_sites", "out_sites")}
+    ends = len(sites["out_sites"])
+    known = ("b_enc", "W_skip")
+    return Dictionary(
+        settings["activation"], **sites, encoders=numbered("W_enc", len(sites["in_sites"])),
+        decoders=numbered("W_dec", ends), b_enc=tensors["b_enc"], b_dec=numbered("b_dec", ends),
+        extras={name: tensor for name, tensor in tensors.items() if name not in known and "." not in name},
+        k=settings["k"], skip=tensors.get("W_skip"), apply_b_dec_to_input=settings["apply_b_dec_to_input"],
+        in_scale=tuple(settings["in_scale"]), out_scale=tuple(settings["out_scale"]), groups=tuple(settings["groups"]),
+        about=about, history=history,
+    )  # fmt: skip
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        if config["format"] != FORMAT:
+            raise FileFormatError(f"{path} is of format {config['format']!r}, not {FORMAT!r}")
+        if config["version"] != VERSION:
+            raise FileFormatError(f"{path} is of version {config['version']}; this package reads version {VERSION}")
+        return {name: config[name] for name in ("coder", "settings", "sha256", "content_hash", "about")}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise FileFormatError(f"{path} is not the description of a dictionary ({error})") from error
+
+
+def _check_file(path: Path, wanted: str) -> None:
+    if not path.is_file():
+        raise FileFormatError(f"{path} is missing")
+    if file_sha256(path) != wanted:
+        raise FileFormatError(f"{path} is truncated or was altered: its hash is not the one in {CONFIG}")
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FileFormatError(f"{path} cannot be read as safetensors ({error})") from error
+
+
+def _npz(history: History) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **history.arrays())  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _read_history(path: Path) -> History:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return History({name: stored[name] for name in stored.files})
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{path} cannot be read as a training history ({error})") from error

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / "src" / "vesalius"
 # A room (folder) stands on its row as one; inside a room modules may import each other.
 ROWS = [
     "errors",
-    "shapes stats jobs records gguf_file",
+    "shapes stats jobs records gguf_file products",
     "verdict cache",
     "ledger convert",
     "site",

@@ -22,6 +22,7 @@ from vesalius.errors import InputError, UnknownNameError
 from vesalius.hooks import CallTap, tapped
 from vesalius.inputs import Tokens
 from vesalius.model import Model
+from vesalius.products import computing
 from vesalius.site import Site
 from vesalius.taps import Recorder
 
@@ -151,7 +152,7 @@ def record(model: Model, tokens: Tokens, sites: Sequence[Site] = ()) -> Record:
     layers = [model.layer(number) for number in range(layout.n_layers)]
     call_taps = [CallTap(layer, _call_keeper(layer, number, calls, inputs)) for number, layer in enumerate(layers)]
     last = Recorder(model, [Site("resid_post", layout.n_layers - 1)], [], tokens, grad=False)
-    with torch.no_grad(), tapped([*taps.taps, *last.taps], call_taps), attending(model.module, keeper):
+    with torch.no_grad(), tapped([*taps.taps, *last.taps], call_taps), attending(model.module, keeper), computing():
         model.module(**model.token_call(tokens), logits_to_keep=1)
     taps.check_fired()
     order = range(layout.n_layers)

@@ -25,6 +25,7 @@ from vesalius.adapters.heads import join_heads, split_heads
 from vesalius.attention import attending, capped, weighted
 from vesalius.errors import InterventionError
 from vesalius.hooks import Tap, tapped
+from vesalius.products import computing
 from vesalius.site import Site
 from vesalius.sweeps.edits import Edits
 from vesalius.sweeps.record import Record, holds_tensor, untold
@@ -155,7 +156,7 @@ class Replay:
         """Last layer's output at each row's last position [row, d_model], and watched sites there [row, ...]."""
         hidden = self._record.resid[0].new_empty(1, 0, self._layout.d_model)
         attend = _Attention(self._record, self._flat, self._seen)
-        with torch.no_grad(), tapped(self._taps()), attending(self._model.module, attend):
+        with torch.no_grad(), tapped(self._taps()), attending(self._model.module, attend), computing():
             for layer in range(int(self._flat.rows.layer.min()), self._layout.n_layers):
                 hidden = self._step(layer, hidden)
         hidden = self._join(self._layout.n_layers, hidden)

@@ -1,0 +1,115 @@
+"""Matrix products of edited runs: the same float32 arithmetic by the faster library, or bfloat16 when asked for.
+
+PyTorch carries two libraries for float32 products on x86 and always takes MKL, which leaves AVX-512 unused on
+processors that are not Intel's. The other, oneDNN, rounds alike (both sum in float32) and is more than twice as
+fast there. Nothing of this touches a module: a mode acts on the calls made inside a `with` block.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from vesalius.errors import UnknownNameError
+
+COMPUTE = ("float32", "bfloat16")
+VARIABLE = "VESALIUS_PRODUCTS"
+"""Environment variable: `mkl` or `onednn` instead of what the processor's name says."""
+_LIBRARIES = ("mkl", "onednn")
+_LINEAR = torch.nn.functional.linear
+# Below this many rows oneDNN's preparations cost more than they save.
+_FEWEST_ROWS = 8
+
+
+@cache
+def library() -> str:
+    """`onednn` or `mkl`: by the processor, never by the clock, so that the same machine gives the same digits.
+
+    Raises UnknownNameError for another word in the environment variable.
+    """
+    asked = os.environ.get(VARIABLE, "")
+    if asked and asked not in _LIBRARIES:
+        raise UnknownNameError(f"library in {VARIABLE}", asked, _LIBRARIES)
+    if asked:
+        return asked
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+    return "onednn" if wide and "GenuineIntel" not in _vendor() else "mkl"
+
+
+def _vendor() -> str:
+    try:
+        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("vendor_id"))
+    except (OSError, StopIteration):
+        # Elsewhere the name tells ("AMD64 Family ..."). Unknown counts as Intel: then nothing changes.
+        return "AuthenticAMD" if "AMD" in platform.processor() else "GenuineIntel"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [*any, in] times weight [out, in] transposed, plus bias, without a graph; float32 by `library()`."""
+    if _suits(x, weight, bias):
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return made
+    return _LINEAR(x, weight, bias)
+
+
+def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    plain = all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in (x, weight, bias))
+    graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    enough = x.ndim > 0 and x.numel() >= _FEWEST_ROWS * x.shape[-1]
+    return plain and enough and not graph and not torch.is_autocast_enabled("cpu") and library() == "onednn"
+
+
+@contextmanager
+def computing(compute: str = "float32") -> Iterator[None]:
+    """Linear layers called inside compute like this. float32: exact. bfloat16: factors rounded, results float32.
+
+    Raises UnknownNameError for another word.
+    """
+    if compute not in COMPUTE:
+        raise UnknownNameError("compute", compute, COMPUTE)
+    if compute == "float32" and library() == "mkl":
+        yield
+        return
+    with _Linears(compute):
+        yield
+
+
+class _Linears(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
+    """Stands in for `linear` and `addmm` (GPT-2's Conv1D) where it computes the same and no graph is wanted."""
+
+    def __init__(self, compute: str) -> None:
+        super().__init__()
+        self._rounds = compute == "bfloat16"
+        self._rounded: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func is _LINEAR and 2 <= len(args) <= 3 and not given:
+            return self._linear(*args)
+        if func is torch.addmm and len(args) == 3 and not given:
+            return self._linear(args[1], args[2].t(), args[0])
+        return func(*args, **given)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not self._rounds or x.dtype != torch.float32 or torch.is_grad_enabled():
+            return linear(x, weight, bias)
+        made = _LINEAR(x.bfloat16(), self._short(weight)).float()
+        return made if bias is None else made + bias
+
+    def _short(self, weight: Tensor) -> Tensor:
+        """The weight in bfloat16, made once; the original is kept beside it so that its address stays its own."""
+        key = weight.data_ptr()
+        if key not in self._rounded or self._rounded[key][0].shape != weight.shape:
+            self._rounded[key] = (weight, weight.bfloat16())
+        return self._rounded[key][1]

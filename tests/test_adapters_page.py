@@ -16,7 +16,10 @@ PAGE = Path(__file__).parent.parent / "docs" / "adapters.md"
 
 
 def row(adapter: Adapter) -> str:
-    kinds = {*adapter.sites, "result", *(("scores", "pattern") if adapter.attention else ())}
+    kinds: set[str] = set()
+    for stack in map(adapter.stack, adapter.stack_names):
+        kinds |= {*stack.sites, "result", *(("scores", "pattern") if stack.attention else ())}
+        kinds |= {"cross_result", "cross_scores", "cross_pattern"} if stack.cross_attention else set()
     sweeps = "none" if adapter.input != "input_ids" else "replay" if adapter.replay and adapter.causal else "whole runs"
     direct = "yes" if adapter.direct else "no"
     return f"| {adapter.family} | {', '.join(adapter.classes)} | {' '.join(sorted(kinds))} | {sweeps} | {direct} |"

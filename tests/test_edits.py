@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -453,3 +454,162 @@ def test_the_same_edit_given_twice_acts_and_reports_twice(model: vs.Model, token
     base = model.run(tokens, capture=[SITE])[SITE]
     assert torch.allclose(run[SITE] - base, torch.full((6, 9, 48), 2.0), atol=1e-5)
     assert len(run.diagnostics) == 2
+
+
+# ------------------------------------------------------------------------------------------------- several sites read
+
+
+def test_a_replacement_reads_several_sites(model: vs.Model, tokens: vs.Tokens) -> None:
+    """The sum of what two layers' heads and MLPs wrote, put in a third's place, at two positions."""
+    reads = ["layers.0.attn_out", "layers.1.mlp_out", vs.Site("attn_out", 1)]
+    base = model.run(tokens, capture=[*reads, "layers.2.mlp_out"])
+    sum_up = vs.Replace(reads, "layers.2.mlp_out", lambda a, b, c: a + 2 * b - c, "sum", positions=[1, 4])
+    found = value(model, tokens, sum_up, "layers.2.mlp_out")
+    expected = base["layers.0.attn_out"] + 2 * base["layers.1.mlp_out"] - base["layers.1.attn_out"]
+    assert torch.allclose(found[:, [1, 4]], expected[:, [1, 4]], atol=1e-5)
+    assert torch.equal(found[:, [0, 2, 3]], base["layers.2.mlp_out"][:, [0, 2, 3]])
+
+
+def test_several_parts_are_read_after_earlier_edits_and_with_the_site_itself(
+    model: vs.Model, tokens: vs.Tokens
+) -> None:
+    wipe = vs.Ablate("layers.0.z[1]")
+    mix = vs.Replace(["layers.0.z[1]", "layers.1.z[0]", "layers.1.z[2]"], "layers.1.z[2]",
+                     lambda a, b, own: a + b + own, "mix")  # fmt: skip
+    run = model.run(tokens, capture=["layers.1.z"], interventions=[wipe, mix])["layers.1.z"]
+    base = model.run(tokens, capture=["layers.1.z"], interventions=[wipe])["layers.1.z"]
+    assert torch.allclose(run[:, :, 2], base[:, :, 0] + base[:, :, 2], atol=1e-5)
+
+
+def test_a_replacement_of_several_reads_survives_a_file(model: vs.Model, tokens: vs.Tokens, tmp_path: Path) -> None:
+    direction = vs.Direction(vs.Site.parse("layers.0.resid_post"), randn(48))
+
+    def push(coordinate: Tensor, stream: Tensor) -> Tensor:
+        return stream + coordinate[..., None]
+
+    edit = vs.Replace([direction, "layers.1.resid_post"], "layers.2.mlp_out", push, "push", positions="last")
+    save([edit], tmp_path / "edit.json")
+    (again,) = load(tmp_path / "edit.json", functions={"push": push})
+    assert again.content_hash == edit.content_hash
+    assert [part["kind"] for part in edit.to_json()["read"]] == ["direction", "unit"]
+    assert torch.equal(*(model.run(tokens, interventions=[e]).logits for e in (edit, again)))
+    one = vs.Replace(["layers.0.z"], "layers.1.z", torch.clone, "copy")
+    assert one.content_hash == vs.Replace("layers.0.z", "layers.1.z", torch.clone, "copy").content_hash
+
+
+def test_every_site_that_is_read_must_come_first(model: vs.Model, tokens: vs.Tokens) -> None:
+    late = vs.Replace(["layers.0.mlp_out", "layers.2.mlp_out"], "layers.1.mlp_out", lambda a, b: a + b, "sum")
+    with pytest.raises(InterventionError, match=r"reads layers.2.mlp_out, which this pass makes only after layers.1"):
+        model.run(tokens, interventions=[late])
+    with pytest.raises(InputError, match="reads nothing: give read="):
+        vs.Replace([], "layers.1.mlp_out", torch.clone, "copy")
+
+
+# --------------------------------------------------------------------------------------------------- positions by name
+
+
+def marked(tokens: vs.Tokens) -> vs.Tokens:
+    """`subject` is another token in every prompt and none in the third; `span` two tokens, or one."""
+    return vs.Tokens(tokens.ids, tokens.mask, landmarks={
+        "subject": torch.tensor([1, 2, -1, 0, 4, 3]),
+        "span": torch.tensor([[1, 2], [2, 3], [0, -1], [3, 4], [1, 1], [-1, 5]]),
+    })  # fmt: skip
+
+
+def mask(rows: list[list[int]]) -> Tensor:
+    found = torch.zeros(6, 9, dtype=torch.bool)
+    for row, numbers in enumerate(rows):
+        found[row, numbers] = True
+    return found
+
+
+@pytest.mark.parametrize(
+    ("positions", "rows"),
+    [
+        ("subject", [[1], [2], [], [0], [4], [3]]),
+        ("span", [[1, 2], [2, 3], [0], [3, 4], [1], [5]]),
+        (["subject", "span"], [[1, 2], [2, 3], [0], [0, 3, 4], [1, 4], [3, 5]]),
+        (["subject", 5], [[1, 5], [2, 5], [5], [0, 5], [4, 5], [3, 5]]),
+        ("first", [[0]] * 6),
+    ],
+)
+@pytest.mark.parametrize("kind", ["resid_post", "z", "pattern", "resid_mid"])
+def test_named_positions_are_each_prompts_own(
+    model: vs.Model, tokens: vs.Tokens, positions: Any, rows: list[list[int]], kind: str
+) -> None:
+    name = f"layers.1.{kind}"
+    by_name = model.run(marked(tokens), interventions=[vs.Ablate(name, positions=positions)])
+    by_mask = model.run(tokens, interventions=[vs.Ablate(name, positions=mask(rows))])
+    assert torch.equal(by_name.logits, by_mask.logits)
+    assert not torch.equal(by_name.logits, model.run(tokens).logits)
+
+
+def test_the_last_token_has_a_name_in_prompts_of_any_length(model: vs.Model, tokens: vs.Tokens) -> None:
+    edits = [vs.Ablate("layers.1.z", positions=where) for where in ("last", tokens.lengths - 1)]
+    assert torch.equal(*(model.run(tokens, interventions=[edit]).logits for edit in edits))
+
+
+def test_names_mean_the_same_tokens_under_padding_on_the_left(model: vs.Model, tokens: vs.Tokens) -> None:
+    ids, real = torch.zeros_like(tokens.ids), torch.zeros_like(tokens.real)
+    for row, size in enumerate(tokens.lengths.tolist()):
+        ids[row, 9 - size :], real[row, 9 - size :] = tokens.ids[row, :size], True
+    left = vs.Tokens(ids, real, landmarks=marked(tokens).landmarks)
+    edit = vs.Ablate("layers.1.resid_post", positions=["span", "last"])
+    right = model.run(marked(tokens), interventions=[edit]).logits
+    found = model.run(left, interventions=[edit]).logits
+    for row, size in enumerate(tokens.lengths.tolist()):
+        assert torch.allclose(found[row, 9 - size :], right[row, :size], atol=1e-4)
+
+
+def test_names_hold_while_a_model_writes(model: vs.Model, tokens: vs.Tokens) -> None:
+    steer = {"scale": 2.0, "vector": randn(48)}
+    for positions, rows in (("span", [[1, 2], [2, 3], [0], [3, 4], [1], [5]]),
+                            (["subject", 10], [[1, 10], [2, 10], [10], [0, 10], [4, 10], [3, 10]])):  # fmt: skip
+        wide = torch.zeros(6, 12, dtype=torch.bool)
+        for row, numbers in enumerate(rows):
+            wide[row, numbers] = True
+        by_name = model.generate(marked(tokens), 4, [vs.Steer(SITE, **steer, positions=positions)])  # type: ignore[arg-type]
+        by_mask = model.generate(tokens, 4, [vs.Steer(SITE, **steer, positions=wide)])  # type: ignore[arg-type]
+        assert by_name.new == by_mask.new
+        assert torch.equal(by_name.logits, by_mask.logits)
+    last = [model.generate(tokens, 3, [vs.Steer(SITE, **steer, positions=where)])  # type: ignore[arg-type]
+            for where in ("last", tokens.lengths - 1)]  # fmt: skip
+    assert torch.equal(last[0].logits, last[1].logits)
+
+
+def test_named_positions_print_serialise_and_hash() -> None:
+    edit = vs.Ablate("layers.1.z", positions=["subject", 3])
+    again = from_json(json.loads(json.dumps(edit.to_json())))
+    assert again.positions == ["subject", 3]
+    assert again.content_hash == edit.content_hash != vs.Ablate("layers.1.z", positions=["subject"]).content_hash
+    assert "positions=['subject', 3]" in repr(edit)
+
+
+def test_pairs_hand_their_landmarks_on() -> None:
+    pairs = tiny.pairs()
+    named = replace(pairs, landmarks={"changed": torch.tensor([2, 3, 2, 3, 2, 3])})
+    assert named.subset([4, 1]).tokens("clean").landmarks["changed"].tolist() == [2, 3]
+    assert named.content_hash == pairs.content_hash  # how places are called is no property of the prompts
+
+
+@pytest.mark.parametrize(
+    ("landmarks", "message"),
+    [
+        ({"a": torch.tensor([0, 1])}, r"landmark 'a' must be int64 \[6\] or \[6, n\]; got torch.int64 \(2,\)"),
+        ({"a": torch.zeros(6)}, r"landmark 'a' must be int64 \[6\] or \[6, n\]; got torch.float32"),
+        ({"a": torch.tensor([0, 0, 40, 0, 0, 0])}, r"landmark 'a' of prompt 2 is 40, but the prompt has \d tokens"),
+        ({"a": torch.full((6,), -2)}, r"landmark 'a' of prompt 0 is -2"),
+    ],
+)
+def test_landmarks_that_are_no_positions_are_refused(tokens: vs.Tokens, landmarks: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        vs.Tokens(tokens.ids, tokens.mask, landmarks=landmarks)
+
+
+def test_a_name_that_the_prompts_do_not_have_lists_those_they_have(model: vs.Model, tokens: vs.Tokens) -> None:
+    edit = vs.Ablate("layers.1.z", positions="object")
+    for inputs, known in ((marked(tokens), "first, last, span, subject"), (tokens, "first, last")):
+        with pytest.raises(UnknownNameError, match=rf"unknown position 'object'; known: {known}\. Name your own"):
+            model.run(inputs, interventions=[edit])
+        with pytest.raises(UnknownNameError, match="unknown position 'object'"):
+            model.generate(inputs, 2, [edit])

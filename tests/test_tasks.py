@@ -181,6 +181,10 @@ def test_every_task_asks_a_question_and_its_positions_are_inside_the_prompt() ->
         for position in entry.positions(pairs).values():
             assert position.shape == (12,)
             assert bool(((position >= -1) & (position <= pairs.at)).all())
+        # Interventions can name these places: the prompts carry them.
+        carried = pairs.tokens("corrupted").landmarks
+        for name, position in entry.positions(pairs).items():
+            assert torch.equal(carried[name], position), (entry.name, name)
 
 
 # --- indirect object identification ----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vesalius.errors import NotFiniteError, UnknownNameError
 from vesalius.inputs import Tokens
-from vesalius.site import INDEX_AXIS, Site
+from vesalius.site import ATTENTION, INDEX_AXIS, Site
 
 
 class Activations(Mapping[Site, Tensor]):
@@ -53,7 +53,5 @@ def refuse_nonfinite(site: Site, tensor: Tensor, real: Tensor | None) -> None:
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()
         what = "NaN" if bool(tensor[tuple(where)].isnan()) else "infinity"
-        at = f"example {where[0]}" + (
-            f", position {where[1]}" if len(where) > 1 and site.kind not in ("scores", "pattern") else ""
-        )
+        at = f"example {where[0]}" + (f", position {where[1]}" if len(where) > 1 and site.kind not in ATTENTION else "")
         raise NotFiniteError(f"{site} is the first site with {what}: {at}")

@@ -51,7 +51,8 @@ def _forward(
     attend = _current.get()
     if attend is None:
         raise InterventionError("the 'vesalius' attention function was called outside a run; restore the model's own")
-    refused = [name for name in _REFUSED if options.get(name) is not None]
+    understood = getattr(attend, "understands", ())
+    refused = [name for name in _REFUSED if options.get(name) is not None and name not in understood]
     if refused or dropout:
         raise InterventionError(
             f"attention with {', '.join(refused) or 'dropout'} is not supported; call model.module.eval()"
@@ -107,11 +108,15 @@ def capped(scores: Tensor, cap: float | None) -> Tensor:
 
 
 class Plain:
-    """Eager attention whose scores and pattern can be visited: visit(kind, layer, tensor) -> tensor or None."""
+    """Eager attention whose scores and pattern can be visited: visit(kind, module, tensor) -> tensor or None.
 
-    def __init__(self, visit: Callable[[str, int, Tensor], Tensor | None]) -> None:
+    A position bias (T5) is added to the scores, as the mask is.
+    """
+
+    understands = ("position_bias",)
+
+    def __init__(self, visit: Callable[[str, nn.Module, Tensor], Tensor | None]) -> None:
         self._visit = visit
-        self._calls = 0
 
     def __call__(
         self,
@@ -123,21 +128,16 @@ class Plain:
         scaling: float,
         options: dict[str, Any],
     ) -> Tensor:
-        layer = self._number(module)
         scores = capped(q @ grouped(k, q.shape[1]).transpose(2, 3) * scaling, options.get("softcap"))
+        if options.get("position_bias") is not None:
+            scores = scores + options["position_bias"]
         if mask is not None:
             scores = scores + mask[..., : scores.shape[-1]]
-        scores = self._seen("scores", layer, scores)
+        scores = self._seen("scores", module, scores)
         pattern = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        pattern = self._seen("pattern", layer, pattern)
+        pattern = self._seen("pattern", module, pattern)
         return (pattern @ grouped(v, q.shape[1])).transpose(1, 2).contiguous()
 
-    def _number(self, module: nn.Module) -> int:
-        """Which layer this is; modules that do not say are called one layer after the other."""
-        self._calls += 1
-        number = getattr(module, "layer_idx", None)
-        return self._calls - 1 if number is None else int(number)
-
-    def _seen(self, kind: str, layer: int, tensor: Tensor) -> Tensor:
-        changed = self._visit(kind, layer, tensor)
+    def _seen(self, kind: str, module: nn.Module, tensor: Tensor) -> Tensor:
+        changed = self._visit(kind, module, tensor)
         return tensor if changed is None else changed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,19 +34,37 @@ class Caller:
             inputs = Tokens(inputs)
         if not isinstance(inputs, Tokens):
             raise InputError(f"inputs must be Tokens, int64 ids [batch, pos] or text; got {type(inputs).__name__}")
-        return (), self.of_tokens(inputs), inputs
+        tokens = self.begun(inputs)
+        return (), self.of_tokens(tokens), tokens
+
+    def begun(self, tokens: Tokens) -> Tokens:
+        """The tokens with what the decoder of an encoder-decoder model is given: its start token, if nothing is said.
+
+        Raises InputError for decoder tokens that the model has no place for.
+        """
+        two = self.adapter is not None and bool(self.adapter.stacks)
+        if tokens.decoder is not None and not two:
+            raise InputError(f"{self.name} has no decoder apart, so Tokens(decoder=...) means nothing to it")
+        if tokens.decoder is not None or not two:
+            return tokens
+        start = None if self.layout is None else self.layout.start
+        if start is None:
+            raise InputError(f"{self.name} names no start token: say what its decoder is given, Tokens(decoder=ids)")
+        return replace(tokens, decoder=torch.full((len(tokens), 1), start))
 
     def of_tokens(self, tokens: Tokens) -> dict[str, Any]:
         """Keyword arguments for tokens. Raises InputError for an id outside the vocabulary."""
         adapter, layout = self.adapter, self.layout
         assert adapter is not None
         assert layout is not None
-        if int(tokens.ids.max()) >= layout.vocab:
+        highest = max(int(ids.max()) for ids in (tokens.ids, tokens.decoder) if ids is not None)
+        if highest >= layout.vocab:
             raise InputError(
-                f"token id {int(tokens.ids.max())} is outside {self.name}'s vocabulary of {layout.vocab}; "
-                "is this its tokenizer?"
+                f"token id {highest} is outside {self.name}'s vocabulary of {layout.vocab}; is this its tokenizer?"
             )
         call: dict[str, Any] = {adapter.input: tokens.ids.to(self.device), **adapter.call}
+        if tokens.decoder is not None:
+            call["decoder_input_ids"] = tokens.decoder.to(self.device)
         if tokens.mask is None:
             return call
         mask = tokens.mask.to(self.device)

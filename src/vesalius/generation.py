@@ -19,10 +19,8 @@ from torch import Tensor
 from vesalius.activations import Activations
 from vesalius.errors import InputError, InterventionError, NotFiniteError
 from vesalius.inputs import Tokens
-from vesalius.intervention import Intervention, Place, Positions, mask_of
-from vesalius.site import Site
-
-ATTENTION = ("pattern", "scores")
+from vesalius.intervention import Intervention, Landmarks, Place, Positions, mask_of
+from vesalius.site import ATTENTION, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +103,8 @@ def generated(forward: Pass, prompts: Tokens, edits: Sequence[Intervention], ste
     if steps < 1:
         raise InputError(f"max_new_tokens must be at least 1; got {steps}")
     rows = [row[real].tolist() for row, real in zip(prompts.ids, prompts.real, strict=True)]
+    masks = [edited_tokens(edit.positions, prompts.lengths, steps, prompts.landmarks) for edit in edits]
     prompts = Tokens.from_rows(rows)
-    masks = [edited_tokens(edit.positions, prompts.lengths, steps) for edit in edits]
     _check_attention(edits, prompts)
     written = _write(forward, _left_padded(prompts), masks, steps, choice)
     return _result(written, rows, prompts, steps, choice.stop)
@@ -153,10 +151,13 @@ def _write(forward: Pass, prompts: Tokens, masks: Sequence[Tensor], steps: int, 
     return kept
 
 
-def edited_tokens(positions: Positions, lengths: Int[Tensor, " batch"], steps: int) -> Bool[Tensor, "batch token"]:
+def edited_tokens(
+    positions: Positions, lengths: Int[Tensor, " batch"], steps: int, landmarks: Landmarks | None = None
+) -> Bool[Tensor, "batch token"]:
     """Positions as a mask over prompt and new tokens, without the last new one, which is never run.
 
-    A mask may cover the prompts only. Raises InputError for a position that is never run, or counts from the end.
+    A mask may cover the prompts only; "last" is the last token of the prompt. Raises InputError for a position that is
+    never run, or counts from the end.
     """
     width, total = int(lengths.max()), int(lengths.max()) + steps - 1
     run = torch.arange(total)[None] < (lengths + steps - 1)[:, None]
@@ -171,7 +172,10 @@ def edited_tokens(positions: Positions, lengths: Int[Tensor, " batch"], steps: i
                 f"tokens that are run); got {tuple(positions.shape)}"
             )
         return positions.cpu() & run
+    prompt = torch.arange(total)[None] < lengths[:, None]
     for position in positions.tolist() if isinstance(positions, Tensor) else _listed(positions):
+        if isinstance(position, str):
+            continue
         if position < 0:
             raise InputError(f"position {position}: while a model writes, positions count from the start of the prompt")
         if position >= total:
@@ -179,13 +183,21 @@ def edited_tokens(positions: Positions, lengths: Int[Tensor, " batch"], steps: i
                 f"position {position} is never run: prompts of {width} tokens and {steps} new ones are run up to "
                 f"position {total - 1} (the last new token is not run)"
             )
-    mask = mask_of(positions, run)
-    assert mask is not None
-    return mask & run
+    if isinstance(positions, Tensor):
+        mask = mask_of(positions, run)
+        assert mask is not None
+        return mask & run
+    names = [position for position in _listed(positions) if isinstance(position, str)]
+    numbers = [position for position in _listed(positions) if not isinstance(position, str)]
+    # Names are the prompts'; numbers count on into what is written.
+    named, counted = mask_of(names, prompt, landmarks), mask_of(numbers, run)
+    assert named is not None
+    assert counted is not None
+    return named | (counted & run)
 
 
-def _listed(positions: int | Sequence[int]) -> list[int]:
-    return [positions] if isinstance(positions, int) else list(positions)
+def _listed(positions: int | str | Sequence[int | str]) -> list[int | str]:
+    return [positions] if isinstance(positions, int | str) else list(positions)
 
 
 def _check_attention(edits: Sequence[Intervention], prompts: Tokens) -> None:

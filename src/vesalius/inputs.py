@@ -17,17 +17,26 @@ from torch import Tensor
 
 from vesalius.errors import InputError, PairsError, UnknownNameError
 from vesalius.records import content_hash
+from vesalius.site import Site
+
+LOGITS = Site("logits")
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """Token ids with the mask of real tokens.
 
-    ids: [batch, pos], int64. mask: [batch, pos], True on real tokens; default all real.
+    ids: [batch, pos], int64. mask: [batch, pos], True on real tokens; default all real. decoder: [batch, pos], what the
+    decoder of an encoder-decoder model is given; default its start token. landmarks: name -> [batch] or [batch, n]
+    numbers of tokens in each prompt's own sequence, -1 for none: positions that interventions can name.
+
+    Raises InputError for shapes that do not fit and for a landmark outside the prompts.
     """
 
     ids: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"] | None = None
+    decoder: Int[Tensor, "batch decoder_pos"] | None = None
+    landmarks: Mapping[str, Int[Tensor, batch * n]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_ids("ids", self.ids)
@@ -35,6 +44,8 @@ class Tokens:
             raise InputError(
                 f"mask has shape {tuple(self.mask.shape)}, ids {tuple(self.ids.shape)}; they must be equal"
             )
+        _check_decoder(self.decoder, len(self.ids))
+        check_landmarks(self.landmarks, self.lengths)
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -48,6 +59,21 @@ class Tokens:
     def lengths(self) -> Int[Tensor, " batch"]:
         return self.real.sum(1)
 
+    def real_at(self, site: Site) -> Bool[Tensor, "batch pos"]:
+        """True on the real tokens that a site counts: the decoder's, or the prompts'."""
+        if self.decoder is None or site.of_encoder:
+            return self.real
+        return torch.ones_like(self.decoder, dtype=torch.bool)
+
+    def take(self, rows: Int[Tensor, " row"], width: int | None = None) -> Tokens:
+        """Some of the prompts, perhaps cut to a width that holds them."""
+        return Tokens(
+            self.ids[rows, :width],
+            None if self.mask is None else self.mask[rows, :width],
+            None if self.decoder is None else self.decoder[rows],
+            {name: at[rows] for name, at in self.landmarks.items()},
+        )
+
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence[int]], pad: int = 0) -> Tokens:
         """Right-padded batch from lists of token ids. Raises InputError for no rows or an empty one."""
@@ -57,7 +83,33 @@ class Tokens:
 
     @cached_property
     def content_hash(self) -> str:
-        return content_hash([[int(i) for i in row[keep]] for row, keep in zip(self.ids, self.real, strict=True)])
+        rows = [[int(i) for i in row[keep]] for row, keep in zip(self.ids, self.real, strict=True)]
+        return content_hash(rows if self.decoder is None else [rows, self.decoder.tolist()])
+
+
+def _check_decoder(ids: Tensor | None, batch: int) -> None:
+    if ids is None:
+        return
+    _check_ids("decoder", ids)
+    if len(ids) != batch:
+        raise InputError(f"decoder has {len(ids)} rows for {batch} prompts")
+
+
+def check_landmarks(landmarks: Mapping[str, Tensor], lengths: Int[Tensor, " batch"]) -> None:
+    """Raises InputError for a landmark that is not int64 [batch] or [batch, n], or lies outside a prompt."""
+    for name, at in landmarks.items():
+        if at.dtype != torch.long or at.ndim not in (1, 2) or len(at) != len(lengths):
+            raise InputError(
+                f"landmark {name!r} must be int64 [{len(lengths)}] or [{len(lengths)}, n]; got {at.dtype} "
+                f"{tuple(at.shape)}"
+            )
+        outside = (at < -1) | (at >= lengths.to(at.device).view(-1, *[1] * (at.ndim - 1)))
+        if bool(outside.any()):
+            row = int(outside.nonzero()[0, 0])
+            raise InputError(
+                f"landmark {name!r} of prompt {row} is {at[row].tolist()}, but the prompt has {int(lengths[row])} "
+                "tokens, numbered from 0 (-1: none)"
+            )
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, " batch"]]:
@@ -86,7 +138,9 @@ class Pairs:
     continuation of the clean prompt. lengths: [example] real tokens. read: [example] position where the metric
     reads; default the last real token. groups: name -> one label per example (template, names, ...): prompts that
     share a label are not independent. splits: one split name per example. corruption: what was done to the clean
-    prompts. beginning: what the prompts begin with ("<bos>" token text, or "none").
+    prompts. beginning: what the prompts begin with ("<bos>" token text, or "none"). landmarks: name -> [example] or
+    [example, n] positions, -1 for none; interventions can name them. decoder: [example, pos], what the decoder of an
+    encoder-decoder model is given; the metric then reads its last position.
 
     Raises PairsError naming the pair when the two prompts differ in length or not at all, when answer equals
     distractor, or when a label is missing.
@@ -103,6 +157,8 @@ class Pairs:
     corruption: str = "corrupted"
     task: str = ""
     beginning: str = ""
+    landmarks: Mapping[str, Int[Tensor, example * n]] = field(default_factory=dict)
+    decoder: Int[Tensor, "example decoder_pos"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("clean", "corrupted"):
@@ -118,6 +174,8 @@ class Pairs:
         if self.read is None:
             object.__setattr__(self, "read", self.size - 1)
         self._check_rows(n, width)
+        _check_decoder(self.decoder, n)
+        check_landmarks(self.landmarks, self.size)
 
     def _check_rows(self, n: int, width: int) -> None:
         for name in ("answer", "distractor", "lengths", "read"):
@@ -152,6 +210,12 @@ class Pairs:
         assert self.read is not None
         return self.read
 
+    def read_at(self, site: Site = LOGITS) -> Int[Tensor, " example"]:
+        """Where the metric reads, among the tokens that a site counts: a decoder's last, or `at`."""
+        if self.decoder is None or site.of_encoder:
+            return self.at
+        return torch.full_like(self.at, self.decoder.shape[1] - 1)
+
     @property
     def real(self) -> Bool[Tensor, "example pos"]:
         return torch.arange(self.clean.shape[1], device=self.clean.device)[None] < self.size[:, None]
@@ -166,7 +230,7 @@ class Pairs:
         if which not in ("clean", "corrupted"):
             raise UnknownNameError("prompts", which, ["clean", "corrupted"])
         real = self.real
-        return Tokens(getattr(self, which), None if bool(real.all()) else real)
+        return Tokens(getattr(self, which), None if bool(real.all()) else real, self.decoder, self.landmarks)
 
     @property
     def split_names(self) -> tuple[str, ...]:
@@ -192,6 +256,8 @@ class Pairs:
             read=self.at[index],
             groups={name: pick(labels) for name, labels in self.groups.items()},
             splits=pick(self.splits) if self.splits else (),
+            landmarks={name: at[index] for name, at in self.landmarks.items()},
+            decoder=None if self.decoder is None else self.decoder[index],
         )
 
     @cached_property
@@ -207,6 +273,8 @@ class Pairs:
         fields = {
             name: getattr(self, name).tolist() for name in ("clean", "corrupted", "answer", "distractor", "lengths")
         }
+        if self.decoder is not None:
+            fields["decoder"] = self.decoder.tolist()
         return content_hash(
             {**fields, "read": self.at.tolist(), "groups": {k: list(v) for k, v in self.groups.items()},
              "splits": list(self.splits), "corruption": self.corruption}

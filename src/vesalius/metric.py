@@ -60,7 +60,7 @@ class Metric:
         if self.needs.positions == "all":
             return logits
         rows = torch.arange(len(pairs), device=logits.device)
-        read = logits[rows, pairs.at.to(logits.device)]
+        read = logits[rows, pairs.read_at().to(logits.device)]
         tokens = self.tokens(pairs)
         return read if tokens is None else read.gather(1, tokens.to(logits.device))
 

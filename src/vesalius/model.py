@@ -18,14 +18,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vesalius.activations import Activations
-from vesalius.adapters import Adapter, Layout, adapter_for, submodule
+from vesalius.adapters import Adapter, Layout, Stack, adapter_for, submodule
 from vesalius.adapters.norms import frozen_scale, gain
 from vesalius.calls import Caller, logits_of
 from vesalius.errors import InputError
 from vesalius.generation import Choice, Generation, Step, generated
 from vesalius.inputs import Tokens
 from vesalius.intervention import Intervention, Place
-from vesalius.site import GLOBAL_KINDS, LAYER_KINDS, Site, select
+from vesalius.site import ATTENTION, GLOBAL_KINDS, LAYER_KINDS, RESULTS, Site, select
 from vesalius.taps import Recorder
 
 _GUESS = object()
@@ -100,33 +100,42 @@ class Model:
         if self.adapter is None or self.layout is None:
             names = [name for name, _ in self.module.named_modules() if name]
             return [Site("module", module=name) for name in names]
-        kinds = [kind for kind in LAYER_KINDS if kind in self.adapter.sites or self._derives(kind)]
-        inside = [Site(kind, layer) for layer in range(self.layout.n_layers) for kind in kinds]
-        return inside + [Site(kind) for kind in GLOBAL_KINDS if kind in self.adapter.outside]
+        found = [Site(kind) for kind in GLOBAL_KINDS if kind in self.adapter.outside]
+        for name in self.adapter.stack_names:
+            stack = self.adapter.stack(name)
+            kinds = [kind for kind in LAYER_KINDS if kind in stack.sites or _derives(stack, kind)]
+            found += [Site(kind, n, stack=name) for n in range(self.layout.layers_of(name)) for kind in kinds]
+            found += [Site(kind, stack=name) for kind in GLOBAL_KINDS if name and kind in stack.outside]
+        return sorted(found, key=lambda site: site.order)
 
     @cached_property
     def _site_set(self) -> frozenset[Site]:
         return frozenset(self._all_sites)
 
-    def _derives(self, kind: str) -> bool:
-        assert self.adapter is not None
-        if kind in ("scores", "pattern"):
-            return bool(self.adapter.attention)
-        return kind == "result" and "z" in self.adapter.sites and bool(self.adapter.o_proj)
-
-    def layer(self, number: int) -> nn.Module:
-        """The module of one layer."""
-        adapter, _ = self.described
-        return submodule(self.module, adapter.layers if adapter.shared else f"{adapter.layers}.{number}")
+    def layer(self, number: int, stack: str = "") -> nn.Module:
+        """The module of one layer; of an encoder-decoder's "encoder" or "decoder" stack."""
+        adapter, layers = self.described[0], self.described[0].stack(stack).layers
+        return submodule(self.module, layers if adapter.shared else f"{layers}.{number}")
 
     def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:  # noqa: N802
         """Output projection of each head. In a model with a norm after attention, what comes before that norm."""
-        adapter, layout = self.described
-        projection = submodule(self.layer(layer), adapter.o_proj)
+        return self._heads_of(submodule(self.layer(layer), self.described[0].o_proj))
+
+    def _heads_of(self, projection: nn.Module) -> Float[Tensor, "head d_head d_model"]:
+        layout = self.described[1]
         weight: Tensor = projection.weight.detach()  # type: ignore[operator]
         # Linear keeps [out, in]; GPT-2's Conv1D keeps [in, out].
         rows = weight.T if isinstance(projection, nn.Linear) else weight
         return rows.reshape(layout.n_heads, layout.d_head, layout.d_model)
+
+    def heads_of(self, site: Site, z: Tensor) -> Tensor:
+        """The heads' result at a `result` or `cross_result` site, from z there."""
+        assert site.layer is not None
+        if not site.stack:
+            return self.head_writes(site.layer, z)
+        stack = self.described[0].stack(site.stack)
+        projection = submodule(self.layer(site.layer, site.stack), stack.cross_o_proj if site.cross else stack.o_proj)
+        return torch.einsum("...hd,hdm->...hm", z, self._heads_of(projection).to(z))
 
     def head_writes(self, layer: int, z: Float[Tensor, "*any head d_head"]) -> Float[Tensor, "*any head d_model"]:
         """What each head adds to the residual stream, from one layer's z.
@@ -213,8 +222,10 @@ class Model:
         no keys and values, or positions that are never run.
         """
         tokens = self._call(prompts)[2]
-        if tokens is None or not self._takes("past_key_values"):
-            raise InputError(f"{self.name} does not write: it takes no past_key_values. Use run")
+        if tokens is None or tokens.decoder is not None or not self._takes("past_key_values"):
+            why = "an encoder-decoder writes through its decoder" if self._takes("decoder_input_ids") else (
+                "it takes no past_key_values")  # fmt: skip
+            raise InputError(f"{self.name} does not write here: {why}. Use run")
         wanted = [site for name in capture for site in self._resolve(name)]
         forward = partial(self._pass, wanted, list(interventions))
         made = generated(forward, tokens, interventions, max_new_tokens, Choice(temperature, seed, stop))
@@ -265,9 +276,10 @@ class Model:
         if site.kind == "module":
             submodule(self.module, site.module)
             return
-        _, layout = self.described
-        if site.layer is not None and site.layer >= layout.n_layers:
-            raise InputError(f"{site}: {self.name} has {layout.n_layers} layers, numbered from 0")
+        adapter, layout = self.described
+        n_layers = layout.layers_of(site.stack)
+        if site.layer is not None and site.layer >= n_layers and site.stack in adapter.stack_names:
+            raise InputError(f"{site}: {self.name} has {n_layers} layers, numbered from 0")
         if site.whole not in self._site_set:
             select(str(site.whole), self._all_sites)  # raises, naming the sites there are
         limit, what = _limit(site.kind, layout)
@@ -285,13 +297,26 @@ class Model:
         _ = self.described
         return self._caller.of_tokens(tokens)
 
+    def begun(self, tokens: Tokens) -> Tokens:
+        """The tokens with what an encoder-decoder's decoder is given: its start token, if nothing is said."""
+        return self._caller.begun(tokens)
+
     @property
     def _caller(self) -> Caller:
         return Caller(self.adapter, self.layout, self.name, self.device)
 
 
+def _derives(stack: Stack, kind: str) -> bool:
+    """Sites that no module has and that are made on the way."""
+    if kind in ATTENTION:
+        return bool(stack.cross_attention if kind.startswith("cross") else stack.attention)
+    z, projection = ("z", stack.o_proj) if kind == "result" else ("cross_z", stack.cross_o_proj)
+    return kind in RESULTS and z in stack.sites and bool(projection)
+
+
 def _limit(kind: str, layout: Layout) -> tuple[int | None, str]:
     """How far an index in brackets may go, and what it counts. Neurons are checked against the tensor itself."""
+    kind = kind.removeprefix("cross_")
     if kind in ("k", "v"):
         return layout.n_kv_heads, "key-value heads per layer"
     if kind in ("q", "z", "result", "pattern", "scores"):

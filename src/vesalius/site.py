@@ -3,13 +3,16 @@
     layers.5.resid_post          residual stream after layer 5
     layers.5.z[3]                head 3's output before the output projection (on k and v: key-value head 3)
     encoder.layers.2.z           an encoder's site in an encoder-decoder model
+    decoder.layers.2.cross_z     the decoder's attention to the encoder: cross_q, cross_k, cross_v, cross_scores, ...
     embed, final_norm, logits    sites outside the layers
     module:features.3|out        output (or |in, input) of a module by path, for models without an adapter
     base/layers.5.mlp_out        with a model tag, when two models are in play
 
 Words follow TransformerLens: q, k and v are the projections' outputs (before any rotation), z the weighted values per
 head, result each head's contribution to the residual stream, mlp_post the neurons (what the down projection reads).
-In a mixture of experts router holds the router's logits and expert_out what each expert adds.
+In a mixture of experts router holds the router's logits and expert_out what each expert adds. Cross-attention writes
+cross_attn_out; resid_mid is the stream before it, resid_mid_cross after it. cross_k and cross_v count the encoder's
+tokens.
 """
 
 from __future__ import annotations
@@ -37,6 +40,15 @@ LAYER_KINDS: dict[str, tuple[str, ...]] = {
     "result": ("batch", "pos", "head", "d_model"),
     "scores": ("batch", "head", "query_pos", "key_pos"),
     "pattern": ("batch", "head", "query_pos", "key_pos"),
+    "cross_q": ("batch", "pos", "head", "d_head"),
+    "cross_k": ("batch", "source_pos", "kv_head", "d_head"),
+    "cross_v": ("batch", "source_pos", "kv_head", "d_head"),
+    "cross_z": ("batch", "pos", "head", "d_head"),
+    "cross_result": ("batch", "pos", "head", "d_model"),
+    "cross_scores": ("batch", "head", "query_pos", "source_pos"),
+    "cross_pattern": ("batch", "head", "query_pos", "source_pos"),
+    "cross_attn_out": RESIDUAL,
+    "resid_mid_cross": RESIDUAL,
     "router": ("batch", "pos", "expert"),
     "expert_out": ("batch", "pos", "expert", "d_model"),
 }
@@ -50,14 +62,18 @@ GLOBAL_KINDS: dict[str, tuple[str, ...]] = {
 INDEX_AXIS = {
     "q": 2, "k": 2, "v": 2, "z": 2, "result": 2, "scores": 1, "pattern": 1, "mlp_post": 2, "mlp_in": 2,
     "resid_pre": 2, "resid_mid": 2, "resid_post": 2, "attn_out": 2, "mlp_out": 2, "embed": 2, "router": 2,
-    "expert_out": 2,
+    "expert_out": 2, "cross_q": 2, "cross_k": 2, "cross_v": 2, "cross_z": 2, "cross_result": 2, "cross_scores": 1,
+    "cross_pattern": 1, "cross_attn_out": 2, "resid_mid_cross": 2,
 }  # fmt: skip
+SCORES, PATTERNS, RESULTS = ("scores", "cross_scores"), ("pattern", "cross_pattern"), ("result", "cross_result")
+ATTENTION = (*SCORES, *PATTERNS)
 # Order within one layer, in which a forward pass makes them.
 STEP = {
     kind: step
     for step, kind in enumerate(
-        ["resid_pre", "q", "k", "v", "scores", "pattern", "z", "result", "attn_out", "resid_mid", "mlp_in", "router",
-         "expert_out", "mlp_post", "mlp_out", "resid_post"]
+        ["resid_pre", "q", "k", "v", "scores", "pattern", "z", "result", "attn_out", "resid_mid", "cross_q", "cross_k",
+         "cross_v", "cross_scores", "cross_pattern", "cross_z", "cross_result", "cross_attn_out", "resid_mid_cross",
+         "mlp_in", "router", "expert_out", "mlp_post", "mlp_out", "resid_post"]
     )
 }  # fmt: skip
 
@@ -136,9 +152,20 @@ class Site:
         return replace(self, index=index)
 
     @property
+    def cross(self) -> bool:
+        """Part of a decoder's attention to its encoder."""
+        return self.kind.startswith("cross_")
+
+    @property
+    def of_encoder(self) -> bool:
+        """Its tokens are the encoder's, in a model that has one."""
+        return self.stack == "encoder" or self.kind in ("cross_k", "cross_v")
+
+    @property
     def order(self) -> tuple[int, int, int, int]:
         """Sort key: the order in which a forward pass makes the tensors."""
-        stack = {"encoder": 0, "": 1, "decoder": 2}[self.stack]
+        # The logits of an encoder-decoder come after its decoder.
+        stack = 3 if self.kind == "logits" else {"encoder": 0, "": 1, "decoder": 2}[self.stack]
         if self.layer is None:
             outside = {"embed": -2, "pos_embed": -1, "final_norm": 1 << 30, "logits": (1 << 30) + 1}
             return (stack, outside.get(self.kind, 0), 0, self.index or 0)

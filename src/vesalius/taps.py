@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vesalius.activations import refuse_nonfinite
-from vesalius.adapters import Access, Adapter, Layout, submodule
+from vesalius.adapters import Access, Adapter, Layout, Stack, submodule
 from vesalius.adapters.heads import join_heads, split_heads
 from vesalius.adapters.routing import contributions, rerouted
 from vesalius.attention import Plain, attending
@@ -19,12 +21,10 @@ from vesalius.errors import InterventionError, UnknownNameError
 from vesalius.hooks import OutputTap, Tap, Visit, tapped
 from vesalius.inputs import Tokens
 from vesalius.intervention import Intervention, Place, Reader, Recorded, apply, off_distribution
-from vesalius.site import Site
+from vesalius.site import ATTENTION, RESULTS, SCORES, Site
 
-READ_ONLY = ("result",)
-ATTENTION = ("scores", "pattern")
 # Scores hold minus infinity by right; experts' shares are costly to make, and show in mlp_out.
-UNWATCHED = (*READ_ONLY, *ATTENTION, "router", "expert_out")
+UNWATCHED = (*RESULTS, *ATTENTION, "router", "expert_out")
 
 
 @runtime_checkable
@@ -35,9 +35,9 @@ class Host(Protocol):
     adapter: Adapter | None
     layout: Layout | None
 
-    def layer(self, number: int) -> nn.Module: ...
+    def layer(self, number: int, stack: str = "") -> nn.Module: ...
     def check_site(self, site: Site) -> None: ...
-    def head_writes(self, layer: int, z: Tensor) -> Tensor: ...
+    def heads_of(self, site: Site, z: Tensor) -> Tensor: ...
 
 
 class Recorder:
@@ -58,7 +58,7 @@ class Recorder:
         watch: Sequence[Site] = (),
     ) -> None:
         self._host = host
-        self._real = tokens.real if tokens is not None else None
+        self._tokens = tokens
         self._grad = grad
         self._places = places
         self._seen: dict[Site, Tensor] = {}
@@ -70,10 +70,10 @@ class Recorder:
         for number, edit in enumerate(interventions):
             self._check_editable(edit)
             self._edits.setdefault(edit.part.site.whole, []).append((number, edit))
-            if isinstance(edit, Reader):
-                self._read.add(self._checked_read(edit))
-        hidden = [Site("z", site.layer) for site in self._capture if site.kind == "result"]
-        asked = [*self._edits, *self._read, *(s for s in self._capture if s.kind not in READ_ONLY), *hidden]
+            self._read.update(self._checked_reads(edit) if isinstance(edit, Reader) else ())
+        hidden = [_z_of(site) for site in self._capture if site.kind in RESULTS]
+        self._read.update(hidden)
+        asked = [*self._edits, *self._read, *(s for s in self._capture if s.kind not in RESULTS)]
         # In the order of the forward pass: two sites can share a module's tensor (attn_out, and the sum resid_mid).
         self._all = sorted(dict.fromkeys(asked), key=_forward_order)
         through = [site for site in self._all if self._through_attention(site)]
@@ -82,6 +82,8 @@ class Recorder:
         direct = sorted((site for site in (*self._all, *only) if site not in through), key=_forward_order)
         self.taps = [tap for site in direct for tap in self._counted(site, site in only)]
         self.needs_attention = bool(through)
+        self._heard: Counter[int] = Counter()
+        self._attention = self._attention_sites() if through else {}
 
     def _lies_open(self, site: Site) -> bool:
         """Whether a module has this tensor, so that looking at it costs nothing."""
@@ -98,25 +100,22 @@ class Recorder:
 
     def _check_editable(self, edit: Intervention) -> None:
         site = edit.part.site
-        if site.kind in READ_ONLY:
-            raise InterventionError(
-                f"{site} is computed for reading and cannot be edited; edit layers.{site.layer}.z instead"
-            )
+        if site.kind in RESULTS:
+            raise InterventionError(f"{site} is computed for reading and cannot be edited; edit {_z_of(site)} instead")
         self._host.check_site(site)
 
-    def _checked_read(self, edit: Reader) -> Site:
-        site = edit.reads.site
-        if site.kind in READ_ONLY:
-            raise InterventionError(
-                f"{site} is no tensor of the pass, so no edit can read it; read layers.{site.layer}.z"
-            )
-        self._host.check_site(site)
-        return site.whole
+    def _checked_reads(self, edit: Reader) -> list[Site]:
+        for part in edit.reads:
+            if part.site.kind in RESULTS:
+                raise InterventionError(
+                    f"{part.site} is no tensor of the pass, so no edit can read it; read {_z_of(part.site)}"
+                )
+            self._host.check_site(part.site)
+        return [part.site.whole for part in edit.reads]
 
     def _through_attention(self, site: Site) -> bool:
         """Scores and patterns are reached in our attention function, unless a module of the model returns them."""
-        adapter = self._host.adapter
-        return site.kind in ATTENTION and not (adapter is not None and site.kind in adapter.sites)
+        return site.kind in ATTENTION and site.kind not in self._stack(site).sites
 
     def _counted(self, site: Site, only: bool) -> list[Tap | OutputTap]:
         """A site's taps (only: its lookout); where all layers are one module, they act in one of its calls."""
@@ -128,8 +127,7 @@ class Recorder:
     def _taps(self, site: Site) -> list[Tap | OutputTap]:
         if site.kind == "module":
             return [Tap(submodule(self._host.module, site.module), site.side, self._visitor(site, None))]
-        access = self._access(site)
-        root = self._host.module if site.layer is None else self._host.layer(site.layer)
+        access, root = self._access(site), self._root(site)
         if site.kind in ("router", "expert_out"):
             return [OutputTap(submodule(root, access.path), self._expert_visitor(site, access))]
         if not access.delta or site not in self._edits:
@@ -142,26 +140,31 @@ class Recorder:
             module = submodule(self._host.module, site.module)
             return [OutputTap(module, lambda _, output: self._check_all(site, output))]
         access = self._access(site)
-        root = self._host.module if site.layer is None else self._host.layer(site.layer)
 
         def visit(tensor: Tensor) -> None:
-            refuse_nonfinite(site, self._split(tensor, access), self._real)
+            refuse_nonfinite(site, self._split(tensor, access), self._real_at(site))
 
-        return [Tap(submodule(root, access.path), access.side, visit)]
+        return [Tap(submodule(self._root(site), access.path), access.side, visit)]
 
     def _check_all(self, site: Site, output: Any) -> None:
         """Every floating-point tensor a module returns."""
         for item in output if isinstance(output, tuple | list) else [output]:
             if isinstance(item, Tensor) and item.dtype.is_floating_point:
-                refuse_nonfinite(site, item, self._real)
+                refuse_nonfinite(site, item, self._real_at(site))
 
     def _access(self, site: Site) -> Access:
-        adapter = self._host.adapter
-        assert adapter is not None
-        table = adapter.outside if site.layer is None else adapter.sites
+        table = self._stack(site).outside if site.layer is None else self._stack(site).sites
         if site.kind not in table:
             raise UnknownNameError("site", str(site), table)
         return table[site.kind]
+
+    def _stack(self, site: Site) -> Stack:
+        assert self._host.adapter is not None
+        return self._host.adapter.stack(site.stack)
+
+    def _root(self, site: Site) -> nn.Module:
+        """What the site's paths start from."""
+        return self._host.module if site.layer is None else self._host.layer(site.layer, site.stack)
 
     def _delta_taps(self, site: Site, access: Access, root: nn.Module) -> list[Tap | OutputTap]:
         """A sum no module returns (resid_mid): edited by adding the change to its last summand, read where used."""
@@ -225,13 +228,31 @@ class Recorder:
                 return edited.sum(2).flatten(0, 1) + (output - here.sum(2).flatten(0, 1)).detach()
             return None if edited is here else output + (edited - here).sum(2).flatten(0, 1)
 
-        assert site.layer is not None
-        gate = submodule(self._host.layer(site.layer), access.path)
+        gate = submodule(self._root(site), access.path)
         return route if site.kind == "router" else add
 
-    def visit_attention(self, kind: str, layer: int, tensor: Tensor) -> Tensor | None:
+    def _attention_sites(self) -> dict[int, list[Site]]:
+        """The scores sites that each attention module makes, in its calls' order: several when layers share it."""
+        found: dict[int, list[Site]] = {}
+        adapter, layout = self._host.adapter, self._host.layout
+        assert adapter is not None
+        assert layout is not None
+        for name in adapter.stack_names:
+            stack = adapter.stack(name)
+            for kind, path in (("scores", stack.attention), ("cross_scores", stack.cross_attention)):
+                for layer in range(layout.layers_of(name) if path else 0):
+                    module = submodule(self._host.layer(layer, name), path)
+                    found.setdefault(id(module), []).append(Site(kind, layer, stack=name))
+        return found
+
+    def visit_attention(self, kind: str, module: nn.Module, tensor: Tensor) -> Tensor | None:
         """Called by our attention function with scores and pattern [batch, head, query_pos, key_pos]."""
-        site = Site(kind, layer)
+        sites, past = self._attention.get(id(module), []), self._heard[id(module)]
+        self._heard[id(module)] += kind == "pattern"
+        if not sites:
+            return None
+        made = sites[min(past, len(sites) - 1)]
+        site = replace(made, kind=made.kind.replace("scores", kind))
         if site not in self._all:
             return None
         edited = self._edited(site, tensor) if site in self._edits else tensor
@@ -239,7 +260,7 @@ class Recorder:
 
     def _edited(self, site: Site, tensor: Tensor) -> Tensor:
         for number, edit in self._edits[site]:
-            place = self._places[number] if self._places else Place(self._real_like(tensor))
+            place = self._places[number] if self._places else self._place(site, tensor)
             if place.chosen is not None and not bool(place.chosen.any()):
                 continue
             changed = apply(self._ready(edit, site, tensor), tensor, place)
@@ -252,37 +273,44 @@ class Recorder:
 
     @property
     def _tokenwise(self) -> bool:
-        return self._real is not None or bool(self._places)
+        return self._tokens is not None or bool(self._places)
+
+    def _place(self, site: Site, tensor: Tensor) -> Place:
+        """All tokens; landmarks are the prompts', not a decoder's."""
+        if self._tokens is None:
+            shape = tensor.shape[:2] if tensor.ndim > 1 else (tensor.shape[0], 1)
+            return Place(torch.ones(shape, dtype=torch.bool, device=tensor.device))
+        real = self._tokens.real_at(site).to(tensor.device)
+        inside = self._tokens.decoder is None or site.of_encoder
+        return Place(real, landmarks=self._tokens.landmarks if inside else {})
+
+    def _real_at(self, site: Site) -> Tensor | None:
+        return None if self._tokens is None else self._tokens.real_at(site)
 
     def _ready(self, edit: Intervention, site: Site, tensor: Tensor) -> Intervention:
         """The edit, with what it reads elsewhere in this run."""
         if not isinstance(edit, Reader):
             return edit
-        read = edit.reads.site.whole
-        if read != site and read not in self._seen:
+        wanted = [part.site.whole for part in edit.reads]
+        late = [read for read in wanted if read != site and read not in self._seen]
+        if late:
             raise InterventionError(
-                f"{type(edit).__name__} reads {read}, which this pass makes only after {site}; "
+                f"{type(edit).__name__} reads {late[0]}, which this pass makes only after {site}; "
                 "an edit can read the same site or an earlier one"
             )
-        return edit.given(tensor if read == site else self._seen[read])
+        return edit.given(*(tensor if read == site else self._seen[read] for read in wanted))
 
     def _batch(self) -> int:
         """Examples in this pass; 1 when nothing says so."""
-        return 1 if self._real is None else len(self._real)
-
-    def _real_like(self, tensor: Tensor) -> Tensor:
-        if self._real is not None:
-            return self._real.to(tensor.device)
-        shape = tensor.shape[:2] if tensor.ndim > 1 else (tensor.shape[0], 1)
-        return torch.ones(shape, dtype=torch.bool, device=tensor.device)
+        return 1 if self._tokens is None else len(self._tokens)
 
     def _keep(self, site: Site, tensor: Tensor) -> Tensor:
         self._fired.add(site)
-        if self._refuse_nan and site.kind != "scores":
-            refuse_nonfinite(site, tensor, self._real)
+        if self._refuse_nan and site.kind not in SCORES:
+            refuse_nonfinite(site, tensor, self._real_at(site))
         if self._grad and not tensor.requires_grad:
             tensor = tensor.detach().requires_grad_()
-        if site in self._capture or site in self._read or site.kind == "z":
+        if site in self._capture or site in self._read:
             self._seen[site] = tensor
         return tensor
 
@@ -296,16 +324,19 @@ class Recorder:
             )
 
     def captured(self) -> Mapping[Site, Tensor]:
-        found = {site: self._seen[site] for site in self._capture if site.kind not in READ_ONLY}
-        for site in self._capture:
-            if site.kind == "result":
-                assert site.layer is not None
-                found[site] = self._host.head_writes(site.layer, self._seen[Site("z", site.layer)])
-        return found
+        return {
+            site: self._host.heads_of(site, self._seen[_z_of(site)]) if site.kind in RESULTS else self._seen[site]
+            for site in self._capture
+        }
 
     def diagnostics(self) -> tuple[Mapping[str, Any], ...]:
         """One entry per intervention that acted, in the order given."""
         return tuple(self._diagnostics[number] for number in sorted(self._diagnostics))
+
+
+def _z_of(result: Site) -> Site:
+    """What a head's result is computed from."""
+    return replace(result.whole, kind=result.kind.replace("result", "z"))
 
 
 def _nth(visit: Visit, number: int) -> Visit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from vesalius.adapters.albert import ALBERT
-from vesalius.adapters.base import Access, Adapter, Layout, submodule
+from vesalius.adapters.base import Access, Adapter, Layout, Stack, submodule
 from vesalius.adapters.bert import BERT
 from vesalius.adapters.bloom import BLOOM
 from vesalius.adapters.gemma import GEMMA2, GEMMA3
@@ -20,16 +20,17 @@ from vesalius.adapters.opt import OPT
 from vesalius.adapters.phi import PHI
 from vesalius.adapters.phi3 import PHI3
 from vesalius.adapters.qwen import QWEN2, QWEN3
+from vesalius.adapters.t5 import T5
 from vesalius.adapters.vit import VIT
 from vesalius.errors import UnknownArchitectureError
 
 # Adapters of one class are tried in this order; the first whose config check passes is taken.
 KNOWN: tuple[Adapter, ...] = (
     ALBERT, BERT, BLOOM, GEMMA2, GEMMA3, GPT2, LLAMA, MISTRAL, MIXTRAL, MODERNBERT, NEOX, NEOX_SERIAL, OLMO2, OLMOE,
-    OPT, PHI, PHI3, QWEN2, QWEN2_MOE, QWEN3, VIT,
+    OPT, PHI, PHI3, QWEN2, QWEN2_MOE, QWEN3, T5, VIT,
 )  # fmt: skip
 
-__all__ = ["KNOWN", "Access", "Adapter", "Layout", "adapter_for", "submodule"]
+__all__ = ["KNOWN", "Access", "Adapter", "Layout", "Stack", "adapter_for", "submodule"]
 
 
 def adapter_for(module: nn.Module) -> Adapter | None:

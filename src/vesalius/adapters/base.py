@@ -50,6 +50,28 @@ class Layout:
     vocab: int
     n_experts: int = 0
     """Experts per layer; 0 where there are none."""
+    n_decoder_layers: int = 0
+    """Layers of an encoder-decoder's decoder; n_layers are its encoder's."""
+    start: int | None = None
+    """Token that an encoder-decoder's decoder begins with."""
+
+    def layers_of(self, stack: str) -> int:
+        return self.n_decoder_layers if stack == "decoder" else self.n_layers
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack of layers; an encoder-decoder model has two. Fields as in `Adapter`."""
+
+    layers: str
+    sites: Mapping[str, Access]
+    outside: Mapping[str, Access]
+    o_proj: str
+    attention: str = ""
+    cross_o_proj: str = ""
+    """Output projection of the attention to the encoder, from the layer."""
+    cross_attention: str = ""
+    """Attention to the encoder, relative to the layer."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +127,28 @@ class Adapter:
     """Router of a mixture of experts, relative to the layer: returns (logits, weights, indices), all [token, ...]."""
     experts: str = ""
     """Experts, relative to the layer: called with (hidden states, indices, weights)."""
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
+    """`encoder` and `decoder` of a model that has both; then layers, sites, o_proj and attention here are empty."""
+
+    def stack(self, name: str = "") -> Stack:
+        """The stack a site belongs to; the only one of a model that has one."""
+        if name in self.stacks:
+            return self.stacks[name]
+        return Stack(self.layers, self.sites, self.outside, self.o_proj, self.attention)
+
+    @property
+    def stack_names(self) -> tuple[str, ...]:
+        return tuple(self.stacks) or ("",)
 
     def layout(self, module: nn.Module) -> Layout:
         """Sizes read from `module.config`. Raises InputError when a field is missing."""
         config = module.config
         read = {name: getattr(config, attribute, None) for name, attribute in self.config.items()}
+        start = read.pop("start", None)
         read["n_kv_heads"] = read.get("n_kv_heads") or read["n_heads"]
         read["d_head"] = read.get("d_head") or (read["d_model"] or 0) // (read["n_heads"] or 1)
         missing = [self.config[name] for name, value in read.items() if value is None and name in self.config]
+        read["start"] = start  # a config may leave it out
         if missing:
             raise InputError(f"the config of {type(module).__name__} lacks {', '.join(missing)}")
         return Layout(**{name: int(value) for name, value in read.items() if value is not None})

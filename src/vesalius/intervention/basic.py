@@ -150,17 +150,17 @@ class Ablate(At):
         assert self.reference is not None
         values = values_of(self.reference, self.part)
         if self.mode == "mean" and isinstance(self.reference, Activations):
-            return mean_of(values, self.reference.tokens).to(whole)
+            return mean_of(values, self.reference.tokens, self.part.site).to(whole)
         if self.mode == "resample":
             values = values[derangement(len(values), self.seed).to(values.device)]
         return place.here(values, self.part, whole).to(whole)
 
 
-def mean_of(values: Tensor, tokens: Tokens | None) -> Tensor:
+def mean_of(values: Tensor, tokens: Tokens | None, site: Site) -> Tensor:
     """Mean over the real positions: [batch, pos, ...] -> [...]."""
     if tokens is None:
         return values.mean((0, 1))
-    return values[tokens.real.to(values.device)].mean(0)
+    return values[tokens.real_at(site).to(values.device)].mean(0)
 
 
 def derangement(n: int, seed: int, lengths: Int[Tensor, " n"] | None = None) -> Int[Tensor, " n"]:

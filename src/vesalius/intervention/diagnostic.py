@@ -6,9 +6,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from vesalius.intervention.place import ATTENTION
 from vesalius.parts import Unit
-from vesalius.site import Site
+from vesalius.site import ATTENTION, Site
 
 
 def off_distribution(before: Tensor, after: Tensor, real: Bool[Tensor, "batch pos"], site: Site) -> dict[str, float]:

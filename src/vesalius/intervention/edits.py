@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,9 +13,9 @@ from vesalius.activations import Activations
 from vesalius.errors import InputError, InterventionError
 from vesalius.intervention.basic import KEPT_OUT, At, mean_of
 from vesalius.intervention.form import Recorded, Source, Write
-from vesalius.intervention.place import ATTENTION, Place, Positions, token_axis
+from vesalius.intervention.place import Place, Positions, token_axis
 from vesalius.parts import Direction, Part, Subspace, Unit, as_part
-from vesalius.site import Site
+from vesalius.site import ATTENTION, Site
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,7 +52,7 @@ class Project(At):
         if self.centre is None:
             return torch.zeros(())
         if isinstance(self.centre, Activations):
-            return mean_of(self.part.read(self.centre[self.part.site.whole]), self.centre.tokens)
+            return mean_of(self.part.read(self.centre[self.part.site.whole]), self.centre.tokens, self.part.site)
         return self.centre
 
 
@@ -114,41 +114,48 @@ class Noise(At):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Replace(Recorded):
-    """Write fn(value read at one site) at the same or a later site of the same run: how a transcoder is spliced in.
+    """Write fn(values read at sites) at the same or a later site of the same run: how a transcoder is spliced in.
 
-    read, write: Parts, Sites or names; the value read is the one after interventions there. fn: from the part's value
-    at `read` to the one at `write`, over the same tokens. ref: the name or hash of the function, which stands for it in
-    JSON and in hashes; give it back with from_json(..., functions={ref: fn}).
+    read, write: Parts, Sites or names; read may be a list of them. The values read are those after interventions there.
+    fn: from the value of each part of `read`, one argument each, to the one at `write`, over the same tokens. ref: the
+    name or hash of the function, which stands for it in JSON and in hashes; give it back with
+    from_json(..., functions={ref: fn}).
 
-    A run raises InterventionError when the pass makes `read` only after `write`, or the result has another shape.
+    A run raises InterventionError when the pass makes a site of `read` only after `write`, or the result has another
+    shape.
     """
 
-    read: Part | Site | str
+    read: Part | Site | str | Sequence[Part | Site | str]
     write: Part | Site | str = field(metadata=KEPT_OUT)
-    fn: Callable[[Tensor], Tensor] = field(metadata=KEPT_OUT)
+    fn: Callable[..., Tensor] = field(metadata=KEPT_OUT)
     ref: str
     positions: Positions = None
     made: Tensor | None = field(default=None, metadata=KEPT_OUT)
     part: Part = field(init=False)
-    reads: Part = field(init=False)
+    reads: tuple[Part, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "part", as_part(self.write))
-        object.__setattr__(self, "reads", as_part(self.read))
+        listed = [self.read] if isinstance(self.read, str | Site | Part) else list(self.read)
+        object.__setattr__(self, "reads", tuple(as_part(one) for one in listed))
+        if not self.reads:
+            raise InputError(f"Replace at {self.part.site} reads nothing: give read=, a site or a list of sites")
         if not self.ref:
             raise InputError(f"Replace at {self.part.site} needs ref=, a name or hash that stands for its function")
 
-    def given(self, read: Tensor) -> Replace:
-        """The edit, now that `read`'s whole tensor is known."""
-        return replace(self, made=self.fn(self.reads.read(read)))
+    def given(self, *read: Tensor) -> Replace:
+        """The edit, now that the whole tensors of `reads` are known."""
+        return replace(self, made=self.fn(*(part.read(whole) for part, whole in zip(self.reads, read, strict=True))))
 
     def value(self, _whole: Tensor, _place: Place) -> Tensor:
         if self.made is None:
             raise InterventionError(
-                f"Replace at {self.part.site}: {self.reads.site} has not been read; use it in a run"
+                f"Replace at {self.part.site}: {', '.join(str(p.site) for p in self.reads)} has not been read; use it "
+                "in a run"
             )
         return self.made
 
     def written(self, write: Write) -> dict[str, object]:
         data = super().written(write)
-        return {**data, "read": self.reads.to_json()}
+        listed = [part.to_json() for part in self.reads]
+        return {**data, "read": listed[0] if len(listed) == 1 else listed}

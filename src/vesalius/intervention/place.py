@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from vesalius.errors import InputError, InterventionError
+from vesalius.errors import InputError, InterventionError, UnknownNameError
 from vesalius.parts import Part
-from vesalius.site import Site
+from vesalius.site import ATTENTION, Site
 
-Positions = int | Sequence[int] | Tensor | None
-ATTENTION = ("pattern", "scores")
+Positions = int | str | Sequence[int | str] | Tensor | None
+Landmarks = Mapping[str, Tensor]
+ALWAYS = ("first", "last")
+"""Positions that every prompt has: its first and its last real token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +25,14 @@ class Place:
 
     real: [batch, pos], True on real tokens. index: [batch, pos], the number each token has in its own sequence; None in
     an ordinary run, where it is the column. While a model generates, later columns are later tokens. chosen:
-    [batch, pos], the columns that are edited; None is all.
+    [batch, pos], the columns that are edited; None is all. landmarks: name -> [batch] or [batch, n] numbers of tokens
+    in each prompt's own sequence, -1 for none.
     """
 
     real: Bool[Tensor, "batch pos"]
     index: Int[Tensor, "batch pos"] | None = None
     chosen: Bool[Tensor, "batch pos"] | None = None
+    landmarks: Landmarks = field(default_factory=dict)
 
     def here(self, values: Tensor, part: Part, whole: Tensor) -> Tensor:
         """Values given for a whole sequence, at these tokens; values without a token axis are the same everywhere.
@@ -64,10 +68,14 @@ def token_axis(site: Site) -> int:
     return 2 if site.kind in ATTENTION and site.index is None else 1
 
 
-def mask_of(positions: Positions, real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"] | None:
+def mask_of(
+    positions: Positions, real: Bool[Tensor, "batch pos"], landmarks: Landmarks | None = None
+) -> Bool[Tensor, "batch pos"] | None:
     """Positions as a mask: None all, int or list the same everywhere, [batch] one each, bool [batch, pos] a mask.
 
-    Raises InputError for a position outside the prompts, and for a negative one that is padding in some prompt.
+    A name, or names in the list, stand for landmarks of the prompts; "first" and "last" real token are always there.
+    Raises InputError for a position outside the prompts, and for a negative one that is padding in some prompt,
+    UnknownNameError for a name the prompts do not have.
     """
     if positions is None:
         return None
@@ -83,10 +91,27 @@ def mask_of(positions: Positions, real: Bool[Tensor, "batch pos"]) -> Bool[Tenso
         _check_positions(positions.tolist(), real)
         chosen[torch.arange(batch, device=real.device), positions.to(real.device)] = True
         return chosen
-    listed = [positions] if isinstance(positions, int) else list(positions)
-    _check_positions(listed, real)
-    chosen[:, listed] = True
+    listed = [positions] if isinstance(positions, int | str) else list(positions)
+    numbers = [position for position in listed if not isinstance(position, str)]
+    _check_positions(numbers, real)
+    chosen[:, numbers] = True
+    for name in listed:
+        if isinstance(name, str):
+            chosen |= named_mask(name, real, landmarks or {})
     return chosen
+
+
+def named_mask(name: str, real: Bool[Tensor, "batch pos"], landmarks: Landmarks) -> Bool[Tensor, "batch pos"]:
+    """Where a landmark lies, prompt by prompt; a prompt without it has no True. Raises UnknownNameError."""
+    number = real.long().cumsum(1) - 1  # of each token in its own sequence
+    if name not in landmarks and name in ALWAYS:
+        return real & (number == (0 if name == "first" else real.sum(1, keepdim=True) - 1))
+    if name not in landmarks:
+        raise UnknownNameError(
+            "position", name, [*landmarks, *ALWAYS], "Name your own: Tokens(ids, landmarks={name: numbers})."
+        )
+    wanted = landmarks[name].to(real.device).view(len(real), 1, -1)
+    return real & (number[:, :, None] == wanted).any(2)
 
 
 def _check_positions(positions: Sequence[int], real: Bool[Tensor, "batch pos"]) -> None:

@@ -33,13 +33,13 @@ class Intervention(Protocol):
 
 @runtime_checkable
 class Reader(Protocol):
-    """An intervention that needs another site of the same run; `given` makes the edit once that is read."""
+    """An intervention that needs other sites of the same run; `given` makes the edit once they are read."""
 
     @property
-    def reads(self) -> Part: ...
+    def reads(self) -> tuple[Part, ...]: ...
 
-    def given(self, read: Tensor) -> Intervention:
-        """The edit, now that `reads` had this value."""
+    def given(self, *read: Tensor) -> Intervention:
+        """The edit, now that the sites of `reads` have these whole tensors."""
         ...
 
 
@@ -49,7 +49,9 @@ def apply(intervention: Intervention, whole: Tensor, place: Place) -> Tensor:
     An edit is computed in the tensor's own precision, also under autocast.
     """
     part = intervention.part
-    chosen = mask_of(intervention.positions, place.real) if place.chosen is None else place.chosen
+    chosen = place.chosen
+    if chosen is None:
+        chosen = mask_of(intervention.positions, place.real, place.landmarks)
     with _own_precision(whole):
         present = part.read(whole)
         new = intervention.value(whole, replace(place, chosen=chosen))

@@ -25,7 +25,7 @@ from vesalius.site import Site
 KINDS: Mapping[str, type[Any]] = {
     cls.__name__.lower(): cls for cls in (Ablate, Freeze, Interchange, Noise, Patch, Project, Replace, Steer)
 }
-Functions = Mapping[str, Callable[[Tensor], Tensor]]
+Functions = Mapping[str, Callable[..., Tensor]]
 
 
 def from_json(
@@ -46,7 +46,8 @@ def from_json(
     fields = {name: _value(value, held) for name, value in given.items()}
     if kind != "replace":
         return KINDS[kind](part, **fields)
-    read, ref = _part(given["read"], held), str(given["ref"])
+    listed = given["read"] if isinstance(given["read"], list) else [given["read"]]
+    read, ref = [_part(one, held) for one in listed], str(given["ref"])
     if ref not in (functions or {}):
         raise InputError(f"Replace at {part.site} needs its function: pass functions={{{ref!r}: ...}}")
     assert functions is not None
@@ -69,7 +70,7 @@ def tensors_of(edits: Sequence[Intervention]) -> dict[str, Tensor]:
                 f"a {type(edit).__name__} is not one of vesalius's edits ({', '.join(KINDS)}); store it yourself"
             )
         edit.written(keep)
-        for part in (edit.target, getattr(edit, "reads", edit.target)):
+        for part in (edit.target, *getattr(edit, "reads", ())):
             if isinstance(part, Direction | Subspace):
                 keep(part.vector if isinstance(part, Direction) else part.basis)
     return found

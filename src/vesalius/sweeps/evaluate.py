@@ -155,8 +155,8 @@ def _whole_forwards(
     _refuse_nan(bases[0][None], "nothing")
     values = [first.repeat(len(variants), 1) for first in bases]
     seen = record.model.run(record.tokens, capture=list(watch)) if watch else None
-    watched = {site: at_read(seen[site], pairs.at, site)[None].repeat_interleave(len(variants), 0) for site in watch
-               if seen is not None}  # fmt: skip
+    watched = {site: at_read(seen[site], pairs.read_at(site), site)[None].repeat_interleave(len(variants), 0)
+               for site in watch if seen is not None}  # fmt: skip
 
     def keep(run: PlainRun) -> None:
         for label, filled in zip(labels, values, strict=True):
@@ -280,7 +280,7 @@ def _rounding(record: Record) -> float:
 
 
 def _logit_range(record: Record, pairs: Pairs) -> float:
-    end = pairs.at[0]
+    end = pairs.read_at()[0]
     logits = _logits(record, record.resid[-1][:1, end], None) if record.logits is None else record.logits[0, end]
     return float(logits.max() - logits.min())
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vesalius.errors import InputError
-from vesalius.inputs import Pairs, Tokens
+from vesalius.inputs import Pairs
 from vesalius.intervention import Patch
 from vesalius.metric import Metric
 from vesalius.site import Site
@@ -36,7 +36,9 @@ def live_cells(
             for rows in rows_of(variant, donor, ends):
                 live[number, rows.example] = True
         else:
-            live[number] = variant.position is None or record.lengths > variant.position
+            live[number] = variant.position is None or torch.stack(
+                [record.tokens.real_at(part).sum(1) > variant.position for part in variant.parts]
+            ).any(0)
     return live
 
 
@@ -68,8 +70,8 @@ def _edited(
     tokens = taken(record.model, record.tokens, example)
     edits = patches(record, variant, donor, example, tokens.ids.shape[1])
     run = record.model.run(tokens, capture=list(watch), interventions=edits)
-    at = pairs.at[example]
-    return PlainRun(number, example, run.logits, {site: at_read(run[site], at, site) for site in watch})
+    watched = {site: at_read(run[site], pairs.read_at(site)[example], site) for site in watch}
+    return PlainRun(number, example, run.logits, watched)
 
 
 def at_read(values: Tensor, at: Int[Tensor, " example"], site: Site) -> Tensor:
@@ -93,17 +95,23 @@ def patches(
     record: Record, variant: Variant, donor: Donor, example: Int[Tensor, " row"], size: int | None = None
 ) -> list[Patch]:
     """A variant's edits of some examples as hooks. size: width of the run, when it is cut."""
-    width = record.tokens.ids.shape[1] if size is None else size
-    pos = torch.arange(width)
-    mask = (pos >= donor.first[example][:, None]) & record.tokens.real[example, :width]
-    if variant.position is not None:
-        mask &= pos == variant.position
+    masks = [_edited_positions(record, part, variant.position, donor, example, size) for part in variant.parts]
     return [
         _patch_module(part, donor, example, mask, variant.position is None)
         if part.kind == "module"
         else _patch(part, donor, example, mask)
-        for part in variant.parts
+        for part, mask in zip(variant.parts, masks, strict=True)
     ]
+
+
+def _edited_positions(
+    record: Record, part: Site, position: int | None, donor: Donor, example: Tensor, size: int | None
+) -> Bool[Tensor, "row pos"]:
+    decoded = record.tokens.decoder is not None and not part.of_encoder
+    real = record.tokens.real_at(part)[example, : None if decoded else size]
+    pos = torch.arange(real.shape[1])
+    mask = (pos >= donor.first[example][:, None]) & real
+    return mask if position is None else mask & (pos == position)
 
 
 def _patch_module(part: Site, donor: Donor, example: Tensor, mask: Bool[Tensor, "row pos"], everywhere: bool) -> Patch:
@@ -134,8 +142,9 @@ def _patch(part: Site, donor: Donor, example: Tensor, mask: Bool[Tensor, "row po
 def plain_value(record: Record, variant: Variant, donor: Donor, pairs: Pairs, metric: Metric, example: int) -> float:
     """One cell by an ordinary forward of that example alone, with one hook per edited part."""
     one, size = pairs.subset([example]), int(record.lengths[example])
-    tokens = Tokens(record.tokens.ids[example : example + 1, :size])
-    edits = patches(record, variant, donor, torch.tensor([example]), size)
+    row = torch.tensor([example])
+    tokens = replace(record.tokens.take(row, size), mask=None)
+    edits = patches(record, variant, donor, row, size)
     logits = record.model.run(tokens, interventions=edits).logits
     base = record.model.run(tokens).logits if metric.needs.base else None
     return float(metric(logits, one, base)[0])

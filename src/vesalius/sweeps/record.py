@@ -64,6 +64,8 @@ class Record:
 
     def at(self, site: Site) -> Tensor:
         """The base run's value of a whole site."""
+        if site.stack and site in self.sites:
+            return self.sites[site]
         if site.kind == "resid_pre" and site.layer is not None:
             return self.resid[site.layer]
         if site.kind == "resid_post" and site.layer is not None:
@@ -137,6 +139,7 @@ def window_of(mask: Tensor, lengths: Int[Tensor, " example"]) -> int | None:
 
 def record(model: Model, tokens: Tokens, sites: Sequence[Site] = ()) -> Record:
     """Run the model once and keep what replays need. Raises InputError for left-padded tokens."""
+    tokens = model.begun(tokens)
     if not bool(tokens.real[:, 0].all()):
         raise InputError("sweeps take right-padded prompts; build them with Tokens.from_rows or Pairs")
     reason = _never_replayed(model)
@@ -183,9 +186,11 @@ def _never_replayed(model: Model) -> str:
 
 def _plain(model: Model, tokens: Tokens, sites: Sequence[Site], reason: str) -> Record:
     """A record of an ordinary run, for a model whose layers cannot be replayed."""
-    n_layers = 0 if model.layout is None else model.layout.n_layers
+    one = model.adapter is not None and model.adapter.stack_names == ("",)
+    n_layers = model.described[1].n_layers if one else 0
     stream = [*(Site("resid_pre", n) for n in range(n_layers)), *(Site("resid_post", n - 1) for n in [n_layers] if n)]
-    asked = [*stream, *(site.whole for site in sites if site.kind not in ("resid_pre", "resid_post"))]
+    held_already = ("resid_pre", "resid_post") if one else ()
+    asked = [*stream, *(site.whole for site in sites if site.kind not in held_already)]
     groups = together(model, tokens, torch.arange(len(tokens)))
     runs = [model.run(taken(model, tokens, rows), capture=asked) for rows in groups]
     logits = _merged(tokens, groups, [_checked_logits(model, run.logits) for run in runs], "its output")
@@ -206,7 +211,7 @@ def taken(model: Model, tokens: Tokens, example: Int[Tensor, " row"]) -> Tokens:
     """These examples' prompts; without an adapter cut to their one length."""
     if model.adapter is None:
         return Tokens(tokens.ids[example, : int(tokens.lengths[example].max())])
-    return Tokens(tokens.ids[example], tokens.real[example])
+    return tokens.take(example)
 
 
 def _checked_logits(model: Model, logits: Any) -> Tensor:

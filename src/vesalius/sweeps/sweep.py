@@ -8,7 +8,7 @@ what is needed for it (noising).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,8 @@ def sweep(
     Raises UnknownNameError for an unknown site, each, edit or base; InputError for a site that cannot be swept or
     that has no heads; NotFiniteError for a metric that is NaN or infinite; SelfCheckError when a plain run disagrees.
     """
-    places = _checked(model, sites, each, edit, base)
+    pairs = replace(pairs, decoder=model.begun(pairs.tokens("clean")).decoder)
+    places = _checked(model, sites, each, edit, base, pairs)
     written = sorted({normal(site)[0] for site in places}, key=lambda site: site.order)
     other = PROMPTS[1 - PROMPTS.index(base)]
     runs = record(model, pairs.tokens(base), written), record(model, pairs.tokens(other), written)
@@ -151,7 +152,7 @@ def sweep(
 
 
 def _checked(
-    model: Model, sites: str | Site | Sequence[str | Site], each: str | None, edit: str, base: str
+    model: Model, sites: str | Site | Sequence[str | Site], each: str | None, edit: str, base: str, pairs: Pairs
 ) -> list[Site]:
     """The sites, resolved, when everything named is known."""
     if each is not None and each not in EACH:
@@ -168,6 +169,8 @@ def _checked(
         normal(site)
     if each == "head":
         _check_heads(model, found)
+    if each == "position" and pairs.decoder is not None and len({site.of_encoder for site in found}) > 1:
+        raise InputError("positions of an encoder and of a decoder are not the same: sweep their sites apart")
     return found
 
 
@@ -195,13 +198,14 @@ def _variants(model: Model, site: Site, each: str | None, pairs: Pairs) -> list[
     if each == "head":
         return [Variant((site[head],)) for head in range(_heads(model, site))]
     if each == "position":
-        return [Variant((site,), position) for position in range(pairs.clean.shape[1])]
+        return [Variant((site,), position) for position in range(pairs.tokens("clean").real_at(site).shape[1])]
     return [Variant((site,))]
 
 
 def _mask(variants: Sequence[Variant], pairs: Pairs) -> Bool[Tensor, "variant example"]:
     """True where the example has the variant's position."""
-    return torch.stack([pairs.size > (variant.position or 0) for variant in variants])
+    tokens = pairs.tokens("clean")
+    return torch.stack([tokens.real_at(one.parts[0]).sum(1) > (one.position or 0) for one in variants])
 
 
 def _bill(cost: Cost, mask: Tensor) -> Cost:

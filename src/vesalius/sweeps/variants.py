@@ -15,10 +15,12 @@ from torch import Tensor
 
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.intervention import derangement
-from vesalius.site import Site
+from vesalius.site import ATTENTION, RESULTS, Site
 from vesalius.sweeps.edits import Edits, Source, Table
 from vesalius.sweeps.record import Record
 from vesalius.sweeps.replay import Rows
+
+_UNSWEPT = (*ATTENTION, *RESULTS, "resid_mid", "resid_mid_cross")
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,10 @@ def mean_donor(base: Record, reference: Record, sites: Sequence[Site]) -> Donor:
 
     When every prompt begins with the same token the first position is left alone: its value is the same in all of them.
     """
-    real = reference.tokens.real.clone()
-    real[:, 0] = False
-    means = {site: _means(reference.at(site), real, base.tokens.ids.shape[1]) for site in sites}
+    means = {
+        site: _means(reference.at(site), reference.tokens.real_at(site), base.tokens.real_at(site).shape[1])
+        for site in sites
+    }
     return Donor("mean", _Constant(means), torch.zeros(len(base), dtype=torch.long), _first(base, reference))
 
 
@@ -89,6 +92,8 @@ def _means(values: Tensor, real: Tensor, width: int) -> Tensor:
     """
     if values.shape[:2] != real.shape:
         return values.mean(0, keepdim=True)
+    real = real.clone()
+    real[:, 0] = False
     later = values[real].mean(0) if bool(real.any()) else values[:, 0].mean(0)
     table = later.expand(1, width, *later.shape).clone()
     table[0, 0] = values[:, 0].mean(0)
@@ -128,9 +133,10 @@ class _Stretched:
 
     def at(self, site: Site) -> Tensor:
         values = self.reference.at(site)
-        if values.shape[:2] != self.reference.tokens.ids.shape:
+        real = self.reference.tokens.real_at(site)
+        if values.shape[:2] != real.shape:
             return values
-        last = (self.reference.lengths - 1)[:, None].expand(-1, values.shape[1])
+        last = (real.sum(1) - 1)[:, None].expand(-1, values.shape[1])
         pos = torch.minimum(torch.arange(values.shape[1])[None].expand_as(last), last)
         return values[torch.arange(len(values))[:, None], pos]
 
@@ -142,17 +148,15 @@ def normal(part: Site) -> tuple[Site, int]:
     """
     index = -1 if part.index is None else part.index
     whole = part.whole
-    if whole.kind == "resid_post" and whole.layer is not None:
-        return Site("resid_pre", whole.layer + 1), index
-    if whole.kind == "embed":
-        return Site("resid_pre", 0), index
-    if whole.kind == "module":
-        return whole, index
-    if whole.layer is None or whole.kind in ("pattern", "scores", "result", "resid_mid"):
+    if whole.kind in _UNSWEPT or (whole.layer is None and whole.kind not in ("embed", "module")):
         raise InputError(
             f"{part} cannot be swept; sweep embed, resid_pre, resid_post, attn_out, mlp_out, mlp_post, router, "
-            "expert_out, q, k, v, z or module:<path>|in and |out"
+            "expert_out, q, k, v, z (and cross_q, cross_k, cross_v, cross_z, cross_attn_out) or module:<path>|in, |out"
         )
+    if whole.kind == "resid_post" and whole.layer is not None and not whole.stack:
+        return Site("resid_pre", whole.layer + 1), index
+    if whole.kind == "embed" and not whole.stack:
+        return Site("resid_pre", 0), index
     return whole, index
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from vesalius.data.positions import landmarks
 from vesalius.errors import InputError, PairsError, TokenizerError, UnknownNameError
 from vesalius.inputs import Pairs, pad_rows
 
@@ -190,7 +191,10 @@ def build_pairs(
 
 
 def assemble(rows: Sequence[Encoded], tokenizer: Any, *, beginning: str, corruption: str, task: str) -> Pairs:
-    """Pairs from rows of token ids, the beginning token put in front. Raises InputError for no rows."""
+    """Pairs from rows of token ids, the beginning token put in front, with the landmarks that any pair has.
+
+    Raises InputError for no rows.
+    """
     if not rows:
         raise InputError("no pairs: give at least one row")
     first = beginning_token(tokenizer, beginning)
@@ -199,7 +203,7 @@ def assemble(rows: Sequence[Encoded], tokenizer: Any, *, beginning: str, corrupt
     clean, lengths = pad_rows([[*head, *row.clean] for row in rows], pad)
     corrupted, _ = pad_rows([[*head, *row.corrupted] for row in rows], pad)
     splits = tuple(row.split for row in rows)
-    return Pairs(
+    pairs = Pairs(
         clean=clean,
         corrupted=corrupted,
         answer=torch.tensor([row.answer for row in rows]),
@@ -211,6 +215,7 @@ def assemble(rows: Sequence[Encoded], tokenizer: Any, *, beginning: str, corrupt
         task=task,
         beginning=first,
     )
+    return replace(pairs, landmarks=landmarks(pairs, tokenizer))
 
 
 def check_request(n: int, maximum: int, task: str, corruption: str, known: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 
 import torch
@@ -127,7 +127,8 @@ def ioi(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "swap
     maximum = min(2 * len(FRAMES[split]) * len(names[split]) * (len(names[split]) - 1) for split in SPLITS)
     check_request(n, maximum, "ioi", corruption, CORRUPTIONS)
     rows = [row for split in SPLITS for row in _rows(split, names[split], n, seed, corruption)]
-    return build_pairs(rows, tokenizer, beginning=beginning, corruption=corruption, task="ioi")
+    pairs = build_pairs(rows, tokenizer, beginning=beginning, corruption=corruption, task="ioi")
+    return replace(pairs, landmarks={**pairs.landmarks, **named_positions(pairs)})
 
 
 def _rows(split: str, names: Sequence[str], n: int, seed: int, corruption: str) -> list[Row]:

@@ -509,11 +509,12 @@ def test_a_bug_keeps_its_traceback(run: Callable[..., Done], monkeypatch: pytest
 def test_sites_prints_the_tree_with_shapes(run: Callable[..., Done], model: Path) -> None:
     done = run("sites", model)
     assert done.code == 0
-    assert "tiny: 2 layers" in done.out
+    assert "tiny (llama): 2 layers" in done.out
     lines = {line.split()[1]: line for line in done.out.splitlines() if "layers.*." in line}
     assert "(batch, pos, 4, 16)" in lines["layers.*.z"]
     assert "(batch, pos, 2, 16)" in lines["layers.*.k"]
     assert "(batch, pos, 64)" in lines["layers.*.resid_post"]
+    assert "(batch, pos, 96)" in lines["layers.*.mlp_post"]
 
 
 def test_sites_of_no_model_is_refused(run: Callable[..., Done], tmp_path: Path) -> None:

@@ -281,6 +281,34 @@ def test_every_intervention_of_a_run_carries_its_diagnostic(model: vs.Model, tok
     assert found[1]["norm_ratio"] > 10
 
 
+def test_the_diagnostic_of_attention_is_of_the_querys_row_of_keys(model: vs.Model, tokens: vs.Tokens) -> None:
+    for kind in ("pattern", "scores"):
+        name = f"layers.1.{kind}"
+        for part in (name, f"{name}[1]"):
+            same = vs.Replace(part, part, torch.clone, "same")
+            half = vs.Replace(part, part, lambda x: x / 2, "half", positions=[3])
+            wild = vs.Noise(part, scale=100.0, positions=[3])
+            found = [model.run(tokens, interventions=[edit]).diagnostics[0] for edit in (same, half, wild)]
+            assert (found[0]["norm_ratio"], found[0]["z_rms"]) == (1.0, 1.0)
+            assert 0.2 < found[1]["norm_ratio"] < 0.8
+            assert found[2]["z_rms"] > 20
+            assert all(torch.isfinite(torch.tensor([entry["norm_ratio"], entry["z_rms"]])).all() for entry in found)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 5, 4), (6, 4, 7, 7), (1, 4)])
+def test_tensors_without_tokens_have_a_diagnostic_with_one_vector_per_example(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    wrapped = vs.Model(torch.nn.Sequential(torch.nn.Tanh(), torch.nn.ReLU()))
+    x = torch.randn(shape, generator=generator)
+    far = vs.Replace("module:0|out", "module:0|out", lambda y: 30 * y, "far")
+    near = vs.Replace("module:0|out", "module:0|out", lambda y: y.flip(0), "near")
+    found = [wrapped.run(x, interventions=[edit]).diagnostics[0] for edit in (far, near)]
+    assert found[0]["norm_ratio"] == pytest.approx(30)
+    assert found[0]["z_rms"] > 5
+    assert found[1]["norm_ratio"] == pytest.approx(1)
+    assert found[1]["z_rms"] < 1.2
+
+
 def test_interventions_describe_themselves_in_plain_data(model: vs.Model, tokens: vs.Tokens) -> None:
     source = model.run(tokens, capture=["layers.1.z"]).activations
     patch = vs.Patch("layers.1.z[2]", source=source, positions=3).to_json()

@@ -266,7 +266,7 @@ class Recorder:
             changed = apply(self._ready(edit, site, tensor), tensor, place)
             self._diagnostics[number] = {
                 "intervention": edit.describe() if isinstance(edit, Recorded) else edit.to_json(),
-                **(off_distribution(tensor, changed, place.real, edit.part.site) if self._tokenwise else {}),
+                **off_distribution(tensor, changed, place.real if self._tokenwise else None, edit.part.site),
             }
             tensor = changed
         return tensor

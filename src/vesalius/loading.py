@@ -64,7 +64,7 @@ def load(
     """Load a causal language model and its tokenizer.
 
     name: the demo alias "smollm2-135m-instruct", a folder in transformers layout (config.json, safetensors), a .gguf
-    file (llama architecture), or a transformers hub id, taken from the hub's local cache when it is whole there.
+    file (llama or gemma3 architecture), or a transformers hub id, taken from the hub's local cache when whole there.
     cache: where converted .gguf files are kept; by default $VESALIUS_CACHE, else $XDG_CACHE_HOME/vesalius, else
     ~/.cache/vesalius. sink: gets notes and progress.
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from vesalius.dictionaries.coder import Coder
 from vesalius.dictionaries.config import KINDS, TrainConfig
+from vesalius.dictionaries.cross_layer import CrossLayerTranscoder
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.folder import save
 from vesalius.dictionaries.history import History
 from vesalius.dictionaries.kinds import ACTIVATIONS
 from vesalius.dictionaries.latent import Latent
 from vesalius.dictionaries.loading import load
+from vesalius.dictionaries.training.fitter import Fitter
+from vesalius.dictionaries.training.loop import estimate, train
 
 __all__ = [
     "ACTIVATIONS",
     "KINDS",
     "Coder",
+    "CrossLayerTranscoder",
     "Dictionary",
+    "Fitter",
     "History",
     "Latent",
     "TrainConfig",
+    "estimate",
     "load",
     "save",
+    "train",
 ]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from vesalius.dictionaries import folder as own
 from vesalius.dictionaries.coder import Coder
+from vesalius.dictionaries.cross_layer import cross_layer_from
 from vesalius.errors import FileFormatError
 
-READERS = {"dictionary": own.dictionary_from}
+READERS: dict[str, Callable[..., Coder]] = {
+    "dictionary": own.dictionary_from,
+    "cross_layer_transcoder": cross_layer_from,
+}
 
 
 def load(where: str | Path) -> Coder:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from vesalius.dictionaries.kinds.base import Activation, Vectors
+from vesalius.dictionaries.kinds.base import Activation, Entries, Gradients, Kind, Vectors
 from vesalius.dictionaries.kinds.batchtopk import BatchTopK
 from vesalius.dictionaries.kinds.gated import Gated
 from vesalius.dictionaries.kinds.jumprelu import JumpRelu
+from vesalius.dictionaries.kinds.matryoshka import Matryoshka
 from vesalius.dictionaries.kinds.relu import Relu
 from vesalius.dictionaries.kinds.topk import TopK
 from vesalius.errors import UnknownNameError
 
-_ALL: tuple[Activation, ...] = (Relu(), Gated(), JumpRelu(), TopK(), BatchTopK())
-ACTIVATIONS = {activation.name: activation for activation in _ALL}
+_ACTIVATIONS: tuple[Activation, ...] = (Relu(), Gated(), JumpRelu(), TopK(), BatchTopK())
+_TRAINED: tuple[Kind, ...] = (Relu(), Gated(), JumpRelu(), TopK(), BatchTopK(), Matryoshka())
+ACTIVATIONS = {activation.name: activation for activation in _ACTIVATIONS}
+TRAINED = {kind.name: kind for kind in _TRAINED}
 
 
 def activation_of(name: str) -> Activation:
@@ -21,4 +24,4 @@ def activation_of(name: str) -> Activation:
     return ACTIVATIONS[name]
 
 
-__all__ = ["ACTIVATIONS", "Activation", "Vectors", "activation_of"]
+__all__ = ["ACTIVATIONS", "TRAINED", "Activation", "Entries", "Gradients", "Kind", "Vectors", "activation_of"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from vesalius.dictionaries.kinds.base import Vectors
+from vesalius.dictionaries.config import TrainConfig
+from vesalius.dictionaries.kinds.base import Entries, Gradients, Vectors
 
 
 class TopK:
@@ -14,8 +17,34 @@ class TopK:
     name = "topk"
     extras: tuple[str, ...] = ()
     local = False
+    activation = "topk"
+    selection: Literal["row", "batch", "local"] = "row"
 
-    def latents(self, pre: Tensor, _vectors: Vectors, k: int) -> Tensor:
+    def latents(self, pre: Tensor, _vectors: Vectors, k: int, /) -> Tensor:
         """At most k of a row are positive."""
         values, indices = pre.topk(min(k, pre.shape[-1]), dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter_(-1, indices, values.relu())
+
+    def start(self, _config: TrainConfig, /) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def floor(self, _vectors: Vectors, _config: TrainConfig, /) -> Tensor | None:
+        """Zero."""
+        return None
+
+    def values(self, entries: Entries, /) -> Tensor:
+        """The positive part."""
+        return entries.pre.relu()
+
+    def gate(self, _entries: Entries, /) -> Tensor | None:
+        """None."""
+        return None
+
+    def gradients(self, entries: Entries, dvalues: Tensor, _dgate: Tensor | None, /) -> Gradients:
+        """The error's, where the latent is positive."""
+        return Gradients(dvalues * (entries.pre > 0))
+
+    def fitted(self, _vectors: Vectors, _threshold: Tensor, /) -> dict[str, Tensor]:
+        """None: k decides."""
+        return {}

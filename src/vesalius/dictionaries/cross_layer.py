@@ -1,0 +1,196 @@
+"""CrossLayerTranscoder: latents of each layer, read at its MLP input, that write to all later layers' MLP outputs.
+
+Lindsey et al. 2025 ("Circuit tracing"), section "Architecture". It is a sum of dictionaries, one per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vesalius.dictionaries.coder import Rebuilt, Values, aligned_rows, check_latents, site_number, strongest
+from vesalius.dictionaries.dictionary import Dictionary
+from vesalius.dictionaries.folder import dictionary_from
+from vesalius.dictionaries.history import History
+from vesalius.dictionaries.latent import Latent
+from vesalius.errors import InputError
+from vesalius.intervention import digest
+from vesalius.parts import Direction
+from vesalius.records import content_hash
+from vesalius.site import Site
+
+
+@dataclass(frozen=True, eq=False)
+class CrossLayerTranscoder:
+    """One Dictionary per layer; layer l reads input l and writes outputs l and later. Their own b_dec are zero.
+
+    Latents are numbered through all layers, layer after layer. b_dec: one per output site, in units of the activations.
+    Raises InputError for layers that do not form a triangle.
+    """
+
+    layers: tuple[Dictionary, ...]
+    b_dec: tuple[Float[Tensor, " d_out"], ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    history: History | None = None
+
+    def __post_init__(self) -> None:
+        for number, layer in enumerate(self.layers):
+            if len(layer.in_sites) != 1 or layer.out_sites != self.out_sites[number:] or not layer.out_sites:
+                raise InputError(
+                    f"layer {number} of a cross-layer transcoder must read one site and write its own and all later"
+                )
+        if len(self.b_dec) != len(self.layers):
+            raise InputError(f"{len(self.b_dec)} of b_dec for {len(self.layers)} layers; give one each")
+
+    @property
+    def in_sites(self) -> tuple[Site, ...]:
+        """One per layer."""
+        return tuple(layer.in_sites[0] for layer in self.layers)
+
+    @property
+    def out_sites(self) -> tuple[Site, ...]:
+        """One per layer."""
+        return self.layers[0].out_sites
+
+    @property
+    def n_latents(self) -> int:
+        """Of all layers together."""
+        return self.starts[-1]
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Number of each layer's first latent, and the number of all."""
+        sizes = [layer.n_latents for layer in self.layers]
+        return tuple(sum(sizes[:number]) for number in range(len(sizes) + 1))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, as it is stored: those of layer 2 begin with `2/`."""
+        named = {f"{number}/{name}": t for number, layer in enumerate(self.layers) for name, t in layer.tensors.items()}
+        return named | {f"b_dec.{number}": bias for number, bias in enumerate(self.b_dec)}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of each layer."""
+        return {"layers": [layer.settings for layer in self.layers]}
+
+    @property
+    def stored_as(self) -> str:
+        """Its name in `config.json`."""
+        return "cross_layer_transcoder"
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Hash of the weights and of everything else that decides what it computes."""
+        return content_hash({**self.settings, "tensors": {name: digest(t) for name, t in self.tensors.items()}})
+
+    def encode(self, x: Values, latents: Sequence[int] | None = None) -> Float[Tensor, "... latent"]:
+        """Latents of all layers, one layer after the other; only those with the given numbers when there are some.
+
+        Raises as `Dictionary.encode`.
+        """
+        rows, lead = self._rows(x)
+        if latents is None:
+            parts = [layer.encode(row) for layer, row in zip(self.layers, rows, strict=True)]
+            return torch.cat(parts, -1).reshape(*lead, -1)
+        wanted = [self._place(index) for index in check_latents(latents, self.n_latents)]
+        columns = [self.layers[layer].encode(rows[layer], latents=[index]) for layer, index in wanted]
+        return torch.cat(columns, -1).reshape(*lead, -1)
+
+    def encode_sparse(self, x: Values) -> tuple[Tensor, Tensor]:
+        """(indices, values), both [..., active], as `Dictionary.encode_sparse`, over the latents of all layers."""
+        rows, lead = self._rows(x)
+        parts = []
+        for layer, row, start in zip(self.layers, rows, self.starts[:-1], strict=True):
+            indices, values = layer.encode_sparse(row)
+            parts.append((indices + start, values))
+        indices, values = (torch.cat(group, 1) for group in zip(*parts, strict=True))
+        at, best = strongest(values)
+        filled = torch.where(best > 0, indices.gather(1, at), 0)
+        return filled.reshape(*lead, -1), best.reshape(*lead, -1)
+
+    def decode(self, latents: Float[Tensor, "... latent"]) -> Rebuilt:
+        """One tensor per output site: what all layers up to it write there."""
+        if latents.shape[-1] != self.n_latents:
+            raise InputError(f"{latents.shape[-1]} latents were given to decode; this coder has {self.n_latents}")
+        pieces = latents.split([layer.n_latents for layer in self.layers], dim=-1)
+        return self._summed([layer.decode(piece) for layer, piece in zip(self.layers, pieces, strict=True)])
+
+    def decode_sparse(self, indices: Tensor, values: Tensor) -> Rebuilt:
+        """As `decode`, from what `encode_sparse` gives."""
+        written = []
+        for layer, start in zip(self.layers, self.starts[:-1], strict=True):
+            here = (indices >= start) & (indices < start + layer.n_latents)
+            written.append(layer.decode_sparse(torch.where(here, indices - start, 0), values * here))
+        return self._summed(written)
+
+    def reconstruct(self, x: Values) -> Rebuilt:
+        """decode(encode(x))."""
+        rows, lead = self._rows(x)
+        rebuilt = self._summed([layer.reconstruct(row) for layer, row in zip(self.layers, rows, strict=True)])
+        return tuple(part.reshape(*lead, -1) for part in rebuilt)
+
+    def latent(self, index: int) -> Latent:
+        """Latent `index` (through all layers) as a Part, read at its layer's input."""
+        layer, own = self._place(check_latents([index], self.n_latents)[0])
+        return self.layers[layer].latent(own)
+
+    def direction(self, index: int, site: Site | str | None = None) -> Direction:
+        """Unit vector that latent `index` writes at an output site of its own layer (the default) or a later one."""
+        layer, own = self._place(check_latents([index], self.n_latents)[0])
+        return self.layers[layer].direction(own, site)
+
+    def written(self, index: int, site: Site | str | None = None) -> Float[Tensor, " d_out"]:
+        """What one unit of latent `index` adds at an output site; zero at sites of earlier layers."""
+        layer, own = self._place(check_latents([index], self.n_latents)[0])
+        number = layer if site is None else site_number(site, self.out_sites)
+        if number < layer:
+            return torch.zeros_like(self.b_dec[number])
+        return self.layers[layer].written(own, self.out_sites[number])
+
+    def folded(self) -> CrossLayerTranscoder:
+        """The same function with all scales 1."""
+        return replace(self, layers=tuple(layer.folded() for layer in self.layers))
+
+    def _rows(self, x: Values) -> tuple[list[Tensor], torch.Size]:
+        widths = [layer.in_widths[0] for layer in self.layers]
+        return aligned_rows(x, self.in_sites, widths, self.b_dec[0])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """(layer, number in it) of a latent."""
+        layer = max(number for number, start in enumerate(self.starts[:-1]) if start <= index)
+        return layer, index - self.starts[layer]
+
+    def _summed(self, written: Sequence[Rebuilt]) -> tuple[Tensor, ...]:
+        each = [(part,) if isinstance(part, Tensor) else part for part in written]
+        return tuple(
+            torch.stack([each[layer][site - layer] for layer in range(site + 1)]).sum(0) + bias
+            for site, bias in enumerate(self.b_dec)
+        )
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(str(layer.n_latents) for layer in self.layers)
+        return f"CrossLayerTranscoder({self.layers[0].activation}, {len(self.layers)} layers of {sizes} latents)"
+
+    def _repr_html_(self) -> str:
+        curve = "" if self.history is None else self.history._repr_html_()
+        return f"<div><code>{self!r}</code>{curve}</div>"
+
+
+def cross_layer_from(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], about: Mapping[str, Any], history: History | None
+) -> CrossLayerTranscoder:
+    """A CrossLayerTranscoder from its settings and named tensors."""
+    layers = []
+    for number, own in enumerate(settings["layers"]):
+        prefix = f"{number}/"
+        mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        layers.append(dictionary_from(own, mine, {}, None))
+    biases = tuple(tensors[f"b_dec.{number}"] for number in range(len(layers)))
+    return CrossLayerTranscoder(tuple(layers), biases, about, history)

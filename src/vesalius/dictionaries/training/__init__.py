@@ -1,0 +1,1 @@
+"""Fitting dictionaries: one loop for all kinds, with sparse products where activations are sparse."""

@@ -1,0 +1,169 @@
+"""`train`: the one loop, from activations to a dictionary on disk; interrupted, it goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from vesalius import __version__
+from vesalius.data import Source, as_source
+from vesalius.dictionaries import folder
+from vesalius.dictionaries.coder import Coder
+from vesalius.dictionaries.config import TrainConfig
+from vesalius.dictionaries.loading import load
+from vesalius.dictionaries.training.checkpoint import Checkpoints
+from vesalius.dictionaries.training.finish import fitted
+from vesalius.dictionaries.training.fitter import Fitter, make_fitter
+from vesalius.dictionaries.training.microbatch import ROWS, Run
+from vesalius.dictionaries.training.ranks import Ranks
+from vesalius.dictionaries.training.resample import ROWS as RESAMPLED
+from vesalius.dictionaries.training.resample import resample
+from vesalius.dictionaries.training.wiring import Wiring, wire
+from vesalius.dictionaries.training.workers import Workers
+from vesalius.errors import InputError
+from vesalius.jobs import Estimate, Event, Sink, silent
+from vesalius.records import content_hash
+from vesalius.records.canonical import plain
+
+TASK = "train"
+_TIMED = 3
+
+
+@torch.no_grad()
+def train(
+    data: Any, config: TrainConfig | None = None, out: str | Path | None = None, *,
+    device: torch.device | str = "cpu", sink: Sink = silent,
+) -> Coder:  # fmt: skip
+    """A dictionary trained on activations: a Source (a store, a stream), a tensor [n, d_in], or a tuple (x, y).
+
+    out: folder for the dictionary, its history and, on the way, checkpoints. A run that was interrupted goes on from
+    the last checkpoint, to the same weights bit for bit (on the same machine); a finished one is loaded. Under torchrun
+    (an initialised `torch.distributed`) every process trains on its share of each batch.
+
+    Returns a `Dictionary`, or a `CrossLayerTranscoder`. Raises InputError for data and configs that don't fit and for a
+    folder that holds another run, NotFiniteError for NaN in the data and for a loss that is no number any more.
+    """
+    config = config or TrainConfig()
+    source, where = as_source(data), None if out is None else Path(out)
+    wiring = wire(source, config, paired=isinstance(data, tuple | list))
+    about = _about(source, config, wiring)
+    if where is not None and (where / folder.CONFIG).exists():
+        return _finished(where, about["plan"], sink)
+    with Workers(device=torch.device(device)) as workers:
+        fitter = make_fitter(source, config, wiring, workers, Ranks.current(), torch.device(device))
+        checkpoints = Checkpoints(where, about["plan"], sink)
+        checkpoints.resume(fitter)
+        _run(fitter, source, checkpoints, sink)
+        coder = fitted(fitter, about)
+    if where is not None and fitter.run.ranks.leads:
+        folder.save(coder, where)
+        checkpoints.remove()
+    fitter.run.ranks.wait()
+    return coder
+
+
+def _about(source: Source, config: TrainConfig, wiring: Wiring) -> dict[str, Any]:
+    """Where the dictionary comes from; `plan` says what has to be the same for a run to go on."""
+    made_of = {"config": plain(config), "data": source.content_hash, "coder": wiring.coder}
+    return {**made_of, "plan": content_hash(made_of), "version": __version__}
+
+
+def _finished(where: Path, plan: str, sink: Sink) -> Coder:
+    coder = load(where)
+    if getattr(coder, "about", {}).get("plan") != plan:
+        raise InputError(f"{where} holds another dictionary; choose another folder, or delete this one")
+    sink(Event("note", TASK, message=f"{where} holds this dictionary already"))
+    return coder
+
+
+def _run(fitter: Fitter, source: Source, checkpoints: Checkpoints, sink: Sink) -> None:
+    """All steps that are left. Raises KeyboardInterrupt after a checkpoint when interrupted."""
+    config, first = fitter.run.config, fitter.steps
+    batches = source.batches(config.batch_size, seed=config.seed, start=first)
+    began = time.perf_counter()
+    sink(Event("start", TASK, first, config.steps))
+    try:
+        with _interruption() as interrupted:
+            for batch in islice(batches, config.steps - first):
+                fitter.step(batch)
+                _between_steps(fitter, source)
+                sink(Event("advance", TASK, fitter.steps, config.steps))
+                if fitter.steps == first + _TIMED:
+                    seconds = (time.perf_counter() - began) / _TIMED * (config.steps - fitter.steps)
+                    sink(Event("note", TASK, message=f"{_estimate(fitter.run, seconds).describe()} from here"))
+                stop = fitter.run.ranks.any(interrupted.is_set())
+                if stop or (fitter.steps % config.checkpoint_every == 0 and fitter.steps < config.steps):
+                    _keep(fitter, checkpoints)
+                if stop:
+                    raise KeyboardInterrupt
+    finally:
+        sink(Event("end", TASK, fitter.steps, config.steps))
+
+
+def _between_steps(fitter: Fitter, source: Source) -> None:
+    config = fitter.run.config
+    if config.dead_rule == "resample" and fitter.steps % config.resample_every == 0:
+        resample(fitter, source.sample(RESAMPLED, seed=config.seed + fitter.steps))
+
+
+def _keep(fitter: Fitter, checkpoints: Checkpoints) -> None:
+    if fitter.run.ranks.leads:
+        checkpoints.save(fitter)
+    fitter.run.ranks.wait()
+
+
+@contextlib.contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """An event that ctrl-C sets, so that a step is never left half done; a second ctrl-C interrupts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@torch.no_grad()
+def estimate(data: Any, config: TrainConfig | None = None, *, device: torch.device | str = "cpu") -> Estimate:
+    """What training would cost, from two steps of it that are thrown away. Raises as `train`."""
+    config = config or TrainConfig()
+    source = as_source(data)
+    wiring = wire(source, config, paired=isinstance(data, tuple | list))
+    with Workers(device=torch.device(device)) as workers:
+        fitter = make_fitter(source, config, wiring, workers, Ranks.current(), torch.device(device))
+        first, second = islice(source.batches(config.batch_size, seed=config.seed), 2)
+        fitter.step(first)
+        began = time.perf_counter()
+        fitter.step(second)
+        return _estimate(fitter.run, (time.perf_counter() - began) * config.steps)
+
+
+def _estimate(run: Run, seconds: float) -> Estimate:
+    """Memory: parameters with gradients and moments, a batch's rows and errors, pre-activations of each worker."""
+    config, wiring = run.config, run.wiring
+    weights = sum(
+        config.n_latents * (block.reads.stop - block.reads.start + block.writes.stop - block.writes.start)
+        for block in wiring.blocks
+    )
+    rows = config.batch_size // config.accumulate * (wiring.reads + (2 + len(config.prefixes)) * wiring.writes)
+    pre = 2 * run.workers.n * min(ROWS, config.batch_size) * config.n_latents
+    # On disk: the weights, and two checkpoints with both moments.
+    return Estimate(seconds, memory_bytes=4 * (4 * weights + 2 * rows + pre), disk_bytes=4 * (1 + 2 * 3) * weights)

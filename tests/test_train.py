@@ -166,7 +166,7 @@ def test_every_kind_is_every_coder(kind: str, tmp_path: Path) -> None:
         "sae": config_of(kind, in_sites=ins[:1], out_sites=ins[:1]),
         "transcoder": config_of(kind, in_sites=ins[:1], out_sites=outs[:1], skip=True),
         "crosscoder": config_of(kind, in_sites=ins, out_sites=ins),
-        "cross_layer": config_of(kind, coder="cross_layer", in_sites=("layers.*.mlp_in",), out_sites=("layers.*.mlp_out",)),
+        "cross_layer": config_of(kind, coder="cross_layer", in_sites=("layers.*.mlp_in",), out_sites=outs),
     }  # fmt: skip
     for coder, config in coders.items():
         found = train(source, config, tmp_path / coder)

@@ -70,10 +70,9 @@ def made_folder(
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(
-            folder.parent / ".lock", lambda: sink(Event("note", task, 0, 1, "waiting for another process"))
-        ) as alone:
-            if alone:
+        waiting = Event("note", task, 0, 1, "waiting for another process")
+        with alone(folder.parent / ".lock", lambda: sink(waiting)) as locked:
+            if locked:
                 _sweep(folder.parent)
             reason = flaw(folder)
             if reason and os.path.lexists(folder):
@@ -89,7 +88,7 @@ def made_folder(
 
 
 @contextlib.contextmanager
-def _alone(lock: Path, waiting: Callable[[], None]) -> Iterator[bool]:
+def alone(lock: Path, waiting: Callable[[], None]) -> Iterator[bool]:
     """Only one process at a time, where the system can lock files (yields whether it can).
 
     The system lets go of the lock when its holder dies, however it dies.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from vesalius.data.files import load_pairs
+from vesalius.data.harvest import harvest
 from vesalius.data.positions import landmarks
 from vesalius.data.source import Source, TensorSource, as_source
+from vesalius.data.store import ActivationStore, Origin
+from vesalius.data.stream import Stream, stream
 from vesalius.data.tasks import (
     TASKS,
     Row,
@@ -18,22 +21,30 @@ from vesalius.data.tasks import (
     sva,
     task,
 )
+from vesalius.data.texts import Texts, texts_from
 
 __all__ = [
     "TASKS",
+    "ActivationStore",
+    "Origin",
     "Row",
     "Source",
+    "Stream",
     "Task",
     "TensorSource",
+    "Texts",
     "as_source",
     "beginning_token",
     "build_pairs",
     "capitals",
     "gendered_pronoun",
+    "harvest",
     "induction",
     "ioi",
     "landmarks",
     "load_pairs",
+    "stream",
     "sva",
     "task",
+    "texts_from",
 ]

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vesalius.data.tasks.base import stream
@@ -75,7 +76,7 @@ class TensorSource:
         named = tuple(Site.parse(site) for site in sites) or _unnamed(len(tensors))
         if len(named) != len(tensors):
             raise InputError(f"{len(named)} sites were given for {len(tensors)} tensors; give one each, or none")
-        self._tensors, self._sites, self._dtype = tensors, named, dtype
+        self._tensors, self._sites, self._dtype = tuple(t.detach() for t in tensors), named, dtype
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -101,15 +102,14 @@ class TensorSource:
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Rows]:
         """As `Source.batches`."""
         check_batches(batch_size, seed, start)
-        return map(self._rows, _endless(self.n_rows, batch_size, seed, start))
+        orders = _endless(self.n_rows, seed, start * batch_size)
+        return rebatched(((self._tensors, order) for order in orders), batch_size, self._dtype)
 
     def sample(self, n: int, *, seed: int) -> Rows:
         """As `Source.sample`."""
         check_sample(n, seed)
-        return self._rows(torch.randperm(self.n_rows, generator=stream("sample", seed))[:n])
-
-    def _rows(self, index: Tensor) -> Rows:
-        return tuple(tensor.detach()[index.to(tensor.device)].to(self._dtype) for tensor in self._tensors)
+        index = torch.randperm(self.n_rows, generator=stream("sample", seed))[:n].to(self._tensors[0].device)
+        return tuple(tensor[index].to(self._dtype) for tensor in self._tensors)
 
 
 def as_source(given: Any) -> Source:
@@ -127,6 +127,26 @@ def as_source(given: Any) -> Source:
         f"activations must be a store, a stream, a tensor [n, width] or a tuple of such tensors; got "
         f"{type(given).__name__}"
     )
+
+
+def rebatched(
+    pools: Iterator[tuple[Rows, Int[Tensor, " batch"]]], batch_size: int, dtype: torch.dtype
+) -> Iterator[Rows]:
+    """Full batches out of pools of rows, each pool with the order in which its rows come; none is left out."""
+    held: Rows = ()
+    for tensors, row_order in pools:
+        order, at = row_order.to(tensors[0].device), 0
+        if held:
+            at = batch_size - len(held[0])
+            held = tuple(torch.cat([old, new[order[:at]]]) for old, new in zip(held, tensors, strict=True))
+            if len(held[0]) < batch_size:
+                continue
+            yield tuple(tensor.to(dtype) for tensor in held)
+        end = at + (len(order) - at) // batch_size * batch_size
+        for start in range(at, end, batch_size):
+            index = order[start : start + batch_size]
+            yield tuple(tensor[index].to(dtype) for tensor in tensors)
+        held = tuple(tensor[order[end:]] for tensor in tensors) if end < len(order) else ()
 
 
 def check_batches(batch_size: int, seed: int, start: int) -> None:
@@ -168,13 +188,8 @@ def _unnamed(n: int) -> tuple[Site, ...]:
     return tuple(Site("module", module=f"tensor{number}") for number in range(n))
 
 
-def _endless(n: int, batch_size: int, seed: int, start: int) -> Iterator[Tensor]:
-    """Row numbers of batch `start` and all that follow: the orders of all epochs, one after the other."""
-    epoch, at = divmod(start * batch_size, n)
-    left = torch.empty(0, dtype=torch.long)
-    while True:
-        order = torch.randperm(n, generator=stream("epoch", seed, epoch))[at:]
-        left = torch.cat([left, order]) if len(left) else order
-        full = len(left) // batch_size
-        yield from left[: full * batch_size].view(full, batch_size)
-        left, epoch, at = left[full * batch_size :], epoch + 1, 0
+def _endless(n: int, seed: int, skip: int) -> Iterator[Tensor]:
+    """The order of every epoch, less the first `skip` rows of all."""
+    first, at = divmod(skip, n)
+    for epoch in count(first):
+        yield torch.randperm(n, generator=stream("epoch", seed, epoch))[at if epoch == first else 0 :]

@@ -1,0 +1,121 @@
+"""Feed: texts on their way through models, and what all who read activations can ask for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vesalius.data.forward import Forward, Trial, forward_for
+from vesalius.data.manifest import DTYPES
+from vesalius.data.packing import Group, Packing, Tally, beginning_for, groups, special_ids, tokenized
+from vesalius.data.texts import Texts, texts_from
+from vesalius.errors import InputError, UnknownNameError
+from vesalius.jobs import Estimate
+from vesalius.model import Model
+from vesalius.site import Site
+
+# Per stored row: token, context, position.
+_ORIGIN_BYTES = 12
+# Rows of a block, which are read together and share a checksum: large enough to be read at full speed.
+_BLOCK_BYTES, _BLOCK_LEAST, _BLOCK_MOST = 2**18, 16, 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """Texts on their way through models: groups of contexts, and what they are."""
+
+    forward: Forward
+    texts: Texts
+    packing: Packing
+
+    def groups(self, tally: Tally) -> Iterator[Group]:
+        """All groups, from the first text on."""
+        return groups(tokenized(self.texts.read(), self.forward.tokenizer, tally), self.packing)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that decides the rows."""
+        packing = self.packing
+        return {
+            **self.forward.to_json(),
+            "text": dict(self.texts.description),
+            "context": packing.context,
+            "beginning": packing.beginning.to_json(),
+            "special": list(packing.special),
+            "tokens": packing.limit,
+            "shard_rows": packing.group_rows,
+        }
+
+
+@dataclass(frozen=True)
+class Request:
+    """How activations are to be read; see `harvest` for what the fields mean."""
+
+    sites: Sequence[Site | str]
+    tokens: int | None = None
+    context: int = 256
+    dtype: torch.dtype = torch.float32
+    compute: torch.dtype | None = None
+    beginning: str = "auto"
+    keep_beginning: bool = False
+    column: str = "text"
+    batch_tokens: int = 4096
+
+    def feed(self, models: Any, texts: Any, *, group_rows: int | None = None, group_bytes: int = 1) -> Feed:
+        """Everything checked that can be checked before a model is run on text.
+
+        A group has group_rows rows, or group_bytes bytes of activations, at most.
+        """
+        dtype_name(self.dtype)
+        forward = forward_for(models, self.sites, self.compute, self.batch_tokens)
+        for model in forward.models.values():
+            _check_context(model, self.context)
+        rows = max(1, group_bytes // self._row_bytes(forward)) if group_rows is None else group_rows
+        beginning = beginning_for(forward.tokenizer, self.beginning, self.keep_beginning)
+        packing = Packing(self.context, beginning, special_ids(forward.tokenizer), rows, self.tokens)
+        return Feed(forward, texts_from(texts, self.column), packing)
+
+    def block_rows(self, feed: Feed) -> int:
+        return min(max(_BLOCK_BYTES // self._row_bytes(feed.forward), _BLOCK_LEAST), _BLOCK_MOST)
+
+    def _row_bytes(self, forward: Forward) -> int:
+        return sum(forward.widths) * self.dtype.itemsize
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype that rows can be stored in. Raises UnknownNameError for another."""
+    for name, known in DTYPES.items():
+        if known == dtype:
+            return name
+    raise UnknownNameError("dtype of stored activations", str(dtype), DTYPES)
+
+
+def _check_context(model: Model, context: int) -> None:
+    most = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
+    if isinstance(most, int) and context > most:
+        raise InputError(f"context {context} is longer than the {most} positions of {model.name}")
+
+
+def times_first(feed: Feed, first: Group, tally: Tally) -> float | None:
+    """How many times the rows of the first group there will be, about; None when that cannot be known."""
+    limit, size = feed.packing.limit, feed.texts.size
+    by_size = None if size is None else max(1.0, size / max(1, tally.characters))
+    by_limit = None if limit is None else limit / first.rows
+    known = [times for times in (by_size, by_limit) if times is not None]
+    return min(known) if known else None
+
+
+def expected_cost(feed: Feed, first: Group, trial: Trial, times: float, dtype: torch.dtype) -> Estimate:
+    """Cost of `times` the first group; a forward pass is one context."""
+    tokens = sum(len(context.ids) for context in first.contexts)
+    bytes_of_row = sum(feed.forward.widths) * dtype.itemsize + _ORIGIN_BYTES
+    weights = sum(p.numel() * p.element_size() for m in feed.forward.models.values() for p in m.module.parameters())
+    return Estimate(
+        seconds=tokens * times / trial.tokens_per_second,
+        forwards=math.ceil(len(first.contexts) * times * len(feed.forward.models)),
+        memory_bytes=weights + 3 * first.rows * bytes_of_row,
+        disk_bytes=int(first.rows * times * bytes_of_row),
+    )

@@ -1,0 +1,272 @@
+"""Forward: models run only up to the last site that is asked for, giving rows of activations.
+
+A pass ends, by an exception out of a hook, as soon as every site was seen: no later module is run, no unembedding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vesalius.activations import Activations
+from vesalius.data.packing import Batch, Group, batches, tokenizer_hash
+from vesalius.errors import InputError, NotFiniteError, TokenizerError, UnknownNameError
+from vesalius.inputs import Tokens
+from vesalius.model import Model
+from vesalius.site import Site
+from vesalius.taps import AllSeenError, Recorder
+
+TAGS = "abcdefghijklmnopqrstuvwxyz"
+_ROW_AXES = ("batch", "pos")
+# Tokens of the pass that is timed, and run twice when its error is measured.
+_TRIAL = 1024
+
+
+def captured(model: Model, tokens: Tokens, sites: Sequence[Site]) -> Activations:
+    """Activations at these sites, without their indices, from a pass that ends at the last of them.
+
+    Raises InterventionError when a site never fires.
+    """
+    recorder = Recorder(model, [site.whole for site in sites], [], tokens, False, until_seen=True)
+    ids = tokens.ids.to(model.device)
+    with torch.no_grad(), contextlib.suppress(AllSeenError), recorder.listening():
+        model.module(ids) if model.adapter is None else model.module(**model.token_call(tokens))
+    recorder.check_fired()
+    return Activations(recorder.captured(), tokens)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A first batch: tokens run a second, and the relative error of the compute dtype at each site, if measured.
+
+    The error is the norm of the difference from a run in the model's own dtype over that run's norm, all kept rows
+    together.
+    """
+
+    tokens_per_second: float
+    errors: Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """Models by tag ("" for one that needs none), the sites with their tags, and how they are run.
+
+    compute: dtype of matrix products, by autocast, when it is not the model's own; None for the model's own.
+    batch_tokens: tokens in a batch, padding included, about. Raises InputError for models that cannot be run so.
+    """
+
+    models: Mapping[str, Model]
+    sites: tuple[Site, ...]
+    compute: torch.dtype | None
+    batch_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens < 1:
+            raise InputError(f"batch_tokens must be at least 1; got {self.batch_tokens}")
+        for model in self.models.values():
+            _check_model(model, self.compute)
+        for site in self.sites:
+            _check_site(self.models[site.tag], site)
+        hashes = {tag: tokenizer_hash(model.tokenizer) for tag, model in self.models.items()}
+        if len(set(hashes.values())) > 1:
+            raise TokenizerError(
+                f"models {', '.join(hashes)} have different tokenizers, so they cannot be run on the same tokens"
+            )
+
+    @property
+    def tokenizer(self) -> Any:
+        return next(iter(self.models.values())).tokenizer
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Length of a row at each site, from a pass over two tokens."""
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        two = Batch(
+            ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool), torch.arange(2)
+        )
+        return tuple(rows.shape[1] for rows in self._rows(two))
+
+    def rows(
+        self, group: Group, dtype: torch.dtype, done: Callable[[int], None] = lambda _: None
+    ) -> tuple[Tensor, ...]:
+        """Rows [row, width] of a group at each site, in the order of its contexts, on the cpu.
+
+        done: called after each batch with the number of its rows. Raises NotFiniteError for NaN and infinity.
+        """
+        kept = tuple(torch.empty(group.rows, width, dtype=dtype) for width in self.widths)
+        with self._computing():
+            for batch in self._batches(group):
+                for site, whole, rows in zip(self.sites, kept, self._rows(batch), strict=True):
+                    whole[batch.rows] = _stored(site, rows, dtype)
+                done(len(batch.rows))
+        return kept
+
+    def trial(self, group: Group) -> Trial:
+        """The group's first contexts, run to see how fast that goes and how exact it is."""
+        small = replace(self, batch_tokens=min(self.batch_tokens, _TRIAL))
+        batch = next(small._batches(group))
+        with small._computing():
+            began = time.perf_counter()
+            rows = small._rows(batch)
+            seconds = time.perf_counter() - began
+        errors = {}
+        if not self._plain:
+            for site, fast, exact in zip(self.sites, rows, small._rows(batch), strict=True):
+                gap = (fast.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300)
+                errors[str(site)] = float(f"{float(gap):.3g}")
+        return Trial(int(batch.real.sum()) / max(seconds, 1e-9), errors)
+
+    def to_json(self) -> dict[str, Any]:
+        """What the rows depend on, beside the tokens."""
+        models = [{"tag": tag, "name": model.name, "sha256": model.content_hash} for tag, model in self.models.items()]
+        return {
+            "models": models,
+            "tokenizer_sha256": tokenizer_hash(self.tokenizer),
+            "sites": [{"site": str(site), "width": n} for site, n in zip(self.sites, self.widths, strict=True)],
+            "compute": "as the model" if self._plain else f"{_name(self.compute)} by autocast",
+            "batch_tokens": self.batch_tokens,
+        }
+
+    @property
+    def _plain(self) -> bool:
+        return all(self.compute in (None, _dtype(model)) for model in self.models.values())
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Autocast for the length of a group, so that weights are cast once."""
+        with contextlib.ExitStack() as stack:
+            if not self._plain:
+                for kind in sorted({model.device.type for model in self.models.values()}):
+                    stack.enter_context(torch.autocast(kind, dtype=self.compute))
+            yield
+
+    def _batches(self, group: Group) -> Iterator[Batch]:
+        ragged = all(model.adapter is not None for model in self.models.values())
+        return batches(group, self.batch_tokens, ragged)
+
+    def _rows(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The batch's rows [row, width] at each site, as the models give them."""
+        found: dict[Site, Tensor] = {}
+        for tag, model in self.models.items():
+            own = [replace(site, tag="") for site in self.sites if site.tag == tag]
+            # Causal models do not see what stands to the right, and are faster without a mask.
+            masked = model.adapter is not None and not model.adapter.causal
+            activations = captured(model, Tokens(batch.ids, batch.real if masked else None), own)
+            found.update({replace(site, tag=tag): _flat(activations[site], site, batch) for site in own})
+        return tuple(found[site] for site in self.sites)
+
+
+def forward_for(
+    models: Model | Sequence[Model] | Mapping[str, Model],
+    sites: Sequence[Site | str],
+    compute: torch.dtype | None,
+    batch_tokens: int,
+) -> Forward:
+    """Models, sites and compute dtype, checked.
+
+    models: one; or several by tag; or several in a list, with the tags a, b, c ... A site without tag stands for that
+    site of every model. Globs are allowed. Raises InputError, UnknownNameError or TokenizerError.
+    """
+    by_tag = _by_tag(models)
+    if isinstance(sites, str | Site):
+        raise InputError(f"sites must be a list of sites, such as [{str(sites)!r}]")
+    named = [site for name in sites for site in _expanded(by_tag, name)]
+    if not named:
+        raise InputError("no sites: give at least one, such as sites=['layers.5.resid_post']")
+    unused = [tag for tag in by_tag if tag not in {site.tag for site in named}]
+    if unused:
+        raise InputError(f"no site names model {', '.join(unused)}; leave it out, or give it a site")
+    return Forward(by_tag, tuple(dict.fromkeys(named)), compute, batch_tokens)
+
+
+def _by_tag(models: Any) -> dict[str, Model]:
+    if isinstance(models, Model):
+        return {"": models}
+    if isinstance(models, Sequence) and 0 < len(models) <= len(TAGS):
+        models = dict(zip(TAGS, models, strict=False))
+    if not isinstance(models, Mapping) or not models or not all(isinstance(m, Model) for m in models.values()):
+        raise InputError(f"a model, a list of models or a mapping from tags to models is needed; got {models!r:.200}")
+    for tag in models:
+        if not re.fullmatch(r"[\w.-]*", str(tag)):
+            raise InputError(f"{tag!r} cannot be a tag of a model; use letters, digits, '.', '-' and '_'")
+    return dict(models)
+
+
+def _expanded(models: Mapping[str, Model], name: Site | str) -> list[Site]:
+    """The sites a name stands for, each with the tag of its model."""
+    tag, _, rest = str(name).rpartition("/") if "module:" not in str(name) else _module_tag(str(name))
+    if tag and tag not in models:
+        raise UnknownNameError("tag of a model", tag, models, f"(in {str(name)!r})")
+    chosen = {tag: models[tag]} if tag else models
+    return [replace(site, tag=own) for own, model in chosen.items() for site in _sites(model, rest)]
+
+
+def _module_tag(name: str) -> tuple[str, str, str]:
+    tag, _, rest = name.partition("module:")
+    return tag.removesuffix("/"), "/", f"module:{rest}"
+
+
+def _sites(model: Model, name: str) -> list[Site]:
+    return model.sites(name) if "*" in name else [Site.parse(name)]
+
+
+def _check_model(model: Model, compute: torch.dtype | None) -> None:
+    if model.module.training:
+        raise InputError(f"{model.name} is in training mode, so dropout is on; call model.module.eval()")
+    if model.adapter is not None and model.adapter.input != "input_ids":
+        raise InputError(f"{model.name} takes {model.adapter.input}, not tokens; activations are read from text")
+    own = _dtype(model)
+    if compute not in (None, own) and not (own == torch.float32 and compute in (torch.bfloat16, torch.float16)):
+        raise InputError(
+            f"{model.name} has {_name(own)} weights and cannot compute in {_name(compute)}; load it with another "
+            "dtype, or compute a float32 model in bfloat16"
+        )
+
+
+def _check_site(model: Model, site: Site) -> None:
+    if site.kind == "module":
+        return
+    model.check_site(replace(site, tag=""))
+    if site.axes[:2] != _ROW_AXES:
+        raise InputError(
+            f"{site} has axes {', '.join(site.axes)}; rows are tokens, so a site must be [batch, pos, ...]"
+        )
+
+
+def _dtype(model: Model) -> torch.dtype:
+    return next((p.dtype for p in model.module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _flat(tensor: Tensor, site: Site, batch: Batch) -> Tensor:
+    """Rows [row, width] of a captured tensor [batch, pos, ...]."""
+    if tensor.shape[:2] != batch.ids.shape:
+        raise InputError(
+            f"{site} is {list(tensor.shape)} for tokens {list(batch.ids.shape)}; rows are tokens, so a site must be "
+            "[batch, pos, ...]"
+        )
+    return tensor.reshape(*tensor.shape[:2], -1)[batch.kept.to(tensor.device)]
+
+
+def _stored(site: Site, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows as they are kept. Raises NotFiniteError when they hold, or come to hold, NaN or infinity."""
+    kept = rows.to("cpu", dtype)
+    if not bool(torch.isfinite(kept).all()):
+        if bool(torch.isfinite(rows).all()):
+            raise NotFiniteError(
+                f"{site} has values up to {float(rows.abs().max()):.3g}, too large for {_name(dtype)}; keep it as "
+                "bfloat16 or float32"
+            )
+        raise NotFiniteError(f"{site} holds NaN or infinity; model.run(..., check_finite=True) says where from")
+    return kept

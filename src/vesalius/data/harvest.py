@@ -1,0 +1,232 @@
+"""Harvest: run models over text up to the last site wanted, and keep what they hold there, with its origin.
+
+A shard is a group of contexts. Groups are decided by the text and the arguments alone, so a harvest that was killed
+goes on with the first group that has no shard: those before it are packed again, which is cheap, but not run. The
+finished store has the same bytes, however often it was killed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vesalius.cache import alone
+from vesalius.data.feed import Feed, Request, dtype_name, expected_cost, times_first
+from vesalius.data.manifest import NAME as MANIFEST
+from vesalius.data.manifest import Manifest, differences, read_manifest, shard_name
+from vesalius.data.packing import Group, Tally
+from vesalius.data.shards import flaw, write_shard
+from vesalius.data.store import ActivationStore
+from vesalius.errors import InputError
+from vesalius.jobs import Event, Sink, silent
+from vesalius.model import Model
+from vesalius.site import Site
+
+TASK = "harvest"
+SHARD_BYTES = 2**27
+
+
+def harvest(
+    model: Model | Sequence[Model] | Mapping[str, Model],
+    texts: Any,
+    *,
+    sites: Sequence[Site | str],
+    out: str | Path,
+    tokens: int | None = None,
+    context: int = 256,
+    dtype: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
+    beginning: str = "auto",
+    keep_beginning: bool = False,
+    column: str = "text",
+    batch_tokens: int = 4096,
+    shard_bytes: int = SHARD_BYTES,
+    sink: Sink = silent,
+) -> ActivationStore:
+    """Run a model over texts, no further than the last site, and write the activations at the sites to a folder.
+
+    model: one, or several that share a tokenizer, in a list (tags a, b, c ...) or by tag; a site without tag is read
+    in each. texts: "stdlib", a path, or an iterable, as in `texts_from`, with `column` the one that holds text. Sites
+    are names, globs, or with an index, as in layers.5.z[3]; heads and so on are joined into one row.
+
+    tokens: rows at most; default all. context: tokens run together at most, the beginning token included. beginning:
+    the token before every context, "auto", "none" or its text; rows at the first position of each context, a norm
+    outlier, are dropped unless keep_beginning; rows at special tokens are always dropped. dtype: of the stored rows
+    (float32, bfloat16, float16). compute: bfloat16 computes matrix products of a float32 model so, by autocast; its
+    relative error is measured on the first batch and stored. batch_tokens: tokens in a forward pass, with padding.
+    shard_bytes: size of a file, about; memory in use is about three times as much.
+
+    Killed at any time, the same call goes on where it was; on a finished store it checks every file, makes damaged
+    ones anew, and returns it. Raises InputError for arguments that don't fit, a folder that holds something else, or a
+    full disk; FileFormatError for texts that cannot be read; NotFiniteError for NaN or infinity at a site.
+    """
+    request = Request(sites, tokens, context, dtype, compute, beginning, keep_beginning, column, batch_tokens)
+    if shard_bytes < 1:
+        raise InputError(f"shard_bytes must be at least 1; got {shard_bytes}")
+    feed = request.feed(model, texts, group_bytes=shard_bytes)
+    folder = Path(out).expanduser()
+    plan = {**feed.to_json(), "dtype": dtype_name(dtype), "block_rows": request.block_rows(feed)}
+    kept = _kept(folder, plan)
+    finished = kept is not None and kept.counts is not None
+    if kept is not None and finished and "sha256" in feed.texts.description and not _damaged(folder, kept):
+        return ActivationStore.open(folder)
+    tally = Tally()
+    found = feed.groups(tally)
+    first = next(found, None)
+    if first is None:
+        raise InputError(f"no activations: {tally.texts} texts, {tally.empty} of them empty, hold no token to keep")
+    work = _Harvest(folder, feed, dtype, sink, kept or Manifest(plan, {}))
+    if not finished:
+        work.begin(first, tally)
+    _make_folder(folder)
+    with alone(folder / ".lock", lambda: work.note("waiting for another process that writes here")):
+        # Another process may have gone on with it meanwhile.
+        work.manifest = _kept(folder, plan) or work.manifest
+        work.run(itertools.chain([first], found), tally)
+    return ActivationStore.open(folder)
+
+
+def _kept(folder: Path, plan: Mapping[str, Any]) -> Manifest | None:
+    """The manifest that is there, if it is of the same plan. Raises InputError when the folder holds anything else."""
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; activations are written to a folder")
+    if (folder / MANIFEST).exists():
+        found = read_manifest(folder)
+        unlike = differences(found.plan, plan)
+        if unlike:
+            raise InputError(
+                f"{folder} holds another harvest ({unlike}); use another folder, or delete this one to start afresh"
+            )
+        return found
+    # A shard that was written just before a kill has no manifest yet.
+    entries = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    others = [name for name in entries if name != shard_name(0)]
+    if others:
+        raise InputError(f"{folder} is not empty and no activation store (it holds {others[0]}); use another folder")
+    return None
+
+
+def _damaged(folder: Path, manifest: Manifest) -> bool:
+    return any(flaw(folder, number, note) for number, note in enumerate(manifest.shards))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}; give another folder") from error
+
+
+@dataclass(eq=False)
+class _Harvest:
+    """A harvest under way."""
+
+    folder: Path
+    feed: Feed
+    dtype: torch.dtype
+    sink: Sink
+    manifest: Manifest
+    expected_rows: int | None = None
+    done: int = 0
+
+    def begin(self, first: Group, tally: Tally) -> None:
+        """Try a first batch, and say what is expected."""
+        trial = self.feed.forward.trial(first)
+        if not self.manifest.shards:
+            self.manifest = replace(self.manifest, errors=trial.errors)
+        self.note(f"{self.feed.packing.beginning.describe()}; those of special tokens in the text are dropped")
+        left_out = self.feed.texts.left_out
+        if left_out:
+            self.note(f"{len(left_out)} files are no texts and are left out: {', '.join(left_out[:3])}")
+        for site, error in self.manifest.errors.items():
+            self.note(f"{site}: {self.manifest.plan['compute']}, relative error {error:.2g} on the first batch")
+        times = times_first(self.feed, first, tally)
+        cost = expected_cost(self.feed, first, trial, times or 1.0, self.dtype)
+        if times is None:
+            self.note(f"expected cost of every {first.rows:,} rows: {cost.describe()}")
+        else:
+            self.note(f"expected cost: {cost.describe()}")
+            self.expected_rows = round(first.rows * times)
+            self._check_space(cost.disk_bytes)
+
+    def _check_space(self, needed: int) -> None:
+        place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(place).free
+        left = needed - sum(note.bytes for note in self.manifest.shards)
+        if left > free:
+            raise InputError(
+                f"no space: about {left / 1e9:.2f} GB are to be written to {self.folder}, where {free / 1e9:.2f} GB "
+                "are free; free some, choose another folder, or give fewer tokens"
+            )
+
+    def run(self, found: Iterator[Group], tally: Tally) -> None:
+        """Make the shards that are not there, and finish the manifest. Nobody else may be at work in the folder."""
+        for left in self.folder.glob(".*.part"):
+            left.unlink(missing_ok=True)
+        self._event("start")
+        try:
+            counts = self._shards(found)
+        finally:
+            self._event("end")
+        counts = {**counts, "texts": tally.texts, "empty_texts": tally.empty}
+        self.manifest = replace(self.manifest, counts=counts)
+        self.manifest.write(self.folder)
+        if tally.empty:
+            self.note(f"{tally.empty:,} of {tally.texts:,} texts are empty and give no activations")
+
+    def _shards(self, found: Iterator[Group]) -> dict[str, int]:
+        shards = contexts = tokens_run = 0
+        for group in found:
+            if self._is_there(shards, group):
+                self._advance(group.rows)
+            else:
+                self._make(shards, group)
+            shards += 1
+            contexts += len(group.contexts)
+            tokens_run += sum(len(context.ids) for context in group.contexts)
+        if shards != len(self.manifest.shards):
+            raise self._other_texts(shards)
+        return {"rows": self.done, "contexts": contexts, "tokens_run": tokens_run}
+
+    def _is_there(self, number: int, group: Group) -> bool:
+        if number >= len(self.manifest.shards):
+            return False
+        note = self.manifest.shards[number]
+        if note.group != group.content_hash:
+            raise self._other_texts(number)
+        wrong = flaw(self.folder, number, note)
+        if wrong:
+            self.note(f"{wrong}; making it anew")
+        return not wrong
+
+    def _make(self, number: int, group: Group) -> None:
+        rows = self.feed.forward.rows(group, self.dtype, self._advance)
+        sites = [str(site) for site in self.feed.forward.sites]
+        note = write_shard(self.folder, number, group, sites, rows, self.manifest.block_rows)
+        self.manifest = replace(self.manifest.with_shard(number, note), counts=None)
+        self.manifest.write(self.folder)
+
+    def _other_texts(self, number: int) -> InputError:
+        return InputError(
+            f"{self.folder / shard_name(number)} was made from other texts than those given now; give the same texts "
+            "in the same order, or use another folder"
+        )
+
+    def _advance(self, rows: int) -> None:
+        self.done += rows
+        self._event("advance")
+
+    def _event(self, kind: str) -> None:
+        self.sink(Event(kind, TASK, self.done, self.expected_rows))
+
+    def note(self, message: str) -> None:
+        """Tell whoever listens."""
+        self.sink(Event("note", TASK, message=message))

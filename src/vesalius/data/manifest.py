@@ -1,0 +1,149 @@
+"""Manifest of an activation store: what its rows are, and what each of its files holds.
+
+Everything in it is decided by the texts, the models and the arguments, so that two harvests of the same give the same
+bytes; nothing says when or where.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vesalius.errors import FileFormatError, InputError
+from vesalius.jobs import write_atomic
+from vesalius.records import content_hash
+from vesalius.site import Site
+
+NAME, FORMAT = "manifest.json", 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
+
+
+@dataclass(frozen=True)
+class ShardNote:
+    """What the manifest says of one file. group: hash of the tokens it was made from."""
+
+    rows: int
+    contexts: int
+    bytes: int
+    sha256: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """plan: everything that decides the rows. errors: relative error of the compute dtype, by site, where measured.
+
+    counts: of texts, empty texts and so on; empty while the harvest is not finished.
+    """
+
+    plan: Mapping[str, Any]
+    errors: Mapping[str, float]
+    shards: tuple[ShardNote, ...] = ()
+    counts: Mapping[str, int] | None = None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(Site.parse(entry["site"]) for entry in self.plan["sites"])
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(int(entry["width"]) for entry in self.plan["sites"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored rows."""
+        return DTYPES[self.plan["dtype"]]
+
+    @property
+    def block_rows(self) -> int:
+        """Rows that share a checksum and are read together."""
+        return int(self.plan["block_rows"])
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    def with_shard(self, number: int, note: ShardNote) -> Manifest:
+        """The manifest with shard `number` put in its place."""
+        return replace(self, shards=(*self.shards[:number], note, *self.shards[number + 1 :]))
+
+    def write(self, folder: Path) -> None:
+        body = self._body()
+        write_atomic(folder / NAME, json.dumps({**body, "sha256": content_hash(body)}, indent=1, sort_keys=True) + "\n")
+
+    def _body(self) -> dict[str, Any]:
+        shards = [{"file": shard_name(number), **asdict(note)} for number, note in enumerate(self.shards)]
+        return {
+            "format": FORMAT,
+            "kind": "vesalius activations",
+            "plan": dict(self.plan),
+            "relative_error": dict(self.errors),
+            "shards": shards,
+            "counts": None if self.counts is None else dict(self.counts),
+        }
+
+    @property
+    def content_hash(self) -> str:
+        """Of everything the manifest says, the hash of every file with it."""
+        return content_hash(self._body())
+
+
+def shard_name(number: int) -> str:
+    """Files are known by their number alone, so that a manifest cannot name a file elsewhere."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a store. Raises FileFormatError when there is none, or it is not as it was written."""
+    path = folder / NAME
+    if folder.suffix.lower() in PICKLES and folder.is_file():
+        raise FileFormatError(
+            f"{folder} looks like a pickle, which can run code when it is opened and is refused; a store is a folder "
+            f"with {NAME} and safetensors files"
+        )
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileFormatError(f"{folder.absolute()} is no activation store: there is no {NAME} in it") from error
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{path} cannot be read: {error}") from error
+    try:
+        return _parsed(found)
+    except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
+        raise FileFormatError(
+            f"{path} is not a manifest of activations as it was written ({error}); harvest again into another folder, "
+            "or restore it from a copy"
+        ) from error
+
+
+def _parsed(found: Any) -> Manifest:
+    body = {name: value for name, value in found.items() if name != "sha256"}
+    if body["format"] != FORMAT:
+        raise ValueError(f"its format is {body['format']!r}, and {FORMAT} can be read")
+    if content_hash(body) != found["sha256"]:
+        raise ValueError("its sha256 does not match: it was changed")
+    notes = [{name: value for name, value in shard.items() if name != "file"} for shard in body["shards"]]
+    manifest = Manifest(
+        body["plan"], body["relative_error"], tuple(ShardNote(**note) for note in notes), body["counts"]
+    )
+    # Looked at once, so that later use cannot fail.
+    if manifest.dtype is None or not manifest.sites or min(*manifest.widths, manifest.block_rows) < 1:
+        raise ValueError("it has no sites")
+    return manifest
+
+
+def differences(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """What two plans disagree on, in words; empty when nothing."""
+    names = [name for name in {**kept, **asked} if kept.get(name) != asked.get(name)]
+    return "; ".join(f"{name}: {_short(kept.get(name))} there, {_short(asked.get(name))} asked for" for name in names)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."

@@ -1,0 +1,167 @@
+"""Shards: files of an activation store, written whole or not at all, and checked block by block when they are read.
+
+A shard is a safetensors file: one tensor [row, width] per site, under the site's name; for every row its token, the
+context it stood in and its position there; the contexts themselves, as the model saw them; and a CRC-32 of every
+block of rows, so that a reader who needs a few blocks need not hash the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from vesalius.cache import file_sha256
+from vesalius.data.manifest import Manifest, ShardNote, shard_name
+from vesalius.data.packing import Group
+from vesalius.errors import FileFormatError
+from vesalius.jobs import write_atomic
+
+TOKEN, CONTEXT, POSITION = "rows.token", "rows.context", "rows.position"
+IDS, START, DOCUMENT, OFFSET = "contexts.ids", "contexts.start", "contexts.document", "contexts.offset"
+OF_ROWS, OF_CONTEXTS = (TOKEN, CONTEXT, POSITION), (IDS, START, DOCUMENT, OFFSET)
+BLOCKS_CRC, CONTEXTS_CRC = "blocks.crc32", "contexts.crc32"
+_AGAIN = "run the same harvest again to make it anew, or restore it from a copy"
+
+
+def write_shard(
+    folder: Path, number: int, group: Group, sites: Sequence[str], rows: Sequence[Tensor], block_rows: int
+) -> ShardNote:
+    """Write one shard. rows: [row, width] per site, of the group. Raises InputError when the disk is full."""
+    named = {**dict(zip(sites, rows, strict=True)), **_origins(group)}
+    blocks = [[_crc(block) for block in named[name].split(block_rows)] for name in (*sites, *OF_ROWS)]
+    contexts = [_crc(named[name]) for name in OF_CONTEXTS]
+    checked = {**named, BLOCKS_CRC: torch.tensor(blocks), CONTEXTS_CRC: torch.tensor(contexts)}
+    content = save(checked, metadata={"format": "pt"})
+    write_atomic(folder / shard_name(number), content)
+    digest = hashlib.sha256(content).hexdigest()
+    return ShardNote(group.rows, len(group.contexts), len(content), digest, group.content_hash)
+
+
+def _origins(group: Group) -> dict[str, Tensor]:
+    """Where every row comes from."""
+    contexts = group.contexts
+    kept = [context.kept.nonzero()[0] for context in contexts]
+    lengths = [len(context.ids) for context in contexts]
+    made = {
+        TOKEN: np.concatenate([c.ids[at] for c, at in zip(contexts, kept, strict=True)]).astype(np.int32),
+        CONTEXT: np.repeat(np.arange(len(contexts), dtype=np.int32), [len(at) for at in kept]),
+        POSITION: np.concatenate(kept).astype(np.int32),
+        IDS: np.concatenate([context.ids for context in contexts]).astype(np.int32),
+        START: np.cumsum([0, *lengths], dtype=np.int64),
+        DOCUMENT: np.array([context.document for context in contexts], np.int64),
+        OFFSET: np.array([context.offset for context in contexts], np.int64),
+    }
+    return {name: torch.from_numpy(array) for name, array in made.items()}
+
+
+def _crc(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.view(torch.uint8).numpy().data)
+
+
+def flaw(folder: Path, number: int, note: ShardNote) -> str:
+    """What is wrong with a shard, every byte looked at; empty when it is as it was written."""
+    path = folder / shard_name(number)
+    sized = _wrong_size(path, note)
+    if sized:
+        return sized
+    return "" if file_sha256(path) == note.sha256 else f"{path} was changed after it was written (its sha256 differs)"
+
+
+def _wrong_size(path: Path, note: ShardNote) -> str:
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    return "" if size == note.bytes else f"{path} has {size:,} bytes and was written with {note.bytes:,}"
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """An open shard, mapped into memory: a block is read, and its checksum compared, when it is first used."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    names: tuple[str, ...]
+    """Of the tensors with rows, in the order of their checksums."""
+    block_rows: int
+    _checked: set[tuple[str, int]] = field(default_factory=set)
+
+    def block(self, name: str, number: int) -> Tensor:
+        """Rows of one block. Raises FileFormatError naming shard and rows when they are not as they were written."""
+        rows = self.tensors[name][number * self.block_rows : (number + 1) * self.block_rows]
+        if (name, number) not in self._checked:
+            if _crc(rows) != int(self.tensors[BLOCKS_CRC][self.names.index(name), number]):
+                first = number * self.block_rows
+                raise FileFormatError(
+                    f"{self.path} is damaged: {name}, rows {first} to {first + len(rows) - 1}, does not match its "
+                    f"checksum; {_AGAIN}"
+                )
+            self._checked.add((name, number))
+        return rows
+
+    @cached_property
+    def contexts(self) -> Mapping[str, Tensor]:
+        """The contexts' tensors, checked. Raises FileFormatError when they are not as they were written."""
+        for number, name in enumerate(OF_CONTEXTS):
+            if _crc(self.tensors[name]) != int(self.tensors[CONTEXTS_CRC][number]):
+                raise FileFormatError(f"{self.path} is damaged: {name} does not match its checksum; {_AGAIN}")
+        return {name: self.tensors[name] for name in OF_CONTEXTS}
+
+
+def open_shard(folder: Path, number: int, manifest: Manifest) -> Shard:
+    """A shard of a store. Raises FileFormatError for a file that is missing, cut, no safetensors or of other shapes."""
+    path, note = folder / shard_name(number), manifest.shards[number]
+    _refuse_pickle(path)
+    wrong = _wrong_size(path, note)
+    if wrong:
+        raise FileFormatError(f"{wrong}; {_AGAIN}")
+    names = (*map(str, manifest.sites), *OF_ROWS)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in (*names, *OF_CONTEXTS, BLOCKS_CRC, CONTEXTS_CRC)}
+    except (SafetensorError, OSError) as error:
+        raise FileFormatError(f"{path} is damaged: {error}; {_AGAIN}") from error
+    shard = Shard(path, tensors, names, manifest.block_rows)
+    if not _fits(shard, note, manifest):
+        raise FileFormatError(f"{path} is damaged: its tensors are not what the manifest says; {_AGAIN}")
+    return shard
+
+
+def _fits(shard: Shard, note: ShardNote, manifest: Manifest) -> bool:
+    n_blocks = -(-note.rows // manifest.block_rows)
+    wanted = {name: ((note.rows,), torch.int32) for name in OF_ROWS}
+    sites = {
+        str(site): ((note.rows, width), manifest.dtype)
+        for site, width in zip(manifest.sites, manifest.widths, strict=True)
+    }
+    contexts = {name: ((note.contexts,), torch.int64) for name in (DOCUMENT, OFFSET)}
+    checks = {START: ((note.contexts + 1,), torch.int64), BLOCKS_CRC: ((len(shard.names), n_blocks), torch.int64),
+              CONTEXTS_CRC: ((len(OF_CONTEXTS),), torch.int64)}  # fmt: skip
+    tensors = shard.tensors
+    return tensors[IDS].ndim == 1 and all(
+        (tuple(tensors[name].shape), tensors[name].dtype) == expected
+        for name, expected in {**wanted, **sites, **contexts, **checks}.items()
+    )
+
+
+def _refuse_pickle(path: Path) -> None:
+    """A pickle, also inside a zip archive, under the name of a safetensors file."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(9)
+    except OSError:
+        return  # what is missing is told by its size
+    # A safetensors file begins with 8 bytes of length, which can be anything, and then a brace.
+    if start[8:] != b"{" and start.startswith((b"\x80", b"PK\x03\x04")):
+        raise FileFormatError(
+            f"{path} is a pickle, not a safetensors file; pickles can run code when they are opened and are refused"
+        )

@@ -1,0 +1,127 @@
+"""Stream: train on activations as a model makes them, with no store on disk.
+
+The shuffle buffer is filled with the rows of one group of contexts, which then come in random order. Groups are
+decided by the text alone, so a run can begin at any batch: what lies before is tokenized, but no model is run on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vesalius.data.feed import Feed, Request
+from vesalius.data.packing import Tally
+from vesalius.data.source import Rows, check_batches, check_sample, rebatched
+from vesalius.data.tasks.base import stream as draws
+from vesalius.errors import InputError
+from vesalius.model import Model
+from vesalius.records import content_hash
+from vesalius.site import Site
+
+
+class Stream:
+    """Activations made while they are read; is a Source. Made by `stream`."""
+
+    def __init__(self, feed: Feed, dtype: torch.dtype) -> None:
+        self._feed, self._dtype = feed, dtype
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self._feed.forward.sites
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self._feed.forward.widths
+
+    @property
+    def n_rows(self) -> None:
+        """Not known before the end of the texts."""
+        return None
+
+    @property
+    def beginning(self) -> Mapping[str, Any]:
+        """token: what every context begins with, its text or "none". kept: whether its rows are among these."""
+        return self._feed.packing.beginning.to_json()
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Of models, tokenizer, sites, texts and packing, the buffer among it.
+
+        Of an iterable that is no list, its type, fingerprint if it has one, and its first group of rows.
+        """
+        first = next(self._feed.groups(Tally()), None)
+        told = {**self._feed.to_json(), "first": "" if first is None else first.content_hash}
+        return content_hash({**told, "dtype": str(self._dtype)})
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Rows]:
+        """As `Source.batches`. Raises InputError, when it is reached, for texts without a token to keep."""
+        check_batches(batch_size, seed, start)
+        return rebatched(self._pools(("stream", seed), start * batch_size), batch_size, self._dtype)
+
+    def sample(self, n: int, *, seed: int) -> Rows:
+        """The first n rows of the texts, or somewhat more of which n are drawn: a stream cannot be looked through."""
+        check_sample(n, seed)
+        held: list[Rows] = []
+        for group in self._feed.groups(Tally()):
+            held.append(self._feed.forward.rows(group, self._dtype))
+            if sum(len(rows[0]) for rows in held) >= n:
+                break
+        whole = tuple(torch.cat(parts) for parts in zip(*held, strict=True))
+        index = torch.randperm(len(whole[0]), generator=draws("sample", seed))[:n]
+        return tuple(tensor[index] for tensor in whole)
+
+    def _pools(self, key: tuple[str, int], skip: int) -> Iterator[tuple[Rows, Tensor]]:
+        """Groups of rows, and the order in which their rows come, less the first `skip` rows; endless."""
+        epochs = count()
+        for epoch in epochs:
+            total = 0
+            for number, group in enumerate(self._feed.groups(Tally())):
+                total += group.rows
+                if skip >= group.rows:
+                    skip -= group.rows
+                    continue
+                rows = self._feed.forward.rows(group, self._dtype)
+                yield rows, torch.randperm(group.rows, generator=draws(*key, epoch, number))[skip:]
+                skip = 0
+            if total == 0:
+                raise InputError("no activations: the texts hold no token to keep")
+            for _ in range(skip // total):
+                next(epochs)
+            skip %= total
+
+
+def stream(
+    model: Model | Sequence[Model] | Mapping[str, Model],
+    texts: Any,
+    *,
+    sites: Sequence[Site | str],
+    buffer: int = 65_536,
+    tokens: int | None = None,
+    context: int = 256,
+    dtype: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
+    beginning: str = "auto",
+    keep_beginning: bool = False,
+    column: str = "text",
+    batch_tokens: int = 4096,
+) -> Stream:
+    """A Source that runs a model as it is read, and keeps nothing on disk; for texts that can be read again and again.
+
+    buffer: rows that are held and shuffled together, at most. Other arguments and errors as in `harvest`; dtype is
+    that of the batches. After the last text the first comes again, in another order.
+
+    Raises InputError also for an iterator, which can be read only once.
+    """
+    request = Request(sites, tokens, context, dtype, compute, beginning, keep_beginning, column, batch_tokens)
+    feed = request.feed(model, texts, group_rows=buffer)
+    if not feed.texts.again:
+        raise InputError(
+            f"a {type(texts).__name__} can be read only once, and a stream begins anew after its last text; give a "
+            "list, a path, or an object whose __iter__ begins anew"
+        )
+    return Stream(feed, dtype)

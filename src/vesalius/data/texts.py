@@ -1,0 +1,248 @@
+"""Texts: documents to run a model on, from files, a folder, the standard library's documentation, or any iterable.
+
+Documents come in a fixed order and are numbered from 0, empty ones too. Nothing is left out or changed.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+from vesalius.cache import file_sha256
+from vesalius.errors import FileFormatError, InputError, UnknownNameError
+
+Document = str | Sequence[int]
+"""Text, or token ids for a model without tokenizer."""
+
+STDLIB = "stdlib"
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+# Not documentation, or large and machine-made.
+_NOT_READ = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "site-packages"}
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """Documents, and what they are.
+
+    read: gives the documents from the first one on, at every call when `again`. description: for the record; it holds
+    sha256 when that is known of everything to be read. size: characters, about; None when not known.
+    """
+
+    read: Callable[[], Iterator[Document]]
+    description: Mapping[str, Any]
+    size: int | None = None
+    again: bool = True
+    left_out: tuple[str, ...] = ()
+    """Names of files that are no texts."""
+
+
+def texts_from(given: Any, column: str = "text") -> Texts:
+    """Texts from what a user hands over.
+
+    given: "stdlib" (the documentation in Python's standard library); a .txt (one document), .jsonl or .parquet file
+    (one document a row, in `column`), or a folder of such; or any iterable of texts, of token ids, or of rows with
+    `column`, such as a dataset of the `datasets` package, streaming or not.
+
+    Raises InputError or FileFormatError for what cannot be read; some of it only when the documents are read.
+    """
+    if isinstance(given, Texts):
+        return given
+    if isinstance(given, str | Path):
+        return _stdlib() if given == STDLIB else _from_path(Path(given).expanduser(), column)
+    if isinstance(given, bytes) or not isinstance(given, Iterable):
+        raise InputError(
+            f"texts must be {STDLIB!r}, a path, or an iterable of texts such as a list; got {type(given).__name__}"
+        )
+    if isinstance(given, list | tuple) and all(isinstance(item, str) for item in given):
+        return _listed(given, {"kind": "texts"})
+    return _from_iterable(given, column)
+
+
+def _listed(documents: Sequence[str], description: Mapping[str, Any]) -> Texts:
+    digest = hashlib.sha256()
+    for text in documents:
+        raw = text.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    known = {**description, "texts": len(documents), "sha256": digest.hexdigest()}
+    return Texts(lambda: iter(documents), known, sum(map(len, documents)))
+
+
+def _from_iterable(given: Iterable[Any], column: str) -> Texts:
+    kind = f"{type(given).__module__}.{type(given).__qualname__}"
+    description = {"kind": "iterable", "type": kind, "fingerprint": str(getattr(given, "_fingerprint", ""))}
+
+    def read() -> Iterator[Document]:
+        return (_item(item, number, column) for number, item in enumerate(given))
+
+    return Texts(read, description, again=not isinstance(given, Iterator))
+
+
+def _item(item: Any, number: int, column: str) -> Document:
+    """One document of an iterable: text, token ids, or a row of a table."""
+    if isinstance(item, Mapping):
+        return _cell(item, column, f"row {number}")
+    if isinstance(item, str) or (hasattr(item, "__len__") and not isinstance(item, bytes)):
+        return item
+    raise InputError(f"text {number} is a {type(item).__name__}; texts are str, token ids, or rows with {column!r}")
+
+
+def _cell(row: Mapping[str, Any], column: str, where: str) -> str:
+    if column not in row:
+        raise UnknownNameError(f"column ({where})", column, map(str, row), "Name the column that holds the text.")
+    if not isinstance(row[column], str):
+        raise InputError(f"{where}: {column} must be text, got {type(row[column]).__name__}")
+    return row[column]
+
+
+# --- the standard library's documentation
+
+
+def _stdlib() -> Texts:
+    return _listed(_documentation(), {"kind": STDLIB, "python": sys.version.split()[0]})
+
+
+@cache
+def _documentation() -> tuple[str, ...]:
+    """The language reference's topics, then the docstrings of each module, read without importing it."""
+    root = Path(sysconfig.get_path("stdlib"))
+    modules = (path for path in sorted(root.rglob("*.py")) if _is_documented(path.relative_to(root)))
+    return (*topics.topics.values(), *filter(None, map(_docstrings, modules)))
+
+
+def _is_documented(path: Path) -> bool:
+    return path.parts[0].removesuffix(".py") in sys.stdlib_module_names and _NOT_READ.isdisjoint(path.parts)
+
+
+def _docstrings(path: Path) -> str:
+    """All docstrings of a module, in the order in which they stand; empty when it cannot be parsed."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return ""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [node for node in ast.walk(tree) if isinstance(node, owners)]
+    found.sort(key=lambda node: getattr(node, "lineno", 0))
+    return "\n\n".join(filter(None, map(ast.get_docstring, found)))
+
+
+# --- files
+
+
+def _from_path(path: Path, column: str) -> Texts:
+    files = _files(path)
+    chosen = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not chosen:
+        raise FileFormatError(
+            f"{path.absolute()} holds no texts: {len(files)} files, none of which ends in {', '.join(SUFFIXES)}"
+            if path.is_dir()
+            else f"{path.absolute()} ends in {path.suffix or 'nothing'!r}; texts are read from {', '.join(SUFFIXES)}"
+        )
+    if any(file.suffix.lower() == ".parquet" for file in chosen):
+        _parquet()
+    root = path if path.is_dir() else path.parent
+    told = [_told(file, root) for file in chosen]
+    description = {"kind": "files", "files": told, "column": column, "sha256": _joined(told)}
+    sized = all(file.suffix.lower() != ".parquet" for file in chosen)
+    size = sum(file["bytes"] for file in told) if sized else None
+    left_out = tuple(str(file.relative_to(root)) for file in files if file not in chosen)
+    return Texts(lambda: _documents(chosen, column), description, size, left_out=left_out)
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or all files of the folder that are not hidden, in the order of their names."""
+    if path.is_dir():
+        return sorted(
+            file for file in path.rglob("*")
+            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )  # fmt: skip
+    if not path.exists():
+        raise FileFormatError(
+            f"there is no file or folder {path.absolute()}; texts are {STDLIB!r} (a built-in corpus), a path, or an "
+            "iterable of texts such as a list"
+        )
+    return [path]
+
+
+def _told(file: Path, root: Path) -> dict[str, Any]:
+    return {"name": file.relative_to(root).as_posix(), "bytes": file.stat().st_size, "sha256": file_sha256(file)}
+
+
+def _joined(files: Sequence[Mapping[str, Any]]) -> str:
+    return hashlib.sha256("".join(f"{file['name']}\0{file['sha256']}\0" for file in files).encode()).hexdigest()
+
+
+def _documents(files: Sequence[Path], column: str) -> Iterator[str]:
+    for file in files:
+        suffix = file.suffix.lower()
+        if suffix == ".txt":
+            yield _text(file)
+        else:
+            yield from (_json_rows if suffix == ".jsonl" else _parquet_rows)(file, column)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(file, error) from error
+
+
+def _not_utf8(file: Path, error: UnicodeDecodeError) -> FileFormatError:
+    return FileFormatError(f"{file.absolute()} is not UTF-8 text ({error.reason}); save it as UTF-8")
+
+
+def _json_rows(file: Path, column: str) -> Iterator[str]:
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _json_row(line, f"{file.name}, line {number}", column)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(file, error) from error
+
+
+def _json_row(line: str, where: str, column: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise FileFormatError(f"{where} is not JSON ({error}): {line[:60]!r}") from error
+    if isinstance(row, str):
+        return row
+    if not isinstance(row, dict):
+        raise FileFormatError(f"{where} is neither a text nor a JSON object with {column!r}: {line[:60]!r}")
+    return _cell(row, column, where)
+
+
+def _parquet() -> Any:
+    """pyarrow.parquet. Late: it is optional, and needed for one kind of file only."""
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(
+            ".parquet files are read by pyarrow, which is not installed: pip install pyarrow. Or save as .jsonl"
+        ) from error
+    return parquet
+
+
+def _parquet_rows(file: Path, column: str) -> Iterator[str]:
+    try:
+        table = _parquet().ParquetFile(file)
+        names = table.schema_arrow.names
+        if column not in names:
+            raise UnknownNameError(f"column ({file.name})", column, names, "Name the column that holds the text.")
+        number = 0
+        for batch in table.iter_batches(columns=[column], batch_size=1024):
+            for value in batch.column(0).to_pylist():
+                yield _cell({column: value}, column, f"{file.name}, row {number}")
+                number += 1
+    except (OSError, ValueError) as error:  # what pyarrow raises for a damaged file
+        raise FileFormatError(f"{file.absolute()} cannot be read as parquet: {error}") from error

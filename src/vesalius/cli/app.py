@@ -1,4 +1,4 @@
-"""`vesalius study | sites | calibrate | ledger`.
+"""`vesalius study | sites | harvest | calibrate | ledger`.
 
 Exit codes: 0 done, 1 the study stopped at its gate, 2 something given cannot be used (the message says what, and what
 to do), 130 interrupted; finished work is kept and the same command goes on from there.
@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from vesalius.cli import calibrating, ledgers, sites, studying
+from vesalius.cli import calibrating, harvesting, ledgers, sites, studying
 from vesalius.cli.screen import console, fail, warn
 from vesalius.errors import VesaliusError
 
@@ -104,6 +104,36 @@ def list_sites(
 ) -> None:
     """The model's sites with their shapes: what can be read and edited."""
     sites.show(model)
+
+
+@app.command()
+def harvest(
+    texts: Annotated[
+        str, typer.Argument(help="stdlib (a built-in corpus), or a .txt, .jsonl or .parquet file, or a folder of them.")
+    ],
+    site: Annotated[
+        list[str], typer.Option("--site", "-s", help="Site or glob, layers.15.resid_post; can be repeated.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the activations.")],
+    model: ModelOption = DEMO,
+    tokens: Annotated[int | None, typer.Option(help="Activations per site, at most; default all the text.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens run together, the beginning token included.")] = 256,
+    dtype: Annotated[str, typer.Option(help="Stored as float32, bfloat16 or float16.")] = "float32",
+    compute: Annotated[
+        str, typer.Option(help="float32, or bfloat16: faster on most machines; the error is measured.")
+    ] = "float32",
+    beginning: Annotated[str, typer.Option(help="Token put before every context: auto, none, or its text.")] = "auto",
+    keep_beginning: Annotated[
+        bool, typer.Option("--keep-beginning", help="Keep the first position of each context, a norm outlier.")
+    ] = False,
+    column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files that holds the text.")] = "text",
+) -> None:
+    """Activations of a model over texts, for training on; the model is run only up to the last site."""
+    request = harvesting.Request(
+        texts=texts, model=model, sites=site, out=out, tokens=tokens, context=context, dtype=dtype, compute=compute,
+        beginning=beginning, keep_beginning=keep_beginning, column=column,
+    )  # fmt: skip
+    harvesting.harvest(request)
 
 
 @app.command()

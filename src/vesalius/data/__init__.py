@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vesalius.data.files import load_pairs
 from vesalius.data.harvest import harvest
+from vesalius.data.manifest import DTYPES
 from vesalius.data.positions import landmarks
 from vesalius.data.source import Source, TensorSource, as_source
 from vesalius.data.store import ActivationStore, Origin
@@ -24,6 +25,7 @@ from vesalius.data.tasks import (
 from vesalius.data.texts import Texts, texts_from
 
 __all__ = [
+    "DTYPES",
     "TASKS",
     "ActivationStore",
     "Origin",

@@ -75,15 +75,20 @@ class Forward:
             _check_model(model, self.compute)
         for site in self.sites:
             _check_site(self.models[site.tag], site)
-        hashes = {tag: tokenizer_hash(model.tokenizer) for tag, model in self.models.items()}
-        if len(set(hashes.values())) > 1:
-            raise TokenizerError(
-                f"models {', '.join(hashes)} have different tokenizers, so they cannot be run on the same tokens"
-            )
 
     @property
     def tokenizer(self) -> Any:
         return next(iter(self.models.values())).tokenizer
+
+    @cached_property
+    def tokenizer_sha256(self) -> str:
+        """Of the one tokenizer that the models share. Raises TokenizerError when they don't."""
+        hashes = {tokenizer_hash(model.tokenizer) for model in self.models.values()}
+        if len(hashes) > 1:
+            raise TokenizerError(
+                f"models {', '.join(self.models)} have different tokenizers, so they cannot be run on the same tokens"
+            )
+        return hashes.pop()
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
@@ -103,7 +108,7 @@ class Forward:
         """
         kept = tuple(torch.empty(group.rows, width, dtype=dtype) for width in self.widths)
         with self._computing():
-            for batch in self._batches(group):
+            for batch in self._batches(group, self.batch_tokens):
                 for site, whole, rows in zip(self.sites, kept, self._rows(batch), strict=True):
                     whole[batch.rows] = _stored(site, rows, dtype)
                 done(len(batch.rows))
@@ -111,15 +116,14 @@ class Forward:
 
     def trial(self, group: Group) -> Trial:
         """The group's first contexts, run to see how fast that goes and how exact it is."""
-        small = replace(self, batch_tokens=min(self.batch_tokens, _TRIAL))
-        batch = next(small._batches(group))
-        with small._computing():
+        batch = next(self._batches(group, min(self.batch_tokens, _TRIAL)))
+        with self._computing():
             began = time.perf_counter()
-            rows = small._rows(batch)
+            rows = self._rows(batch)
             seconds = time.perf_counter() - began
         errors = {}
         if not self._plain:
-            for site, fast, exact in zip(self.sites, rows, small._rows(batch), strict=True):
+            for site, fast, exact in zip(self.sites, rows, self._rows(batch), strict=True):
                 gap = (fast.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300)
                 errors[str(site)] = float(f"{float(gap):.3g}")
         return Trial(int(batch.real.sum()) / max(seconds, 1e-9), errors)
@@ -129,7 +133,7 @@ class Forward:
         models = [{"tag": tag, "name": model.name, "sha256": model.content_hash} for tag, model in self.models.items()]
         return {
             "models": models,
-            "tokenizer_sha256": tokenizer_hash(self.tokenizer),
+            "tokenizer_sha256": self.tokenizer_sha256,
             "sites": [{"site": str(site), "width": n} for site, n in zip(self.sites, self.widths, strict=True)],
             "compute": "as the model" if self._plain else f"{_name(self.compute)} by autocast",
             "batch_tokens": self.batch_tokens,
@@ -148,9 +152,9 @@ class Forward:
                     stack.enter_context(torch.autocast(kind, dtype=self.compute))
             yield
 
-    def _batches(self, group: Group) -> Iterator[Batch]:
+    def _batches(self, group: Group, tokens: int) -> Iterator[Batch]:
         ragged = all(model.adapter is not None for model in self.models.values())
-        return batches(group, self.batch_tokens, ragged)
+        return batches(group, tokens, ragged)
 
     def _rows(self, batch: Batch) -> tuple[Tensor, ...]:
         """The batch's rows [row, width] at each site, as the models give them."""
@@ -184,7 +188,9 @@ def forward_for(
     unused = [tag for tag in by_tag if tag not in {site.tag for site in named}]
     if unused:
         raise InputError(f"no site names model {', '.join(unused)}; leave it out, or give it a site")
-    return Forward(by_tag, tuple(dict.fromkeys(named)), compute, batch_tokens)
+    forward = Forward(by_tag, tuple(dict.fromkeys(named)), compute, batch_tokens)
+    _ = forward.tokenizer_sha256  # now, so that models that do not fit are told before they are run
+    return forward
 
 
 def _by_tag(models: Any) -> dict[str, Model]:

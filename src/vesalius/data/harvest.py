@@ -142,7 +142,7 @@ class _Harvest:
         trial = self.feed.forward.trial(first)
         if not self.manifest.shards:
             self.manifest = replace(self.manifest, errors=trial.errors)
-        self.note(f"{self.feed.packing.beginning.describe()}; those of special tokens in the text are dropped")
+        self.note(f"{self.feed.packing.beginning.describe()}; special tokens in the text give none")
         left_out = self.feed.texts.left_out
         if left_out:
             self.note(f"{len(left_out)} files are no texts and are left out: {', '.join(left_out[:3])}")

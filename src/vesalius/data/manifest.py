@@ -26,13 +26,14 @@ PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 
 @dataclass(frozen=True)
 class ShardNote:
-    """What the manifest says of one file. group: hash of the tokens it was made from."""
+    """What the manifest says of one file. group: hash of the tokens it was made from. checks: of its checksums."""
 
     rows: int
     contexts: int
     bytes: int
     sha256: str
     group: str
+    checks: str
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
     if backend is None:
         return content_hash({"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()})
     # Truncation and padding are set by the last call, and nothing here uses them.
-    return content_hash({**json.loads(backend.to_str()), "truncation": None, "padding": None})
+    told = json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None}, sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def tokenized(documents: Iterable[Document], tokenizer: Any, tally: Tally) -> Iterator[Ids]:

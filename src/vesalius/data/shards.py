@@ -2,7 +2,7 @@
 
 A shard is a safetensors file: one tensor [row, width] per site, under the site's name; for every row its token, the
 context it stood in and its position there; the contexts themselves, as the model saw them; and a CRC-32 of every
-block of rows, so that a reader who needs a few blocks need not hash the file.
+block of rows, so that a reader who needs a few blocks need not hash the file. The manifest vouches for the checksums.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def write_shard(
     named = {**dict(zip(sites, rows, strict=True)), **_origins(group)}
     blocks = [[_crc(block) for block in named[name].split(block_rows)] for name in (*sites, *OF_ROWS)]
     contexts = [_crc(named[name]) for name in OF_CONTEXTS]
-    checked = {**named, BLOCKS_CRC: torch.tensor(blocks), CONTEXTS_CRC: torch.tensor(contexts)}
-    content = save(checked, metadata={"format": "pt"})
+    checks = {BLOCKS_CRC: torch.tensor(blocks), CONTEXTS_CRC: torch.tensor(contexts)}
+    content = save({**named, **checks}, metadata={"format": "pt"})
     write_atomic(folder / shard_name(number), content)
     digest = hashlib.sha256(content).hexdigest()
-    return ShardNote(group.rows, len(group.contexts), len(content), digest, group.content_hash)
+    return ShardNote(group.rows, len(group.contexts), len(content), digest, group.content_hash, _hash_of(checks))
 
 
 def _origins(group: Group) -> dict[str, Tensor]:
@@ -66,6 +66,11 @@ def _origins(group: Group) -> dict[str, Tensor]:
 
 def _crc(tensor: Tensor) -> int:
     return zlib.crc32(tensor.view(torch.uint8).numpy().data)
+
+
+def _hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of a shard's checksums, by which the manifest vouches for them."""
+    return hashlib.sha256(tensors[BLOCKS_CRC].numpy().tobytes() + tensors[CONTEXTS_CRC].numpy().tobytes()).hexdigest()
 
 
 def flaw(folder: Path, number: int, note: ShardNote) -> str:
@@ -133,6 +138,8 @@ def open_shard(folder: Path, number: int, manifest: Manifest) -> Shard:
     shard = Shard(path, tensors, names, manifest.block_rows)
     if not _fits(shard, note, manifest):
         raise FileFormatError(f"{path} is damaged: its tensors are not what the manifest says; {_AGAIN}")
+    if _hash_of(tensors) != note.checks:
+        raise FileFormatError(f"{path} is damaged: its checksums are not those the manifest knows; {_AGAIN}")
     return shard
 
 

@@ -23,6 +23,8 @@ from vesalius.model import Model
 from vesalius.records import content_hash
 from vesalius.site import Site
 
+_NOTHING = "no activations: the texts hold no token to keep"
+
 
 class Stream:
     """Activations made while they are read; is a Source. Made by `stream`."""
@@ -64,13 +66,18 @@ class Stream:
         return rebatched(self._pools(("stream", seed), start * batch_size), batch_size, self._dtype)
 
     def sample(self, n: int, *, seed: int) -> Rows:
-        """The first n rows of the texts, or somewhat more of which n are drawn: a stream cannot be looked through."""
+        """n of the first rows of the texts, which are somewhat more: a stream cannot be looked through.
+
+        Raises as `batches`.
+        """
         check_sample(n, seed)
         held: list[Rows] = []
         for group in self._feed.groups(Tally()):
             held.append(self._feed.forward.rows(group, self._dtype))
             if sum(len(rows[0]) for rows in held) >= n:
                 break
+        if not held:
+            raise InputError(_NOTHING)
         whole = tuple(torch.cat(parts) for parts in zip(*held, strict=True))
         index = torch.randperm(len(whole[0]), generator=draws("sample", seed))[:n]
         return tuple(tensor[index] for tensor in whole)
@@ -89,7 +96,7 @@ class Stream:
                 yield rows, torch.randperm(group.rows, generator=draws(*key, epoch, number))[skip:]
                 skip = 0
             if total == 0:
-                raise InputError("no activations: the texts hold no token to keep")
+                raise InputError(_NOTHING)
             for _ in range(skip // total):
                 next(epochs)
             skip %= total

@@ -1,0 +1,75 @@
+"""`vesalius harvest`: activations of a model over texts, written to a folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import vesalius as vs
+from vesalius.cli.screen import Screen, bars, say
+from vesalius.errors import InputError, UnknownNameError
+from vesalius.site import Site
+
+COMPUTE = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked on the command line."""
+
+    texts: str
+    model: str
+    sites: list[str]
+    out: Path
+    tokens: int | None
+    context: int
+    dtype: str
+    compute: str
+    beginning: str
+    keep_beginning: bool
+    column: str
+
+    def check(self) -> None:
+        """Refuse what cannot be done before a model is loaded."""
+        if self.dtype not in vs.data.DTYPES:
+            raise UnknownNameError("--dtype", self.dtype, vs.data.DTYPES)
+        if self.compute not in COMPUTE:
+            raise UnknownNameError("--compute", self.compute, COMPUTE)
+        if self.tokens is not None and self.tokens < 1:
+            raise InputError(f"--tokens must be at least 1; got {self.tokens}")
+        for site in self.sites:
+            if "*" not in site:
+                Site.parse(site)
+
+
+def harvest(request: Request) -> None:
+    """Harvest with progress bars, and say what was written."""
+    request.check()
+    texts = vs.data.texts_from(request.texts, request.column)
+    with bars() as progress:
+        screen = Screen(progress)
+        model = vs.load(request.model, sink=screen)
+        store = vs.data.harvest(
+            model, texts, sites=request.sites, out=request.out, tokens=request.tokens, context=request.context,
+            dtype=vs.data.DTYPES[request.dtype], compute=vs.data.DTYPES[request.compute], beginning=request.beginning,
+            keep_beginning=request.keep_beginning, column=request.column, sink=screen,
+        )  # fmt: skip
+    for line in told(store):
+        say(line)
+
+
+def told(store: vs.data.ActivationStore) -> list[str]:
+    """What is in a store, line by line, and last its folder."""
+    manifest = store.manifest
+    counts = manifest.counts or {}
+    size = sum(shard.bytes for shard in manifest.shards)
+    lines = [
+        f"{store.n_rows:,} rows from {counts['texts']:,} texts ({counts['empty_texts']:,} of them empty), as "
+        f"{manifest.plan['dtype']} in {len(manifest.shards)} shards, {size / 1e6:,.1f} MB"
+    ]
+    for site, width in zip(store.sites, store.widths, strict=True):
+        error = manifest.errors.get(str(site))
+        note = "" if error is None else f", {manifest.plan['compute']}: relative error {error:.2g} on the first batch"
+        lines.append(f"{site}: width {width}{note}")
+    first = "kept" if store.beginning["kept"] else "dropped"
+    return [*lines, f"beginning {store.beginning['token']}, first position {first}", str(store.folder)]

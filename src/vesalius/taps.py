@@ -40,16 +40,11 @@ class Host(Protocol):
     def heads_of(self, site: Site, z: Tensor) -> Tensor: ...
 
 
-class AllSeenError(Exception):
-    """Ends a forward pass of which nothing more is wanted; whoever starts such a pass catches it."""
-
-
 class Recorder:
     """Taps of one run, and what they saw. Edits of one site act in the order given.
 
     places: one per intervention, which tokens this pass holds and which of them are edited; default all of `tokens`,
-    and each intervention's own positions. watch: sites where NaN or infinity is refused. until_seen: raise AllSeenError
-    as soon as every site was seen, so that nothing of the model is run after the last one.
+    and each intervention's own positions. watch: sites where NaN or infinity is refused.
     """
 
     def __init__(
@@ -61,11 +56,9 @@ class Recorder:
         grad: bool,
         places: Sequence[Place] = (),
         watch: Sequence[Site] = (),
-        until_seen: bool = False,
     ) -> None:
         self._host = host
         self._tokens = tokens
-        self._until_seen = until_seen
         self._grad = grad
         self._places = places
         self._seen: dict[Site, Tensor] = {}
@@ -319,8 +312,6 @@ class Recorder:
             tensor = tensor.detach().requires_grad_()
         if site in self._capture or site in self._read:
             self._seen[site] = tensor
-        if self._until_seen and len(self._fired) == len(self._all):
-            raise AllSeenError
         return tensor
 
     def check_fired(self) -> None:

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from vesalius.activations import Activations
 from vesalius.data.packing import Batch, Group, batches, tokenizer_hash
-from vesalius.errors import InputError, NotFiniteError, TokenizerError, UnknownNameError
+from vesalius.errors import InputError, InterventionError, NotFiniteError, TokenizerError, UnknownNameError
+from vesalius.hooks import OutputTap, Tap, tapped
 from vesalius.inputs import Tokens
 from vesalius.model import Model
+from vesalius.products import computing
 from vesalius.site import Site
-from vesalius.taps import AllSeenError, Recorder
+from vesalius.taps import Recorder
 
 TAGS = "abcdefghijklmnopqrstuvwxyz"
 _ROW_AXES = ("batch", "pos")
@@ -33,14 +35,34 @@ _TRIAL = 1024
 def captured(model: Model, tokens: Tokens, sites: Sequence[Site]) -> Activations:
     """Activations at these sites, without their indices, from a pass that ends at the last of them.
 
-    Raises InterventionError when a site never fires.
+    Scores and patterns of attention are not among the sites that can be read so. Raises InterventionError when a site
+    never fires.
     """
-    recorder = Recorder(model, [site.whole for site in sites], [], tokens, False, until_seen=True)
-    ids = tokens.ids.to(model.device)
-    with torch.no_grad(), contextlib.suppress(AllSeenError), recorder.listening():
-        model.module(ids) if model.adapter is None else model.module(**model.token_call(tokens))
+    begun = model.begun(tokens)
+    recorder = Recorder(model, [site.whole for site in sites], [], begun, False)
+    taps = [_ending(tap, recorder) for tap in recorder.taps]
+    with torch.no_grad(), contextlib.suppress(_AllSeenError), tapped(taps):
+        model.module(begun.ids.to(model.device)) if model.adapter is None else model.module(**model.token_call(begun))
     recorder.check_fired()
     return Activations(recorder.captured(), tokens)
+
+
+class _AllSeenError(Exception):
+    """Ends a forward pass of which nothing more is wanted."""
+
+
+def _ending(tap: Tap | OutputTap, recorder: Recorder) -> Tap | OutputTap:
+    """The tap, after which the pass ends when every site was seen."""
+    visit: Callable[..., Any] = tap.visit
+
+    def watched(*given: Any) -> Any:
+        changed = visit(*given)
+        with contextlib.suppress(InterventionError):
+            recorder.check_fired()
+            raise _AllSeenError
+        return changed
+
+    return OutputTap(tap.module, watched) if isinstance(tap, OutputTap) else Tap(tap.module, tap.side, watched)
 
 
 @dataclass(frozen=True)
@@ -145,11 +167,12 @@ class Forward:
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        """Autocast for the length of a group, so that weights are cast once."""
+        """Autocast for the length of a group, so that weights are cast once; else products by the faster library."""
         with contextlib.ExitStack() as stack:
-            if not self._plain:
-                for kind in sorted({model.device.type for model in self.models.values()}):
-                    stack.enter_context(torch.autocast(kind, dtype=self.compute))
+            if self._plain:
+                stack.enter_context(computing())
+            for kind in () if self._plain else sorted({model.device.type for model in self.models.values()}):
+                stack.enter_context(torch.autocast(kind, dtype=self.compute))
             yield
 
     def _batches(self, group: Group, tokens: int) -> Iterator[Batch]:
@@ -162,7 +185,7 @@ class Forward:
         for tag, model in self.models.items():
             own = [replace(site, tag="") for site in self.sites if site.tag == tag]
             # Causal models do not see what stands to the right, and are faster without a mask.
-            masked = model.adapter is not None and not model.adapter.causal
+            masked = model.adapter is not None and not (model.adapter.causal and not model.adapter.stacks)
             activations = captured(model, Tokens(batch.ids, batch.real if masked else None), own)
             found.update({replace(site, tag=tag): _flat(activations[site], site, batch) for site in own})
         return tuple(found[site] for site in self.sites)
@@ -238,10 +261,10 @@ def _check_model(model: Model, compute: torch.dtype | None) -> None:
 
 
 def _check_site(model: Model, site: Site) -> None:
-    if site.kind == "module":
-        return
     model.check_site(replace(site, tag=""))
-    if site.axes[:2] != _ROW_AXES:
+    if site.kind != "module" and model.described[0].stacks and not site.of_encoder:
+        raise InputError(f"{site}: text is read by {model.name}'s encoder, so only the encoder's sites have its tokens")
+    if site.kind != "module" and site.axes[:2] != _ROW_AXES:
         raise InputError(
             f"{site} has axes {', '.join(site.axes)}; rows are tokens, so a site must be [batch, pos, ...]"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from vesalius.dictionaries.coder import Coder
 from vesalius.dictionaries.config import KINDS, TrainConfig
 from vesalius.dictionaries.cross_layer import CrossLayerTranscoder
+from vesalius.dictionaries.crosscoder import Scaling, latent_scaling, relative_norms
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.folder import save
 from vesalius.dictionaries.history import History
@@ -23,9 +24,12 @@ __all__ = [
     "Fitter",
     "History",
     "Latent",
+    "Scaling",
     "TrainConfig",
     "estimate",
+    "latent_scaling",
     "load",
+    "relative_norms",
     "save",
     "train",
 ]

@@ -42,7 +42,8 @@ def test_a_harvest_writes_a_store_and_says_what_is_in_it(
     store = vs.data.ActivationStore.open(out)
     assert re.match(rf"{store.n_rows} rows from 3 texts \(1 of them empty\), as float32 in 1 shards, ", done.out)
     assert done.out.splitlines()[1:] == [
-        "layers.1.resid_post: width 64", "layers.0.z[1]: width 16", "beginning <|start|>, first position dropped",
+        "layers.1.resid_post: width 64", "layers.0.z[1]: width 16",
+        "beginning <|start|>, first position dropped, 0 norm outliers dropped",
         str(out),
     ]  # fmt: skip
     assert "expected cost: about" in done.words
@@ -72,7 +73,7 @@ def test_the_options_reach_the_harvest(run: Callable[..., Done], model: Path, te
     assert re.fullmatch(
         r"layers\.0\.mlp_out: width 64, bfloat16 by autocast: relative error 0\.0\d+ on the first batch", lines[1]
     )
-    assert lines[3] == "beginning <|end|>, first position kept"
+    assert lines[3] == "beginning <|end|>, first position kept, 0 norm outliers dropped"
 
 
 def test_a_column_of_another_name(run: Callable[..., Done], model: Path, tmp_path: Path) -> None:
@@ -95,6 +96,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "context that is no number": ([*SITE, "--context", "long"], "Invalid value for '--context'"),
     "dtype": ([*SITE, "--dtype", "int8"], "unknown --dtype 'int8'; known: bfloat16, float16, float32"),
     "compute": ([*SITE, "--compute", "float64"], "unknown --compute 'float64'; known: bfloat16, float32"),
+    "max norm": ([*SITE, "--max-norm", 0.5], "must be above 1 \\(or None\\); got 0.5"),
     "beginning": ([*SITE, "--beginning", "the"], "beginning 'the' is not a special token of this tokenizer"),
     "column": ([*SITE, "--column", "body"], r"unknown column \(b.jsonl, line 1\) 'body'; known: id, text"),
     "model": ([*SITE, "--model", "nowhere"], "nowhere"),

@@ -20,6 +20,7 @@ import tiny
 import vesalius as vs
 from tiny_folder import tiny_folder
 from vesalius.data import ActivationStore
+from vesalius.data.outliers import outliers
 from vesalius.errors import FileFormatError, InputError, TokenizerError, UnknownNameError, VesaliusError
 from vesalius.jobs import Event
 
@@ -183,6 +184,50 @@ def test_bfloat16_products_are_measured_and_the_error_is_stored_and_told(model: 
         assert any(
             f"{site}: bfloat16 by autocast, relative error {told['relative_error'][site]:.2g}" in n for n in notes
         )
+
+
+class Spiked:
+    """The tiny model with one token whose row is a hundred times as long as the others."""
+
+    def __init__(self, token: int, factor: float = 100.0) -> None:
+        self.model = tiny.model("llama")
+        with torch.no_grad():
+            self.model.module.model.embed_tokens.weight[token] *= factor
+
+
+def test_norm_outliers_are_dropped_counted_and_told(tmp_path: Path) -> None:
+    documents = [[5, 9, 6, 7], [8, 6, 9, 9, 4], [9, 5, 6]] * 20
+    notes: list[str] = []
+    model = Spiked(9).model
+    options = {"sites": ["embed"], "context": 9, "keep_beginning": True, "shard_bytes": 7_000}
+    store = harvest(model, tmp_path / "out", documents, sink=lambda event: notes.append(event.message), **options)
+    whole = harvest(model, tmp_path / "whole", documents, max_norm=None, **options)
+    assert whole.n_rows == 240
+    # At the first position, where outliers are expected, keep_beginning decides.
+    kept = torch.tensor([token != 9 or whole.trace(row).at == 0 for row, token in enumerate(whole.tokens.tolist())])
+    assert store.n_rows == int(kept.sum()) == 180
+    rows = [torch.cat([rows for _, (rows,) in one.in_order(99)]) for one in (store, whole)]
+    assert torch.equal(rows[0], rows[1][kept])
+    assert store.tokens.tolist() == whole.tokens[kept].tolist()
+    assert [store.trace(row) for row in range(9)] == [whole.trace(row) for row in kept.nonzero()[:9, 0].tolist()]
+    assert "60 of 240 rows are norm outliers, over 10 times the median, and were left out" in notes
+    told = manifest(tmp_path / "out")
+    assert (told["counts"]["outliers"], told["counts"]["rows"], told["plan"]["max_norm"]) == (60, 180, 10.0)
+    assert len(told["shards"]) > 4
+    assert sum(shard["outliers"] for shard in told["shards"]) == 60
+    assert harvest(model, tmp_path / "wide", documents, max_norm=200.0, **options).n_rows == 240
+    for bound in (1.0, 0.0, float("nan")):
+        assert "must be above 1" in refused(InputError, model, tmp_path / "bad", documents, max_norm=bound, **options)
+
+
+def test_an_outlier_at_one_site_drops_the_row_at_all_and_a_site_of_zeros_drops_none(tmp_path: Path) -> None:
+    model = Spiked(9).model
+    store = harvest(model, tmp_path, [[5, 9, 6, 7] * 9], sites=["layers.1.mlp_out", "embed"])
+    assert 9 not in store.tokens.tolist()
+    assert store.n_rows == 27 - 2
+    zeros = torch.zeros(10, 3)
+    zeros[4] = 1
+    assert not outliers((zeros,), torch.zeros(10, dtype=torch.bool), 10.0).any()
 
 
 # --- broken off, and gone on with

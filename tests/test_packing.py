@@ -117,6 +117,15 @@ def test_batches_hold_every_context_once_within_their_bound(
         assert len(found) == group.rows
 
 
+@given(DOCUMENTS, st.integers(0, 2**20))
+@settings(max_examples=40, deadline=None)
+def test_some_rows_of_a_group(documents: list[list[int]], bits: int) -> None:
+    for group in groups(arrays(documents), packing(kept=True, rows=40)):
+        wanted = np.array([bool(bits >> (row % 20) & 1) for row in range(group.rows)])
+        assert rows_of([group.only(wanted)]) == [row for row, use in zip(rows_of([group]), wanted, strict=True) if use]
+        assert group.first.tolist() == [at == 0 for c in group.contexts for at, kept in enumerate(c.kept) if kept]
+
+
 def test_a_group_is_known_by_its_tokens_documents_and_rows() -> None:
     hashes = {
         next(groups(arrays(documents), chosen)).content_hash

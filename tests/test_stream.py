@@ -82,6 +82,21 @@ def test_what_lies_before_the_start_is_not_run(model: vs.Model) -> None:
     assert 0 < runs <= 2 * first
 
 
+def test_in_the_place_of_an_outlier_comes_another_row() -> None:
+    """So the number of rows does not depend on the model, and beginning late costs nothing."""
+    spiked = tiny.model("llama")
+    with torch.no_grad():
+        spiked.module.model.embed_tokens.weight[7] *= 100
+    options = {"sites": ["embed"], "keep_beginning": False}
+    whole = take(stream(spiked, **options), 60)
+    assert max(float(batch[0].norm(dim=1).max()) for batch in whole) < 10
+    plain = take(stream(spiked, **options, max_norm=None), 60)
+    assert max(float(batch[0].norm(dim=1).max()) for batch in plain) > 50
+    for one, other in zip(take(stream(spiked, **options), 20, start=40), whole[40:], strict=True):
+        assert torch.equal(one[0], other[0])
+    assert float(stream(spiked, **options).sample(400, seed=0)[0].norm(dim=1).max()) < 10
+
+
 def test_the_buffer_bounds_what_is_held_and_shuffles_across_documents(model: vs.Model, tmp_path: Path) -> None:
     sizes = [len(rows[0]) for rows, _ in islice(stream(model)._pools(("x", 0), 0), 20)]
     assert max(sizes) <= 60

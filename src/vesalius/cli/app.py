@@ -126,12 +126,15 @@ def harvest(
     keep_beginning: Annotated[
         bool, typer.Option("--keep-beginning", help="Keep the first position of each context, a norm outlier.")
     ] = False,
+    max_norm: Annotated[
+        float, typer.Option("--max-norm", help="Drop rows over this many times the median norm; 0 keeps all.")
+    ] = 10.0,
     column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files that holds the text.")] = "text",
 ) -> None:
     """Activations of a model over texts, for training on; the model is run only up to the last site."""
     request = harvesting.Request(
         texts=texts, model=model, sites=site, out=out, tokens=tokens, context=context, dtype=dtype, compute=compute,
-        beginning=beginning, keep_beginning=keep_beginning, column=column,
+        beginning=beginning, keep_beginning=keep_beginning, max_norm=max_norm, column=column,
     )  # fmt: skip
     harvesting.harvest(request)
 

@@ -27,6 +27,7 @@ class Request:
     compute: str
     beginning: str
     keep_beginning: bool
+    max_norm: float
     column: str
 
     def check(self) -> None:
@@ -52,7 +53,8 @@ def harvest(request: Request) -> None:
         store = vs.data.harvest(
             model, texts, sites=request.sites, out=request.out, tokens=request.tokens, context=request.context,
             dtype=vs.data.DTYPES[request.dtype], compute=vs.data.DTYPES[request.compute], beginning=request.beginning,
-            keep_beginning=request.keep_beginning, column=request.column, sink=screen,
+            keep_beginning=request.keep_beginning, max_norm=request.max_norm or None, column=request.column,
+            sink=screen,
         )  # fmt: skip
     for line in told(store):
         say(line)
@@ -72,4 +74,5 @@ def told(store: vs.data.ActivationStore) -> list[str]:
         note = "" if error is None else f", {manifest.plan['compute']}: relative error {error:.2g} on the first batch"
         lines.append(f"{site}: width {width}{note}")
     first = "kept" if store.beginning["kept"] else "dropped"
-    return [*lines, f"beginning {store.beginning['token']}, first position {first}", str(store.folder)]
+    dropped = f"{counts['outliers']:,} norm outliers dropped"
+    return [*lines, f"beginning {store.beginning['token']}, first position {first}, {dropped}", str(store.folder)]

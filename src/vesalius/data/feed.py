@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from vesalius.data.forward import Forward, Trial, forward_for
 from vesalius.data.manifest import DTYPES
+from vesalius.data.outliers import MAX_NORM, check_max_norm, outliers
 from vesalius.data.packing import Group, Packing, Tally, beginning_for, groups, special_ids, tokenized
+from vesalius.data.source import Rows
 from vesalius.data.texts import Texts, texts_from
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.jobs import Estimate
@@ -31,10 +35,18 @@ class Feed:
     forward: Forward
     texts: Texts
     packing: Packing
+    max_norm: float | None
 
     def groups(self, tally: Tally) -> Iterator[Group]:
         """All groups, from the first text on."""
         return groups(tokenized(self.texts.read(), self.forward.tokenizer, tally), self.packing)
+
+    def rows(
+        self, group: Group, dtype: torch.dtype, done: Callable[[int], None] = lambda _: None
+    ) -> tuple[Rows, Bool[Tensor, " row"]]:
+        """As `Forward.rows`, and which of the rows are norm outliers."""
+        rows = self.forward.rows(group, dtype, done)
+        return rows, outliers(rows, torch.from_numpy(group.first), self.max_norm)
 
     def to_json(self) -> dict[str, Any]:
         """Everything that decides the rows."""
@@ -46,6 +58,7 @@ class Feed:
             "beginning": packing.beginning.to_json(),
             "special": list(packing.special),
             "tokens": packing.limit,
+            "max_norm": self.max_norm,
             "shard_rows": packing.group_rows,
         }
 
@@ -61,6 +74,7 @@ class Request:
     compute: torch.dtype | None = None
     beginning: str = "auto"
     keep_beginning: bool = False
+    max_norm: float | None = MAX_NORM
     column: str = "text"
     batch_tokens: int = 4096
 
@@ -70,13 +84,14 @@ class Request:
         A group has group_rows rows, or group_bytes bytes of activations, at most.
         """
         dtype_name(self.dtype)
+        check_max_norm(self.max_norm)
         forward = forward_for(models, self.sites, self.compute, self.batch_tokens)
         for model in forward.models.values():
             _check_context(model, self.context)
         rows = max(1, group_bytes // self._row_bytes(forward)) if group_rows is None else group_rows
         beginning = beginning_for(forward.tokenizer, self.beginning, self.keep_beginning)
         packing = Packing(self.context, beginning, special_ids(forward.tokenizer), rows, self.tokens)
-        return Feed(forward, texts_from(texts, self.column), packing)
+        return Feed(forward, texts_from(texts, self.column), packing, self.max_norm)
 
     def block_rows(self, feed: Feed) -> int:
         return min(max(_BLOCK_BYTES // self._row_bytes(feed.forward), _BLOCK_LEAST), _BLOCK_MOST)

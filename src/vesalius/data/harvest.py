@@ -20,6 +20,7 @@ from vesalius.cache import alone
 from vesalius.data.feed import Feed, Request, dtype_name, expected_cost, times_first
 from vesalius.data.manifest import NAME as MANIFEST
 from vesalius.data.manifest import Manifest, differences, read_manifest, shard_name
+from vesalius.data.outliers import MAX_NORM
 from vesalius.data.packing import Group, Tally
 from vesalius.data.shards import flaw, write_shard
 from vesalius.data.store import ActivationStore
@@ -44,6 +45,7 @@ def harvest(
     compute: torch.dtype | None = None,
     beginning: str = "auto",
     keep_beginning: bool = False,
+    max_norm: float | None = MAX_NORM,
     column: str = "text",
     batch_tokens: int = 4096,
     shard_bytes: int = SHARD_BYTES,
@@ -55,18 +57,20 @@ def harvest(
     in each. texts: "stdlib", a path, or an iterable, as in `texts_from`, with `column` the one that holds text. Sites
     are names, globs, or with an index, as in layers.5.z[3]; heads and so on are joined into one row.
 
-    tokens: rows at most; default all. context: tokens run together at most, the beginning token included. beginning:
-    the token before every context, "auto", "none" or its text; rows at the first position of each context, a norm
-    outlier, are dropped unless keep_beginning; rows at special tokens are always dropped. dtype: of the stored rows
-    (float32, bfloat16, float16). compute: bfloat16 computes matrix products of a float32 model so, by autocast; its
-    relative error is measured on the first batch and stored. batch_tokens: tokens in a forward pass, with padding.
-    shard_bytes: size of a file, about; memory in use is about three times as much.
+    tokens: rows at most, before outliers are dropped; default all. context: tokens run together at most, the beginning
+    token included. beginning: the token before every context, "auto", "none" or its text; rows at the first position
+    of each context, a norm outlier, are dropped unless keep_beginning; rows at special tokens are always dropped.
+    max_norm: rows at other positions whose norm is above this many medians of their shard, at any site, are dropped
+    too and counted (see `outliers`); None keeps them. dtype: of the stored rows (float32, bfloat16, float16). compute:
+    bfloat16 computes matrix products of a float32 model so, by autocast; its relative error is measured on the first
+    batch and stored. batch_tokens: tokens in a forward pass, with padding. shard_bytes: size of a file, about; memory
+    in use is about three times as much.
 
     Killed at any time, the same call goes on where it was; on a finished store it checks every file, makes damaged
     ones anew, and returns it. Raises InputError for arguments that don't fit, a folder that holds something else, or a
     full disk; FileFormatError for texts that cannot be read; NotFiniteError for NaN or infinity at a site.
     """
-    request = Request(sites, tokens, context, dtype, compute, beginning, keep_beginning, column, batch_tokens)
+    request = Request(sites, tokens, context, dtype, compute, beginning, keep_beginning, max_norm, column, batch_tokens)
     if shard_bytes < 1:
         raise InputError(f"shard_bytes must be at least 1; got {shard_bytes}")
     feed = request.feed(model, texts, group_bytes=shard_bytes)
@@ -179,6 +183,11 @@ class _Harvest:
         counts = {**counts, "texts": tally.texts, "empty_texts": tally.empty}
         self.manifest = replace(self.manifest, counts=counts)
         self.manifest.write(self.folder)
+        if counts["outliers"]:
+            self.note(
+                f"{counts['outliers']:,} of {self.done:,} rows are norm outliers, over {self.feed.max_norm:g} times "
+                "the median, and were left out"
+            )
         if tally.empty:
             self.note(f"{tally.empty:,} of {tally.texts:,} texts are empty and give no activations")
 
@@ -194,7 +203,12 @@ class _Harvest:
             tokens_run += sum(len(context.ids) for context in group.contexts)
         if shards != len(self.manifest.shards):
             raise self._other_texts(shards)
-        return {"rows": self.done, "contexts": contexts, "tokens_run": tokens_run}
+        return {
+            "rows": self.manifest.rows,
+            "outliers": self.done - self.manifest.rows,
+            "contexts": contexts,
+            "tokens_run": tokens_run,
+        }
 
     def _is_there(self, number: int, group: Group) -> bool:
         if number >= len(self.manifest.shards):
@@ -208,9 +222,11 @@ class _Harvest:
         return not wrong
 
     def _make(self, number: int, group: Group) -> None:
-        rows = self.feed.forward.rows(group, self.dtype, self._advance)
-        sites = [str(site) for site in self.feed.forward.sites]
-        note = write_shard(self.folder, number, group, sites, rows, self.manifest.block_rows)
+        rows, bad = self.feed.rows(group, self.dtype, self._advance)
+        if bool(bad.any()):
+            rows = tuple(tensor[~bad] for tensor in rows)
+        named = {str(site): tensor for site, tensor in zip(self.feed.forward.sites, rows, strict=True)}
+        note = write_shard(self.folder, number, group, named, ~bad, self.manifest.block_rows)
         self.manifest = replace(self.manifest.with_shard(number, note), counts=None)
         self.manifest.write(self.folder)
 

@@ -26,9 +26,13 @@ PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 
 @dataclass(frozen=True)
 class ShardNote:
-    """What the manifest says of one file. group: hash of the tokens it was made from. checks: of its checksums."""
+    """What the manifest says of one file.
+
+    outliers: rows that were left out. group: hash of the tokens it was made from. checks: hash of its checksums.
+    """
 
     rows: int
+    outliers: int
     contexts: int
     bytes: int
     sha256: str

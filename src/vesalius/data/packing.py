@@ -26,7 +26,7 @@ from vesalius.records import content_hash
 
 Ids = NDArray[np.int64]
 # Texts given to the tokenizer at once: enough to keep it busy, and bounded in memory.
-_AT_ONCE, _CHARACTERS = 256, 1_000_000
+_AT_ONCE, _CHARACTERS = 64, 250_000
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,21 @@ class Group:
     @cached_property
     def rows(self) -> int:
         return sum(context.rows for context in self.contexts)
+
+    @cached_property
+    def first(self) -> NDArray[np.bool_]:
+        """Which rows are at the first position of their context, [row]."""
+        return np.concatenate([context.kept.nonzero()[0] == 0 for context in self.contexts])
+
+    def only(self, rows: NDArray[np.bool_]) -> Group:
+        """The same contexts with only these of their rows."""
+        kept, at = [], 0
+        for context in self.contexts:
+            mask = context.kept.copy()
+            mask[mask] = rows[at : at + context.rows]
+            kept.append(Context(context.document, context.offset, context.ids, mask))
+            at += context.rows
+        return Group(tuple(kept))
 
     @cached_property
     def content_hash(self) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -34,17 +35,22 @@ _AGAIN = "run the same harvest again to make it anew, or restore it from a copy"
 
 
 def write_shard(
-    folder: Path, number: int, group: Group, sites: Sequence[str], rows: Sequence[Tensor], block_rows: int
+    folder: Path, number: int, group: Group, rows: Mapping[str, Tensor], kept: Bool[Tensor, " row"], block_rows: int
 ) -> ShardNote:
-    """Write one shard. rows: [row, width] per site, of the group. Raises InputError when the disk is full."""
-    named = {**dict(zip(sites, rows, strict=True)), **_origins(group)}
+    """Write one shard. rows: site -> [row, width], of the group, without those that are not `kept`.
+
+    Raises InputError when the disk is full.
+    """
+    sites = tuple(rows)
+    named = {**rows, **_origins(group.only(kept.numpy()))}
     blocks = [[_crc(block) for block in named[name].split(block_rows)] for name in (*sites, *OF_ROWS)]
     contexts = [_crc(named[name]) for name in OF_CONTEXTS]
     checks = {BLOCKS_CRC: torch.tensor(blocks), CONTEXTS_CRC: torch.tensor(contexts)}
     content = save({**named, **checks}, metadata={"format": "pt"})
     write_atomic(folder / shard_name(number), content)
     digest = hashlib.sha256(content).hexdigest()
-    return ShardNote(group.rows, len(group.contexts), len(content), digest, group.content_hash, _hash_of(checks))
+    n = int(kept.sum())
+    return ShardNote(n, group.rows - n, len(group.contexts), len(content), digest, group.content_hash, _hash_of(checks))
 
 
 def _origins(group: Group) -> dict[str, Tensor]:

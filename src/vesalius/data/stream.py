@@ -12,9 +12,11 @@ from itertools import count
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from vesalius.data.feed import Feed, Request
+from vesalius.data.outliers import MAX_NORM
 from vesalius.data.packing import Tally
 from vesalius.data.source import Rows, check_batches, check_sample, rebatched
 from vesalius.data.tasks.base import stream as draws
@@ -73,7 +75,8 @@ class Stream:
         check_sample(n, seed)
         held: list[Rows] = []
         for group in self._feed.groups(Tally()):
-            held.append(self._feed.forward.rows(group, self._dtype))
+            rows, bad = self._feed.rows(group, self._dtype)
+            held.append(tuple(tensor[~bad] for tensor in rows))
             if sum(len(rows[0]) for rows in held) >= n:
                 break
         if not held:
@@ -92,14 +95,25 @@ class Stream:
                 if skip >= group.rows:
                     skip -= group.rows
                     continue
-                rows = self._feed.forward.rows(group, self._dtype)
-                yield rows, torch.randperm(group.rows, generator=draws(*key, epoch, number))[skip:]
+                rows, bad = self._feed.rows(group, self._dtype)
+                yield rows, _order(bad, draws(*key, epoch, number))[skip:]
                 skip = 0
             if total == 0:
                 raise InputError(_NOTHING)
             for _ in range(skip // total):
                 next(epochs)
             skip %= total
+
+
+def _order(bad: Bool[Tensor, " row"], generator: torch.Generator) -> Tensor:
+    """All rows of a group in random order, where others, drawn at random, stand for the outliers.
+
+    So many rows come of a group, whatever a model makes of it, that groups can be passed over without running it.
+    """
+    order = torch.randperm(len(bad), generator=generator)
+    good = (~bad).nonzero()[:, 0]
+    drawn = good[torch.randint(len(good), (int(bad.sum()),), generator=generator)]
+    return order.masked_scatter(bad[order], drawn)
 
 
 def stream(
@@ -114,17 +128,19 @@ def stream(
     compute: torch.dtype | None = None,
     beginning: str = "auto",
     keep_beginning: bool = False,
+    max_norm: float | None = MAX_NORM,
     column: str = "text",
     batch_tokens: int = 4096,
 ) -> Stream:
     """A Source that runs a model as it is read, and keeps nothing on disk; for texts that can be read again and again.
 
     buffer: rows that are held and shuffled together, at most. Other arguments and errors as in `harvest`; dtype is
-    that of the batches. After the last text the first comes again, in another order.
+    that of the batches, and in the place of a norm outlier another row of the buffer comes a second time. After the
+    last text the first comes again, in another order.
 
     Raises InputError also for an iterator, which can be read only once.
     """
-    request = Request(sites, tokens, context, dtype, compute, beginning, keep_beginning, column, batch_tokens)
+    request = Request(sites, tokens, context, dtype, compute, beginning, keep_beginning, max_norm, column, batch_tokens)
     feed = request.feed(model, texts, group_rows=buffer)
     if not feed.texts.again:
         raise InputError(

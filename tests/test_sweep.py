@@ -180,7 +180,8 @@ def test_the_cost_is_announced_before_the_first_edited_run_and_is_the_bill(model
     events: list[Event] = []
     scores = vs.sweep(model, pairs, sites="layers.*.resid_post", each="position", sink=events.append)
     assert [event.kind for event in events[:2]] == ["note", "start"]
-    assert events[0].message == scores.cost.describe()
+    assert events[0].message.startswith(f"sweep: {scores.cost.describe()}; about ")
+    assert events[0].message.endswith("of memory")
     assert scores.cost.naive == int(scores.mask.sum()) + 2 * 4
     assert scores.cost.spent < scores.cost.naive / 2
     assert (events[-1].kind, events[-1].done, events[-1].total) == ("end", 3, 3)
@@ -229,8 +230,14 @@ def test_a_folder_of_another_sweep_is_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"each": "neuron"}, "unknown each 'neuron'; known: head, position. None edits whole sites."),
-        ({"edit": "median"}, "unknown edit 'median'; known: mean, patch, resample, zero"),
+        ({"each": "word"}, "unknown each 'word'; known: head, latent, neuron, position. None edits whole sites."),
+        ({"each": "neuron"}, 'layers.0.z has no neurons; each="neuron" takes whole mlp_post sites'),
+        ({"each": "latent"}, 'each="latent" goes through a dictionary'),
+        ({"each": "head", "group": 2}, "neighbours are edited together"),
+        ({"edit": "steer", "scale": 1.0}, 'edit="steer" adds a number to a coordinate; layers.0.z is a whole site'),
+        ({"memory": 10}, "hold no token of this model"),
+        ({"compute": "int8"}, "compute must be one of float32, bfloat16; got 'int8'"),
+        ({"edit": "median"}, "unknown edit 'median'; known: mean, patch, resample, steer, zero"),
         ({"base": "broken"}, "unknown base 'broken'; known: clean, corrupted"),
         ({"sites": "layers.*.zz"}, r"unknown site 'layers.\*.zz'; known: .*layers.\*.z"),
         ({"sites": ["layers.1.zz"]}, "unknown site inside a layer 'zz'; known: attn_out"),
@@ -239,7 +246,7 @@ def test_a_folder_of_another_sweep_is_refused(
         ({"sites": []}, "no sites to sweep; give sites="),
         ({"sites": "layers.*.pattern"}, "cannot be swept; sweep embed"),
         ({"each": "head", "sites": "layers.*.mlp_out"}, 'has no heads to go through; each="head" takes whole z'),
-        ({"each": "head", "sites": "layers.1.z[2]"}, "has no heads to go through"),
+        ({"each": "head", "sites": "layers.1.z[2]"}, "is one part already"),
         ({"metric": vs.next_token_loss}, "next_token_loss reads every position"),
     ],
 )

@@ -14,9 +14,14 @@ import vesalius as vs
 from vesalius.errors import InputError, InterventionError, NotFiniteError, SelfCheckError, UnknownNameError
 from vesalius.jobs import Event
 from vesalius.sweeps import replay
-from vesalius.sweeps.evaluate import Outcome, batch_count, estimate, evaluate, plain_value
+from vesalius.sweeps.changes import Changes
+from vesalius.sweeps.cost import estimate
+from vesalius.sweeps.donors import Donor, donor_for
+from vesalius.sweeps.evaluate import Outcome, evaluate
+from vesalius.sweeps.plain import plain_value
 from vesalius.sweeps.record import Record, record
-from vesalius.sweeps.variants import Donor, Variant, donor_for, normal
+from vesalius.sweeps.variants import Variant, batches
+from vesalius.sweeps.what import normal
 
 FAMILIES = sorted(tiny.FAMILIES)
 DONORS = ("patch", "zero", "mean", "resample")
@@ -181,7 +186,8 @@ def test_the_budget_does_not_change_the_values(table: Bench, budget: int) -> Non
 
 def test_a_small_budget_makes_more_batches(table: Bench) -> None:
     variants = [Variant((site,)) for site in table.sites]
-    counts = [batch_count(variants, table.donor("patch"), table.pairs.at + 1, budget) for budget in (1, 100, 10_000)]
+    changes = Changes(table.clean, table.donor("patch"))
+    counts = [len(list(batches(variants, changes, table.pairs.at + 1, budget))) for budget in (1, 100, 10_000)]
     assert counts[0] > counts[1] > counts[2] == 1
 
 
@@ -282,7 +288,7 @@ def test_the_resample_donor_gives_another_examples_values(table: Bench) -> None:
 
 
 def test_an_unknown_edit_lists_the_known(table: Bench) -> None:
-    with pytest.raises(UnknownNameError, match="unknown edit 'median'; known: mean, patch, resample, zero"):
+    with pytest.raises(UnknownNameError, match="unknown edit 'median'; known: mean, patch, resample, steer, zero"):
         table.donor("median")
 
 

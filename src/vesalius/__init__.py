@@ -31,7 +31,7 @@ _HOME = {
     "Project": "intervention",
     "Replace": "intervention",
     "Run": "model",
-    "Scores": "sweeps.sweep",
+    "Scores": "sweeps.scores",
     "Site": "site",
     "Steer": "intervention",
     "Subspace": "parts",
@@ -106,7 +106,7 @@ if TYPE_CHECKING:
     from vesalius.site import Site as Site
     from vesalius.stats import Measurement as Measurement
     from vesalius.sweeps.paths import path_patching as path_patching
-    from vesalius.sweeps.sweep import Scores as Scores
+    from vesalius.sweeps.scores import Scores as Scores
     from vesalius.sweeps.sweep import sweep as sweep
     from vesalius.sweeps.tracing import Tracing as Tracing
     from vesalius.sweeps.tracing import causal_tracing as causal_tracing

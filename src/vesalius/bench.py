@@ -26,9 +26,12 @@ from vesalius.jobs import Blocks, Sink, silent
 from vesalius.metric import logit_diff
 from vesalius.model import Model
 from vesalius.site import Site
-from vesalius.sweeps.evaluate import Cost, Outcome, base_values, evaluate
+from vesalius.sweeps.cost import Cost
+from vesalius.sweeps.donors import Donor, patch_donor
+from vesalius.sweeps.evaluate import Outcome, evaluate
 from vesalius.sweeps.record import Record, record
-from vesalius.sweeps.variants import Donor, Variant, patch_donor
+from vesalius.sweeps.scoring import base_values
+from vesalius.sweeps.variants import Variant
 
 EMBED = Site("embed")
 DIRECTIONS = ("noising", "denoising")

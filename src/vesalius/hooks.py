@@ -53,10 +53,11 @@ def tapped(taps: Sequence[Tap | OutputTap], calls: Sequence[CallTap] = ()) -> It
             grouped.setdefault((id(tap.module), tap.side), []).append(tap)
     handles = []
     try:
-        for call in calls:
-            handles.append(call.module.register_forward_pre_hook(_on_call(call), with_kwargs=True))
         for same in grouped.values():
             handles.append(_register(same[0].module, same[0].side, [tap.visit for tap in same]))
+        # After the taps, so that they see the call as it is made.
+        for call in calls:
+            handles.append(call.module.register_forward_pre_hook(_on_call(call), with_kwargs=True))
         for whole in taps:
             if isinstance(whole, OutputTap):
                 handles.append(whole.module.register_forward_hook(_on_return(whole)))

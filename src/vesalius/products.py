@@ -97,7 +97,7 @@ class _Linears(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
         given = dict(kwargs or {})
         if func is _LINEAR and 2 <= len(args) <= 3 and not given:
             return self._linear(*args)
-        if func is torch.addmm and len(args) == 3 and not given:
+        if func is torch.addmm and len(args) == 3 and args[0].ndim == 1 and not given:
             return self._linear(args[1], args[2].t(), args[0])
         return func(*args, **given)
 

@@ -12,7 +12,7 @@ from vesalius.bench import EMBED, Bench
 from vesalius.circuits.circuit import Edge
 from vesalius.intervention import Patch
 from vesalius.site import Site
-from vesalius.sweeps.evaluate import Cost
+from vesalius.sweeps.cost import Cost
 
 SMALLEST_EDGE = 0.05
 EDGE_EXAMPLES = 16

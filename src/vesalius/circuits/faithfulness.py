@@ -24,8 +24,10 @@ from vesalius.circuits.effects import clusters
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.site import Site
 from vesalius.stats import clustered_t
+from vesalius.sweeps.donors import Donor, mean_donor, patch_donor, zero_donor
 from vesalius.sweeps.record import Record
-from vesalius.sweeps.variants import Donor, Variant, mean_donor, normal, patch_donor, zero_donor
+from vesalius.sweeps.variants import Variant
+from vesalius.sweeps.what import normal
 
 ABLATIONS = ("zero", "mean", "resample")
 Floats = NDArray[np.float64]

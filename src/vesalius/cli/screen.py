@@ -7,16 +7,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
+from vesalius import progress as drawing
 from vesalius.jobs import Event
 
 console = Console(stderr=True)
@@ -45,31 +38,21 @@ def warn(message: Warning | str, *_: Any) -> None:
 
 
 def bars() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), console=console, transient=True,
-    )  # fmt: skip
+    return drawing.bars(console)
 
 
 class Screen:
     """An event sink that draws bars and remembers when the steps of a study began."""
 
     def __init__(self, progress: Progress) -> None:
-        self._bars = progress
-        self._tasks: dict[str, TaskID] = {}
+        self._draw = drawing.Drawn(progress)
         self._marks: list[tuple[str, float]] = []
         self._began = time.monotonic()
 
     def __call__(self, event: Event) -> None:
         if event.kind == "note":
             self._marks.append((event.task, time.monotonic()))
-            self._bars.console.print(f"[dim]{escape(event.message or event.task)}[/]", highlight=False)
-            return
-        if event.task not in self._tasks:
-            self._tasks[event.task] = self._bars.add_task(escape(event.task), total=event.total)
-        self._bars.update(self._tasks[event.task], completed=event.done, total=event.total)
-        if event.kind == "end":
-            self._bars.remove_task(self._tasks.pop(event.task))
+        self._draw(event)
 
     def seconds(self, steps: tuple[str, ...]) -> list[dict[str, Any]]:
         """Wall seconds of each step of a study, in order; of the last one when several were run."""

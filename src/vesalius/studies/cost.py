@@ -9,7 +9,8 @@ from vesalius.bench import DIRECTIONS, Bench, components
 from vesalius.circuits import ABLATIONS
 from vesalius.jobs import Estimate
 from vesalius.metric import logit_diff
-from vesalius.sweeps.evaluate import estimate, evaluate
+from vesalius.sweeps.cost import estimate
+from vesalius.sweeps.evaluate import evaluate
 from vesalius.sweeps.variants import Variant
 
 # What the search for a circuit takes depends on what it finds: about this many candidate sets, and this many members.

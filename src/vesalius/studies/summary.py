@@ -20,7 +20,7 @@ from vesalius.studies.gate import ACCURACY, TEMPLATE_ACCURACY, Gate
 from vesalius.studies.question import example_texts
 from vesalius.studies.task_circuit import Study
 from vesalius.studies.testing import Tested
-from vesalius.sweeps.evaluate import Cost
+from vesalius.sweeps.cost import Cost
 
 NO_ROLE = "no role fits"
 KINDS = {"z": "head", "mlp_out": "mlp", "embed": "embed"}

@@ -38,7 +38,7 @@ from vesalius.studies.gate import ACCURACY, FEWEST_ROWS, Gate, gate
 from vesalius.studies.kept import edges_from_arrays, edges_to_arrays, found_from_arrays, found_to_arrays
 from vesalius.studies.question import Question
 from vesalius.studies.testing import Tested, measure_claims
-from vesalius.sweeps.evaluate import Cost
+from vesalius.sweeps.cost import Cost
 from vesalius.validate.circuit import circuit_claims
 
 T = TypeVar("T")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from vesalius.parts import Part
 from vesalius.site import Site
 
 
@@ -22,7 +23,11 @@ class Source(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Edits of one site. row, index (-1: the whole site), donor (example that gives the value), first, stop: [edit]."""
+    """Edits of one site. row, index (-1: the whole site), donor (example that gives the value), first, stop: [edit].
+
+    part: what writes the values, which are then its own; None: they are the site's. adds: they are added to what is
+    there.
+    """
 
     site: Site
     source: Source
@@ -31,14 +36,17 @@ class Table:
     donor: Int[Tensor, " edit"]
     first: Int[Tensor, " edit"]
     stop: Int[Tensor, " edit"]
+    part: Part | None = None
+    adds: bool = False
 
     def take(self, new_row: Int[Tensor, " row"]) -> Table:
         """The edits of some rows, renumbered: new_row[old] is the new number or -1."""
         row = new_row[self.row]
         keep = row >= 0
-        return Table(
-            self.site, self.source, row[keep], self.index[keep], self.donor[keep], self.first[keep], self.stop[keep]
-        )
+        return replace(
+            self, row=row[keep], index=self.index[keep], donor=self.donor[keep], first=self.first[keep],
+            stop=self.stop[keep],
+        )  # fmt: skip
 
 
 @runtime_checkable
@@ -100,12 +108,23 @@ def _write(table: Table, tensor: Tensor, place: Place) -> None:
     values = table.source.at(table.site)
     example = donor if values.shape[0] > 1 else torch.zeros_like(donor)
     at = pos if values.shape[1] > 1 else torch.zeros_like(pos)
+    if table.part is not None:
+        present = tensor[:, token]
+        value = values[example, at][None]
+        tensor[:, token] = table.part.write(present, table.part.read(present) + value if table.adds else value)
+        return
     whole = index < 0
     if bool(whole.any()):
-        tensor[0, token[whole]] = values[example[whole], at[whole]].to(tensor)
+        _put(tensor, (token[whole],), values[example[whole], at[whole]], table.adds)
     if not bool(whole.all()):
         part = ~whole
-        tensor[0, token[part], index[part]] = values[example[part], at[part], index[part]].to(tensor)
+        _put(tensor, (token[part], index[part]), values[example[part], at[part], index[part]], table.adds)
+
+
+def _put(tensor: Tensor, where: tuple[Tensor, ...], values: Tensor, adds: bool) -> None:
+    """Write or add; no place is named twice in one table."""
+    whole = tensor[0]
+    whole[where] = (whole[where] + values if adds else values).to(tensor)
 
 
 def sources(tensors: Mapping[Site, Tensor]) -> Source:

@@ -13,8 +13,9 @@ from vesalius.errors import InputError, UnknownNameError
 from vesalius.intervention import Patch
 from vesalius.model import Model
 from vesalius.site import Site
+from vesalius.sweeps.donors import Donor
 from vesalius.sweeps.record import Record
-from vesalius.sweeps.variants import Donor, normal
+from vesalius.sweeps.what import normal
 
 LOGITS = Site("logits")
 SENDERS, RECEIVERS = ("embed", "z", "attn_out", "mlp_out"), ("q", "k", "v", "mlp_in", "logits")

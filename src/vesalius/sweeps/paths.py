@@ -31,14 +31,18 @@ from vesalius.jobs import Event, Sink, silent
 from vesalius.metric import Metric, logit_diff
 from vesalius.model import Model
 from vesalius.site import Site
+from vesalius.sweeps.checking import allowance
+from vesalius.sweeps.cost import Cost
+from vesalius.sweeps.donors import Donor, patch_donor
 from vesalius.sweeps.edits import Edits, Table, sources
-from vesalius.sweeps.evaluate import ROUNDING, TOKENS_PER_BATCH, TOLERANCE, Cost, base_values, score
+from vesalius.sweeps.evaluate import TOKENS_PER_BATCH
 from vesalius.sweeps.path_plan import LOGITS, Paths, plain_path, receiving, sending
 from vesalius.sweeps.plain import base_logits
 from vesalius.sweeps.record import Record, record
 from vesalius.sweeps.replay import Flat, Replay, Rows
-from vesalius.sweeps.sweep import PROMPTS, Scores
-from vesalius.sweeps.variants import Donor, normal, patch_donor
+from vesalius.sweeps.scores import PROMPTS, Scores
+from vesalius.sweeps.scoring import base_values, score
+from vesalius.sweeps.what import normal
 
 
 def path_patching(
@@ -98,18 +102,6 @@ def path_patching(
         cost=cost + Cost(2.0 * len(pairs), 2.0 * len(pairs), 0), sites=tuple(map(str, names)), each=None,
         edit=f"path to {to}", metric=metric.name, unit=metric.unit, prompts=base,
     )  # fmt: skip
-
-
-def logit_range(base: Record, pairs: Pairs) -> float:
-    """Spread of the first example's logits at its read position: what rounding is measured against."""
-    if base.logits is not None:
-        return float(base.logits[0, pairs.at[0]].max() - base.logits[0, pairs.at[0]].min())
-    model = base.model
-    unembed = submodule(model.module, model.described[0].unembed)
-    with torch.no_grad():
-        normed = submodule(model.module, model.described[0].final_norm)(base.resid[-1][:1, pairs.at[0]])
-        logits = unembed(normed)
-    return float(logits.max() - logits.min())
 
 
 def _refuse_nan(values: Tensor, senders: Sequence[Site]) -> None:
@@ -276,7 +268,7 @@ class _Work:
         if not reached:
             return
         number = reached[seed % len(reached)]
-        allowed = max(TOLERANCE * float(values.max() - values.min()), ROUNDING * logit_range(self.base, self.pairs))
+        allowed = allowance(self.base, self.pairs, values)
         worst, example = (self.plain(senders[number]) - values[number]).abs().max(0)
         if float(worst) > allowed:
             raise SelfCheckError(

@@ -4,42 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vesalius.errors import InputError
-from vesalius.inputs import Pairs
-from vesalius.intervention import Patch
+from vesalius.inputs import Pairs, Tokens
+from vesalius.intervention import Freeze, Intervention, Patch, Place, Positions
 from vesalius.metric import Metric
+from vesalius.parts import Part, Unit
 from vesalius.site import Site
+from vesalius.sweeps.changes import Changes
+from vesalius.sweeps.donors import Donor
+from vesalius.sweeps.held import PLAINLY, Under
 from vesalius.sweeps.record import Record, taken, together
-from vesalius.sweeps.variants import Donor, Variant, normal, rows_of
+from vesalius.sweeps.variants import Variant, rows_of
+from vesalius.sweeps.what import What, place_of
 
 _WHOLE_RUNS = ("router", "expert_out", "module")
 
 
 def why_plain(record: Record, variants: Sequence[Variant]) -> str:
     """Why these variants need ordinary runs; empty when replay covers them."""
-    kinds = sorted({part.kind for variant in variants for part in variant.parts} & set(_WHOLE_RUNS))
+    kinds = sorted({place_of(part)[0].kind for variant in variants for part in variant.parts} & set(_WHOLE_RUNS))
     return record.reason or (f"{' and '.join(kinds)} edits are not replayed" if kinds else "")
 
 
 def live_cells(
-    record: Record, variants: Sequence[Variant], donor: Donor, ends: Int[Tensor, " example"]
+    variants: Sequence[Variant], changes: Changes, ends: Int[Tensor, " example"]
 ) -> Bool[Tensor, "variant example"]:
     """Cells whose edit can change something at the read position."""
-    live = torch.zeros(len(variants), len(record), dtype=torch.bool)
+    if not changes.base.causal:
+        return torch.stack([changes.live(variant.parts, variant.position) for variant in variants])
+    live = torch.zeros(len(variants), len(changes.base), dtype=torch.bool)
     for number, variant in enumerate(variants):
-        if record.causal:
-            for rows in rows_of(variant, donor, ends):
-                live[number, rows.example] = True
-        else:
-            live[number] = variant.position is None or torch.stack(
-                [record.tokens.real_at(part).sum(1) > variant.position for part in variant.parts]
-            ).any(0)
+        for rows in rows_of(variant, changes, ends):
+            live[number, rows.example] = True
     return live
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """Adds an amount to a part's value."""
+
+    part: Part
+    amount: Tensor
+    positions: Positions = None
+
+    def value(self, whole: Tensor, place: Place) -> Tensor:
+        """What is there and the amount."""
+        present = self.part.read(whole)
+        return present + place.here(self.amount, self.part, whole).to(present)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "shift", "part": self.part.to_json()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,21 +74,24 @@ class PlainRun:
 
 def plain_runs(
     record: Record, variants: Sequence[Variant], donor: Donor, live: Bool[Tensor, "variant example"], pairs: Pairs,
-    watch: Sequence[Site], budget: int, visit: Callable[[PlainRun], None],
+    watch: Sequence[Site], budget: int, under: Under, visit: Callable[[PlainRun], None],
 ) -> None:  # fmt: skip
     """Run every live cell, at most `budget` tokens together, and hand each run to `visit`."""
     width = record.tokens.ids.shape[1]
     for number, variant in enumerate(variants):
         for some in live[number].nonzero()[:, 0].split(max(1, budget // width)):
             for example in together(record.model, record.tokens, some):
-                visit(_edited(record, number, variant, donor, example, pairs, watch))
+                visit(_edited(record, number, variant, donor, example, pairs, watch, under))
 
 
 def _edited(
-    record: Record, number: int, variant: Variant, donor: Donor, example: Tensor, pairs: Pairs, watch: Sequence[Site]
-) -> PlainRun:
+    record: Record, number: int, variant: Variant, donor: Donor, example: Tensor, pairs: Pairs, watch: Sequence[Site],
+    under: Under,
+) -> PlainRun:  # fmt: skip
     tokens = taken(record.model, record.tokens, example)
-    edits = patches(record, variant, donor, example, tokens.ids.shape[1])
+    edits = [
+        *common(record, under, tokens, example), *patches(record, variant, donor, example, tokens.ids.shape[1])
+    ]  # fmt: skip
     run = record.model.run(tokens, capture=list(watch), interventions=edits)
     watched = {site: at_read(run[site], pairs.read_at(site)[example], site) for site in watch}
     return PlainRun(number, example, run.logits, watched)
@@ -91,24 +114,52 @@ def plain_metric(
     return metric(logits, pairs.subset(example.tolist()), base[example] if metric.needs.base else None)
 
 
+def common(record: Record, under: Under, tokens: Tokens, example: Int[Tensor, " row"]) -> list[Intervention]:
+    """What every edited run of these examples has in common, as hooks. tokens: the run's."""
+    width = tokens.ids.shape[1]
+    still: list[Intervention] = [held.patch(record, example, width) for held in under.held]
+    if not under.patterns:
+        return still
+    patterns = record.model.sites("layers.*.pattern")
+    seen = record.model.run(tokens, capture=patterns, interventions=still).activations
+    return [*still, *(Freeze(site, source=seen) for site in patterns)]
+
+
 def patches(
     record: Record, variant: Variant, donor: Donor, example: Int[Tensor, " row"], size: int | None = None
-) -> list[Patch]:
+) -> list[Intervention]:
     """A variant's edits of some examples as hooks. size: width of the run, when it is cut."""
-    masks = [_edited_positions(record, part, variant.position, donor, example, size) for part in variant.parts]
     return [
-        _patch_module(part, donor, example, mask, variant.position is None)
-        if part.kind == "module"
-        else _patch(part, donor, example, mask)
-        for part, mask in zip(variant.parts, masks, strict=True)
-    ]
+        _patch(record, part, variant.position, donor, example, size) for part in variant.parts
+    ]  # fmt: skip
+
+
+def _patch(
+    record: Record, part: What, position: int | None, donor: Donor, example: Tensor, size: int | None
+) -> Intervention:
+    site, index = place_of(part)
+    mask = _edited_positions(record, site, position, donor, example, size)
+    if site.kind == "module":
+        return _patch_module(site, donor, example, mask, position is None)
+    values = donor.values(part)
+    rows = donor.example[example] if values.shape[0] > 1 else torch.zeros_like(example)
+    given = values[rows, : mask.shape[1]]
+    given = given.expand(-1, mask.shape[1], *given.shape[2:])
+    if isinstance(part, Site):
+        part, given = _unit(part, site), given if index < 0 else given.select(2, index)
+    return Shift(part, given, mask) if donor.adds else Patch(part, source=given, positions=mask)
+
+
+def _unit(part: Site, written: Site) -> Unit:
+    """A site as the user names it; embeddings are written where they enter the first layer."""
+    return Unit(part if part.kind != "embed" else replace(written, index=part.index))
 
 
 def _edited_positions(
-    record: Record, part: Site, position: int | None, donor: Donor, example: Tensor, size: int | None
+    record: Record, site: Site, position: int | None, donor: Donor, example: Tensor, size: int | None
 ) -> Bool[Tensor, "row pos"]:
-    decoded = record.tokens.decoder is not None and not part.of_encoder
-    real = record.tokens.real_at(part)[example, : None if decoded else size]
+    decoded = record.tokens.decoder is not None and not site.of_encoder
+    real = record.tokens.real_at(site)[example, : None if decoded else size]
     pos = torch.arange(real.shape[1])
     mask = (pos >= donor.first[example][:, None]) & real
     return mask if position is None else mask & (pos == position)
@@ -129,22 +180,15 @@ def _patch_module(part: Site, donor: Donor, example: Tensor, mask: Bool[Tensor, 
     return Patch(part, source=given, positions=mask)
 
 
-def _patch(part: Site, donor: Donor, example: Tensor, mask: Bool[Tensor, "row pos"]) -> Patch:
-    site, index = normal(part)
-    values = donor.source.at(site)
-    rows = donor.example[example] if values.shape[0] > 1 else torch.zeros_like(example)
-    given = values[rows, : mask.shape[1]]
-    given = given.expand(-1, mask.shape[1], *given.shape[2:])
-    at = part.whole if part.kind != "embed" else site
-    return Patch(at if index < 0 else at[index], source=given if index < 0 else given.select(2, index), positions=mask)
-
-
-def plain_value(record: Record, variant: Variant, donor: Donor, pairs: Pairs, metric: Metric, example: int) -> float:
+def plain_value(
+    record: Record, variant: Variant, donor: Donor, pairs: Pairs, metric: Metric, example: int, under: Under = PLAINLY
+) -> float:
     """One cell by an ordinary forward of that example alone, with one hook per edited part."""
     one, size = pairs.subset([example]), int(record.lengths[example])
     row = torch.tensor([example])
     tokens = replace(record.tokens.take(row, size), mask=None)
-    edits = patches(record, variant, donor, row, size)
+    still = common(record, under, tokens, row)
+    edits = [*still, *patches(record, variant, donor, row, size)]
     logits = record.model.run(tokens, interventions=edits).logits
-    base = record.model.run(tokens).logits if metric.needs.base else None
+    base = record.model.run(tokens, interventions=still).logits if metric.needs.base else None
     return float(metric(logits, one, base)[0])

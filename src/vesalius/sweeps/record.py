@@ -21,6 +21,7 @@ from vesalius.attention import attending, grouped, weighted
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.hooks import CallTap, tapped
 from vesalius.inputs import Tokens
+from vesalius.intervention import Intervention
 from vesalius.model import Model
 from vesalius.products import computing
 from vesalius.site import Site
@@ -137,21 +138,23 @@ def window_of(mask: Tensor, lengths: Int[Tensor, " example"]) -> int | None:
     return None if reach >= int(lengths.max()) else reach
 
 
-def record(model: Model, tokens: Tokens, sites: Sequence[Site] = ()) -> Record:
-    """Run the model once and keep what replays need. Raises InputError for left-padded tokens."""
+def record(model: Model, tokens: Tokens, sites: Sequence[Site] = (), given: Sequence[Intervention] = ()) -> Record:
+    """Run the model once, with the interventions given, and keep what replays need.
+
+    Raises InputError for left-padded tokens.
+    """
     tokens = model.begun(tokens)
     if not bool(tokens.real[:, 0].all()):
         raise InputError("sweeps take right-padded prompts; build them with Tokens.from_rows or Pairs")
     reason = _never_replayed(model)
     if reason:
-        return _plain(model, tokens, sites, reason)
+        return _plain(model, tokens, sites, reason, given)
     adapter, layout = model.described
     calls: dict[int, dict[str, Any]] = {}
     inputs: dict[int, Tensor] = {}
     keeper = _Keeper(tokens.lengths)
-    taps = Recorder(
-        model, [s.whole for s in sites if s.kind not in ("resid_pre", "resid_post")], [], tokens, grad=False
-    )
+    kept = [site.whole for site in sites if site.kind not in ("resid_pre", "resid_post")]
+    taps = Recorder(model, kept, list(given), tokens, grad=False)
     layers = [model.layer(number) for number in range(layout.n_layers)]
     call_taps = [CallTap(layer, _call_keeper(layer, number, calls, inputs)) for number, layer in enumerate(layers)]
     last = Recorder(model, [Site("resid_post", layout.n_layers - 1)], [], tokens, grad=False)
@@ -161,7 +164,7 @@ def record(model: Model, tokens: Tokens, sites: Sequence[Site] = ()) -> Record:
     order = range(layout.n_layers)
     reason = keeper.strange or _untold(calls, adapter.replay)
     if reason:
-        return _plain(model, tokens, sites, reason)
+        return _plain(model, tokens, sites, reason, given)
     return Record(
         model, tokens,
         resid=(*(inputs[n] for n in order), last.captured()[Site("resid_post", layout.n_layers - 1)]),
@@ -184,7 +187,7 @@ def _never_replayed(model: Model) -> str:
     return ""
 
 
-def _plain(model: Model, tokens: Tokens, sites: Sequence[Site], reason: str) -> Record:
+def _plain(model: Model, tokens: Tokens, sites: Sequence[Site], reason: str, given: Sequence[Intervention]) -> Record:
     """A record of an ordinary run, for a model whose layers cannot be replayed."""
     one = model.adapter is not None and model.adapter.stack_names == ("",)
     n_layers = model.described[1].n_layers if one else 0
@@ -192,7 +195,9 @@ def _plain(model: Model, tokens: Tokens, sites: Sequence[Site], reason: str) -> 
     held_already = ("resid_pre", "resid_post") if one else ()
     asked = [*stream, *(site.whole for site in sites if site.kind not in held_already)]
     groups = together(model, tokens, torch.arange(len(tokens)))
-    runs = [model.run(taken(model, tokens, rows), capture=asked) for rows in groups]
+    if given and len(groups) > 1:
+        raise InputError("edits that every run has in common need prompts of one length in a model without adapter")
+    runs = [model.run(taken(model, tokens, rows), capture=asked, interventions=given) for rows in groups]
     logits = _merged(tokens, groups, [_checked_logits(model, run.logits) for run in runs], "its output")
     held = {site: _merged(tokens, groups, [run[site] for run in runs], str(site)) for site in runs[0].activations}
     resid = tuple(held[site] for site in stream)

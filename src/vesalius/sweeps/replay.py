@@ -81,10 +81,11 @@ class Flat:
 class _Attention:
     """Attention of flattened rows: each token attends to its own row's live tokens and to the base run before them."""
 
-    def __init__(self, record: Record, flat: Flat, watch: Mapping[Site, list[Tensor]]) -> None:
+    def __init__(self, record: Record, flat: Flat, watch: Mapping[Site, list[Tensor]], patterns: bool) -> None:
         self._record = record
         self._flat = flat
         self._watch = watch
+        self._patterns = patterns
         self._geometry: dict[tuple[int, int | None], Any] = {}
 
     def __call__(
@@ -102,8 +103,12 @@ class _Attention:
         width, n_kv = mask.shape[-1], k.shape[1]
         keys = self._record.keys[layer][rows.example, :, :width]
         values = self._record.values[layer][rows.example, :, :width]
-        keys[row_of, :, pos_of] = k[0].transpose(0, 1)
         values[row_of, :, pos_of] = v[0].transpose(0, 1)
+        if self._patterns:
+            # Who attends to whom is the base run's: its queries meet its keys, and only values are live.
+            q = self._record.queries[layer][rows.example[row_of], pos_of].transpose(0, 1)[None]
+        else:
+            keys[row_of, :, pos_of] = k[0].transpose(0, 1)
         # Query heads that share a key-value head are stacked along the query axis, so keys are never repeated.
         n_heads, depth = q.shape[1], q.shape[3]
         padded = q[0].transpose(0, 1)[index].view(len(rows), index.shape[1], n_kv, n_heads // n_kv, depth)
@@ -144,7 +149,18 @@ class _Attention:
 class Replay:
     """One batch of rows through the model's layers."""
 
-    def __init__(self, record: Record, rows: Rows, edits: Edits, watch: Sequence[Site] = ()) -> None:
+    def __init__(
+        self,
+        record: Record,
+        rows: Rows,
+        edits: Edits,
+        watch: Sequence[Site] = (),
+        *,
+        patterns: bool = False,
+        compute: str = "float32",
+    ) -> None:
+        """patterns: attention patterns are the base run's. compute: see `products.computing`."""
+        self._patterns, self._compute = patterns, compute
         self._record = record
         self._model = record.model
         self._flat = Flat(rows)
@@ -155,8 +171,9 @@ class Replay:
     def run(self) -> tuple[Tensor, dict[Site, Tensor]]:
         """Last layer's output at each row's last position [row, d_model], and watched sites there [row, ...]."""
         hidden = self._record.resid[0].new_empty(1, 0, self._layout.d_model)
-        attend = _Attention(self._record, self._flat, self._seen)
-        with torch.no_grad(), tapped(self._taps()), attending(self._model.module, attend), computing():
+        attend = _Attention(self._record, self._flat, self._seen, self._patterns)
+        taps, compute = tapped(self._taps()), computing(self._compute)
+        with torch.no_grad(), taps, attending(self._model.module, attend), compute:
             for layer in range(int(self._flat.rows.layer.min()), self._layout.n_layers):
                 hidden = self._step(layer, hidden)
         hidden = self._join(self._layout.n_layers, hidden)

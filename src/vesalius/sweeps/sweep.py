@@ -7,269 +7,203 @@ what is needed for it (noising).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Pairs
-from vesalius.jobs import Blocks, Event, Sink, silent
+from vesalius.intervention import Intervention
+from vesalius.jobs import Blocks, Estimate, Event, Sink
 from vesalius.metric import Metric, logit_diff
 from vesalius.model import Model
+from vesalius.progress import shown
 from vesalius.records import content_hash
 from vesalius.site import Site
-from vesalius.sweeps.evaluate import TOKENS_PER_BATCH, Cost, base_values, estimate, evaluate
+from vesalius.sweeps.cost import Cost, estimate
+from vesalius.sweeps.donors import Donor, donor_for
+from vesalius.sweeps.evaluate import TOKENS_PER_BATCH, evaluate
+from vesalius.sweeps.held import Under, held_of
+from vesalius.sweeps.memory import memory_of, tokens_in
+from vesalius.sweeps.places import Asked, asked_for, variants_of
 from vesalius.sweeps.plain import why_plain
 from vesalius.sweeps.record import Record, record
-from vesalius.sweeps.variants import EDITS, Donor, Variant, donor_for, normal
-
-EACH = ("position", "head")
-PROMPTS = ("corrupted", "clean")
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """What a sweep measured; nothing is averaged."""
-
-    values: Float[Tensor, "site *each example"]
-    """The metric of each edited run: [site, position|head, example], or [site, example] with each=None."""
-    base: Float[Tensor, " example"]
-    """The metric without an edit, on the prompts that were edited."""
-    source: Float[Tensor, " example"]
-    """The metric of the other prompts, where patched values come from."""
-    mask: Bool[Tensor, "site *each example"]
-    """False on cells past an example's length; `values` holds `base` there."""
-    cost: Cost
-    sites: tuple[str, ...]
-    each: str | None
-    edit: str
-    metric: str
-    unit: str
-    prompts: str
-    """The prompts that were edited: `corrupted` or `clean`."""
-
-    @property
-    def effects(self) -> Float[Tensor, "site *each example"]:
-        """Change of the metric by the edit."""
-        return self.values - self.base
-
-    @property
-    def mean(self) -> Float[Tensor, site * each]:
-        """Mean effect over the examples that reach the cell; NaN where none does."""
-        return (self.effects * self.mask).sum(-1) / self.mask.sum(-1)
-
-    def __repr__(self) -> str:
-        shape = ", ".join(f"{name} {size}" for name, size in zip(self._axes, self.values.shape, strict=True))
-        return f"Scores({self.edit} on {self.prompts} prompts, {self.metric}: {shape}; {self.cost.describe()})"
-
-    @property
-    def _axes(self) -> tuple[str, ...]:
-        return ("site", *([self.each] if self.each else []), "example")
-
-    def _repr_html_(self) -> str:
-        """A heat table of mean effects: sites down, positions or heads across."""
-        table = self.mean if self.each else self.mean[:, None]
-        top = float(table.nan_to_num().abs().max()) or 1.0
-        heads = "".join(f"<th>{column}</th>" for column in range(table.shape[1])) if self.each else "<th>effect</th>"
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{escape(site)}</th>{''.join(_cell(float(v), top) for v in row)}</tr>"
-            for site, row in zip(self.sites, table, strict=True)
-        )
-        what = f"{self.edit} on {self.prompts} prompts, each {self.each or 'site'}"
-        title = escape(f"Mean change of {self.metric} ({self.unit}): {what}")
-        return (
-            f"<table><caption>{title}</caption><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-            f"<p>{escape(self.cost.describe())}</p>"
-        )
-
-
-def _cell(value: float, top: float) -> str:
-    if value != value:
-        return "<td></td>"
-    # Blue raises the metric, red lowers it; the number is there for those who do not see colours.
-    tint = "33,102,172" if value >= 0 else "178,24,43"
-    return f"<td style='text-align:right;background:rgba({tint},{min(abs(value) / top, 1) * 0.6:.3f})'>{value:.2f}</td>"
+from vesalius.sweeps.scores import PROMPTS, Scores
+from vesalius.sweeps.scoring import base_values
+from vesalius.sweeps.variants import Variant
+from vesalius.sweeps.what import What, name_of, place_of
 
 
 def sweep(
     model: Model,
     pairs: Pairs,
     *,
-    sites: str | Site | Sequence[str | Site],
+    sites: Any,
     each: str | None = None,
+    group: int = 1,
     edit: str = "patch",
+    scale: float = 0.0,
     metric: Metric = logit_diff,
     base: str = "corrupted",
-    budget: int = TOKENS_PER_BATCH,
+    given: Sequence[Intervention] = (),
+    hold_patterns: bool = False,
+    compute: str = "float32",
+    budget: int | None = None,
+    memory: int | None = None,
     check: bool = True,
     seed: int = 0,
     out: str | Path | None = None,
-    sink: Sink = silent,
+    sink: Sink | None = None,
 ) -> Scores:
     """Edit every site, one at a time, and measure every example.
 
     sites: names, globs or Sites (embed, and inside layers resid_pre, resid_post, attn_out, mlp_in, mlp_out, mlp_post,
     q, k, v, z; or module:<path>|in and |out of any network that maps token ids to logits [example, pos, vocab], by
-    whole runs). `embed` is the first layer's input: with learned positions it holds token and position embedding.
+    whole runs), Parts (a Direction, Subspace, latent ...), or a dictionary with each="latent". `embed` is the first
+    layer's input: with learned positions it holds token and position embedding.
     each: "position" edits one absolute token index at a time; "head" one head at all positions (sites z, q, k or v; on
-    k and v key-value heads); None the whole site at all positions.
+    k and v key-value heads); "neuron" one neuron (mlp_post), "latent" one latent of a dictionary, or `group` neighbours
+    together; None the whole site at all positions.
     edit: "patch" the other prompts' value at the same position; "zero"; "mean" over the other prompts' positions (the
     first position has its own mean, and is left alone when all prompts begin alike); "resample" the value of another
-    example of the other prompts, drawn by `seed`.
+    example of the other prompts, drawn by `seed`; "steer" `scale` added to what is there.
     base: the prompts that are run and edited; the other prompts give the values.
-    budget: tokens run together; memory grows with it, values do not depend on it. check: re-run two random cells
-    plainly. out: folder that keeps finished sites, so that an interrupted sweep goes on where it was. sink: hears the
-    estimated cost before the first edited run, then progress.
+    given: edits (Ablate, Patch, Freeze, Interchange) that all runs on the base prompts have in common: with head A
+    ablated, what does patching B do? hold_patterns: attention patterns stay the base run's, so that edits act through
+    values alone.
+    compute: "bfloat16" rounds the factors of matrix products; `Scores.error` then says what that changed.
+    budget: tokens run together; memory: bytes for them instead. Values depend on neither. check: re-run a few random
+    cells plainly. out: folder that keeps finished sites, so that an interrupted sweep goes on where it was. sink: hears
+    the cost before the first edited run, then progress; None shows both on standard error.
 
     Raises UnknownNameError for an unknown site, each, edit or base; InputError for a site that cannot be swept or
     that has no heads; NotFiniteError for a metric that is NaN or infinite; SelfCheckError when a plain run disagrees.
     """
     pairs = replace(pairs, decoder=model.begun(pairs.tokens("clean")).decoder)
-    places = _checked(model, sites, each, edit, base, pairs)
-    written = sorted({normal(site)[0] for site in places}, key=lambda site: site.order)
-    other = PROMPTS[1 - PROMPTS.index(base)]
-    runs = record(model, pairs.tokens(base), written), record(model, pairs.tokens(other), written)
-    donor = donor_for(edit, *runs, places, seed)
-    variants = {site: _variants(model, site, each, pairs) for site in places}
-    mask = _mask(variants[places[0]], pairs)
-    quote = estimate(runs[0], [v for site in places for v in variants[site]], donor, pairs.at + 1)
-    reason = why_plain(runs[0], [variant for site in places for variant in variants[site]])
-    if reason:
-        sink(Event("note", "sweep", message=f"no replay: {reason}; every edited run is one whole forward"))
-    sink(Event("note", "sweep", message=_bill(quote, mask.expand(len(places), -1, -1)).describe()))
+    asked = asked_for(model, sites, each, group, edit, base)
+    under = Under((), hold_patterns, compute)
+    tokens = TOKENS_PER_BATCH if budget is None else budget
+    tokens = tokens_in(model, memory) if memory is not None else tokens
     plan = {"model": model.content_hash if out else "", "pairs": pairs.content_hash, "each": each, "edit": edit,
-            "metric": [metric.name, metric.unit], "base": base, "seed": seed, "budget": budget}  # fmt: skip
-    blocks = Blocks(out, content_hash(plan), sink)
-    results = _results(runs[0], variants, donor, pairs, metric, blocks, budget, check, seed, sink)
-    return _scores(results, runs, mask, pairs, metric, [str(site) for site in places], each, edit, base)
+            "metric": [metric.name, metric.unit], "base": base, "seed": seed, "budget": tokens, "group": group,
+            "scale": scale, "given": [one.to_json() for one in given], "patterns": hold_patterns,
+            "compute": compute}  # fmt: skip
+    with shown(sink) as told:
+        work = _recorded(model, pairs, asked, edit, scale, base, given, under, metric, tokens, seed, told)
+        return work.scores(Blocks(out, content_hash(plan), told), check)
 
 
-def _checked(
-    model: Model, sites: str | Site | Sequence[str | Site], each: str | None, edit: str, base: str, pairs: Pairs
-) -> list[Site]:
-    """The sites, resolved, when everything named is known."""
-    if each is not None and each not in EACH:
-        raise UnknownNameError("each", each, EACH, "None edits whole sites.")
-    if edit not in EDITS:
-        raise UnknownNameError("edit", edit, EDITS)
-    if base not in PROMPTS:
-        raise UnknownNameError("base", base, PROMPTS)
-    listed = [sites] if isinstance(sites, str | Site) else list(sites)
-    found = list(dict.fromkeys(site for name in listed for site in _resolved(model, name)))
-    if not found:
-        raise InputError('no sites to sweep; give sites= such as "layers.*.resid_post"')
-    for site in found:
-        normal(site)
-    if each == "head":
-        _check_heads(model, found)
-    if each == "position" and pairs.decoder is not None and len({site.of_encoder for site in found}) > 1:
-        raise InputError("positions of an encoder and of a decoder are not the same: sweep their sites apart")
-    return found
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """A sweep whose base and source runs are recorded."""
+
+    asked: Asked
+    runs: tuple[Record, Record]
+    donor: Donor
+    variants: Mapping[What, list[Variant]]
+    pairs: Pairs
+    metric: Metric
+    under: Under
+    budget: int
+    edit: str
+    seed: int
+    prompts: str
+    seconds: float
+    """Of one forward pass of one example, as it took to record the base run."""
+    sink: Sink
+
+    def scores(self, blocks: Blocks, check: bool) -> Scores:
+        """Tell the cost, then run."""
+        every = [variant for rows in self.variants.values() for variant in rows]
+        reason = why_plain(self.runs[0], every)
+        if reason:
+            self.sink(Event("note", "sweep", message=f"no replay: {reason}; every edited run is one whole forward"))
+        mask = _mask(next(iter(self.variants.values())), self.pairs)
+        quote = _bill(estimate(self.runs[0], every, self.donor, self.pairs.at + 1), mask, len(self.variants))
+        needs = Estimate(quote.spent * self.seconds, memory_bytes=memory_of(self.runs, self.budget))
+        self.sink(Event("note", "sweep", message=f"sweep: {quote.describe()}; {needs.describe()}"))
+        results = self._results(blocks, check)
+        return self._scores(results, mask)
+
+    def _results(self, blocks: Blocks, check: bool) -> list[Mapping[str, NDArray[Any]]]:
+        """One block per site: values [variant, example], what they cost, and the error when it was looked at."""
+        names = {what: f"{number} {name_of(what)}" for number, what in enumerate(self.variants)}
+        pending = [what for what in self.variants if names[what] not in blocks]
+        checked = pending[self.seed % len(pending)] if pending and check else None
+
+        def compute(what: What) -> dict[str, NDArray[Any]]:
+            found = evaluate(
+                self.runs[0], self.variants[what], self.donor, self.pairs, self.metric, budget=self.budget,
+                check=what == checked, seed=self.seed, under=self.under,
+            )  # fmt: skip
+            cost = torch.tensor([found.cost.spent, found.cost.naive, found.cost.skipped], dtype=torch.float64)
+            error = torch.tensor([] if found.error is None else [found.error], dtype=torch.float64)
+            return {"values": found.values.cpu().numpy(), "cost": cost.numpy(), "error": error.numpy()}
+
+        results: list[Mapping[str, NDArray[Any]]] = []
+        self.sink(Event("start", "sweep", 0, len(self.variants)))
+        for number, what in enumerate(self.variants):
+            results.append(blocks.get(names[what], lambda what=what: compute(what)))  # type: ignore[misc]
+            self.sink(Event("advance", "sweep", number + 1, len(self.variants)))
+        self.sink(Event("end", "sweep", len(self.variants), len(self.variants)))
+        return results
+
+    def _scores(self, results: Sequence[Mapping[str, NDArray[Any]]], mask: Tensor) -> Scores:
+        values = torch.stack([torch.from_numpy(result["values"].copy()) for result in results])
+        mask, each = mask.expand(len(values), -1, -1), self.asked.each
+        costs = [result["cost"] for result in results]
+        spent = sum((Cost(float(c[0]), float(c[1]), int(c[2])) for c in costs), Cost(0.0, 0.0, 0))
+        plain = [base_values(run, self.pairs, self.metric, self.runs[0]) for run in self.runs]
+        errors = [float(worst) for result in results for worst in result["error"]]
+        return Scores(
+            values=values if each else values[:, 0], base=plain[0], source=plain[1],
+            mask=mask if each else mask[:, 0], cost=_bill(spent, mask[0], len(values)),
+            sites=tuple(name_of(what) for what in self.variants), each=each, edit=self.edit, metric=self.metric.name,
+            unit=self.metric.unit, prompts=self.prompts, error=max(errors, default=None), compute=self.under.compute,
+        )  # fmt: skip
 
 
-def _resolved(model: Model, name: str | Site) -> list[Site]:
-    found = model.sites(str(name)) if "*" in str(name) else [Site.parse(name)]
-    for site in found:
-        model.check_site(site)
-    return found
+def _recorded(
+    model: Model, pairs: Pairs, asked: Asked, edit: str, scale: float, base: str, given: Sequence[Intervention],
+    under: Under, metric: Metric, budget: int, seed: int, sink: Sink,
+) -> _Work:  # fmt: skip
+    """The base run (with what is given) and the source run, and the variants."""
+    held = held_of(given, pairs.tokens(base))
+    written = _written([*asked.whats, *(one.what for one in held)])
+    other = PROMPTS[1 - PROMPTS.index(base)]
+    began = time.perf_counter()
+    first = record(model, pairs.tokens(base), written, given)
+    seconds = (time.perf_counter() - began) / len(pairs)
+    runs = (first, record(model, pairs.tokens(other), written))
+    donor = donor_for(edit, *runs, asked.whats, seed, scale)
+    if given:
+        # The two runs differ from the first token on: only one of them has what is given.
+        donor = replace(donor, first=torch.zeros_like(donor.first))
+    variants = {what: variants_of(asked, what, first, pairs) for what in asked.rows}
+    return _Work(
+        asked, runs, donor, variants, pairs, metric, replace(under, held=held), budget, edit, seed, base, seconds, sink
+    )  # fmt: skip
 
 
-def _check_heads(model: Model, sites: Sequence[Site]) -> None:
-    for site in sites:
-        if not {"head", "kv_head"} & set(site.axes):
-            raise InputError(f'{site} has no heads to go through; each="head" takes whole z, q, k or v sites')
-    if len({_heads(model, site) for site in sites}) > 1:
-        raise InputError("query heads and key-value heads differ in number here: sweep z and q apart from k and v")
-
-
-def _heads(model: Model, site: Site) -> int:
-    layout = model.described[1]
-    return layout.n_kv_heads if "kv_head" in site.axes else layout.n_heads
-
-
-def _variants(model: Model, site: Site, each: str | None, pairs: Pairs) -> list[Variant]:
-    if each == "head":
-        return [Variant((site[head],)) for head in range(_heads(model, site))]
-    if each == "position":
-        return [Variant((site,), position) for position in range(pairs.tokens("clean").real_at(site).shape[1])]
-    return [Variant((site,))]
+def _written(whats: Sequence[What]) -> list[Site]:
+    """The sites to record."""
+    return sorted({place_of(what)[0] for what in whats}, key=lambda site: site.order)
 
 
 def _mask(variants: Sequence[Variant], pairs: Pairs) -> Bool[Tensor, "variant example"]:
-    """True where the example has the variant's position."""
+    """True where the example has the variant's position, at the site that is edited."""
     tokens = pairs.tokens("clean")
-    return torch.stack([tokens.real_at(one.parts[0]).sum(1) > (one.position or 0) for one in variants])
+    return torch.stack([tokens.real_at(place_of(one.parts[0])[0]).sum(1) > (one.position or 0) for one in variants])
 
 
-def _bill(cost: Cost, mask: Tensor) -> Cost:
+def _bill(cost: Cost, mask: Bool[Tensor, "variant example"], rows: int) -> Cost:
     """The cost with the base and source runs, and without the cells past an example's end, which nobody would run."""
     runs = 2.0 * mask.shape[-1]
-    past = int((~mask).sum())
+    past = rows * int((~mask).sum())
     return Cost(cost.spent + runs, cost.naive - past + runs, cost.skipped - past)
-
-
-def _results(
-    base: Record,
-    variants: Mapping[Site, list[Variant]],
-    donor: Donor,
-    pairs: Pairs,
-    metric: Metric,
-    blocks: Blocks,
-    budget: int,
-    check: bool,
-    seed: int,
-    sink: Sink,
-) -> list[Mapping[str, NDArray[Any]]]:
-    """One block per site: values [variant, example] and what they cost."""
-    pending = [site for site in variants if str(site) not in blocks]
-    checked = pending[seed % len(pending)] if pending and check else None
-
-    def compute(site: Site) -> dict[str, NDArray[Any]]:
-        found = evaluate(base, variants[site], donor, pairs, metric, budget=budget, check=site == checked, seed=seed)
-        cost = torch.tensor([found.cost.spent, found.cost.naive, found.cost.skipped], dtype=torch.float64)
-        return {"values": found.values.cpu().numpy(), "cost": cost.numpy()}
-
-    results: list[Mapping[str, NDArray[Any]]] = []
-    sink(Event("start", "sweep", 0, len(variants)))
-    for number, site in enumerate(variants):
-        results.append(blocks.get(str(site), lambda site=site: compute(site)))  # type: ignore[misc]
-        sink(Event("advance", "sweep", number + 1, len(variants)))
-    sink(Event("end", "sweep", len(variants), len(variants)))
-    return results
-
-
-def _scores(
-    results: Sequence[Mapping[str, NDArray[Any]]],
-    runs: tuple[Record, Record],
-    mask: Tensor,
-    pairs: Pairs,
-    metric: Metric,
-    sites: Sequence[str],
-    each: str | None,
-    edit: str,
-    base: str,
-) -> Scores:
-    values = torch.stack([torch.from_numpy(result["values"].copy()) for result in results])
-    mask = mask.expand(len(sites), -1, -1)
-    cost = sum((Cost(float(c[0]), float(c[1]), int(c[2])) for c in (r["cost"] for r in results)), Cost(0.0, 0.0, 0))
-    plain = [base_values(run, pairs, metric, runs[0]) for run in runs]
-    return Scores(
-        values=values if each else values[:, 0],
-        base=plain[0],
-        source=plain[1],
-        mask=mask if each else mask[:, 0],
-        cost=_bill(cost, mask),
-        sites=tuple(sites),
-        each=each,
-        edit=edit,
-        metric=metric.name,
-        unit=metric.unit,
-        prompts=base,
-    )

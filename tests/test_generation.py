@@ -128,10 +128,12 @@ def test_edits_of_every_kept_tensor_equal_running_anew(model: vs.Model, ragged: 
     assert not torch.equal(made.logits, model.generate(ragged, NEW).logits)
 
 
+@pytest.mark.parametrize("padding", ["ragged", "even"])
 @pytest.mark.parametrize("kind", ["scores", "pattern"])
 def test_edits_of_attention_equal_running_anew_with_values_cut_to_the_width(
-    model: vs.Model, even: vs.Tokens, kind: str
+    model: vs.Model, kind: str, padding: str, request: pytest.FixtureRequest
 ) -> None:
+    tokens: vs.Tokens = request.getfixturevalue(padding)
     hidden = torch.ones(13, 13, dtype=torch.bool).triu(1)
     given = randn(6, model.described[1].n_heads, 13, 13).abs().masked_fill(hidden, -1e9 if kind == "scores" else 0.0)
     edits = [
@@ -146,8 +148,25 @@ def test_edits_of_attention_equal_running_anew_with_values_cut_to_the_width(
             edits[1],
         ]
 
-    made = same_as_anew(model, even, edits, make)
-    assert not torch.equal(made.logits, model.generate(even, NEW).logits)
+    made = same_as_anew(model, tokens, edits, make)
+    assert not torch.equal(made.logits, model.generate(tokens, NEW).logits)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gemma2"])
+@pytest.mark.parametrize("kind", ["scores", "pattern"])
+def test_edited_attention_inside_a_window_equals_running_anew(family: str, kind: str, ragged: vs.Tokens) -> None:
+    """The cache then holds the last keys only."""
+    model, back = families.model(family), torch.arange(12)[:, None] - torch.arange(12)
+    outside = (back < 0) | (back >= 3)
+    given = randn(6, 6, 12, 12).abs().masked_fill(outside, -1e9 if kind == "scores" else 0.0)
+
+    def make(row: int, width: int) -> list[Any]:
+        here = [p for p in (5, 9, 10) if p < width]
+        rows = slice(row, row + 1) if row >= 0 else slice(None)
+        return [vs.Patch(f"layers.0.{kind}", source=given[rows, :, :width, :width], positions=here)]
+
+    made = same_as_anew(model, ragged, make(-1, 12), make, 4)
+    assert not torch.equal(made.logits, model.generate(ragged, 4).logits)
 
 
 def test_per_example_positions_and_masks_are_token_numbers(model: vs.Model, ragged: vs.Tokens) -> None:
@@ -292,9 +311,7 @@ def test_values_that_do_not_reach_as_far_as_they_are_used_are_refused(model: vs.
     assert model.generate(ragged, NEW, interventions=[inside]).new == model.generate(ragged, NEW).new
 
 
-def test_what_cannot_be_done_while_writing_is_refused(model: vs.Model, ragged: vs.Tokens, even: vs.Tokens) -> None:
-    with pytest.raises(InterventionError, match="attention can be edited for prompts of equal length only"):
-        model.generate(ragged, 2, interventions=[vs.Ablate("layers.0.pattern")])
+def test_what_cannot_be_done_while_writing_is_refused(model: vs.Model, even: vs.Tokens) -> None:
     with pytest.raises(InterventionError, match=r"Noise at layers.0.pattern is not fixed token by token"):
         model.generate(even, 2, interventions=[vs.Noise("layers.0.pattern", scale=1.0)])
     with pytest.raises(InputError, match="max_new_tokens must be at least 1; got 0"):

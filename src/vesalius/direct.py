@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vesalius.adapters import submodule
 from vesalius.adapters.norms import frozen_scale, gain
+from vesalius.adapters.weights import parameter
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Pairs, Tokens
 from vesalius.model import Model
@@ -58,9 +59,9 @@ def frozen_norm(model: Model, final: Float[Tensor, "example d_model"], answer: T
     norm = submodule(model.module, adapter.final_norm)
     difference = (model.W_U[answer] - model.W_U[distractor]).to(final)
     weighted = difference * gain(adapter.norm, norm).to(final)
-    bias = getattr(norm, "bias", None)
-    constant = difference @ bias.detach() if isinstance(bias, Tensor) else difference.new_zeros(len(difference))
-    extra = getattr(submodule(model.module, adapter.unembed), "bias", None)
+    bias = parameter(norm, "bias")
+    constant = difference @ bias if bias is not None else difference.new_zeros(len(difference))
+    extra = parameter(submodule(model.module, adapter.unembed), "bias")
     if isinstance(extra, Tensor):
         constant = constant + (extra[answer] - extra[distractor]).detach().to(constant)
     scaled = weighted * frozen_scale(adapter.norm, norm, final)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vesalius.activations import Activations
-from vesalius.errors import InputError, InterventionError, NotFiniteError
+from vesalius.errors import InputError, NotFiniteError
 from vesalius.inputs import Tokens
 from vesalius.intervention import Intervention, Landmarks, Place, Positions, mask_of
 from vesalius.site import ATTENTION, Site
@@ -105,7 +105,6 @@ def generated(forward: Pass, prompts: Tokens, edits: Sequence[Intervention], ste
     rows = [row[real].tolist() for row, real in zip(prompts.ids, prompts.real, strict=True)]
     masks = [edited_tokens(edit.positions, prompts.lengths, steps, prompts.landmarks) for edit in edits]
     prompts = Tokens.from_rows(rows)
-    _check_attention(edits, prompts)
     written = _write(forward, _left_padded(prompts), masks, steps, choice)
     return _result(written, rows, prompts, steps, choice.stop)
 
@@ -132,7 +131,9 @@ def _write(forward: Pass, prompts: Tokens, masks: Sequence[Tensor], steps: int, 
     index = torch.where(real, torch.arange(width)[None] - (width - lengths)[:, None], nowhere)
     columns, kept, unfinished = real, _Written([], [], []), torch.ones(len(prompts), dtype=torch.bool)
     for number in range(steps):
-        places = [Place(real, index, mask.gather(1, index.clamp_max(nowhere - 1)) & real) for mask in masks]
+        keys = torch.cat([*kept.index, index], 1)
+        chosen = [mask.gather(1, index.clamp_max(nowhere - 1)) & real for mask in masks]
+        places = [Place(real, index, mask, keys=keys) for mask in chosen]
         step = forward(ids, columns, index, cache, places)
         last = step.logits[:, -1]
         if bool(last.isnan().any()):
@@ -198,17 +199,6 @@ def edited_tokens(
 
 def _listed(positions: int | str | Sequence[int | str]) -> list[int | str]:
     return [positions] if isinstance(positions, int | str) else list(positions)
-
-
-def _check_attention(edits: Sequence[Intervention], prompts: Tokens) -> None:
-    """Keys of prompts of unequal lengths are not in the columns of their token numbers."""
-    ragged = len(set(prompts.lengths.tolist())) > 1
-    bad = [edit for edit in edits if edit.part.site.kind in ATTENTION]
-    if ragged and bad:
-        raise InterventionError(
-            f"{bad[0].part.site}: while a model writes, attention can be edited for prompts of equal length only; "
-            f"got lengths {min(prompts.lengths.tolist())} to {max(prompts.lengths.tolist())}"
-        )
 
 
 def _result(written: _Written, rows: list[list[int]], prompts: Tokens, steps: int, stop: int | None) -> Generation:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vesalius.activations import Activations
 from vesalius.adapters import Adapter, Layout, Stack, adapter_for, submodule
 from vesalius.adapters.norms import frozen_scale, gain
+from vesalius.adapters.weights import device_of, parameter, weight_of
 from vesalius.calls import Caller, logits_of
 from vesalius.errors import InputError
 from vesalius.generation import Choice, Generation, Step, generated
@@ -68,14 +69,17 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        first = next(self.module.parameters(), None)
-        return torch.device("cpu") if first is None else first.device
+        """Where inputs go; the first weights' in a model that is spread over several."""
+        return device_of(self.module)
 
     @cached_property
     def content_hash(self) -> str:
         """sha256 of every parameter and buffer, by name."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.module.state_dict().items()):
+            if tensor.is_meta:
+                path, _, last = name.rpartition(".")
+                tensor = weight_of(self.module.get_submodule(path), last)
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -123,7 +127,7 @@ class Model:
 
     def _heads_of(self, projection: nn.Module) -> Float[Tensor, "head d_head d_model"]:
         layout = self.described[1]
-        weight: Tensor = projection.weight.detach()  # type: ignore[operator]
+        weight = weight_of(projection)
         # Linear keeps [out, in]; GPT-2's Conv1D keeps [in, out].
         rows = weight.T if isinstance(projection, nn.Linear) else weight
         return rows.reshape(layout.n_heads, layout.d_head, layout.d_model)
@@ -148,15 +152,15 @@ class Model:
         if not adapter.attn_norm:
             return writes
         norm = submodule(self.layer(layer), adapter.attn_norm)
-        bias = getattr(submodule(self.layer(layer), adapter.o_proj), "bias", None)
-        total = writes.sum(-2) if bias is None else writes.sum(-2) + bias.detach().to(z)
+        bias = parameter(submodule(self.layer(layer), adapter.o_proj), "bias")
+        total = writes.sum(-2) if bias is None else writes.sum(-2) + bias.to(z)
         return writes * (frozen_scale(adapter.norm, norm, total) * gain(adapter.norm, norm).to(z)).unsqueeze(-2)
 
     @property
     def W_U(self) -> Float[Tensor, "vocab d_model"]:  # noqa: N802
         """Unembedding."""
         adapter, _ = self.described
-        return submodule(self.module, adapter.unembed).weight.detach()  # type: ignore[operator]
+        return weight_of(submodule(self.module, adapter.unembed))
 
     def tokens(self, texts: str | Sequence[str], beginning: str = "none") -> Tokens:
         """Tokens of texts. beginning: a token's text put first ("<bos>"), or "none".

@@ -6,11 +6,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vesalius.adapters.base import Norm
+from vesalius.adapters.weights import weight_of
 
 
 def gain(kind: Norm, norm: nn.Module) -> Float[Tensor, " d_model"]:
     """What the normed vector is multiplied by."""
-    weight: Tensor = norm.weight.detach()  # type: ignore[operator]
+    weight = weight_of(norm)
     return 1 + weight if kind == "rms_plus_one" else weight
 
 

@@ -26,13 +26,15 @@ class Place:
     real: [batch, pos], True on real tokens. index: [batch, pos], the number each token has in its own sequence; None in
     an ordinary run, where it is the column. While a model generates, later columns are later tokens. chosen:
     [batch, pos], the columns that are edited; None is all. landmarks: name -> [batch] or [batch, n] numbers of tokens
-    in each prompt's own sequence, -1 for none.
+    in each prompt's own sequence, -1 for none. keys: [batch, key], the number of every token that attention may see
+    while a model generates; a number past all is padding.
     """
 
     real: Bool[Tensor, "batch pos"]
     index: Int[Tensor, "batch pos"] | None = None
     chosen: Bool[Tensor, "batch pos"] | None = None
     landmarks: Landmarks = field(default_factory=dict)
+    keys: Int[Tensor, "batch key"] | None = None
 
     def here(self, values: Tensor, part: Part, whole: Tensor) -> Tensor:
         """Values given for a whole sequence, at these tokens; values without a token axis are the same everywhere.
@@ -50,8 +52,16 @@ class Place:
         index = self.index.to(values.device).clamp_max(values.shape[axis] - 1)
         row = torch.arange(len(index), device=values.device) if values.shape[0] > 1 else torch.zeros_like(index[:, 0])
         found = values.movedim(axis, 1)[row[:, None], index].movedim(1, axis)
-        # Keys are the columns of the cache so far.
-        return found[..., : whole.shape[-1]] if part.site.kind in ATTENTION else found
+        return self._at_keys(found, part, whole) if part.site.kind in ATTENTION else found
+
+    def _at_keys(self, found: Tensor, part: Part, whole: Tensor) -> Tensor:
+        """Values by key's number, at the keys there are; what is not given (padding too) keeps its present value."""
+        assert self.keys is not None
+        # A cache with a window holds the last keys only.
+        held = self.keys[:, -whole.shape[-1] :].to(found.device)
+        held = held.view(len(held), *[1] * (found.ndim - 2), -1)
+        at = held.clamp_max(found.shape[-1] - 1).expand(*found.shape[:-1], -1)
+        return torch.where(held < found.shape[-1], found.gather(-1, at), part.read(whole).to(found))
 
     def _check_reach(self, width: int, site: Site) -> None:
         assert self.index is not None

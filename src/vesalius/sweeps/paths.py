@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vesalius.adapters import submodule
 from vesalius.adapters.heads import split_heads
 from vesalius.adapters.norms import frozen_scale, gain
+from vesalius.adapters.weights import parameter, weight_of
 from vesalius.attention import capped
 from vesalius.errors import InputError, NotFiniteError, SelfCheckError, UnknownNameError
 from vesalius.hooks import Tap, tapped
@@ -284,6 +285,6 @@ def _table(source: Record, site: Site, rows: Rows, some: Int[Tensor, " edit"], i
 
 
 def _some_logits(unembed: nn.Module, normed: Float[Tensor, "row d_model"], tokens: Int[Tensor, "row k"]) -> Tensor:
-    weight, bias = unembed.weight, getattr(unembed, "bias", None)
-    logits = torch.einsum("rd,rkd->rk", normed, weight[tokens])  # type: ignore[index]
+    weight, bias = weight_of(unembed), parameter(unembed, "bias")
+    logits = torch.einsum("rd,rkd->rk", normed, weight[tokens])
     return logits if bias is None else logits + bias[tokens]

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from vesalius.adapters.weights import spread
 from vesalius.attention import attending, grouped, weighted
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.hooks import CallTap, tapped
@@ -182,6 +183,8 @@ def _never_replayed(model: Model) -> str:
         return f"{model.name} has no adapter"
     if not adapter.causal:
         return f"attention of the {adapter.family} family reads later positions too"
+    if spread(model.module):
+        return "its weights lie on several devices"
     if not adapter.attention or not adapter.replay:
         return f"the {adapter.family} adapter does not say how to replay a layer"
     return ""

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vesalius.adapters import submodule
+from vesalius.adapters.weights import parameter, weight_of
 from vesalius.attention import capped
 from vesalius.errors import NotFiniteError
 from vesalius.inputs import Pairs
@@ -45,8 +46,8 @@ def _logits(record: Record, hidden: Tensor, tokens: Tensor | None) -> Tensor:
         if tokens is None:
             logits = unembed(normed)
         else:
-            weight, bias = unembed.weight, getattr(unembed, "bias", None)
-            logits = torch.einsum("rd,rkd->rk", normed, weight[tokens])  # type: ignore[index]
+            weight, bias = weight_of(unembed), parameter(unembed, "bias")
+            logits = torch.einsum("rd,rkd->rk", normed, weight[tokens])
             logits = logits if bias is None else logits + bias[tokens]
         return wide(capped(logits, getattr(record.model.module.config, adapter.cap) if adapter.cap else None))
 

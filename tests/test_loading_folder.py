@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
+import families
+import test_adapters
+import test_encoder_decoder
 from tiny_folder import change_config, refused, tiny_folder
 from tiny_gguf import TOKENS, logits_of, tiny_llama
 from vesalius.errors import FileFormatError, NotFiniteError, UnknownArchitectureError
@@ -218,3 +221,18 @@ def test_tensor_of_another_shape_is_named_and_nothing_is_drawn(folder: Path, cap
 def test_broken_tokenizer_is_a_format_error(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
     assert str(folder) in refused(folder, FileFormatError)
+
+
+# --- other classes that an adapter knows
+
+
+@pytest.mark.parametrize("name", ["bert", "albert", "modernbert", "vit", "t5"])
+def test_masked_image_and_encoder_decoder_models_are_loaded_as_what_they_are(name: str, tmp_path: Path) -> None:
+    built = {"vit": test_adapters.vit, "t5": test_encoder_decoder.t5}
+    given = built[name]() if name in built else families.model(name)
+    given.module.save_pretrained(tmp_path / name)
+    model = load(tmp_path / name)
+    assert type(model.module) is type(given.module)
+    assert model.described[0].family == name
+    inputs = torch.randn(2, 3, 8, 8) if name == "vit" else torch.arange(2, 14).view(2, 6)
+    assert torch.equal(model.run(inputs).logits, given.run(inputs).logits)

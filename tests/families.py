@@ -171,6 +171,41 @@ FAMILIES = {
 }  # fmt: skip
 
 
+# Raw modules of the sites outside layers: `path>` an output, `>path` an input. Learned positions: what is added.
+_DECODER = {"embed": "model.embed_tokens>", "final_norm": "model.norm>", "logits": "lm_head>"}
+OUTSIDE: dict[str, dict[str, str]] = {
+    **{name: _DECODER for name in FAMILIES if FAMILIES[name].layers == "model.layers"},
+    "phi": {**_DECODER, "final_norm": "model.final_layernorm>"},
+    **{name: {"embed": "gpt_neox.embed_in>", "final_norm": "gpt_neox.final_layer_norm>", "logits": "lm_head>"}
+       for name in ("gpt_neox", "gpt_neox (serial)")},
+    "opt": {"embed": "model.decoder.embed_tokens>", "pos_embed": "model.decoder.embed_positions>",
+            "final_norm": "model.decoder.final_layer_norm>", "logits": "lm_head>"},
+    "bloom": {"embed": "transformer.word_embeddings_layernorm>", "final_norm": "transformer.ln_f>",
+              "logits": "lm_head>"},
+    "bert": {"embed": "bert.embeddings>", "logits": "cls.predictions>"},
+    "albert": {"embed": "albert.encoder.embedding_hidden_mapping_in>", "logits": "predictions>"},
+    "modernbert": {"embed": "model.embeddings>", "final_norm": "model.final_norm>", "logits": "decoder>"},
+}  # fmt: skip
+
+
+def raw_outside(family: Family, net: nn.Module, tokens: vs.Tokens) -> dict[str, Tensor]:
+    """Every site outside the layers, from hooks registered here."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda _module, _args, out: seen.__setitem__(name, out.detach().clone())
+
+    handles = [
+        net.get_submodule(where.removesuffix(">")).register_forward_hook(keep(name))
+        for name, where in OUTSIDE[family.name].items()
+    ]
+    with torch.no_grad():
+        net(tokens.ids, attention_mask=tokens.real.long())
+    for handle in handles:
+        handle.remove()
+    return {name: value.expand(len(tokens), *value.shape[1:]) for name, value in seen.items()}
+
+
 def model(name: str, **changes: Any) -> vs.Model:
     return vs.Model(FAMILIES[name].build(**changes))
 

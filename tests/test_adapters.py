@@ -74,6 +74,24 @@ def test_every_layer_site_is_what_a_raw_hook_sees(family: Family, model: vs.Mode
     assert {name.split(".")[-1] for name in expected} - computed == kinds - computed
 
 
+def test_every_site_outside_the_layers_is_what_a_raw_hook_sees(
+    family: Family, model: vs.Model, tokens: vs.Tokens
+) -> None:
+    expected = families.raw_outside(family, model.module, tokens)
+    assert {str(site) for site in model.sites() if site.layer is None} == set(expected)
+    run = model.run(tokens, capture=sorted(expected))
+    for name, raw in expected.items():
+        assert torch.equal(run[name], raw), name
+
+
+def test_the_pattern_is_the_softmax_of_the_scores(model: vs.Model, tokens: vs.Tokens) -> None:
+    run = model.run(tokens, capture=["layers.*.pattern"])
+    for site in model.sites():
+        if site.kind == "scores":
+            scores = model.run(tokens, capture=[site])[site]
+            assert torch.allclose(scores.softmax(-1), run[f"layers.{site.layer}.pattern"], atol=1e-6)
+
+
 def test_head_counts_are_the_configs(family: Family, model: vs.Model, tokens: vs.Tokens) -> None:
     layout = model.described[1]
     assert (layout.n_heads, layout.n_kv_heads) == family.heads

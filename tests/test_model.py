@@ -381,6 +381,63 @@ def test_the_first_of_several_outputs_is_the_one_read_and_edited() -> None:
     assert torch.allclose(vs.Model(net).run(x, interventions=[half]).logits, net.out(run["module:lstm|out"] * 0.5))
 
 
+def test_an_output_that_is_a_mapping_is_read_and_edited_by_its_first_tensor() -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            return {"note": "no tensor", "hidden": x + 1, "other": x + 2}
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.named = Named()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            made = self.named(x)
+            return {"logits": made["hidden"] * 2 + made["other"]}
+
+    x = torch.arange(6.0).view(2, 3)
+    run = vs.Model(Net()).run(x, capture=["module:named|out"], interventions=[vs.Ablate("module:named|out")])
+    assert torch.equal(run.logits, x + 2)
+    plain = vs.Model(Net()).run(x, capture=["module:named|out"])
+    assert torch.equal(plain["module:named|out"], x + 1)
+    assert torch.equal(plain.logits, (x + 1) * 2 + x + 2)
+
+
+def test_a_transformers_models_own_output_is_one_too(model: vs.Model, tokens: vs.Tokens) -> None:
+    path = "transformer" if model.described[0].family == "gpt2" else "model"
+    run = model.run(tokens, capture=[f"module:{path}|out", "final_norm"])
+    assert torch.equal(run[f"module:{path}|out"], run["final_norm"])
+    cut = model.run(tokens, interventions=[vs.Ablate(f"module:{path}|out")])
+    assert not cut.logits.any()
+
+
+def test_several_arguments_and_keywords_are_handed_on() -> None:
+    layer = nn.Bilinear(3, 4, 2)
+    x, y = torch.randn(5, 3), torch.randn(5, 4)
+    assert torch.equal(vs.Model(layer).run((x, y)).logits, layer(x, y))
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    q, kv = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    run = vs.Model(attention).run({"query": q, "key": kv, "value": kv, "need_weights": False})
+    assert torch.allclose(run.logits, attention(q, kv, kv)[0], atol=1e-6)  # the first of two outputs
+
+
+def test_module_sites_of_a_model_with_an_adapter_are_its_tensors(model: vs.Model, tokens: vs.Tokens) -> None:
+    path = f"{model.described[0].layers}.1.mlp"
+    base = model.run(tokens, capture=[f"module:{path}|out", f"module:{path}|in", "layers.1.mlp_out", "layers.1.mlp_in"])
+    assert torch.equal(base[f"module:{path}|out"], base["layers.1.mlp_out"])
+    assert torch.equal(base[f"module:{path}|in"], base["layers.1.mlp_in"])
+    for positions in (None, [2], "last", torch.tensor([0, 1, 2, 3, 4, 5]), tokens.real):
+        for by_path, by_name in ((f"module:{path}|out", "layers.1.mlp_out"), (f"module:{path}|in", "layers.1.mlp_in")):
+            noise = [vs.Noise(site, scale=1.0, positions=positions) for site in (by_path, by_name)]
+            assert torch.equal(*(model.run(tokens, interventions=[edit]).logits for edit in noise))
+    vector = torch.randn(48, generator=torch.Generator().manual_seed(0))
+    steer = [vs.Steer(site, scale=2.0, vector=vector, positions=[1, 9])
+             for site in (f"module:{path}|out", "layers.1.mlp_out")]  # fmt: skip
+    made = [model.generate(tokens, 4, [edit]) for edit in steer]
+    assert made[0].new == made[1].new
+    assert torch.allclose(made[0].logits, made[1].logits, atol=1e-5)
+
+
 def test_an_intervention_whose_site_never_fires_is_an_error() -> None:
     wrapped = vs.Model(Tagger().eval())
     with pytest.raises(InterventionError, match=r"module:spare\|out never fired"):
@@ -407,10 +464,18 @@ def test_your_own_transformer_works_with_your_own_adapter(tokens: vs.Tokens) -> 
     mine = type("MyNet", (type(family.module),), {})
     net = copy.deepcopy(family.module)
     net.__class__ = mine
-    with pytest.raises(
-        UnknownArchitectureError, match=r"no adapter for MyNet; known: .*GPT2LMHeadModel, .*LlamaForCausalLM"
-    ):
+    ways = (
+        r"no adapter for MyNet; known: .*GPT2LMHeadModel, .*LlamaForCausalLM.*T5ForConditionalGeneration.*\. Ways out: "
+        r"write one, vs.Model\(net, adapter=vs.Adapter\(...\)\), or go without, vs.Model\(net, adapter=None\), and use "
+        r"module:<path>\|out sites."
+    )
+    with pytest.raises(UnknownArchitectureError, match=ways):
         vs.Model(net)
+    without = vs.Model(net, adapter=None)
+    by_path = without.run(tokens, capture=["module:model.layers.1|out", "module:model|out"])
+    assert torch.equal(by_path.logits, family.run(tokens).logits)  # the padding mask is handed on
+    assert torch.equal(by_path["module:model.layers.1|out"], family.run(tokens, capture=["layers.1.resid_post"])[
+        "layers.1.resid_post"])  # fmt: skip
     adapter = Adapter(
         family="mine", classes=("MyNet",), layers="model.layers",
         sites={"resid_post": Access(""), "z": Access("self_attn.o_proj", "in", heads="head")}, outside={},

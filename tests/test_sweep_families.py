@@ -231,12 +231,26 @@ def test_metrics_of_the_whole_vocabulary_equal_plain_runs(name: str, metric: vs.
         assert plain == pytest.approx(float(out.values[number, 2]), abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom", "gemma3"])
+def test_a_weight_that_is_not_a_number_is_named_by_the_first_site_it_shows_in(name: str) -> None:
+    table = bench(name)
+    layer = table.model.layer(1)
+    path = table.model.described[0].o_proj
+    with torch.no_grad():
+        layer.get_submodule(path).weight.view(-1)[3] = float("nan")
+    base = record(table.model, table.pairs.tokens("clean"), [vs.Site("z", 0)])
+    donor = donor_for("zero", base, base, [vs.Site("z", 0)], 0)
+    with pytest.raises(NotFiniteError, match=r"with nothing edited: layers.1.attn_out is the first site with NaN"):
+        evaluate(base, [Variant((vs.Site("z", 0, 1),))], donor, table.pairs, vs.logit_diff)
+
+
 def test_a_value_that_is_not_a_number_is_refused_in_whole_runs() -> None:
     table, site = bench("bloom"), vs.Site("mlp_out", 0)
     broken = table.corrupted.at(site).clone()
     broken[2] = float("nan")
     donor = donor_for("patch", table.clean, replace(table.corrupted, sites={site: broken}), [], 0)
-    with pytest.raises(NotFiniteError, match=r"not finite for example 2 with layers.0.mlp_out edited"):
+    told = r"not finite for example 2 with layers.0.mlp_out edited: layers.0.mlp_out is the first site with NaN"
+    with pytest.raises(NotFiniteError, match=told):
         evaluate(table.clean, [Variant((site,))], donor, table.pairs, vs.logit_diff)
 
 

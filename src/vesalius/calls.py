@@ -22,12 +22,18 @@ class Caller:
     layout: Layout | None
     name: str
     device: torch.device
+    masked: bool = False
+    """A module without adapter takes attention_mask."""
 
     def arguments(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tokens | None]:
         """Positional and keyword arguments of the module, and the tokens when there are any."""
         if self.adapter is None:
-            tokens = inputs if isinstance(inputs, Tokens) else None
-            return *_plain_arguments(tokens.ids if tokens else inputs, self.device), tokens
+            if not isinstance(inputs, Tokens):
+                return *_plain_arguments(inputs, self.device), None
+            mask = (
+                {} if inputs.mask is None or not self.masked else {"attention_mask": inputs.mask.long().to(self.device)}
+            )
+            return (inputs.ids.to(self.device),), mask, inputs
         if self.adapter.input != "input_ids":
             return (), {self.adapter.input: _pixels(inputs).to(self.device), **self.adapter.call}, None
         if isinstance(inputs, Tensor):

@@ -7,8 +7,9 @@ them. Several taps on one tensor share one hook and run in the order given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,8 +106,18 @@ def _on_input(visits: list[Visit], args: tuple[Any, ...], kwargs: dict[str, Any]
     return None if changed is kwargs[name] else (args, {**kwargs, name: changed})
 
 
+def _on_named(visits: list[Visit], output: MutableMapping[str, Any]) -> Any:
+    name = next(key for key, value in output.items() if isinstance(value, Tensor))
+    changed = _through(visits, output[name])
+    if changed is output[name]:
+        return None
+    made = copy(output)
+    made[name] = changed
+    return made
+
+
 def _on_output(visits: list[Visit], output: Any) -> Any:
-    """The output is a tensor, or a tuple or list whose first item is."""
+    """The output is a tensor, a tuple or list whose first item is, or a mapping (a ModelOutput) that holds one."""
     if isinstance(output, Tensor):
         changed = _through(visits, output)
         return None if changed is output else changed
@@ -116,6 +127,8 @@ def _on_output(visits: list[Visit], output: Any) -> Any:
             return None
         rest = (changed, *output[1:])
         return list(rest) if isinstance(output, list) else rest
+    if isinstance(output, MutableMapping) and any(isinstance(value, Tensor) for value in output.values()):
+        return _on_named(visits, output)
     raise InterventionError(
         f"this module returns {type(output).__name__}, not a tensor; its output cannot be read or edited"
     )

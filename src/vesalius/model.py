@@ -307,7 +307,8 @@ class Model:
 
     @property
     def _caller(self) -> Caller:
-        return Caller(self.adapter, self.layout, self.name, self.device)
+        masked = "attention_mask" in inspect.signature(self.module.forward).parameters
+        return Caller(self.adapter, self.layout, self.name, self.device, masked)
 
 
 def _derives(stack: Stack, kind: str) -> bool:

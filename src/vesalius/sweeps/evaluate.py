@@ -19,7 +19,16 @@ from vesalius.sweeps.checking import self_check
 from vesalius.sweeps.cost import Cost, work
 from vesalius.sweeps.donors import Donor
 from vesalius.sweeps.held import PLAINLY, Under
-from vesalius.sweeps.plain import PlainRun, at_read, base_logits, live_cells, plain_metric, plain_runs, why_plain
+from vesalius.sweeps.plain import (
+    PlainRun,
+    at_read,
+    base_logits,
+    first_bad_site,
+    live_cells,
+    plain_metric,
+    plain_runs,
+    why_plain,
+)
 from vesalius.sweeps.record import Record
 from vesalius.sweeps.replay import Replay, Rows, base_pattern
 from vesalius.sweeps.scoring import refuse_nan, score
@@ -156,14 +165,18 @@ class _Job:
 
     def _start(self, bases: Sequence[Tensor]) -> list[Tensor]:
         """Values [variant, example] per label, which begin as the base run's."""
-        refuse_nan(bases[0][None], "nothing")
+        refuse_nan(bases[0][None], "nothing", lambda example: first_bad_site(self.record, None, self.donor, example))
         return [base.repeat(len(self.variants), 1) for base in bases]
 
     def _outcome(
         self, values: Sequence[Tensor], bases: Sequence[Tensor], watched: Mapping[Site, Tensor], spent: float
     ) -> Outcome:
         for number, variant in enumerate(self.variants):
-            refuse_nan(values[0][number : number + 1], name_of(variant.parts[0]))
+            refuse_nan(
+                values[0][number : number + 1],
+                name_of(variant.parts[0]),
+                lambda example, variant=variant: first_bad_site(self.record, variant, self.donor, example),  # type: ignore[misc]
+            )
         cost = Cost(spent, float(self.ran.numel()), int((~self.ran).sum()))
         return Outcome(values[0], bases[0], watched, cost, tuple(values[1:]), tuple(bases[1:]))
 

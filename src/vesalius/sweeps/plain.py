@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vesalius.errors import InputError
+from vesalius.errors import InputError, NotFiniteError
 from vesalius.inputs import Pairs, Tokens
 from vesalius.intervention import Freeze, Intervention, Patch, Place, Positions
 from vesalius.metric import Metric
@@ -178,6 +178,18 @@ def _patch_module(part: Site, donor: Donor, example: Tensor, mask: Bool[Tensor, 
             "of the prompts: sweep it whole (each=None) with prompts of one length"
         )
     return Patch(part, source=given, positions=mask)
+
+
+def first_bad_site(record: Record, variant: Variant | None, donor: Donor, example: int) -> str:
+    """In words, the first site of one example's ordinary run that holds NaN or infinity; empty when none does."""
+    row = torch.tensor([example])
+    tokens = taken(record.model, record.tokens, row)
+    edits = [] if variant is None else patches(record, variant, donor, row, tokens.ids.shape[1])
+    try:
+        record.model.run(tokens, interventions=edits, check_finite=True)
+    except NotFiniteError as error:
+        return f": {error}"
+    return ""
 
 
 def plain_value(

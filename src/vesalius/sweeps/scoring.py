@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -59,9 +61,11 @@ def logit_range(record: Record, pairs: Pairs) -> float:
     return float(logits.max() - logits.min())
 
 
-def refuse_nan(values: Float[Tensor, "variant example"], edited: str) -> None:
-    """Raise NotFiniteError naming the example and what was edited."""
+def refuse_nan(
+    values: Float[Tensor, "variant example"], edited: str, where: Callable[[int], str] = lambda _: ""
+) -> None:
+    """Raise NotFiniteError naming the example, what was edited and, as `where(example)` tells, the first bad site."""
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
         example = int(bad.nonzero()[0, 1])
-        raise NotFiniteError(f"the metric is not finite for example {example} with {edited} edited")
+        raise NotFiniteError(f"the metric is not finite for example {example} with {edited} edited{where(example)}")

@@ -410,6 +410,14 @@ def test_the_hash_sees_everything_that_matters_and_nothing_else(model: vs.Model,
     assert len({edit.content_hash for edit in every_edit(model, tokens)}) == 13
 
 
+def test_a_hash_stays_what_it_was() -> None:
+    """Stored claims name edits by it; another release or machine must not change it."""
+    ablate = vs.Ablate("layers.1.z[2]", positions=[3])
+    steer = vs.Steer(SITE, scale=2.0, vector=torch.arange(4.0), positions="last")
+    assert ablate.content_hash == "09c9f3d334d9116de49e39169567792d1afcbafd81cf4c2e71cd62e39b204ad4"
+    assert steer.content_hash == "cdedf814e45a113d6d062292c29632ec5c9e1e60db3766ad0d36ed970458b210"
+
+
 def test_edits_print_on_one_line(model: vs.Model, tokens: vs.Tokens) -> None:
     for edit in every_edit(model, tokens):
         text = repr(edit)
@@ -435,6 +443,40 @@ def test_a_changed_tensor_file_is_found_and_missing_pieces_are_named(tmp_path: P
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(FileFormatError, match="holds no stored interventions"):
         load(tmp_path / "bad.json")
+
+
+class Sum:
+    """A part of one's own: the sum over a site's dimensions, written by shifting all of them."""
+
+    site = SITE
+
+    def read(self, whole: Tensor) -> Tensor:
+        return whole.sum(-1)
+
+    def write(self, whole: Tensor, value: Tensor) -> Tensor:
+        return whole + ((value - whole.sum(-1)) / whole.shape[-1])[..., None]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "sum", "site": str(self.site)}
+
+
+def test_a_part_that_is_kept_elsewhere_is_found_by_its_reference(
+    model: vs.Model, tokens: vs.Tokens, tmp_path: Path
+) -> None:
+    part = Sum()
+    edits = [vs.Ablate(part, positions=[2]), vs.Replace([part, SITE], SITE, lambda a, b: b + a[..., None], "add")]
+    run = model.run(tokens, capture=[SITE], interventions=edits[:1])
+    assert float(run[SITE][:, 2].sum(-1).abs().max()) < 1e-3
+    save(edits, tmp_path / "edits.json")
+    again = load(tmp_path / "edits.json", functions={"add": edits[1].fn}, parts=[part])
+    assert [edit.content_hash for edit in again] == [edit.content_hash for edit in edits]
+    for before, after in zip(edits, again, strict=True):
+        assert torch.equal(*(model.run(tokens, interventions=[edit]).logits for edit in (before, after)))
+    assert repr(edits[0]) == "Ablate(sum at layers.1.resid_post, mode=zero, positions=[2], seed=0)"
+    with pytest.raises(
+        InputError, match=r"the sum at layers.1.resid_post of this edit is kept elsewhere: hand it over"
+    ):
+        load(tmp_path / "edits.json", functions={"add": edits[1].fn})
 
 
 def test_every_edit_reports_how_far_it_went(model: vs.Model, tokens: vs.Tokens, others: vs.Tokens) -> None:

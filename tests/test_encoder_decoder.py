@@ -215,6 +215,11 @@ def test_without_decoder_tokens_the_start_token_is_given(model: vs.Model, tokens
     assert torch.equal(alone.activations.tokens.decoder, torch.zeros(4, 1, dtype=torch.long))
 
 
+def test_what_the_module_takes_is_taken_too(model: vs.Model, tokens: vs.Tokens) -> None:
+    given = {"input_ids": tokens.ids, "attention_mask": tokens.real.long(), "decoder_input_ids": DECODER}
+    assert torch.equal(model.run(given).logits, model.run(tokens).logits)
+
+
 # ------------------------------------------------------------------------------------------------------------ edits
 
 

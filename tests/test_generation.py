@@ -106,6 +106,33 @@ def test_edits_on_prompt_and_new_tokens_equal_running_anew(
     assert made.new != model.generate(tokens, NEW).new
 
 
+@pytest.mark.parametrize("padding", ["ragged", "even"])
+def test_values_of_other_runs_while_writing_equal_running_anew(
+    model: vs.Model, padding: str, request: pytest.FixtureRequest
+) -> None:
+    """Freeze, Interchange, and the three ways to ablate: what was recorded goes to the token it was recorded at."""
+    tokens: vs.Tokens = request.getfixturevalue(padding)
+    names = ["layers.0.attn_out", "layers.1.z", "layers.1.mlp_post", "layers.2.mlp_out"]
+    other = model.run(torch.randint(2, tiny.VOCAB, (6, 13), generator=torch.Generator().manual_seed(4)), capture=names)
+    order, at = torch.tensor([3, 0, 5, 1, 2, 4]), torch.tensor([0, 5, 2, 3, 1, 4])
+
+    def edits(rows: Tensor, width: int) -> list[Any]:
+        here = [p for p in (1, 4, 8, 9) if p < width]
+        cut = vs.Activations({site: other[site][rows, :width] for site in other.activations})
+        every = vs.Activations({site: other[site][:, :width] for site in other.activations})
+        return [
+            vs.Freeze("layers.0.attn_out", source=cut, positions=here),
+            vs.Interchange("layers.1.z[1]", source=every, examples=order[rows], source_positions=at[rows],
+                           positions=here),
+            vs.Ablate("layers.1.mlp_post", mode="mean", reference=other.activations, positions=here),
+            vs.Patch("layers.2.mlp_out[5]", source=cut, positions=here),
+        ]  # fmt: skip
+
+    everyone = torch.arange(6)
+    made = same_as_anew(model, tokens, edits(everyone, 13), lambda row, width: edits(everyone[row : row + 1], width))
+    assert not torch.equal(made.logits, model.generate(tokens, NEW).logits)
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "phi3", "opt", "bloom", "mixtral"])
 def test_other_ways_to_tell_positions_equal_running_anew_too(family: str, ragged: vs.Tokens) -> None:
     """Sliding windows (which count columns), positions from the mask, slopes by distance, experts."""

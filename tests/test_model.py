@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BatchEncoding
 
 import tiny
 import vesalius as vs
@@ -409,6 +410,15 @@ def test_a_transformers_models_own_output_is_one_too(model: vs.Model, tokens: vs
     assert torch.equal(run[f"module:{path}|out"], run["final_norm"])
     cut = model.run(tokens, interventions=[vs.Ablate(f"module:{path}|out")])
     assert not cut.logits.any()
+
+
+def test_a_tokenizers_output_is_run_as_it_is(model: vs.Model, tokens: vs.Tokens) -> None:
+    encoded = BatchEncoding({"input_ids": tokens.ids, "attention_mask": tokens.real.long(),
+                             "token_type_ids": torch.zeros_like(tokens.ids)})  # fmt: skip
+    assert torch.equal(model.run(encoded).logits, model.run(tokens).logits)
+    for bad in ({"attention_mask": tokens.real}, {**encoded, "labels": tokens.ids}, {"input_ids": [[1, 2]]}):
+        with pytest.raises(InputError, match=r"must hold input_ids as a tensor and may hold attention_mask, decoder"):
+            model.run(bad)
 
 
 def test_several_arguments_and_keywords_are_handed_on() -> None:

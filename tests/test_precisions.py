@@ -67,6 +67,27 @@ def test_sweeps_pass_their_check_and_equal_those_in_float64(name: str, dtype: to
         assert worst(found.values, exact.values.double()) < DTYPES[dtype]
 
 
+@pytest.mark.parametrize("name", SMOOTH)
+def test_captures_and_edits_under_autocast_equal_those_in_float64(name: str) -> None:
+    tokens = tiny.pairs(n=4).tokens("clean")
+    exact, here = model(name, torch.float64), model(name, torch.float32)
+    width = here.described[1].d_model
+    space = vs.Subspace(vs.Site("resid_post", 1), torch.eye(width)[:3])
+    edits = [
+        vs.Steer("layers.0.resid_post", scale=1.0, vector=torch.ones(width) / 4, positions=[2]),
+        vs.Ablate("layers.0.z[1]"), vs.Ablate("layers.1.pattern[0]", positions=[3]), vs.Project(space),
+        vs.Noise("embed", scale=0.1),
+    ]  # fmt: skip
+    names = ["layers.0.q", "layers.1.pattern", "layers.1.mlp_out", "layers.1.resid_post"]
+    expected = exact.run(tokens, capture=names, interventions=edits)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = here.run(tokens, capture=names, interventions=edits)
+    assert worst(found.logits[tokens.real], expected.logits[tokens.real]) < DTYPES[torch.bfloat16]
+    for site in names:
+        real = tokens.real if "pattern" not in site else tokens.real[:, None, :, None].expand_as(found[site])
+        assert worst(found[site][real], expected[site][real]) < DTYPES[torch.bfloat16], site
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "bert"])
 def test_a_sweep_under_autocast_passes_its_check(name: str) -> None:
     wrapped = tiny.model("gpt2") if name == "gpt2" else families.model(name)

@@ -13,6 +13,8 @@ from vesalius.adapters import Adapter, Layout
 from vesalius.errors import InputError
 from vesalius.inputs import Tokens
 
+_ENCODING = ("input_ids", "attention_mask", "decoder_input_ids")
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -38,8 +40,13 @@ class Caller:
             return (), {self.adapter.input: _pixels(inputs).to(self.device), **self.adapter.call}, None
         if isinstance(inputs, Tensor):
             inputs = Tokens(inputs)
+        if isinstance(inputs, Mapping):
+            inputs = _from_encoding(inputs)
         if not isinstance(inputs, Tokens):
-            raise InputError(f"inputs must be Tokens, int64 ids [batch, pos] or text; got {type(inputs).__name__}")
+            raise InputError(
+                "inputs must be Tokens, int64 ids [batch, pos], a tokenizer's output or text; got "
+                f"{type(inputs).__name__}"
+            )
         tokens = self.begun(inputs)
         return (), self.of_tokens(tokens), tokens
 
@@ -79,6 +86,23 @@ class Caller:
             # Left padding: real tokens keep the positions they would have alone.
             call["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
         return call
+
+
+def _from_encoding(inputs: Mapping[str, Any]) -> Tokens:
+    """Tokens from what a transformers tokenizer returns as tensors. Raises InputError for what they cannot hold."""
+    strange = sorted(name for name, value in inputs.items() if name not in _ENCODING and not _is_nothing(name, value))
+    if strange or not isinstance(inputs.get("input_ids"), Tensor):
+        raise InputError(
+            f"a tokenizer's output must hold input_ids as a tensor and may hold {', '.join(_ENCODING[1:])}; got "
+            f"{', '.join(map(str, inputs)) or 'nothing'}. Call the tokenizer with return_tensors='pt'"
+        )
+    mask = inputs.get("attention_mask")
+    return Tokens(inputs["input_ids"], None if mask is None else mask.bool(), inputs.get("decoder_input_ids"))
+
+
+def _is_nothing(name: str, value: Any) -> bool:
+    """BERT's tokenizer says that all tokens are of the first segment, which is what the model takes anyway."""
+    return name == "token_type_ids" and isinstance(value, Tensor) and not bool(value.any())
 
 
 def _plain_arguments(inputs: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -185,8 +185,8 @@ class Model:
     ) -> Run:
         """One forward pass that captures sites and applies interventions, in their order.
 
-        inputs: Tokens, int64 ids [batch, pos], text, or for a module without adapter whatever it takes: a tensor, a
-        tuple of arguments, a mapping of keywords. Of several outputs the first is `logits`.
+        inputs: Tokens, int64 ids [batch, pos], text, a tokenizer's output, or for a module without adapter whatever it
+        takes: a tensor, a tuple of arguments, a mapping of keywords. Of several outputs the first is `logits`.
         grad: keep the graph, so that autograd reaches captured tensors. last_logits: only the last position's logits,
         when the model can (saves the unembedding of the rest). A captured site holds the value after interventions.
         check_finite: look at every site (attention's scores and pattern only when they are captured or edited).

@@ -29,25 +29,29 @@ Functions = Mapping[str, Callable[..., Tensor]]
 
 
 def from_json(
-    data: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None, functions: Functions | None = None
+    data: Mapping[str, Any],
+    tensors: Mapping[str, Tensor] | None = None,
+    functions: Functions | None = None,
+    parts: Sequence[Part] = (),
 ) -> Any:
     """The edit of a JSON form.
 
     tensors: floating-point tensors by content hash (see `tensors_of`), for edits that hold any. functions: ref -> the
-    function of a Replace. Raises UnknownNameError for an unknown kind of edit or part, InputError for a tensor or
-    function that is missing, FileFormatError for a tensor that does not match its hash.
+    function of a Replace. parts: those that are kept elsewhere (a latent of a dictionary), found by their reference.
+    Raises UnknownNameError for an unknown kind of edit, InputError for a tensor, function or part that is missing,
+    FileFormatError for a tensor that does not match its hash.
     """
     given = dict(data)
     kind = given.pop("edit", None)
     if kind not in KINDS:
         raise UnknownNameError("edit", str(kind), KINDS)
     held = tensors or {}
-    part = _part(given.pop("part"), held)
+    part = _part(given.pop("part"), held, parts)
     fields = {name: _value(value, held) for name, value in given.items()}
     if kind != "replace":
         return KINDS[kind](part, **fields)
     listed = given["read"] if isinstance(given["read"], list) else [given["read"]]
-    read, ref = [_part(one, held) for one in listed], str(given["ref"])
+    read, ref = [_part(one, held, parts) for one in listed], str(given["ref"])
     if ref not in (functions or {}):
         raise InputError(f"Replace at {part.site} needs its function: pass functions={{{ref!r}: ...}}")
     assert functions is not None
@@ -88,7 +92,7 @@ def save(edits: Sequence[Intervention], path: str | Path) -> None:
     write_atomic(target, canonical_json([edit.to_json() for edit in edits]))
 
 
-def load(path: str | Path, functions: Functions | None = None) -> list[Any]:
+def load(path: str | Path, functions: Functions | None = None, parts: Sequence[Part] = ()) -> list[Any]:
     """The edits that `save` wrote. Raises FileFormatError for a file that is none, and as `from_json`."""
     from safetensors.torch import load_file
 
@@ -98,7 +102,7 @@ def load(path: str | Path, functions: Functions | None = None) -> list[Any]:
     except (OSError, ValueError) as error:
         raise FileFormatError(f"{target} holds no stored interventions: {error}") from error
     tensors = load_file(_beside(target)) if _beside(target).exists() else {}
-    return [from_json(data, tensors, functions) for data in listed]
+    return [from_json(data, tensors, functions, parts) for data in listed]
 
 
 def _beside(path: Path) -> Path:
@@ -133,12 +137,18 @@ def _tensor(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     return tensors[name]
 
 
-def _part(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Part:
+def _part(data: Mapping[str, Any], tensors: Mapping[str, Tensor], parts: Sequence[Part]) -> Part:
+    handed = next((part for part in parts if part.to_json() == data), None)
+    if handed is not None:
+        return handed
     site = Site.parse(data["site"])
     if data["kind"] == "unit":
         return Unit(site)
     if data["kind"] not in ("direction", "subspace"):
-        raise UnknownNameError("kind of part", data["kind"], ["unit", "direction", "subspace"])
+        raise InputError(
+            f"the {data['kind']} at {site} of this edit is kept elsewhere: hand it over, parts=[...], with the "
+            f"reference {dict(data)}"
+        )
     kept = _tensor(data["sha256"], tensors)
     kept = kept.reshape(-1) if data["kind"] == "direction" else torch.atleast_2d(kept)
     part: Any = (Direction if data["kind"] == "direction" else Subspace)(site, kept, data["label"])

@@ -41,6 +41,7 @@ _HOME = {
     "Unit": "parts",
     "Verdict": "records",
     "answer_logprob": "metric",
+    "attribution_patching": "sweeps.attribution",
     "causal_tracing": "sweeps.tracing",
     "head": "parts",
     "kl_divergence": "metric",
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
     from vesalius.records import Verdict as Verdict
     from vesalius.site import Site as Site
     from vesalius.stats import Measurement as Measurement
+    from vesalius.sweeps.attribution import attribution_patching as attribution_patching
     from vesalius.sweeps.paths import path_patching as path_patching
     from vesalius.sweeps.scores import Scores as Scores
     from vesalius.sweeps.sweep import sweep as sweep

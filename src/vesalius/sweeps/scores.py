@@ -5,12 +5,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vesalius.errors import InputError
 from vesalius.sweeps.cost import Cost
 
 PROMPTS = ("corrupted", "clean")
+LARGE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """Estimated against measured effects. One average hides much: see `per_example`."""
+
+    pearson: float
+    """Correlation over cells of the mean effects."""
+    per_example: Float[Tensor, " example"]
+    """The same for each example."""
+    sign: float
+    """Share of large effects (over a tenth of the largest) that have the right sign; NaN without any."""
+    error: float
+    """Largest difference of any cell and example."""
+
+
+def _pearson(one: Tensor, other: Tensor) -> float:
+    """Correlation; NaN when one of them does not vary."""
+    if len(one) < 2 or float(one.std()) == 0 or float(other.std()) == 0:
+        return float("nan")
+    return float(torch.corrcoef(torch.stack([one, other]))[0, 1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +70,29 @@ class Scores:
     def mean(self) -> Float[Tensor, site * each]:
         """Mean effect over the examples that reach the cell; NaN where none does."""
         return (self.effects * self.mask).sum(-1) / self.mask.sum(-1)
+
+    def against(self, measured: Scores) -> Agreement:
+        """How these effects (estimates, or rounded ones) agree with measured ones.
+
+        Raises InputError for scores of other cells or examples.
+        """
+        if self.values.shape != measured.values.shape or (self.sites, self.each) != (measured.sites, measured.each):
+            raise InputError(
+                f"scores of {self.values.shape[0]} sites, each {self.each}, {tuple(self.values.shape)} cannot be held "
+                f"against {measured.values.shape[0]} sites, each {measured.each}, {tuple(measured.values.shape)}"
+            )
+        keep = (self.mask & measured.mask).flatten(0, -2)
+        pairs = [(s.flatten(0, -2).double(), keep) for s in (self.effects, measured.effects)]
+        found, true = (torch.where(keep, values, 0.0) for values, keep in pairs)
+        large = keep & (true.abs() > LARGE * true.abs().max())
+        means = [values.sum(-1) / keep.sum(-1).clamp_min(1) for values in (found, true)]
+        columns = [(found[keep[:, row], row], true[keep[:, row], row]) for row in range(keep.shape[1])]
+        single = torch.tensor([_pearson(*both) for both in columns], dtype=torch.float64)
+        return Agreement(
+            pearson=_pearson(*means), per_example=single,
+            sign=float((found.sign() == true.sign())[large].double().mean()) if bool(large.any()) else float("nan"),
+            error=float((found - true).abs().max()),
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         shape = ", ".join(f"{name} {size}" for name, size in zip(self._axes, self.values.shape, strict=True))

@@ -63,7 +63,7 @@ def test_the_options_reach_the_harvest(run: Callable[..., Done], model: Path, te
     plan = json.loads((out / "manifest.json").read_text())["plan"]
     assert [plan[name] for name in ("dtype", "compute", "tokens", "context")] == [
         "float16",
-        "bfloat16 by autocast",
+        "bfloat16 weights",
         50,
         20,
     ]
@@ -71,7 +71,7 @@ def test_the_options_reach_the_harvest(run: Callable[..., Done], model: Path, te
     assert [site["site"] for site in plan["sites"]] == ["layers.0.mlp_out", "layers.1.mlp_out"]
     lines = done.out.splitlines()
     assert re.fullmatch(
-        r"layers\.0\.mlp_out: width 64, bfloat16 by autocast: relative error 0\.0\d+ on the first batch", lines[1]
+        r"layers\.0\.mlp_out: width 64, bfloat16 weights: relative error 0\.0\d+ on the first batch", lines[1]
     )
     assert lines[3] == "beginning <|end|>, first position kept, 0 norm outliers dropped"
 

@@ -173,7 +173,7 @@ def test_bfloat16_products_of_a_float32_model_and_their_error() -> None:
     assert 1e-4 < error < 0.05
     assert trial.errors[site[0]] == pytest.approx(error, rel=0.05)
     assert trial.tokens_per_second > 0
-    assert forward.to_json()["compute"] == "bfloat16 by autocast"
+    assert forward.to_json()["compute"] == "bfloat16 weights"
     for compute in (None, torch.float32):
         plain = forward_for(model, site, compute, 40)
         assert plain.trial(chosen).errors == {}
@@ -183,14 +183,30 @@ def test_bfloat16_products_of_a_float32_model_and_their_error() -> None:
     assert forward_for(low, site, torch.bfloat16, 40).to_json()["compute"] == "as the model"
 
 
-def test_weights_are_cast_once_for_a_group() -> None:
-    model, chosen = tiny.model("llama"), group(range(1, 60), context=13)
+def test_weights_are_cast_once_and_the_model_keeps_its_own() -> None:
+    model, chosen = tiny.model("llama"), group()
+    before = {name: (weight.data_ptr(), weight.dtype) for name, weight in model.module.named_parameters()}
+    logits = model.run(vs.Tokens(torch.tensor([[3, 4, 5]]))).logits
+    forward = forward_for(model, ["layers.2.resid_post"], torch.bfloat16, 40)
+    first = forward.rows(chosen, torch.float32)[0]
     with torch.profiler.profile(record_shapes=True) as profile:
-        rows(model, ["layers.0.resid_post"], chosen, compute=torch.bfloat16, batch_tokens=130)
+        again = forward.rows(chosen, torch.float32)[0]
     casts = [event.input_shapes[0] for event in profile.events() if event.name == "aten::_to_copy"]
-    assert sum(event.name == "aten::linear" for event in profile.events()) > 100
-    # Gate and up projection, although the group has more than 14 batches.
-    assert casts.count([80, 48]) == 2
+    assert casts
+    assert [80, 48] not in casts
+    assert torch.equal(first, again)
+    assert {name: (weight.data_ptr(), weight.dtype) for name, weight in model.module.named_parameters()} == before
+    assert torch.equal(model.run(vs.Tokens(torch.tensor([[3, 4, 5]]))).logits, logits)
+
+
+def test_bfloat16_weights_are_as_if_the_model_were_loaded_so() -> None:
+    low, site = vs.Model(tiny.llama().to(torch.bfloat16)), ["layers.2.resid_post"]
+    # A module's `to` rounds the rotary frequencies as well, which loading does not.
+    for one, other in zip(low.module.buffers(), tiny.llama().buffers(), strict=True):
+        one.data = other.data
+    torch.testing.assert_close(
+        rows(low, site, group())[0], rows(tiny.model("llama"), site, group(), compute=torch.bfloat16)[0]
+    )
 
 
 def test_nan_and_overflow_are_found_and_named() -> None:

@@ -84,7 +84,7 @@ def test_to_begin_late_costs_one_pool(made: Path) -> None:
     store = ActivationStore.open(made, pool_rows=100)
     read: list[int] = []
     plain = store._read
-    store._read = lambda blocks: (read.append(len(blocks)), plain(blocks))[1]  # type: ignore[method-assign]
+    store._read = lambda blocks, into: (read.append(len(blocks)), plain(blocks, into))[1]  # type: ignore[method-assign]
     next(store.batches(10, seed=0, start=12_345))
     assert len(read) == 1
 

@@ -76,7 +76,7 @@ class Request:
     keep_beginning: bool = False
     max_norm: float | None = MAX_NORM
     column: str = "text"
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
 
     def feed(self, models: Any, texts: Any, *, group_rows: int | None = None, group_bytes: int = 1) -> Feed:
         """Everything checked that can be checked before a model is run on text.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from vesalius.activations import Activations
 from vesalius.data.packing import Batch, Group, batches, tokenizer_hash
@@ -32,8 +33,12 @@ _ROW_AXES = ("batch", "pos")
 _TRIAL = 1024
 
 
-def captured(model: Model, tokens: Tokens, sites: Sequence[Site]) -> Activations:
+def captured(
+    model: Model, tokens: Tokens, sites: Sequence[Site], weights: Mapping[str, Tensor] | None = None
+) -> Activations:
     """Activations at these sites, without their indices, from a pass that ends at the last of them.
+
+    weights: stand in for the module's parameters, by name, for the length of this pass.
 
     Scores and patterns of attention are not among the sites that can be read so. Raises InterventionError when a site
     never fires.
@@ -41,8 +46,10 @@ def captured(model: Model, tokens: Tokens, sites: Sequence[Site]) -> Activations
     begun = model.begun(tokens)
     recorder = Recorder(model, [site.whole for site in sites], [], begun, False)
     taps = [_ending(tap, recorder) for tap in recorder.taps]
+    plain = model.adapter is None
+    args, call = ((begun.ids.to(model.device),), {}) if plain else ((), model.token_call(begun))
     with torch.no_grad(), contextlib.suppress(_AllSeenError), tapped(taps):
-        model.module(begun.ids.to(model.device)) if model.adapter is None else model.module(**model.token_call(begun))
+        functional_call(model.module, dict(weights or {}), args, call)
     recorder.check_fired()
     return Activations(recorder.captured(), tokens)
 
@@ -81,7 +88,7 @@ class Trial:
 class Forward:
     """Models by tag ("" for one that needs none), the sites with their tags, and how they are run.
 
-    compute: dtype of matrix products, by autocast, when it is not the model's own; None for the model's own.
+    compute: dtype that the weights are cast to, beside the model, when it is not its own; None for the model's own.
     batch_tokens: tokens in a batch, padding included, about. Raises InputError for models that cannot be run so.
     """
 
@@ -119,7 +126,7 @@ class Forward:
         two = Batch(
             ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool), torch.arange(2)
         )
-        return tuple(rows.shape[1] for rows in self._rows(two))
+        return tuple(rows.shape[1] for rows in self._rows(two, exact=True))
 
     def rows(
         self, group: Group, dtype: torch.dtype, done: Callable[[int], None] = lambda _: None
@@ -129,7 +136,7 @@ class Forward:
         done: called after each batch with the number of its rows. Raises NotFiniteError for NaN and infinity.
         """
         kept = tuple(torch.empty(group.rows, width, dtype=dtype) for width in self.widths)
-        with self._computing():
+        with computing():
             for batch in self._batches(group, self.batch_tokens):
                 for site, whole, rows in zip(self.sites, kept, self._rows(batch), strict=True):
                     whole[batch.rows] = _stored(site, rows, dtype)
@@ -139,15 +146,16 @@ class Forward:
     def trial(self, group: Group) -> Trial:
         """The group's first contexts, run to see how fast that goes and how exact it is."""
         batch = next(self._batches(group, min(self.batch_tokens, _TRIAL)))
-        with self._computing():
+        weights = self._weights  # made now, so that it is not timed
+        with computing():
             began = time.perf_counter()
             rows = self._rows(batch)
             seconds = time.perf_counter() - began
+            exact = self._rows(batch, exact=True) if weights else ()
         errors = {}
-        if not self._plain:
-            for site, fast, exact in zip(self.sites, rows, self._rows(batch), strict=True):
-                gap = (fast.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300)
-                errors[str(site)] = float(f"{float(gap):.3g}")
+        for site, fast, slow in zip(self.sites, rows, exact, strict=bool(weights)):
+            gap = (fast.double() - slow.double()).norm() / slow.double().norm().clamp_min(1e-300)
+            errors[str(site)] = float(f"{float(gap):.3g}")
         return Trial(int(batch.real.sum()) / max(seconds, 1e-9), errors)
 
     def to_json(self) -> dict[str, Any]:
@@ -157,7 +165,7 @@ class Forward:
             "models": models,
             "tokenizer_sha256": self.tokenizer_sha256,
             "sites": [{"site": str(site), "width": n} for site, n in zip(self.sites, self.widths, strict=True)],
-            "compute": "as the model" if self._plain else f"{_name(self.compute)} by autocast",
+            "compute": "as the model" if self._plain else f"{_name(self.compute)} weights",
             "batch_tokens": self.batch_tokens,
         }
 
@@ -165,28 +173,29 @@ class Forward:
     def _plain(self) -> bool:
         return all(self.compute in (None, _dtype(model)) for model in self.models.values())
 
-    @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Autocast for the length of a group, so that weights are cast once; else products by the faster library."""
-        with contextlib.ExitStack() as stack:
-            if self._plain:
-                stack.enter_context(computing())
-            for kind in () if self._plain else sorted({model.device.type for model in self.models.values()}):
-                stack.enter_context(torch.autocast(kind, dtype=self.compute))
-            yield
+    @cached_property
+    def _weights(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Parameters in the compute dtype by tag; buffers, such as rotary frequencies, stay as they are."""
+        if self._plain:
+            return {}
+        return {
+            tag: {name: weight.detach().to(self.compute) for name, weight in model.module.named_parameters()}
+            for tag, model in self.models.items()
+        }
 
     def _batches(self, group: Group, tokens: int) -> Iterator[Batch]:
         ragged = all(model.adapter is not None for model in self.models.values())
         return batches(group, tokens, ragged)
 
-    def _rows(self, batch: Batch) -> tuple[Tensor, ...]:
-        """The batch's rows [row, width] at each site, as the models give them."""
+    def _rows(self, batch: Batch, exact: bool = False) -> tuple[Tensor, ...]:
+        """The batch's rows [row, width] at each site, as the models give them. exact: with their own weights."""
         found: dict[Site, Tensor] = {}
         for tag, model in self.models.items():
             own = [replace(site, tag="") for site in self.sites if site.tag == tag]
             # Causal models do not see what stands to the right, and are faster without a mask.
             masked = model.adapter is not None and not (model.adapter.causal and not model.adapter.stacks)
-            activations = captured(model, Tokens(batch.ids, batch.real if masked else None), own)
+            weights = None if exact else self._weights.get(tag)
+            activations = captured(model, Tokens(batch.ids, batch.real if masked else None), own, weights)
             found.update({replace(site, tag=tag): _flat(activations[site], site, batch) for site in own})
         return tuple(found[site] for site in self.sites)
 

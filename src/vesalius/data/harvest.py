@@ -47,7 +47,7 @@ def harvest(
     keep_beginning: bool = False,
     max_norm: float | None = MAX_NORM,
     column: str = "text",
-    batch_tokens: int = 4096,
+    batch_tokens: int = 2048,
     shard_bytes: int = SHARD_BYTES,
     sink: Sink = silent,
 ) -> ActivationStore:
@@ -62,9 +62,9 @@ def harvest(
     of each context, a norm outlier, are dropped unless keep_beginning; rows at special tokens are always dropped.
     max_norm: rows at other positions whose norm is above this many medians of their shard, at any site, are dropped
     too and counted (see `outliers`); None keeps them. dtype: of the stored rows (float32, bfloat16, float16). compute:
-    bfloat16 computes matrix products of a float32 model so, by autocast; its relative error is measured on the first
-    batch and stored. batch_tokens: tokens in a forward pass, with padding. shard_bytes: size of a file, about; memory
-    in use is about three times as much.
+    bfloat16 runs a float32 model with weights cast to it beside the model, which is faster and takes half its memory
+    more; the relative error is measured on the first batch and stored. batch_tokens: tokens in a forward pass, with
+    padding. shard_bytes: size of a file, about; memory in use is about three times as much.
 
     Killed at any time, the same call goes on where it was; on a finished store it checks every file, makes damaged
     ones anew, and returns it. Raises InputError for arguments that don't fit, a folder that holds something else, or a

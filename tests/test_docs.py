@@ -37,6 +37,16 @@ def test_the_ten_lines_of_python_run_and_print_what_they_say(
 
 
 @pytest.mark.demo_model
+def test_the_python_on_the_page_about_sweeps_runs(demo: vs.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vs, "load", lambda _: demo)
+    page = (ROOT / "docs" / "sweeps.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile("\n".join(code), "sweeps.md", "exec"), names)
+    assert isinstance(names["agreement"], vs.Agreement)
+
+
+@pytest.mark.demo_model
 def test_the_json_line_is_a_pair_that_can_be_loaded(demo: vs.Model, tmp_path: Path) -> None:
     (line,) = blocks("json")
     row = json.loads(line)

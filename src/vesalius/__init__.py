@@ -14,6 +14,7 @@ _HOME = {
     "Ablate": "intervention",
     "Activations": "activations",
     "Adapter": "adapters",
+    "Agreement": "sweeps.scores",
     "Claim": "records",
     "Direction": "parts",
     "Evidence": "records",
@@ -50,6 +51,7 @@ _HOME = {
     "neuron": "parts",
     "next_token_loss": "metric",
     "path_patching": "sweeps.paths",
+    "silent": "jobs",
     "sweep": "sweeps.sweep",
 }
 _ROOMS = ("circuits", "data", "describe", "dictionaries", "report", "stats", "studies", "toys", "validate")
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
     from vesalius.intervention import Project as Project
     from vesalius.intervention import Replace as Replace
     from vesalius.intervention import Steer as Steer
+    from vesalius.jobs import silent as silent
     from vesalius.ledger import Ledger as Ledger
     from vesalius.loading import load as load
     from vesalius.metric import Metric as Metric
@@ -108,6 +111,7 @@ if TYPE_CHECKING:
     from vesalius.stats import Measurement as Measurement
     from vesalius.sweeps.attribution import attribution_patching as attribution_patching
     from vesalius.sweeps.paths import path_patching as path_patching
+    from vesalius.sweeps.scores import Agreement as Agreement
     from vesalius.sweeps.scores import Scores as Scores
     from vesalius.sweeps.sweep import sweep as sweep
     from vesalius.sweeps.tracing import Tracing as Tracing

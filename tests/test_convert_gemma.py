@@ -129,6 +129,22 @@ def test_pieces_are_merged_in_the_order_of_their_scores(folder: Path, text: str,
     assert saved.decode(saved(text).input_ids, skip_special_tokens=True) == text
 
 
+def test_the_tokenizer_agrees_with_that_of_transformers(folder: Path) -> None:
+    ours = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoTokenizer.from_pretrained(folder.parent, gguf_file="g.gguf")
+    for text in (" then the then", "the\n\nthen", "é 12 the", "<eos>the"):
+        assert ours(text).input_ids == theirs(text).input_ids, text
+
+
+def test_the_weights_agree_with_what_transformers_reads(folder: Path) -> None:
+    pytest.importorskip("accelerate")  # which transformers asks for here
+    ours = AutoModelForCausalLM.from_pretrained(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder.parent, gguf_file="g.gguf", dtype=torch.float32)
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], weight), name
+    assert ours.config.layer_types == theirs.config.layer_types
+
+
 def by_hand(text: str) -> list[str]:
     """SentencePiece's merging: as long as two neighbours make a token, merge the best such pair, leftmost first."""
     rank, parts = dict(zip(TOKENS, SCORES, strict=True)), list(text.replace(" ", "▁"))

@@ -136,3 +136,26 @@ def test_sparse_and_dense_products_take_the_same_steps(kind: str, monkeypatch: p
         assert max(far_apart(fitter, plain).values()) < 1e-5
         values[share] = fitter.parameters.values
     assert all(torch.allclose(values[0.0][name], values[1.0][name], atol=1e-5) for name in values[0.0])
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_the_screened_run_is_the_run_in_float32(kind: str) -> None:
+    fields: dict[str, Any] = {"n_latents": 1100, "k": 8, "lr": 3e-3}
+    plain = trained_both_ways(SOURCES["sae"], config_of(kind, **fields), steps=4)[0].parameters.values
+    screened, oracle = trained_both_ways(SOURCES["sae"], config_of(kind, precision="bf16-screen", **fields), steps=4)
+    assert max(far_apart(screened, oracle).values()) < 1e-5
+    assert all(torch.allclose(plain[name], value, atol=1e-5) for name, value in screened.parameters.values.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_precision_ends_near_float32(kind: str) -> None:
+    source, ends = SOURCES["sae"], []
+    for precision in ("fp32", "bf16"):
+        config = config_of(kind, precision=precision, steps=60, batch_size=300, lr=3e-3)
+        with Workers(1) as workers:
+            fitter = fitter_of(source, config, workers)
+            for batch in islice(source.batches(300, seed=0), 60):
+                fitter.step(batch)
+        ends.append(fitter.rows[-1][1])
+    assert ends[0] < 0.5 * fitter.rows[0][1]
+    assert ends[1] == pytest.approx(ends[0], rel=0.05)

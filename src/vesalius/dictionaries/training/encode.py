@@ -33,9 +33,9 @@ class Encoder:
     rounded: Tensor | None
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor, precision: str) -> Encoder:
+    def of(cls, weight: Tensor, bias: Tensor, precision: str, workers: Workers) -> Encoder:
         """For one step at a precision."""
-        screen = Screen.of(weight, bias) if precision == "bf16-screen" else None
+        screen = Screen.of(weight, bias, workers) if precision == "bf16-screen" else None
         return cls(weight, bias, screen, weight.bfloat16() if precision == "bf16" else None)
 
     def pre(self, x: Tensor) -> Tensor:
@@ -50,12 +50,11 @@ class Encoder:
         return choose.top_of_rows(self.pre(x), k) if screened is None else screened
 
     def above(self, x: Tensor, floor: Tensor) -> SparsePiece:
-        """All above the floor, [latent] or []."""
+        """All at or above the floor, [latent] or []."""
         screened = None if self.screen is None else self.screen.above(x, floor)
         if screened is not None:
             return screened
-        pre = self.pre(x)
-        return choose.passing(pre, pre > floor)
+        return choose.reaching(self.pre(x), floor)
 
 
 def encode(

@@ -23,7 +23,7 @@ from vesalius.dictionaries.loading import load
 from vesalius.dictionaries.training.checkpoint import Checkpoints
 from vesalius.dictionaries.training.finish import fitted
 from vesalius.dictionaries.training.fitter import Fitter, make_fitter
-from vesalius.dictionaries.training.microbatch import ROWS, Run
+from vesalius.dictionaries.training.microbatch import Run
 from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.resample import ROWS as RESAMPLED
 from vesalius.dictionaries.training.resample import resample
@@ -164,6 +164,6 @@ def _estimate(run: Run, seconds: float) -> Estimate:
         for block in wiring.blocks
     )
     rows = config.batch_size // config.accumulate * (wiring.reads + (2 + len(config.prefixes)) * wiring.writes)
-    pre = 2 * run.workers.n * min(ROWS, config.batch_size) * config.n_latents
+    pre = 2 * run.workers.n * min(run.piece_rows, config.batch_size) * config.n_latents
     # On disk: the weights, and two checkpoints with both moments.
     return Estimate(seconds, memory_bytes=4 * (4 * weights + 2 * rows + pre), disk_bytes=4 * (1 + 2 * 3) * weights)

@@ -25,7 +25,8 @@ from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.wiring import Wiring
 from vesalius.dictionaries.training.workers import Workers
 
-ROWS = 512
+PIECE = 1 << 21
+"""Pre-activations of a piece of rows: 8 MB, so that the pieces of a few threads stay in cache."""
 LATENTS = 512
 Sums = dict[str, Tensor]
 
@@ -43,9 +44,14 @@ class Run:
     ranks: Ranks
     device: torch.device
 
-    def cuts(self, n: int, size: int = ROWS) -> list[slice]:
-        """Pieces of n rows or latents; other devices than the CPU take all at once."""
-        size = size if self.device.type == "cpu" else max(n, 1)
+    @property
+    def piece_rows(self) -> int:
+        """Rows that are encoded together."""
+        return max(64, min(1024, PIECE // self.config.n_latents))
+
+    def cuts(self, n: int, size: int | None = None) -> list[slice]:
+        """Pieces of n rows (or latents, with a size); other devices than the CPU take all at once."""
+        size = (size or self.piece_rows) if self.device.type == "cpu" else max(n, 1)
         return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
@@ -103,7 +109,7 @@ class MicroBatch:
     def _encoded(self, number: int) -> tuple[list[Piece], Tensor | None]:
         run, block = self.run, self.blocks[number]
         reads = run.wiring.blocks[number].reads
-        encoder = Encoder.of(block["W_enc"], block["b_enc"], run.config.precision)
+        encoder = Encoder.of(block["W_enc"], block["b_enc"], run.config.precision, run.workers)
         pieces = [self.x[cut, reads].contiguous() for cut in self.cuts]
         return encode(encoder, pieces, run.kind, block, run.config, run.workers, run.ranks)
 
@@ -126,10 +132,12 @@ class MicroBatch:
         self.error[cut] = error[:, -1]
         push = error * (2 * self.share / error.shape[1])
         # What a latent of group g has a part in: the errors of prefix g and of all longer ones.
-        self._push[cut] = push if error.shape[1] == 1 else push.flip(1).cumsum(1).flip(1)
+        for prefix in reversed(range(error.shape[1] - 1)):
+            push[:, prefix] += push[:, prefix + 1]
+        self._push[cut] = push
         gates = [kind.gate(each) for each in entries]
         gate_push, gate_loss = self._gate_push(pieces, gates, cut)
-        sums: Sums = {"b_dec": self._push[cut][:, 0].sum(0, dtype=torch.float64)}
+        sums: Sums = {"b_dec": self._push[cut][:, 0].sum(0).double()}
         loss = _squared(error) / error.shape[1] + gate_loss
         for number, piece in enumerate(pieces):
             found = self._gradients(number, piece, entries[number], gate_push, cut)
@@ -146,7 +154,9 @@ class MicroBatch:
         rebuilt = base[:, None].repeat(1, len(self.run.config.prefixes), 1)
         for number, (piece, weights) in enumerate(zip(pieces, values, strict=True)):
             added = piece.decode(weights, self.blocks[number]["W_dec"]).view(len(rebuilt), rebuilt.shape[1], -1)
-            rebuilt[:, :, self.run.wiring.blocks[number].writes] += added if rebuilt.shape[1] == 1 else added.cumsum(1)
+            for prefix in range(1, added.shape[1]):
+                added[:, prefix] += added[:, prefix - 1]
+            rebuilt[:, :, self.run.wiring.blocks[number].writes] += added
         return rebuilt
 
     def _gate_push(
@@ -178,7 +188,7 @@ class MicroBatch:
         y = self.y[cut]
         fired = [piece.sums((weights > 0).to(weights)) for piece, weights in zip(pieces, values, strict=True)]
         rows = torch.tensor(float(len(y)), dtype=torch.float64, device=y.device)
-        return Facts(rows, _squared(self.error[cut]), loss, y.sum(0, dtype=torch.float64), _squared(y), fired)
+        return Facts(rows, _squared(self.error[cut]), loss, y.sum(0).double(), _squared(y), fired)
 
     def _small_gradients(self) -> Sums:
         """Of everything but encoders and decoders."""
@@ -232,4 +242,5 @@ def _added(parts: Sequence[Sums]) -> Sums:
 
 
 def _squared(tensor: Tensor) -> Tensor:
-    return tensor.square().sum(dtype=torch.float64)
+    flat = tensor.reshape(-1)
+    return flat.dot(flat).double()

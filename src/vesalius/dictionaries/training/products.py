@@ -41,13 +41,6 @@ def dots(left: Tensor, table: Tensor, columns: Tensor, offsets: Tensor, rows: Te
     return torch.cat([torch.linalg.vecdot(left[r], table[c]) for r, c in pieces])
 
 
-def nonzero(mask: Tensor) -> Tensor:
-    """Flat indices of the true entries, rising."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy().ravel()))
-    return mask.view(-1).nonzero()[:, 0]
-
-
 def by_column(columns: Tensor, offsets: Tensor, n_columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """(order, rows, offsets): the entries sorted by column, each column's by row; where each column begins.
 

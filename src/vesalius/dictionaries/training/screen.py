@@ -10,11 +10,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from vesalius.dictionaries.training.choose import kept, largest, passing, row_bound
+from vesalius.dictionaries.training.choose import (
+    kept,
+    kth_of_rows,
+    largest,
+    padded,
+    reaching,
+    row_bound,
+    scratch,
+)
 from vesalius.dictionaries.training.codes import SparsePiece
 from vesalius.dictionaries.training.products import dots, linear
+from vesalius.dictionaries.training.workers import Workers
 
 ROUNDING = 2.0**-8
 """Twice the relative error of rounding to bfloat16."""
@@ -22,6 +32,11 @@ _SUMMING = 2.0**-23
 """Relative error per summand of two sums in float32, the rough one and the exact one."""
 _MOST = 8
 """A piece in which more than one entry in _MOST passes the screen is computed in float32 at once."""
+
+
+_LATENTS = 512
+_ABOVE = 1.0001
+"""So that norms are not rounded down."""
 
 
 @dataclass(frozen=True)
@@ -37,48 +52,68 @@ class Screen:
     largest_bias: float
 
     @classmethod
-    def of(cls, encoder: Tensor, bias: Tensor) -> Screen:
+    def of(cls, encoder: Tensor, bias: Tensor, workers: Workers) -> Screen:
         """Screen of an encoder as it is now."""
-        rounded = encoder.bfloat16()
-        rest = (encoder - rounded).norm(dim=1).max()
-        return cls(encoder, bias, rounded, float(encoder.norm(dim=1).max()), float(rest), float(bias.abs().max()))
+        rounded = torch.empty_like(encoder, dtype=torch.bfloat16)
+
+        def norms(start: int) -> Tensor:
+            cut = slice(start, start + _LATENTS)
+            rows = encoder[cut]
+            rest = rows - rounded[cut].copy_(rows)
+            return torch.stack([torch.linalg.vecdot(part, part).max() for part in (rows, rest)])
+
+        found = torch.stack(workers.map(norms, range(0, len(encoder), _LATENTS))).amax(0).sqrt() * _ABOVE
+        return cls(encoder, bias, rounded, float(found[0]), float(found[1]), float(bias.abs().max()))
 
     def rough(self, x: Tensor) -> Tensor:
-        """[rows, latent] float32: pre-activations from products in bfloat16."""
-        return linear(x.bfloat16(), self.rounded) + self.bias
+        """[rows, latent] float32: pre-activations from products in bfloat16. Scratch: gone at this thread's next."""
+        product = linear(x.bfloat16(), self.rounded)
+        return scratch.like(product, torch.float32).copy_(product).add_(self.bias)
 
-    def margin(self, x: Tensor, level: Tensor) -> Tensor:
-        """[rows]: how far an exact pre-activation near the level [rows] or [] can be from the rough one."""
+    def spread(self, x: Tensor) -> Tensor:
+        """[rows]: how far an exact product can be from the rough one, but for the rounding of the result."""
         rounded = x.bfloat16().float()
-        size = rounded.norm(dim=1)
         summing = _SUMMING * x.shape[1] * self.norm
-        spread = (x - rounded).norm(dim=1) * self.norm + size * (self.rest + summing)
-        return (1 + ROUNDING) * spread + ROUNDING * (level.abs() + self.largest_bias)
+        spread = (x - rounded).norm(dim=1) * self.norm + rounded.norm(dim=1) * (self.rest + summing)
+        return (1 + ROUNDING) * spread
 
-    def exact(self, x: Tensor, piece: SparsePiece) -> SparsePiece:
-        """The piece with its pre-activations computed in float32."""
-        pre = dots(x, self.encoder, piece.columns, piece.offsets[:-1], piece.bags) + self.bias[piece.columns]
-        return SparsePiece(piece.columns, piece.offsets, pre, piece.n_latents)
+    def margin(self, spread: Tensor, level: Tensor) -> Tensor:
+        """[rows]: how far an exact pre-activation near the level [rows] or [] can be from the rough one."""
+        return spread + ROUNDING * (level.abs() + self.largest_bias)
+
+    def exact(self, x: Tensor, piece: SparsePiece) -> Tensor:
+        """The pre-activations of a piece's entries, computed in float32."""
+        return dots(x, self.encoder, piece.columns, piece.offsets[:-1], piece.bags) + self.bias[piece.columns]
 
     def top_of_rows(self, x: Tensor, k: int) -> SparsePiece | None:
-        """The k largest of each row; None where the screen does not pay."""
+        """The k largest of each row; None where the screen does not pay.
+
+        The k-th largest of some exact values is a bound for the rest: of those only what could reach it is computed.
+        """
         rough = self.rough(x)
         bound = row_bound(rough, k)
         if bound is None:
             return None
-        level = bound - 2 * self.margin(x, bound)
-        found = passing(rough, rough >= level[:, None])
-        return None if _too_many(found, rough) else largest(self.exact(x, found), k)
-
-    def above(self, x: Tensor, floor: Tensor) -> SparsePiece | None:
-        """The entries above the floor, [latent] or []; None where the screen does not pay."""
-        rough = self.rough(x)
-        margin = self.margin(x, floor.abs().max())
-        found = passing(rough, rough.add_(margin[:, None]) > floor)
+        spread = self.spread(x)
+        found = reaching(rough, (bound - 2 * self.margin(spread, bound))[:, None])
         if _too_many(found, rough):
             return None
-        piece = self.exact(x, found)
-        return kept(piece, piece.pre > (piece.at(floor) if floor.ndim else floor))
+        likely, bags, pre = found.pre >= bound[found.bags], found.bags, torch.full_like(found.pre, -torch.inf)
+        pre[likely] = self.exact(x, kept(found, likely))
+        least = kth_of_rows(padded(found, pre), k)
+        possible = (found.pre >= (least - self.margin(spread, least))[bags]) & ~likely
+        pre[possible] = self.exact(x, kept(found, possible))
+        return largest(SparsePiece(found.columns, found.offsets, pre, found.n_latents), k)
+
+    def above(self, x: Tensor, floor: Tensor) -> SparsePiece | None:
+        """The entries at or above the floor, [latent] or []; None where the screen does not pay."""
+        rough = self.rough(x)
+        margin = self.margin(self.spread(x), floor.abs().max())
+        found = reaching(rough.add_(margin[:, None]), floor)
+        if _too_many(found, rough):
+            return None
+        piece = SparsePiece(found.columns, found.offsets, self.exact(x, found), found.n_latents)
+        return kept(piece, piece.pre >= (piece.at(floor) if floor.ndim else floor))
 
 
 def _too_many(piece: SparsePiece, rough: Tensor) -> bool:

@@ -44,7 +44,7 @@ def _project(run: Run, parameters: Parameters, place: Place) -> Tensor:
     gradient = parameters.gradients[name][cut]
     if _is_unit(run, name):
         rows = parameters.values[name][cut]
-        gradient.addcmul_((gradient * rows).sum(1, keepdim=True), rows, value=-1.0)
+        gradient.addcmul_(torch.linalg.vecdot(gradient, rows)[:, None], rows, value=-1.0)
     return _squared(gradient)
 
 
@@ -68,4 +68,5 @@ def _step(run: Run, parameters: Parameters, places: Sequence[Place], step: int, 
 
 
 def _squared(gradient: Tensor) -> Tensor:
-    return gradient.square().sum(dtype=torch.float64)
+    flat = gradient.reshape(-1)
+    return flat.dot(flat).double()

@@ -41,8 +41,8 @@ class Drawn:
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, event: Event) -> None:
+        _note(self._bars.console, event)
         if event.kind == "note":
-            self._bars.console.print(f"[dim]{escape(event.message or event.task)}[/]", highlight=False, soft_wrap=True)
             return
         if event.task not in self._tasks:
             self._tasks[event.task] = self._bars.add_task(escape(event.task), total=event.total)
@@ -57,5 +57,15 @@ def shown(sink: Sink | None) -> Iterator[Sink]:
     if sink is not None:
         yield sink
         return
-    with bars(Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    if not console.is_terminal and not console.is_jupyter:
+        yield lambda event: _note(console, event)
+        return
+    with bars(console) as progress:
         yield Drawn(progress)
+
+
+def _note(console: Console, event: Event) -> None:
+    """Where nobody watches there is nothing to redraw: notes alone."""
+    if event.kind == "note":
+        console.print(f"[dim]{escape(event.message or event.task)}[/]", highlight=False, soft_wrap=True)

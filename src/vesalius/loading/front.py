@@ -22,10 +22,11 @@ import transformers
 from vesalius.cache import cache_root, file_sha256, made_folder
 from vesalius.convert import convert_gguf
 from vesalius.errors import FileFormatError, InputError
-from vesalius.jobs import Event, Sink, silent
+from vesalius.jobs import Event, Sink
 from vesalius.loading.folder import check_config, check_folder, read_json
 from vesalius.loading.opening import Order, opened
 from vesalius.model import Model
+from vesalius.progress import shown
 
 DEMO = "smollm2-135m-instruct"
 """The alias of the packaged demo model."""
@@ -43,30 +44,34 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     cache: Path | None = None,
-    sink: Sink = silent,
+    sink: Sink | None = None,
 ) -> Model:
     """Load a model and its tokenizer: a causal language model, or of another class that an adapter knows.
 
     name: the demo alias "smollm2-135m-instruct", a folder in transformers layout (config.json, safetensors), a .gguf
     file (llama or gemma3 architecture), or a transformers hub id, taken from the hub's local cache when whole there.
     cache: where converted .gguf files are kept; by default $VESALIUS_CACHE, else $XDG_CACHE_HOME/vesalius, else
-    ~/.cache/vesalius. sink: gets notes and progress.
+    ~/.cache/vesalius. sink: gets notes and progress; None shows them.
 
     Raises InputError when nothing is found under the name or the demo model or gguf package is missing, FileFormatError
     for corrupt, incomplete or unsafe files, NotFiniteError for NaN or infinity in a weight, UnknownArchitectureError
     when transformers, the GGUF conversion or the adapters do not know the model.
     """
-    order = Order(_checked_device(device), _checked_dtype(dtype), sink)
     if not isinstance(name, str | Path) or not str(name).strip():
         raise InputError(f"load() takes the name of a model as text or a Path, got {name!r}.")
+    with shown(sink) as told:
+        return _loaded(name, Order(_checked_device(device), _checked_dtype(dtype), told), cache)
+
+
+def _loaded(name: str | Path, order: Order, cache: Path | None) -> Model:
     if name == DEMO:
-        return _from_folder(_converted(_demo_file(), cache, sink), DEMO, replace(order, note=_DEMO_NOTE))
+        return _from_folder(_converted(_demo_file(), cache, order.sink), DEMO, replace(order, note=_DEMO_NOTE))
     path, kind = _looked_up(name)
     if kind == "folder":
         check_folder(path)
         return _from_folder(path, path.resolve().name, order)
     if kind == "file":
-        return _from_folder(_converted(_checked_gguf(path), cache, sink), path.stem, order)
+        return _from_folder(_converted(_checked_gguf(path), cache, order.sink), path.stem, order)
     if isinstance(name, Path) or not _HUB_ID.fullmatch(name) or path.suffix in (".gguf", ".safetensors"):
         raise InputError(f"there is no model at {_absent(path)}")
     return _from_hub(name, order)

@@ -23,6 +23,7 @@ from vesalius import __version__
 from vesalius.errors import InputError
 from vesalius.jobs import Blocks, Sink, silent, track
 from vesalius.model import Model
+from vesalius.progress import shown
 from vesalius.records import Claim, Verdict, content_hash
 from vesalius.stats import clopper_pearson
 from vesalius.studies.handed import circular, idle_claims, judged, true_claims
@@ -214,20 +215,22 @@ class Calibration:
         return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
 
 
-def calibrate(seeds: int = 100, quick: bool = False, out: Path | None = None, sink: Sink = silent) -> Calibration:
+def calibrate(seeds: int = 100, quick: bool = False, out: Path | None = None, sink: Sink | None = None) -> Calibration:
     """Measure false positives on `seeds` random networks and power on up to 40 planted ones, seeds 0, 1, 2, ...
 
     quick: 8 random and 2 planted networks, a smoke test whose bounds say little. out: folder in which finished networks
-    are kept, so that an interrupted run goes on, and more seeds can be added. Raises InputError for fewer than 1 seed.
+    are kept, so that an interrupted run goes on, and more seeds can be added. sink: None shows progress. Raises
+    InputError for fewer than 1 seed.
     """
     if seeds < 1:
         raise InputError(f"seeds is {seeds}; give at least 1 (at least 36 for a bound of 8 %)")
     count, planted = QUICK if quick else (seeds, min(seeds, PLANTED_SEEDS))
-    blocks = Blocks(out, content_hash({"calibration": [PROMPTS, RANDOM_SETS], "version": __version__}), sink)
-    return Calibration(
-        _networks(count, "random networks", on_random, blocks, sink),
-        _networks(planted, "planted networks", on_planted, blocks, sink),
-    )
+    with shown(sink) as told:
+        blocks = Blocks(out, content_hash({"calibration": [PROMPTS, RANDOM_SETS], "version": __version__}), told)
+        return Calibration(
+            _networks(count, "random networks", on_random, blocks, told),
+            _networks(planted, "planted networks", on_planted, blocks, told),
+        )
 
 
 def on_random(seed: int) -> Network:
@@ -265,7 +268,7 @@ def _study(question: Question, model: Model, seed: int) -> Study:
     # Past the gate: a random network cannot do the task, and would never be looked into.
     # That the quick runs equal plain ones is tested elsewhere, and not checked a thousand times more here.
     options = Options(seed=seed, past_gate=True, random_sets=RANDOM_SETS, check=False)
-    return run_study(question, model, options=options)
+    return run_study(question, model, options=options, sink=silent)
 
 
 def _network(study: Study, question: Question, model: Model, claims: Sequence[Claim], seed: int) -> Network:

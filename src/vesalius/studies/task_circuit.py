@@ -27,9 +27,10 @@ from vesalius.circuits import Circuit, Effects, decompose, find_circuit, find_ed
 from vesalius.describe import Context, Descriptions, describe
 from vesalius.errors import FileFormatError, InputError
 from vesalius.inputs import Pairs
-from vesalius.jobs import Blocks, Event, Sink, silent
+from vesalius.jobs import Blocks, Event, Sink
 from vesalius.ledger import Ledger
 from vesalius.model import Model
+from vesalius.progress import shown
 from vesalius.records import Claim, Evidence, Family, Verdict, content_hash
 from vesalius.site import Site
 from vesalius.studies.answer import html
@@ -90,19 +91,25 @@ class Study:
 
 
 def run_study(
-    question: Question, model: Model, *, out: Path | None = None, options: Options | None = None, sink: Sink = silent
+    question: Question,
+    model: Model,
+    *,
+    out: Path | None = None,
+    options: Options | None = None,
+    sink: Sink | None = None,
 ) -> Study:
-    """Run or resume a study. out: folder for blocks and ledger (None: nothing is kept).
+    """Run or resume a study. out: folder for blocks and ledger (None: nothing is kept). sink: None shows progress.
 
     A model that does not do the task gives a Study whose `stopped` says so (unless options.past_gate). Raises
     InputError when `out` holds another study, or clean and corrupted prompts do not differ in their effect.
     """
     chosen = options or Options()
-    if out is not None:
-        blocks = _blocks(out, question, model, chosen, sink)
-        return _Runner(question, model, out, blocks, chosen, sink).run()
-    with tempfile.TemporaryDirectory() as folder:
-        return _Runner(question, model, Path(folder), Blocks(None, _plan(question, model, chosen)), chosen, sink).run()
+    with shown(sink) as told:
+        if out is not None:
+            return _Runner(question, model, out, _blocks(out, question, model, chosen, told), chosen, told).run()
+        with tempfile.TemporaryDirectory() as folder:
+            blocks = Blocks(None, _plan(question, model, chosen))
+            return _Runner(question, model, Path(folder), blocks, chosen, told).run()
 
 
 def _plan(question: Question, model: Model, options: Options) -> str:

@@ -28,9 +28,10 @@ from vesalius.attention import capped
 from vesalius.errors import InputError, NotFiniteError, SelfCheckError, UnknownNameError
 from vesalius.hooks import Tap, tapped
 from vesalius.inputs import Pairs
-from vesalius.jobs import Event, Sink, silent
+from vesalius.jobs import Event, Sink
 from vesalius.metric import Metric, logit_diff
 from vesalius.model import Model
+from vesalius.progress import shown
 from vesalius.site import Site
 from vesalius.sweeps.checking import allowance
 from vesalius.sweeps.cost import Cost
@@ -60,7 +61,7 @@ def path_patching(
     budget: int = TOKENS_PER_BATCH,
     check: bool = True,
     seed: int = 0,
-    sink: Sink = silent,
+    sink: Sink | None = None,
 ) -> Scores:
     """The metric when each sender, alone, has the other prompts' value for the receivers only.
 
@@ -68,7 +69,8 @@ def path_patching(
     z site by itself. receivers: q, k and v (with or without a head), mlp_in, or logits alone; all of them together are
     one set. freeze_mlps: False lets MLPs between sender and receiver respond (the definition of Wang et al. 2023).
     freeze_norm: with logits as receiver, hold the final norm's scale at the base run. base: the prompts that are run;
-    the other prompts give the senders' values. check: run one random cell by three plain forwards too.
+    the other prompts give the senders' values. check: run one random cell by three plain forwards too. sink: None shows
+    progress on standard error.
 
     Returns Scores [sender, example]: `effects` are the path effects. A sender after all receivers has effect 0.
 
@@ -92,7 +94,8 @@ def path_patching(
     if not runs[0].causal:
         donor = replace(donor, first=torch.zeros_like(donor.first))
     work = _Work(*runs, donor, pairs, metric, paths)
-    values, cost = work.values(names, budget, sink)
+    with shown(sink) as told:
+        values, cost = work.values(names, budget, told)
     plain = [base_values(run, pairs, metric, runs[0]) for run in runs]
     _refuse_nan(values, names)
     if check:

@@ -18,9 +18,10 @@ from torch import Tensor
 from vesalius.errors import InputError, NotFiniteError, SelfCheckError, UnknownNameError
 from vesalius.inputs import Pairs, Tokens
 from vesalius.intervention import Intervention, Noise, Patch, Positions, mask_of
-from vesalius.jobs import Event, Sink, silent
+from vesalius.jobs import Event, Sink
 from vesalius.metric import Metric, answer_logprob
 from vesalius.model import Model
+from vesalius.progress import shown
 from vesalius.site import Site
 from vesalius.sweeps.checking import allowance
 from vesalius.sweeps.cost import Cost
@@ -72,7 +73,7 @@ def causal_tracing(
     budget: int = TOKENS_PER_BATCH,
     check: bool = True,
     seed: int = 0,
-    sink: Sink = silent,
+    sink: Sink | None = None,
 ) -> Tracing:
     """Noise on the subject of the clean prompts, and every state given back alone.
 
@@ -80,7 +81,8 @@ def causal_tracing(
     interventions (a mask [example, pos] for subjects at different places). kinds: resid_post, mlp_out, attn_out.
     window: layers restored together around each one, for mlp_out and attn_out (Meng et al. take 10; more of them
     inflate the effect). draws: noise draws per example, averaged; fewer than 10 are noisy. scale: in standard
-    deviations of the subject tokens' embeddings. check: run one random restoration plainly too.
+    deviations of the subject tokens' embeddings. check: run one random restoration plainly too. sink: None shows
+    progress.
 
     Raises InputError for prompts without subject tokens or no draws, UnknownNameError for another kind, SelfCheckError
     when the plain run disagrees, NotFiniteError for a metric that is not finite.
@@ -98,7 +100,8 @@ def causal_tracing(
     std = float(found[mask.to(found.device)].float().std())
     noises = [Noise("embed", scale=scale, std=std, seed=seed * 1_009 + draw, positions=mask) for draw in range(draws)]
     work = _Work(model, clean, pairs, metric, mask, {kind: _windows(model, kind, window) for kind in kinds}, budget)
-    return work.trace(noises, std, check, seed, sink)
+    with shown(sink) as told:
+        return work.trace(noises, std, check, seed, told)
 
 
 def _subject(subject: Positions, tokens: Tokens) -> Bool[Tensor, "example pos"]:

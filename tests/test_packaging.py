@@ -225,7 +225,7 @@ def test_check_is_lint_types_and_last_the_tests(house: House) -> None:
     plan = house.make("-n", "check").stdout.splitlines()
     assert plan == [f".venv/bin/{c}" for c in ("ruff format --check", "ruff check", "mypy", "python -m pytest")]
     hooks = re.findall(r"(?m)^ +entry: (.+)$", text(".pre-commit-config.yaml"))
-    assert hooks == plan[:-1]
+    assert hooks == plan
 
 
 def test_continuous_integration_runs_check() -> None:

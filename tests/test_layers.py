@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "src" / "vesalius"
 ROWS = [
     "errors",
     "shapes stats jobs records gguf_file products",
-    "verdict cache progress",
+    "verdict cache progress classifier",
     "ledger convert",
     "site",
     "inputs",

@@ -1,4 +1,4 @@
-"""`vesalius study | sites | harvest | calibrate | ledger`.
+"""`vesalius study | sites | harvest | train | calibrate | ledger`.
 
 Exit codes: 0 done, 1 the study stopped at its gate, 2 something given cannot be used (the message says what, and what
 to do), 130 interrupted; finished work is kept and the same command goes on from there.
@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from vesalius.cli import calibrating, harvesting, ledgers, sites, studying
+from vesalius.cli import calibrating, harvesting, ledgers, sites, studying, training
 from vesalius.cli.screen import console, fail, warn
 from vesalius.errors import VesaliusError
 
@@ -137,6 +137,40 @@ def harvest(
         beginning=beginning, keep_beginning=keep_beginning, max_norm=max_norm, column=column,
     )  # fmt: skip
     harvesting.harvest(request)
+
+
+@app.command()
+def train(
+    store: Annotated[Path, typer.Argument(help="Folder of activations, made by harvest.")],
+    out: Annotated[Path, typer.Option(help="Folder for the dictionary; an interrupted run goes on from there.")],
+    kind: Annotated[str, typer.Option(help="relu, gated, jumprelu, topk, batchtopk or matryoshka.")] = "topk",
+    latents: Annotated[int, typer.Option(help="Number of latents; per layer in a cross-layer transcoder.")] = 8192,
+    k: Annotated[int, typer.Option("--k", help="Latents active per row, in the kinds that count them.")] = 32,
+    steps: Annotated[int | None, typer.Option(help="Steps of training.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows per step, over all processes.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    coder: Annotated[str, typer.Option(help="auto, sae, transcoder, crosscoder or cross_layer.")] = "auto",
+    in_site: Annotated[list[str] | None, typer.Option(help="Site or glob that is read; can be repeated.")] = None,
+    out_site: Annotated[list[str] | None, typer.Option(help="Site or glob that is rebuilt; can be repeated.")] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Coefficient of the sparsity penalty (relu, gated, jumprelu).")
+    ] = None,
+    skip: Annotated[bool, typer.Option("--skip", help="A linear map beside the latents (transcoders).")] = False,
+    precision: Annotated[
+        str, typer.Option(help="fp32; bf16-screen: the same latents, sooner; bf16: mixed precision.")
+    ] = "fp32",
+    dead_after: Annotated[int | None, typer.Option(help="Rows without firing after which a latent is dead.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    device: Annotated[str, typer.Option(help="Device of the tensors, such as cpu or cuda.")] = "cpu",
+) -> None:
+    """A sparse dictionary from harvested activations; under torchrun, on several processes."""
+    fields = {
+        "kind": kind, "n_latents": latents, "k": k, "steps": steps, "batch_size": batch, "lr": lr, "seed": seed,
+        "coder": coder, "in_sites": in_site, "out_sites": out_site, "sparsity": sparsity, "skip": skip,
+        "precision": precision, "dead_after": dead_after, "checkpoint_every": checkpoint_every,
+    }  # fmt: skip
+    training.train(training.Request(store, out, device, fields))
 
 
 @app.command()

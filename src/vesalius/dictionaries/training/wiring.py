@@ -75,7 +75,7 @@ def _named(patterns: Sequence[str], source: Source) -> tuple[Site, ...]:
 def _guess(ins: tuple[Site, ...], outs: tuple[Site, ...], sites: tuple[Site, ...], paired: bool) -> str:
     if paired and len(sites) == 2:
         return "transcoder"
-    if len(ins or sites) == 1 and ins in (outs, ()):
+    if len(ins or sites) == 1 and outs in (ins, ()):
         return "sae"
     if len(ins) == len(outs) == 1:
         return "transcoder"

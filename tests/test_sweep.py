@@ -194,7 +194,11 @@ def test_a_killed_sweep_goes_on_where_it_was_and_gives_the_same_values(
     model: vs.Model, pairs: vs.Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask: dict[str, Any] = {"sites": "layers.*.z", "each": "head", "check": False}
+    together = vs.sweep(model, pairs, **ask)
+    monkeypatch.setattr(sweep_module, "BLOCK", 0.0)  # every site a block of its own
     whole = vs.sweep(model, pairs, **ask)
+    assert torch.allclose(together.values, whole.values, atol=1e-4)
+    assert together.cost.spent == pytest.approx(whole.cost.spent)
     evaluate, done = sweep_module.evaluate, []
 
     def dies_at_the_third(*args: Any, **options: Any) -> Any:

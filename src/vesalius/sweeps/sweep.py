@@ -99,6 +99,11 @@ def sweep(
         return work.scores(Blocks(out, content_hash(plan), told), check)
 
 
+NOTHING = Cost(0.0, 0.0, 0)
+BLOCK = 64.0
+"""Forward equivalents of a block at least: seconds of work."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Work:
     """A sweep whose base and source runs are recorded."""
@@ -125,40 +130,46 @@ class _Work:
         if reason:
             self.sink(Event("note", "sweep", message=f"no replay: {reason}; every edited run is one whole forward"))
         mask = _mask(next(iter(self.variants.values())), self.pairs)
-        quote = _bill(estimate(self.runs[0], every, self.donor, self.pairs.at + 1), mask, len(self.variants))
+        quotes = [estimate(self.runs[0], rows, self.donor, self.pairs.at + 1) for rows in self.variants.values()]
+        quote = _bill(sum(quotes, NOTHING), mask, len(self.variants))
         needs = Estimate(quote.spent * self.seconds, memory_bytes=memory_of(self.runs, self.budget))
         self.sink(Event("note", "sweep", message=f"sweep: {quote.describe()}; {needs.describe()}"))
-        results = self._results(blocks, check)
+        results = self._results(_together([quote.spent for quote in quotes]), blocks, check)
         return self._scores(results, mask)
 
-    def _results(self, blocks: Blocks, check: bool) -> list[Mapping[str, NDArray[Any]]]:
-        """One block per site: values [variant, example], what they cost, and the error when it was looked at."""
-        names = {what: f"{number} {name_of(what)}" for number, what in enumerate(self.variants)}
-        pending = [what for what in self.variants if names[what] not in blocks]
+    def _results(self, groups: Sequence[range], blocks: Blocks, check: bool) -> list[Mapping[str, NDArray[Any]]]:
+        """One block per group of sites: values [site and variant, example], cost, and error when it was looked at.
+
+        Sites of a group go up the layers together, so that batches are full.
+        """
+        whats = list(self.variants)
+        names = [f"{group.start}-{group.stop} {name_of(whats[group.start])}" for group in groups]
+        pending = [name for name in names if name not in blocks]
         checked = pending[self.seed % len(pending)] if pending and check else None
 
-        def compute(what: What) -> dict[str, NDArray[Any]]:
+        def compute(group: range, name: str) -> dict[str, NDArray[Any]]:
             found = evaluate(
-                self.runs[0], self.variants[what], self.donor, self.pairs, self.metric, budget=self.budget,
-                check=what == checked, seed=self.seed, under=self.under,
+                self.runs[0], [variant for number in group for variant in self.variants[whats[number]]], self.donor,
+                self.pairs, self.metric, budget=self.budget, check=name == checked, seed=self.seed, under=self.under,
             )  # fmt: skip
             cost = torch.tensor([found.cost.spent, found.cost.naive, found.cost.skipped], dtype=torch.float64)
             error = torch.tensor([] if found.error is None else [found.error], dtype=torch.float64)
             return {"values": found.values.cpu().numpy(), "cost": cost.numpy(), "error": error.numpy()}
 
         results: list[Mapping[str, NDArray[Any]]] = []
-        self.sink(Event("start", "sweep", 0, len(self.variants)))
-        for number, what in enumerate(self.variants):
-            results.append(blocks.get(names[what], lambda what=what: compute(what)))  # type: ignore[misc]
-            self.sink(Event("advance", "sweep", number + 1, len(self.variants)))
-        self.sink(Event("end", "sweep", len(self.variants), len(self.variants)))
+        self.sink(Event("start", "sweep", 0, len(whats)))
+        for group, name in zip(groups, names, strict=True):
+            results.append(blocks.get(name, lambda group=group, name=name: compute(group, name)))  # type: ignore[misc]
+            self.sink(Event("advance", "sweep", group.stop, len(whats)))
+        self.sink(Event("end", "sweep", len(whats), len(whats)))
         return results
 
     def _scores(self, results: Sequence[Mapping[str, NDArray[Any]]], mask: Tensor) -> Scores:
-        values = torch.stack([torch.from_numpy(result["values"].copy()) for result in results])
+        values = torch.cat([torch.from_numpy(result["values"].copy()) for result in results])
+        values = values.unflatten(0, (len(self.variants), -1))
         mask, each = mask.expand(len(values), -1, -1), self.asked.each
         costs = [result["cost"] for result in results]
-        spent = sum((Cost(float(c[0]), float(c[1]), int(c[2])) for c in costs), Cost(0.0, 0.0, 0))
+        spent = sum((Cost(float(c[0]), float(c[1]), int(c[2])) for c in costs), NOTHING)
         plain = [base_values(run, self.pairs, self.metric, self.runs[0]) for run in self.runs]
         errors = [float(worst) for result in results for worst in result["error"]]
         return Scores(
@@ -167,6 +178,17 @@ class _Work:
             sites=tuple(name_of(what) for what in self.variants), each=each, edit=self.edit, metric=self.metric.name,
             unit=self.metric.unit, prompts=self.prompts, error=max(errors, default=None), compute=self.under.compute,
         )  # fmt: skip
+
+
+def _together(costs: Sequence[float]) -> list[range]:
+    """Neighbouring sites that make one block: enough work to fill batches, little enough to lose when killed."""
+    groups, first, held = [], 0, 0.0
+    for number, cost in enumerate(costs):
+        held += cost
+        if held >= BLOCK or number == len(costs) - 1:
+            groups.append(range(first, number + 1))
+            first, held = number + 1, 0.0
+    return groups
 
 
 def _recorded(

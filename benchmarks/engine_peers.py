@@ -185,7 +185,9 @@ class Vene:
         place = [[[where]] * len(ids)]
         with torch.no_grad():
             _, output = net(
-                base={"input_ids": ids}, source_representations=sources, unit_locations={"sources->base": (place, place)}
+                base={"input_ids": ids},
+                source_representations=sources,
+                unit_locations={"sources->base": (place, place)},
             )
         logits: Tensor = output.logits
         return logits

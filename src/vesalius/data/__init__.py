@@ -5,9 +5,10 @@ from __future__ import annotations
 from vesalius.data.files import load_pairs
 from vesalius.data.harvest import harvest
 from vesalius.data.manifest import DTYPES
+from vesalius.data.origin import Origin
 from vesalius.data.positions import landmarks
 from vesalius.data.source import Source, TensorSource, as_source
-from vesalius.data.store import ActivationStore, Origin
+from vesalius.data.store import ActivationStore
 from vesalius.data.stream import Stream, stream
 from vesalius.data.tasks import (
     TASKS,

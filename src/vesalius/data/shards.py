@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Bool
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from vesalius.cache import file_sha256
 from vesalius.data.manifest import Manifest, ShardNote, shard_name
-from vesalius.data.packing import Group
+from vesalius.data.packing import Context, Group
 from vesalius.errors import FileFormatError
 from vesalius.jobs import write_atomic
 
@@ -147,6 +148,22 @@ def open_shard(folder: Path, number: int, manifest: Manifest) -> Shard:
     if _hash_of(tensors) != note.checks:
         raise FileFormatError(f"{path} is damaged: its checksums are not those the manifest knows; {_AGAIN}")
     return shard
+
+
+def contexts_of(shard: Shard, of: NDArray[np.int32], at: NDArray[np.int32]) -> Iterator[tuple[int, Context]]:
+    """The contexts of successive rows, each with the number of its first row among them.
+
+    of, at: [row], the number of each row's context in the shard, and its position there. A context's `kept` says which
+    tokens have a row among these.
+    """
+    told = {name: shard.contexts[name].numpy() for name in OF_CONTEXTS}
+    begins = np.flatnonzero(np.diff(of, prepend=-1)).tolist()
+    for begin, end in zip(begins, [*begins[1:], len(of)], strict=True):
+        number = int(of[begin])
+        ids = told[IDS][told[START][number] : told[START][number + 1]].astype(np.int64)
+        kept = np.zeros(len(ids), dtype=bool)
+        kept[at[begin:end]] = True
+        yield begin, Context(int(told[DOCUMENT][number]), int(told[OFFSET][number]), ids, kept)
 
 
 def _fits(shard: Shard, note: ShardNote, manifest: Manifest) -> bool:

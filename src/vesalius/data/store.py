@@ -7,11 +7,11 @@ alone, so a run can begin at any batch at the cost of one pool.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vesalius.data.manifest import Manifest, read_manifest
-from vesalius.data.shards import CONTEXT, DOCUMENT, IDS, OFFSET, POSITION, START, TOKEN, Shard, flaw, open_shard
+from vesalius.data.origin import Origin
+from vesalius.data.packing import Context
+from vesalius.data.shards import (
+    CONTEXT,
+    DOCUMENT,
+    IDS,
+    OFFSET,
+    POSITION,
+    START,
+    TOKEN,
+    Shard,
+    contexts_of,
+    flaw,
+    open_shard,
+)
 from vesalius.data.source import Rows, check_batches, check_sample, rebatched
 from vesalius.data.tasks.base import stream
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
@@ -31,35 +45,20 @@ from vesalius.site import Site
 POOL_BYTES = 2**28
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a row comes from.
+class ActivationStore:
+    """Activations on disk, one row per token. Made by `harvest`, opened by `ActivationStore.open`; is a Source.
 
-    document: number of the text, from 0, empty ones counted. token: number of the row's token in its document; -1 for
-    the beginning token. ids: the context as the model saw it, the beginning token included. at: the row's position in
-    it: no later token had any influence on a causal model's activation.
+    rows: numbers of the rows that are read; default all. A part of a store (`documents`, `split`) reads some, which
+    keep their numbers.
     """
 
-    document: int
-    token: int
-    ids: tuple[int, ...]
-    at: int
-
-    def text(self, tokenizer: Any) -> tuple[str, str, str]:
-        """What stands before the token, the token, and what comes after it, in this context."""
-        pieces = (self.ids[: self.at], self.ids[self.at : self.at + 1], self.ids[self.at + 1 :])
-        before, token, after = (str(tokenizer.decode(list(piece))) for piece in pieces)
-        return before, token, after
-
-
-class ActivationStore:
-    """Activations on disk, one row per token. Made by `harvest`, opened by `ActivationStore.open`; is a Source."""
-
     def __init__(
-        self, folder: Path, manifest: Manifest, sites: tuple[Site, ...], dtype: torch.dtype, pool_rows: int
-    ) -> None:
+        self, folder: Path, manifest: Manifest, sites: tuple[Site, ...], dtype: torch.dtype, pool_rows: int,
+        rows: range | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.manifest, self.dtype, self.pool_rows = folder, manifest, dtype, pool_rows
         self._sites = sites
+        self.rows = range(manifest.rows) if rows is None else rows
         self._open: dict[int, Shard] = {}
 
     @classmethod
@@ -102,7 +101,8 @@ class ActivationStore:
 
     def __repr__(self) -> str:
         sites = ", ".join(f"{site} [{width}]" for site, width in zip(self.sites, self.widths, strict=True))
-        return f"ActivationStore({self.folder}: {self.n_rows:,} rows of {sites})"
+        of_all = "" if self.whole else f" of {self.manifest.rows:,}, from row {self.rows.start:,} on,"
+        return f"ActivationStore({self.folder}: {self.n_rows:,} rows{of_all} of {sites})"
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -115,7 +115,12 @@ class ActivationStore:
 
     @property
     def n_rows(self) -> int:
-        return self.manifest.rows
+        return len(self.rows)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows of the store are read."""
+        return len(self.rows) == self.manifest.rows
 
     @property
     def beginning(self) -> Mapping[str, Any]:
@@ -124,11 +129,10 @@ class ActivationStore:
 
     @cached_property
     def content_hash(self) -> str:
-        """Of the manifest, and through it of every file; of the sites read, their dtype, and the size of the pool."""
-        return content_hash(
-            {"manifest": self.manifest.content_hash, "sites": [str(site) for site in self._sites],
-             "dtype": str(self.dtype), "pool_rows": self.pool_rows}
-        )  # fmt: skip
+        """Of the manifest, and through it of every file; of sites and rows read, their dtype, the size of the pool."""
+        told = {"manifest": self.manifest.content_hash, "sites": [str(site) for site in self._sites],
+                "dtype": str(self.dtype), "pool_rows": self.pool_rows}  # fmt: skip
+        return content_hash(told if self.whole else {**told, "rows": [self.rows.start, self.rows.stop]})
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Rows]:
         """As `Source.batches`. Raises FileFormatError, when it is reached, for a shard that is not as it was."""
@@ -146,10 +150,78 @@ class ActivationStore:
         Batches end with their shard, so some are smaller.
         """
         check_batches(batch_size, 0, 0)
-        for number, first in enumerate(self._starts[:-1].tolist()):
-            whole = [self._whole(number, str(site)) for site in self._sites]
-            for at in range(0, len(whole[0]), batch_size):
+        for number, here in self._here():
+            whole = [self._whole(number, str(site))[here.start : here.stop] for site in self._sites]
+            first = int(self._starts[number]) + here.start
+            for at in range(0, len(here), batch_size):
                 yield first + at, tuple(tensor[at : at + batch_size].to(self.dtype) for tensor in whole)
+
+    def at(self, rows: range) -> Rows:
+        """These rows, [len(rows), width] at each site. Raises InputError for rows that are not read here."""
+        if rows.step != 1 or not len(rows) or rows[0] not in self.rows or rows[-1] not in self.rows:
+            raise InputError(f"{rows} are no rows of this store, which has {self.rows.start} to {self.rows.stop - 1}")
+        _, _, sizes, _ = self._blocks
+        ends = np.cumsum(sizes) + self.rows.start
+        blocks = np.arange(np.searchsorted(ends, rows.start, "right"), np.searchsorted(ends, rows.stop, "left") + 1)
+        first = int(ends[blocks[0]] - sizes[blocks[0]])
+        into = tuple(torch.empty(int(sizes[blocks].sum()), width, dtype=self.manifest.dtype) for width in self.widths)
+        self._read(blocks, into)
+        return tuple(tensor[rows.start - first : rows.stop - first].to(self.dtype) for tensor in into)
+
+    def contexts(self) -> Iterator[tuple[int, Context]]:
+        """The contexts of the rows, in order: number of a context's first row, and the context.
+
+        `kept` says which of its tokens have a row here, so that its rows are those from that number on.
+        """
+        for number, here in self._here():
+            of, at = (self._whole(number, name)[here.start : here.stop].numpy() for name in (CONTEXT, POSITION))
+            for begin, context in contexts_of(self._shard(number), of, at):
+                yield int(self._starts[number]) + here.start + begin, context
+
+    def documents(self, first: int = 0, stop: int | None = None) -> ActivationStore:
+        """The part of this store whose rows are of documents number first to stop - 1 (default: all from first on).
+
+        Raises InputError when there is none.
+        """
+        rows = self.rows[bisect.bisect_left(self.rows, first, key=self._document) :]
+        if stop is not None:
+            rows = rows[: bisect.bisect_left(rows, stop, key=self._document)]
+        if not rows:
+            raise InputError(f"no row of this store is of documents {first} to {'the last' if stop is None else stop}")
+        return self._part(rows)
+
+    def split(self, held_out: float = 0.1) -> tuple[ActivationStore, ActivationStore]:
+        """Two parts without a document in common: the first documents, and the last, with about this share of the rows.
+
+        The cut is at the end of a document that is nearest. Raises InputError for a share outside 0 to 1, and when all
+        rows are of one document.
+        """
+        if not 0 < held_out < 1:
+            raise InputError(f"held_out is a share of the rows, between 0 and 1; got {held_out}")
+        wanted = min(max(round((1 - held_out) * len(self.rows)), 1), len(self.rows) - 1)
+        document = self._document(self.rows[wanted])
+        cuts = [bisect.bisect_left(self.rows, number, key=self._document) for number in (document, document + 1)]
+        inside = [cut for cut in cuts if 0 < cut < len(self.rows)]
+        if not inside:
+            raise InputError(f"all {len(self.rows):,} rows are of one document, so none can be held out; harvest more")
+        cut = min(inside, key=lambda place: abs(place - wanted))
+        return self._part(self.rows[:cut]), self._part(self.rows[cut:])
+
+    def _part(self, rows: range) -> ActivationStore:
+        return ActivationStore(self.folder, self.manifest, self._sites, self.dtype, self.pool_rows, rows)
+
+    def _document(self, row: int) -> int:
+        number, at = self._find(row)
+        shard = self._shard(number)
+        block, inside = divmod(at, self.manifest.block_rows)
+        return int(shard.contexts[DOCUMENT][int(shard.block(CONTEXT, block)[inside])])
+
+    def _here(self) -> Iterator[tuple[int, range]]:
+        """Of every shard with rows that are read: its number, and which of its rows."""
+        for number, (first, end) in enumerate(itertools.pairwise(self._starts.tolist())):
+            here = range(max(self.rows.start - first, 0), min(self.rows.stop, end) - first)
+            if here:
+                yield number, here
 
     def trace(self, row: int) -> Origin:
         """Where a row comes from. Raises InputError when there is no such row."""
@@ -170,7 +242,7 @@ class ActivationStore:
     @cached_property
     def tokens(self) -> Tensor:
         """Token id of every row, [n_rows] int32."""
-        return torch.cat([self._whole(number, TOKEN) for number in range(len(self.manifest.shards))])
+        return torch.cat([self._whole(number, TOKEN)[here.start : here.stop] for number, here in self._here()])
 
     def verify(self) -> None:
         """Look at every byte. Raises FileFormatError naming the first shard that is not as it was written."""
@@ -195,20 +267,23 @@ class ActivationStore:
         return np.cumsum([0, *(note.rows for note in self.manifest.shards)])
 
     def _find(self, row: int) -> tuple[int, int]:
-        if not 0 <= row < self.n_rows:
-            raise InputError(f"row {row} does not exist: this store has rows 0 to {self.n_rows - 1}")
+        if row not in self.rows:
+            raise InputError(f"row {row} does not exist: this store has rows {self.rows.start} to {self.rows.stop - 1}")
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         return number, row - int(self._starts[number])
 
     @cached_property
-    def _blocks(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Of every block: its shard, its number there, and its rows."""
+    def _blocks(self) -> tuple[NDArray[np.int64], ...]:
+        """Of every block with rows that are read: its shard, its number there, their number and first."""
         size = self.manifest.block_rows
         counts = [-(-note.rows // size) for note in self.manifest.shards]
         shard = np.repeat(np.arange(len(counts)), counts)
         number = np.concatenate([np.arange(n) for n in counts])
-        rows = np.array([note.rows for note in self.manifest.shards])[shard]
-        return shard, number, np.minimum(size, rows - number * size)
+        begin = self._starts[shard] + number * size
+        end = np.minimum(begin + size, self._starts[shard + 1])
+        first, stop = np.maximum(begin, self.rows.start), np.minimum(end, self.rows.stop)
+        read = stop > first
+        return shard[read], number[read], (stop - first)[read], (first - begin)[read]
 
     def _pools(self, key: tuple[str, int], skip: int) -> Iterator[tuple[Rows, Tensor]]:
         """Pools of rows, and the order in which their rows come, less the first `skip` rows; endless."""
@@ -217,7 +292,7 @@ class ActivationStore:
         most = min(per_pool * self.manifest.block_rows, self.n_rows)
         memory = [torch.empty(most, width, dtype=self.manifest.dtype) for width in self.widths]
         first, skip = divmod(skip, self.n_rows)
-        for epoch in count(first):
+        for epoch in itertools.count(first):
             order = torch.randperm(len(sizes), generator=stream(*key, epoch)).numpy()
             for number, at in enumerate(range(0, len(order), per_pool)):
                 blocks = np.sort(order[at : at + per_pool])
@@ -233,10 +308,10 @@ class ActivationStore:
 
     def _read(self, blocks: NDArray[np.int64], into: Rows) -> None:
         """Rows of these blocks, at the sites that are read; blocks in the order in which they lie on disk."""
-        shard, number, _ = self._blocks
-        where = [(self._shard(int(shard[block])), int(number[block])) for block in blocks]
+        chosen = zip(*(column[blocks].tolist() for column in self._blocks), strict=True)
+        where = [(self._shard(shard), number, slice(first, first + rows)) for shard, number, rows, first in chosen]
         for site, tensor in zip(self._sites, into, strict=True):
-            torch.cat([opened.block(str(site), at) for opened, at in where], out=tensor)
+            torch.cat([opened.block(str(site), at)[inside] for opened, at, inside in where], out=tensor)
 
 
 def _chosen(name: Site | str, known: Sequence[Site]) -> list[Site]:

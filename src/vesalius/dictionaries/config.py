@@ -108,6 +108,8 @@ class TrainConfig:
     resample_every: int = 1000
     checkpoint_every: int = 500
     """Steps between checkpoints, when there is a folder to keep them in."""
+    held_out: float = 0.05
+    """Share of a store's rows, whole documents from its end, that is left out, for `quality` to measure on."""
 
     def __post_init__(self) -> None:
         for name in ("in_sites", "out_sites", "groups", "betas"):
@@ -210,6 +212,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{name: _FLAG for name in ("skip", "normalise")},
     **{name: _optional(_FLAG) for name in ("apply_b_dec_to_input", "fold")},
     "decay": (lambda value: _number(value) and 0 <= value <= 1, "a share between 0 and 1"),
+    "held_out": (lambda value: _number(value) and 0 <= value < 1, "a share from 0 to under 1"),
     "betas": (lambda value: len(value) == 2 and all(_number(b) and 0 <= b < 1 for b in value), "two numbers in [0, 1)"),
     "groups": (lambda value: all(_whole(size, 1) for size in value), "whole numbers, at least 1"),
     **{name: _NAMES for name in ("in_sites", "out_sites")},

@@ -19,6 +19,7 @@ from vesalius.data import Source, as_source
 from vesalius.dictionaries import folder
 from vesalius.dictionaries.coder import Coder
 from vesalius.dictionaries.config import TrainConfig
+from vesalius.dictionaries.held_out import for_training, trained_on
 from vesalius.dictionaries.loading import load
 from vesalius.dictionaries.training.checkpoint import Checkpoints
 from vesalius.dictionaries.training.finish import fitted
@@ -45,6 +46,8 @@ def train(
 ) -> Coder:  # fmt: skip
     """A dictionary trained on activations: a Source (a store, a stream), a tensor [n, d_in], or a tuple (x, y).
 
+    Of a whole store the last documents are held out (`TrainConfig.held_out`), so that there are rows to judge by.
+
     out: folder for the dictionary, its history and, on the way, checkpoints. A run that was interrupted goes on from
     the last checkpoint, to the same weights bit for bit (on the same machine); a finished one is loaded. Under torchrun
     (an initialised `torch.distributed`) every process trains on its share of each batch.
@@ -53,7 +56,7 @@ def train(
     folder that holds another run, NotFiniteError for NaN in the data and for a loss that is no number any more.
     """
     config = config or TrainConfig()
-    source, where = as_source(data), None if out is None else Path(out)
+    source, where = for_training(as_source(data), config.held_out), None if out is None else Path(out)
     wiring = wire(source, config, paired=isinstance(data, tuple | list))
     about = _about(source, config, wiring)
     if where is not None and (where / folder.CONFIG).exists():
@@ -74,7 +77,7 @@ def train(
 def _about(source: Source, config: TrainConfig, wiring: Wiring) -> dict[str, Any]:
     """Where the dictionary comes from; `plan` says what has to be the same for a run to go on."""
     made_of = {"config": plain(config), "data": source.content_hash, "coder": wiring.coder}
-    return {**made_of, "plan": content_hash(made_of), "version": __version__}
+    return {**made_of, **trained_on(source), "plan": content_hash(made_of), "version": __version__}
 
 
 def _finished(where: Path, plan: str, sink: Sink) -> Coder:

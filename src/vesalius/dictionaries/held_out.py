@@ -1,0 +1,74 @@
+"""Which rows a dictionary was trained on, and which it never saw: training leaves the last documents of a store out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vesalius.data import ActivationStore, Source
+from vesalius.errors import InputError
+from vesalius.records import content_hash
+
+KEY = "trained_on"
+"""In a dictionary's `about`."""
+
+
+def for_training(source: Source, share: float) -> Source:
+    """The source without its last documents, with about this share of the rows, if it is a whole store of several.
+
+    Parts of stores, streams and tensors stay as they are: whoever made them chose their rows.
+    """
+    if share == 0 or not isinstance(source, ActivationStore) or not source.whole:
+        return source
+    try:
+        return source.split(share)[0]
+    except InputError:  # all of one document
+        return source
+
+
+def trained_on(source: Source) -> dict[str, Any]:
+    """What tells these rows from others, for a dictionary's `about`; empty when nothing does."""
+    if not isinstance(source, ActivationStore):
+        return {}
+    first, last = (source.trace(row).document for row in (source.rows[0], source.rows[-1]))
+    return {KEY: {**_text(source), "documents": [first, last + 1], "rows": source.n_rows}}
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Rows to judge a dictionary by, and what is known of them. seen: None when it cannot be told."""
+
+    source: Source
+    seen: bool | None
+    words: str
+
+
+def unseen(source: Source, about: Mapping[str, Any]) -> Unseen:
+    """The part of a source that a dictionary was not trained on, as far as the two can tell.
+
+    When it was trained on all of it, the source as it is, with `seen` True.
+    """
+    known = about.get(KEY)
+    if known is None and about.get("data") == source.content_hash:
+        return Unseen(source, True, "All of these rows were trained on: the figures flatter.")
+    if known is None or not isinstance(source, ActivationStore):
+        return Unseen(source, None, "Whether these rows were trained on is not known.")
+    if _text(source)["text"] != known["text"]:
+        return Unseen(
+            source, None, "These rows are of other texts than those trained on; whether they overlap is not known."
+        )
+    first, stop = known["documents"]
+    try:
+        rest = source.documents(stop)
+    except InputError:
+        return Unseen(source, True, "All of these rows were trained on: the figures flatter.")
+    words = f"{rest.n_rows:,} rows of documents {stop:,} and later; those trained on were {first:,} to {stop - 1:,}."
+    return Unseen(rest, False, words)
+
+
+def _text(store: ActivationStore) -> dict[str, str]:
+    """Hash of what the documents are: of the text where it was hashed, else of the whole store."""
+    description = store.manifest.plan["text"]
+    told = description if "sha256" in description else {**description, "manifest": store.manifest.content_hash}
+    return {"text": content_hash(told)}

@@ -71,14 +71,13 @@ def test_an_iterable_of_rows_texts_or_ids(tmp_path: Path) -> None:
     class Table:
         """Like a dataset: begins anew, rows are mappings."""
 
-        _fingerprint = "abc"
-
         def __iter__(self) -> Any:
             return ({"text": text, "n": 1} for text in PLAIN)
 
     texts = texts_from(Table())
     assert list(texts.read()) == list(texts.read()) == PLAIN
-    assert (texts.again, texts.description["fingerprint"]) == (True, "abc")
+    assert texts.again
+    assert texts.description["type"].endswith("Table")
     assert listed([[1, 2], (3,), []]) == [[1, 2], (3,), []]
     once = texts_from(iter(PLAIN))
     assert not once.again

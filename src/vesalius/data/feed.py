@@ -111,7 +111,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def _check_context(model: Model, context: int) -> None:
     most = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
     if isinstance(most, int) and context > most:
-        raise InputError(f"context {context} is longer than the {most} positions of {model.name}")
+        raise InputError(f"context {context} is longer than the {most} positions of {model.name}; give {most} or less")
 
 
 def times_first(feed: Feed, first: Group, tally: Tally) -> float | None:

@@ -136,7 +136,7 @@ class Forward:
         done: called after each batch with the number of its rows. Raises NotFiniteError for NaN and infinity.
         """
         kept = tuple(torch.empty(group.rows, width, dtype=dtype) for width in self.widths)
-        with computing():
+        with self._products():
             for batch in self._batches(group, self.batch_tokens):
                 for site, whole, rows in zip(self.sites, kept, self._rows(batch), strict=True):
                     whole[batch.rows] = _stored(site, rows, dtype)
@@ -147,7 +147,7 @@ class Forward:
         """The group's first contexts, run to see how fast that goes and how exact it is."""
         batch = next(self._batches(group, min(self.batch_tokens, _TRIAL)))
         weights = self._weights  # made now, so that it is not timed
-        with computing():
+        with self._products():
             began = time.perf_counter()
             rows = self._rows(batch)
             seconds = time.perf_counter() - began
@@ -172,6 +172,10 @@ class Forward:
     @property
     def _plain(self) -> bool:
         return all(self.compute in (None, _dtype(model)) for model in self.models.values())
+
+    def _products(self) -> contextlib.AbstractContextManager[None]:
+        """Float32 products by the faster library; others have only one."""
+        return computing() if self._plain else contextlib.nullcontext()
 
     @cached_property
     def _weights(self) -> Mapping[str, Mapping[str, Tensor]]:

@@ -56,7 +56,7 @@ class Stream:
     def content_hash(self) -> str:
         """Of models, tokenizer, sites, texts and packing, the buffer among it.
 
-        Of an iterable that is no list, its type, fingerprint if it has one, and its first group of rows.
+        Of an iterable that is no list of texts, its type and its first group of tokens.
         """
         first = next(self._feed.groups(Tally()), None)
         told = {**self._feed.to_json(), "first": "" if first is None else first.content_hash}

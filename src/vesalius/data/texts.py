@@ -77,8 +77,7 @@ def _listed(documents: Sequence[str], description: Mapping[str, Any]) -> Texts:
 
 
 def _from_iterable(given: Iterable[Any], column: str) -> Texts:
-    kind = f"{type(given).__module__}.{type(given).__qualname__}"
-    description = {"kind": "iterable", "type": kind, "fingerprint": str(getattr(given, "_fingerprint", ""))}
+    description = {"kind": "iterable", "type": f"{type(given).__module__}.{type(given).__qualname__}"}
 
     def read() -> Iterator[Document]:
         return (_item(item, number, column) for number, item in enumerate(given))

@@ -1,7 +1,7 @@
 """A program: harvests in a child that is killed again and again, until one gets through.
 
-Arguments: folder with the model, folder for the activations, seed. Prints how the children ended (signal numbers), as
-JSON.
+Arguments: folder with the model, folder for the activations, seed. Two more children then harvest at once into a folder
+`two` beside it. Prints how all ended (signal numbers), as JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import vesalius as vs
 from vesalius.jobs import Event, silent
 
 TEXTS = [f"{number}: the " * (number % 40) + "he said 12" for number in range(160)]
-MOST, KILLS = 60, 14
+MOST, KILLS = 60, 12
 
 
 def run(model: vs.Model, out: Path, fatal: int) -> None:
@@ -56,6 +56,17 @@ def child(model: vs.Model, out: Path, fatal: int, seconds: float | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def two_at_once(model: vs.Model, out: Path) -> list[int]:
+    """How two children ended that were harvesting into one folder."""
+    children = []
+    for _ in range(2):
+        children.append(os.fork())
+        if not children[-1]:
+            run(model, out, 0)
+            os._exit(0)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
 def main() -> None:
     """Children until one comes through."""
     torch.set_num_threads(1)
@@ -66,7 +77,7 @@ def main() -> None:
         seconds = chance.uniform(0.01, 0.25) if len(ended) % 2 and len(ended) < KILLS else None
         ended.append(child(model, out, 0 if seconds else chance.randint(4, 30), seconds))
     harvest(model, out)
-    sys.stdout.write(json.dumps(ended))
+    sys.stdout.write(json.dumps(ended + two_at_once(model, out.with_name("two"))))
 
 
 if __name__ == "__main__":

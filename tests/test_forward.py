@@ -53,6 +53,14 @@ def test_rows_of_many_documents_are_those_of_each_run_alone(name: str) -> None:
         torch.testing.assert_close(found, alone(model, site, chosen), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_family_runs_with_bfloat16_weights(name: str) -> None:
+    model = families.model(name)
+    last = [str(model.sites("layers.*.resid_post")[-1])]
+    exact, fast = (rows(model, last, group(), compute=compute)[0] for compute in (None, torch.bfloat16))
+    assert 1e-4 < float((fast - exact).norm() / exact.norm()) < 0.1
+
+
 def test_an_encoder_is_read_without_its_decoder() -> None:
     model, chosen = t5(), group()
     called = []

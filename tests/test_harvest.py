@@ -242,6 +242,30 @@ def test_killed_at_any_point_it_goes_on_and_the_store_is_the_same_to_the_bit(tmp
     assert ended.count(-9) >= 10
     assert set(ended) <= {0, -9}
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    # Two at once: one waits for the other.
+    assert ended[-2:] == [0, 0]
+    assert files(tmp_path / "two") == files(tmp_path / "whole")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_bounded_by_the_shard_not_by_the_store(tmp_path: Path) -> None:
+    model = vs.Model(tiny.llama(hidden_size=768, intermediate_size=768, layers=1))
+    held: list[int] = []
+
+    def sink(event: Event) -> None:
+        if event.kind == "advance":
+            held.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+
+    def size_of(name: str, documents: int) -> int:
+        held.clear()
+        texts, out = [[5, 6, 7, 8] * 12] * documents, tmp_path / name
+        store = harvest(model, out, texts, sites=["embed"], context=48, shard_bytes=2**21, sink=sink)
+        return sum(shard.bytes for shard in store.manifest.shards)
+
+    size_of("first", 300)  # after which the allocator has what it needs
+    size = size_of("second", 900)
+    assert size > 120e6
+    assert max(held) - held[0] < 45e6
 
 
 def stop_at(number: int) -> Any:

@@ -85,6 +85,7 @@ def test_the_hash_follows_values_names_and_dtypes() -> None:
 def test_what_is_given_becomes_a_source() -> None:
     source = TensorSource(X)
     assert as_source(source) is source
+    assert "content_hash" not in vars(source)
     assert as_source(X).widths == (3,)
     assert as_source((X, Y)).widths == as_source([X, Y]).widths == (3, 2)
     for given in (None, "acts/", [], X.numpy(), (X, 1)):

@@ -278,6 +278,12 @@ def test_a_manifest_made_by_a_stranger_cannot_lead_elsewhere(folder: Path) -> No
         (lambda body: body["plan"].update(sites=[]), "is not a manifest of activations"),
         (lambda body: body.update(format=2), "its format is 2, and 1 can be read"),
         (lambda body: body["shards"][0].pop("rows"), "is not a manifest of activations"),
+        (lambda body: body["shards"][0].update(rows="9"), "is not a manifest of activations"),
+        (lambda body: body["shards"][0].update(bytes=-1), "is not a manifest of activations"),
+        (lambda body: body["shards"].clear(), "it has no sites or no rows"),
+        (lambda body: body["plan"].pop("beginning"), "is not a manifest of activations"),
+        (lambda body: body["plan"]["beginning"].update(id="x"), "its beginning token is no id"),
+        (lambda body: body["plan"]["beginning"].update(token=None), "does not say what contexts begin with"),
     ]:
         rewritten(change)
         with pytest.raises(FileFormatError, match=message):

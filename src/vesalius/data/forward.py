@@ -49,7 +49,7 @@ def captured(
     plain = model.adapter is None
     args, call = ((begun.ids.to(model.device),), {}) if plain else ((), model.token_call(begun))
     with torch.no_grad(), contextlib.suppress(_AllSeenError), tapped(taps):
-        functional_call(model.module, dict(weights or {}), args, call)
+        functional_call(model.module, dict(weights), args, call) if weights else model.module(*args, **call)
     recorder.check_fired()
     return Activations(recorder.captured(), tokens)
 

@@ -137,10 +137,22 @@ def _parsed(found: Any) -> Manifest:
     manifest = Manifest(
         body["plan"], body["relative_error"], tuple(ShardNote(**note) for note in notes), body["counts"]
     )
-    # Looked at once, so that later use cannot fail.
-    if manifest.dtype is None or not manifest.sites or min(*manifest.widths, manifest.block_rows) < 1:
-        raise ValueError("it has no sites")
+    _check(manifest)
     return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Look at all that is used later, so that it cannot fail there. Raises what is caught in `read_manifest`."""
+    sizes = [size for shard in manifest.shards for size in (shard.rows, shard.contexts, shard.bytes)]
+    if not all(isinstance(size, int) and size > 0 for size in (*sizes, *manifest.widths, manifest.block_rows)):
+        raise ValueError("its sizes are not those of files that hold something")
+    if not manifest.sites or manifest.dtype is None or (manifest.counts is not None and not sizes):
+        raise ValueError("it has no sites or no rows")
+    beginning = manifest.plan["beginning"]
+    if not isinstance(beginning["token"], str) or not isinstance(beginning["kept"], bool):
+        raise ValueError("it does not say what contexts begin with")
+    if beginning["id"] is not None and not isinstance(beginning["id"], int):
+        raise ValueError("its beginning token is no id")
 
 
 def differences(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

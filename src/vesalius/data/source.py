@@ -117,7 +117,8 @@ def as_source(given: Any) -> Source:
 
     Raises InputError for anything else, and as `TensorSource`.
     """
-    if isinstance(given, Source):
+    # Not isinstance: that would look every property up, and hash what may be gigabytes.
+    if all(callable(getattr(given, name, None)) for name in ("batches", "sample")):
         return given
     if isinstance(given, Tensor):
         return TensorSource(given)

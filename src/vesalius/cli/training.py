@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
-
 import vesalius as vs
 from vesalius.cli.screen import Screen, bars, say
 from vesalius.jobs import Sink, silent
@@ -36,7 +34,7 @@ def train(request: Request) -> None:
     config = request.config
     store = vs.data.ActivationStore.open(request.store)
     with _process_group(request.device), bars() as progress:
-        leads = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        leads = os.environ.get("RANK", "0") == "0"
         sink: Sink = Screen(progress) if leads else silent
         coder = vs.dictionaries.train(store, config, request.out, device=request.device, sink=sink)
     if leads:
@@ -58,6 +56,9 @@ def _process_group(device: str) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return
+    # Late and at this one edge: other commands, such as `ledger`, start without torch.
+    import torch.distributed
+
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield

@@ -491,3 +491,31 @@ def test_a_measurement_refuses_what_is_not_a_number_and_names_where() -> None:
         stats.Measurement(name="m", values=(1.0, 2.0), n=3, **numbers)
     with pytest.raises(InputError, match="1 labels of 'template' for 2 values"):
         stats.Measurement(name="m", values=(1.0, 2.0), n=2, groups={"template": ("a",)}, **numbers)
+
+
+@pytest.mark.parametrize("method", ["bca", "percentile"])
+def test_a_bootstrap_of_sums_is_the_bootstrap_of_the_examples(method: str) -> None:
+    x = np.random.default_rng(0).gamma(2.0, size=(23, 2))
+    ratio = lambda totals: totals[..., 0] / totals[..., 1]  # noqa: E731
+    fast = stats.bootstrap_of_sums(x, ratio, draws=300, method=method)  # type: ignore[arg-type]
+    slow = stats.bootstrap_interval(x, statistic=lambda rows: ratio(rows.sum(0)), draws=300, method=method)  # type: ignore[arg-type]
+    assert np.allclose(fast, slow)
+
+
+def test_a_bootstrap_of_sums_covers_a_ratio_in_unequal_groups() -> None:
+    rng, hits = np.random.default_rng(1), 0
+    for trial in range(200):
+        sizes = rng.integers(1, 20, 40)
+        level = rng.normal(2.0, 0.5, 40)
+        low, high = stats.bootstrap_of_sums(
+            np.stack([level * sizes, sizes], 1), lambda totals: totals[..., 0] / totals[..., 1], draws=300, seed=trial
+        )
+        hits += low <= 2.0 <= high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_a_bootstrap_of_sums_refuses_one_group() -> None:
+    with pytest.raises(InputError, match="at least 2 groups"):
+        stats.bootstrap_of_sums([[1.0, 2.0]], lambda totals: totals[..., 0])
+    with pytest.raises(UnknownNameError):
+        stats.bootstrap_of_sums([[1.0], [2.0]], lambda totals: totals[..., 0], method="normal")  # type: ignore[arg-type]

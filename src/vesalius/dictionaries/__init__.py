@@ -9,6 +9,7 @@ from vesalius.dictionaries.crosscoder import Scaling, latent_scaling, relative_n
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.folder import save
 from vesalius.dictionaries.history import History
+from vesalius.dictionaries.judging import Figure, Quality, Shared, geometry, quality, shared
 from vesalius.dictionaries.kinds import ACTIVATIONS
 from vesalius.dictionaries.latent import Latent
 from vesalius.dictionaries.loading import load
@@ -21,15 +22,21 @@ __all__ = [
     "Coder",
     "CrossLayerTranscoder",
     "Dictionary",
+    "Figure",
     "Fitter",
     "History",
     "Latent",
+    "Quality",
     "Scaling",
+    "Shared",
     "TrainConfig",
     "estimate",
+    "geometry",
     "latent_scaling",
     "load",
+    "quality",
     "relative_norms",
     "save",
+    "shared",
     "train",
 ]

@@ -11,6 +11,7 @@ from vesalius.stats.multiplicity import bh, by, holm
 from vesalius.stats.resampling import (
     ResamplingTest,
     bootstrap_interval,
+    bootstrap_of_sums,
     draws_needed,
     max_t,
     permutation_test,
@@ -28,6 +29,7 @@ __all__ = [
     "bh",
     "binomial_test",
     "bootstrap_interval",
+    "bootstrap_of_sums",
     "by",
     "clopper_pearson",
     "clustered_t",

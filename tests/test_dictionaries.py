@@ -393,7 +393,7 @@ def test_an_altered_description_is_found(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(FileFormatError, match="holds no dictionary"):
         load(tmp_path)
-    with pytest.raises(FileFormatError, match="is not a folder"):
+    with pytest.raises(FileFormatError, match="there is no file or folder"):
         load(tmp_path / "none")
 
 

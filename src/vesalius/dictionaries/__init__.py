@@ -7,12 +7,13 @@ from vesalius.dictionaries.config import KINDS, TrainConfig
 from vesalius.dictionaries.cross_layer import CrossLayerTranscoder
 from vesalius.dictionaries.crosscoder import Scaling, latent_scaling, relative_norms
 from vesalius.dictionaries.dictionary import Dictionary
-from vesalius.dictionaries.folder import save
 from vesalius.dictionaries.history import History
 from vesalius.dictionaries.judging import Figure, Quality, Shared, geometry, quality, shared
 from vesalius.dictionaries.kinds import ACTIVATIONS
 from vesalius.dictionaries.latent import Latent
 from vesalius.dictionaries.loading import load
+from vesalius.dictionaries.saving import save
+from vesalius.dictionaries.stored_layer import StoredLayer
 from vesalius.dictionaries.training.fitter import Fitter
 from vesalius.dictionaries.training.loop import estimate, train
 
@@ -29,6 +30,7 @@ __all__ = [
     "Quality",
     "Scaling",
     "Shared",
+    "StoredLayer",
     "TrainConfig",
     "estimate",
     "geometry",

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from vesalius.dictionaries.places import known_site
 from vesalius.errors import InputError, NotFiniteError
 from vesalius.parts import Direction, Part
 from vesalius.site import Site
@@ -36,6 +37,11 @@ class Coder(Protocol):
     @property
     def n_latents(self) -> int:
         """Of all layers together."""
+        ...
+
+    @property
+    def row_norm(self) -> str:
+        """How each row is normalised before encoding: `none`, `layer_norm` or `constant_norm`."""
         ...
 
     @property
@@ -96,6 +102,7 @@ def _at(x: Mapping[Any, Tensor], site: Site) -> Tensor:
         return x[site]
     if str(site) in x:
         return x[str(site)]
+    known_site(site)
     raise InputError(f"no activations at {site}; given: {', '.join(map(str, x)) or 'none'}")
 
 

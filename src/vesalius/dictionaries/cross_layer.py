@@ -8,33 +8,53 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vesalius.dictionaries.coder import Rebuilt, Values, aligned_rows, check_latents, site_number, strongest
+from vesalius.dictionaries.coder import Coder, Rebuilt, Values, aligned_rows, check_latents, site_number, strongest
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.folder import dictionary_from
 from vesalius.dictionaries.history import History
-from vesalius.dictionaries.latent import Latent
 from vesalius.errors import InputError
 from vesalius.intervention import digest
-from vesalius.parts import Direction
+from vesalius.parts import Direction, Part
 from vesalius.records import content_hash
 from vesalius.site import Site
 
 
+class LayerCoder(Coder, Protocol):
+    """What one layer offers: a Dictionary in memory, or a StoredLayer on disk."""
+
+    @property
+    def activation(self) -> str: ...
+
+    @property
+    def in_widths(self) -> tuple[int, ...]: ...
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    @property
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def folded(self) -> LayerCoder: ...
+
+    def to(self, where: torch.device | torch.dtype | str) -> LayerCoder: ...
+
+
 @dataclass(frozen=True, eq=False)
 class CrossLayerTranscoder:
-    """One Dictionary per layer; layer l reads input l and writes outputs l and later. Their own b_dec are zero.
+    """One coder per layer; layer l reads input l and writes outputs l and later. Their own b_dec are zero.
 
-    Latents are numbered through all layers, layer after layer. b_dec: one per output site, in units of the activations.
-    Raises InputError for layers that do not form a triangle.
+    A layer's linear skip, where it has one, goes to its own output. Latents are numbered through all layers, layer
+    after layer. b_dec: one per output site, in units of the activations. Raises InputError for layers that do not form
+    a triangle.
     """
 
-    layers: tuple[Dictionary, ...]
+    layers: tuple[LayerCoder, ...]
     b_dec: tuple[Float[Tensor, " d_out"], ...]
     about: Mapping[str, Any] = field(default_factory=dict)
     history: History | None = None
@@ -62,6 +82,11 @@ class CrossLayerTranscoder:
     def n_latents(self) -> int:
         """Of all layers together."""
         return self.starts[-1]
+
+    @property
+    def row_norm(self) -> str:
+        """None: each layer's rows are of other sites than those it writes to."""
+        return "none"
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -136,7 +161,7 @@ class CrossLayerTranscoder:
         rebuilt = self._summed([layer.reconstruct(row) for layer, row in zip(self.layers, rows, strict=True)])
         return tuple(part.reshape(*lead, -1) for part in rebuilt)
 
-    def latent(self, index: int) -> Latent:
+    def latent(self, index: int) -> Part:
         """Latent `index` (through all layers) as a Part, read at its layer's input."""
         layer, own = self._place(check_latents([index], self.n_latents)[0])
         return self.layers[layer].latent(own)
@@ -157,6 +182,11 @@ class CrossLayerTranscoder:
     def folded(self) -> CrossLayerTranscoder:
         """The same function with all scales 1."""
         return replace(self, layers=tuple(layer.folded() for layer in self.layers))
+
+    def to(self, where: torch.device | torch.dtype | str) -> CrossLayerTranscoder:
+        """A copy on a device, or with another floating-point type."""
+        layers = tuple(layer.to(where) for layer in self.layers)
+        return replace(self, layers=layers, b_dec=tuple(bias.to(where) for bias in self.b_dec))
 
     def _rows(self, x: Values) -> tuple[list[Tensor], torch.Size]:
         widths = [layer.in_widths[0] for layer in self.layers]
@@ -187,7 +217,7 @@ def cross_layer_from(
     settings: Mapping[str, Any], tensors: Mapping[str, Tensor], about: Mapping[str, Any], history: History | None
 ) -> CrossLayerTranscoder:
     """A CrossLayerTranscoder from its settings and named tensors."""
-    layers = []
+    layers: list[Dictionary] = []
     for number, own in enumerate(settings["layers"]):
         prefix = f"{number}/"
         mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

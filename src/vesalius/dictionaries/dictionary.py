@@ -24,6 +24,7 @@ from vesalius.dictionaries.coder import (
 from vesalius.dictionaries.history import History
 from vesalius.dictionaries.kinds import Vectors, activation_of
 from vesalius.dictionaries.latent import Latent
+from vesalius.dictionaries.rows import Units, all_normalised
 from vesalius.dictionaries.shape_check import check_weights
 from vesalius.errors import InputError, NotFiniteError
 from vesalius.intervention import digest
@@ -38,7 +39,8 @@ class Dictionary:
 
     With s over sites: pre = b_enc + sum_s (in_scale_s x_s - [b_dec_s]) W_enc_s, latents = activation(pre), and the
     activations rebuilt at s are (latents W_dec_s + b_dec_s [+ skip]) / out_scale_s. The b_dec in brackets is there with
-    `apply_b_dec_to_input`, the skip (x W_skip, of the scaled input) in transcoders that have one.
+    `apply_b_dec_to_input`, the skip (x W_skip, of the scaled input) in transcoders that have one. With `row_norm` each
+    row is normalised first, and what is rebuilt is brought back to that row's mean and size.
 
     Raises InputError naming the tensor for shapes that don't fit, NotFiniteError for NaN and infinity.
     """
@@ -58,11 +60,14 @@ class Dictionary:
     k: int | None = None
     """Of `topk`."""
     skip: Float[Tensor, "d_in d_out"] | None = None
+    """To the first output site."""
     apply_b_dec_to_input: bool = False
     in_scale: tuple[float, ...] = ()
     """Factor on each input before encoding; default 1."""
     out_scale: tuple[float, ...] = ()
     """What each output is divided by after decoding; default 1."""
+    row_norm: str = "none"
+    """How each row is normalised before encoding: `none`, `layer_norm` or `constant_norm` (`rows`)."""
     groups: tuple[int, ...] = ()
     """Sizes of the nested prefixes that were trained to rebuild on their own (matryoshka)."""
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -125,7 +130,8 @@ class Dictionary:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything but the tensors that decides what it computes, as plain JSON."""
-        return {
+        own = {} if self.row_norm == "none" else {"row_norm": self.row_norm}
+        return own | {
             "activation": self.activation, "in_sites": [str(site) for site in self.in_sites],
             "out_sites": [str(site) for site in self.out_sites], "k": self.k,
             "apply_b_dec_to_input": self.apply_b_dec_to_input, "in_scale": list(self.in_scale),
@@ -138,7 +144,7 @@ class Dictionary:
         latents: only those with these numbers, in this order. Raises InputError for wrong widths or rows that are not
         aligned, NotFiniteError for NaN and infinity.
         """
-        rows, lead = aligned_rows(x, self.in_sites, self.in_widths, self.b_enc)
+        rows, lead, _ = self._rows(x)
         wanted = None if latents is None else torch.tensor(check_latents(latents, self.n_latents), dtype=torch.long)
         return torch.cat([self._latents(part, wanted) for part in chunks_of(rows)]).reshape(*lead, -1)
 
@@ -147,30 +153,35 @@ class Dictionary:
 
         Rows with fewer than the most active one are filled with index 0 and value 0. Raises as `encode`.
         """
-        rows, lead = aligned_rows(x, self.in_sites, self.in_widths, self.b_enc)
+        rows, lead, _ = self._rows(x)
         indices, values = joined_sparse([strongest(self._latents(part, None)) for part in chunks_of(rows)])
         return indices.reshape(*lead, -1), values.reshape(*lead, -1)
 
-    def decode(self, latents: Float[Tensor, "... latent"]) -> Rebuilt:
-        """Activations [..., d_out] from latents, without the skip. Raises InputError for another number of latents."""
+    def decode(self, latents: Float[Tensor, "... latent"], of: Values | None = None) -> Rebuilt:
+        """Activations [..., d_out] from latents, without the skip.
+
+        of: the activations that the latents belong to, which a dictionary with `row_norm` needs to know each row's mean
+        and size. Raises InputError for another number of latents, or where `of` is missing.
+        """
         if latents.shape[-1] != self.n_latents:
             raise InputError(f"{latents.shape[-1]} latents were given to decode; this dictionary has {self.n_latents}")
         given = latents.to(self.b_enc)
-        return self._out([given @ decoder + bias for decoder, bias in zip(self.decoders, self.b_dec, strict=True)])
+        rebuilt = [given @ decoder + bias for decoder, bias in zip(self.decoders, self.b_dec, strict=True)]
+        return self._out(rebuilt, self._units(of, latents.shape[:-1]))
 
-    def decode_sparse(self, indices: Tensor, values: Tensor) -> Rebuilt:
-        """Activations [..., d_out] from indices and values [..., active], without the skip."""
+    def decode_sparse(self, indices: Tensor, values: Tensor, of: Values | None = None) -> Rebuilt:
+        """Activations [..., d_out] from indices and values [..., active], without the skip. of: as for `decode`."""
         lead = indices.shape[:-1]
         flat, weights = indices.reshape(-1, indices.shape[-1]), values.reshape(-1, values.shape[-1]).to(self.b_enc)
         summed = [
             torch.nn.functional.embedding_bag(flat, decoder, per_sample_weights=weights, mode="sum") + bias
             for decoder, bias in zip(self.decoders, self.b_dec, strict=True)
         ]
-        return self._out([rows.reshape(*lead, -1) for rows in summed])
+        return self._out([rows.reshape(*lead, -1) for rows in summed], self._units(of, lead))
 
     def reconstruct(self, x: Values) -> Rebuilt:
         """Activations [..., d_out] rebuilt from activations: decode(encode(x)), plus the skip where there is one."""
-        rows, lead = aligned_rows(x, self.in_sites, self.in_widths, self.b_enc)
+        rows, lead, units = self._rows(x)
         parts = []
         for part in chunks_of(rows):
             latents = self._latents(part, None)
@@ -178,7 +189,8 @@ class Dictionary:
             if self.skip is not None:
                 rebuilt[0] = rebuilt[0] + (part[0] * self.in_scale[0]) @ self.skip
             parts.append(rebuilt)
-        return self._out([torch.cat(pieces).reshape(*lead, -1) for pieces in zip(*parts, strict=True)])
+        rebuilt = [torch.cat(pieces).reshape(*lead, -1) for pieces in zip(*parts, strict=True)]
+        return self._out(rebuilt, [unit.cut(lead) for unit in units])
 
     def latent(self, index: int) -> Latent:
         """Latent `index` as a Part. Raises InputError for one that does not exist."""
@@ -195,7 +207,7 @@ class Dictionary:
     def written(self, index: int, site: Site | str | None = None) -> Float[Tensor, " d_out"]:
         """What one unit of latent `index` adds to the activations at an output site (default: the first).
 
-        Raises InputError for a latent or site that is not there.
+        With `row_norm`, to a row of size 1. Raises InputError for a latent or site that is not there.
         """
         number = 0 if site is None else site_number(site, self.out_sites)
         check_latents([index], self.n_latents)
@@ -247,9 +259,31 @@ class Dictionary:
         scaled = rows if self.in_scale[number] == 1.0 else rows * self.in_scale[number]
         return scaled - self.b_dec[number] if self.apply_b_dec_to_input else scaled
 
-    def _out(self, rebuilt: Sequence[Tensor]) -> Rebuilt:
+    def _rows(self, x: Values) -> tuple[list[Tensor], torch.Size, list[Units]]:
+        """Normalised rows per site, the shape before the width, and what undoes the normalising."""
+        rows, lead = aligned_rows(x, self.in_sites, self.in_widths, self.b_enc)
+        if self.row_norm == "none":
+            return rows, lead, [Units()] * len(self.out_sites)
+        values, units = all_normalised(rows, self.row_norm)
+        return values, lead, units
+
+    def _units(self, of: Values | None, lead: Sequence[int]) -> list[Units]:
+        if self.row_norm == "none":
+            return [Units()] * len(self.out_sites)
+        if of is None:
+            raise InputError(
+                f"this dictionary normalises every row before encoding ({self.row_norm}), so decoding needs the rows: "
+                "decode(latents, of=activations), or reconstruct(activations)"
+            )
+        _, given, units = self._rows(of)
+        if tuple(given) != tuple(lead):
+            raise InputError(f"latents have rows {tuple(lead)} and the activations they are of {tuple(given)}")
+        return [unit.cut(lead) for unit in units]
+
+    def _out(self, rebuilt: Sequence[Tensor], units: Sequence[Units]) -> Rebuilt:
         unscaled = tuple(
-            rows if scale == 1.0 else rows / scale for rows, scale in zip(rebuilt, self.out_scale, strict=True)
+            unit.restored(rows if scale == 1.0 else rows / scale)
+            for rows, scale, unit in zip(rebuilt, self.out_scale, units, strict=True)
         )
         return unscaled[0] if len(unscaled) == 1 else unscaled
 

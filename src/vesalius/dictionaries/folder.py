@@ -4,7 +4,8 @@ config.json, version 1:
 
     format, version    "vesalius-dictionary", 1
     coder              "dictionary" or "cross_layer_transcoder"
-    settings           activation, in_sites, out_sites, k, apply_b_dec_to_input, in_scale, out_scale, groups
+    settings           activation, in_sites, out_sites, k, apply_b_dec_to_input, in_scale, out_scale, groups,
+                       row_norm (where there is one)
     tensors            name -> {shape, dtype}: the names in weights.safetensors
     weights_sha256     of the file weights.safetensors
     content_hash       of settings and tensors together
@@ -131,6 +132,7 @@ def dictionary_from(
         extras={name: tensor for name, tensor in tensors.items() if name not in known and "." not in name},
         k=settings["k"], skip=tensors.get("W_skip"), apply_b_dec_to_input=settings["apply_b_dec_to_input"],
         in_scale=tuple(settings["in_scale"]), out_scale=tuple(settings["out_scale"]), groups=tuple(settings["groups"]),
+        row_norm=settings.get("row_norm", "none"),
         about=about, history=history,
     )  # fmt: skip
 

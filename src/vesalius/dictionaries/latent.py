@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vesalius.dictionaries.coder import Coder
+from vesalius.dictionaries.places import known_site
+from vesalius.dictionaries.rows import normalised
 from vesalius.errors import InputError, InterventionError
 from vesalius.parts import Unit
 from vesalius.site import Site
@@ -30,13 +32,13 @@ class Latent:
 
     @property
     def site(self) -> Site:
-        """The site that is read."""
+        """The site that is read. Raises InputError when the dictionary's file did not say which."""
         if len(self.coder.in_sites) != 1:
             raise InputError(
                 f"latent {self.index} reads {len(self.coder.in_sites)} sites, so it is no part of one; "
                 "encode(activations, latents=[...]) gives its values"
             )
-        return self.coder.in_sites[0]
+        return known_site(self.coder.in_sites[0])
 
     def read(self, whole: Tensor) -> Tensor:
         """[batch, pos] value, zero where inactive."""
@@ -51,7 +53,9 @@ class Latent:
             )
         inside = Unit(self.site).read(whole)
         change = value - self.read(whole)
-        moved = inside + (change[..., None] * self.row.to(inside)).reshape(inside.shape)
+        wide = inside.reshape(*change.shape, -1)  # heads [..., head, d_head] count as one width
+        _, units = normalised(wide, self.coder.row_norm)
+        moved = inside + (change[..., None] * units.size * self.row.to(inside)).reshape(inside.shape)
         return Unit(self.site).write(whole, moved)
 
     @property

@@ -1,30 +1,115 @@
-"""From a folder to a coder."""
+"""From a file or folder, ours or another library's, to a coder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
+
+import torch
 
 from vesalius.dictionaries import folder as own
 from vesalius.dictionaries.coder import Coder
-from vesalius.dictionaries.cross_layer import cross_layer_from
-from vesalius.errors import FileFormatError
+from vesalius.dictionaries.cross_layer import CrossLayerTranscoder, cross_layer_from
+from vesalius.dictionaries.dictionary import Dictionary
+from vesalius.dictionaries.formats import FORMATS, Found, Order
+from vesalius.dictionaries.stored_layer import StoredLayer
+from vesalius.errors import FileFormatError, InputError
+from vesalius.site import Site
 
 READERS: dict[str, Callable[..., Coder]] = {
     "dictionary": own.dictionary_from,
     "cross_layer_transcoder": cross_layer_from,
 }
+Places = str | Site | Sequence[str | Site]
 
 
-def load(where: str | Path) -> Coder:
-    """The dictionary in a folder.
+def load(
+    where: str | Path,
+    *,
+    site: Places | None = None,
+    out_site: Places | None = None,
+    layer: int | None = None,
+    unpickle: bool = False,
+    in_scale: float | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Coder:
+    """The dictionary in a file or folder, told by what is in it: ours, or one of the formats in `formats`.
 
-    Raises FileFormatError naming the file that is missing, truncated or altered, or when the folder holds none.
+    Nothing of a file is run. site: where it reads, when the file does not say or says it in words that stand for no
+    site here; one per site that is read. out_site: where it writes; default `site` for a dictionary that rebuilds what
+    it reads. layer: which, of a folder of transcoders. unpickle: read the tensors of a pickle (dictionary_learning,
+    OpenAI), with a warning. in_scale: factor on inputs that a SAELens dictionary was trained with, where its folder
+    lacks it. dtype: default as stored for our own format, else float32.
+
+    A cross-layer transcoder's layers stay on disk (`StoredLayer`) and are read when they are used.
+
+    Raises FileFormatError naming the file that is missing, truncated, altered, unsafe or of a kind that is not read,
+    and what to do; InputError for arguments that do not fit what is there.
     """
-    folder = Path(where)
-    if not folder.is_dir():
-        raise FileFormatError(f"{folder} is not a folder; give the one a dictionary was saved in")
-    if not own.is_folder(folder):
-        raise FileFormatError(f"{folder} holds no dictionary: there is no {own.CONFIG} of format {own.FORMAT!r} in it")
-    coder: Coder = own.read(folder, READERS)
-    return coder
+    sites, outs = _parsed(site), _parsed(out_site)
+    path = Path(where).expanduser()
+    if not path.exists():
+        raise FileFormatError(f"there is no file or folder {path}")
+    coder = _read(path, Order(layer, unpickle, in_scale, dtype or torch.float32))
+    for change in (dtype, device):
+        coder = coder if change is None else cast(Any, coder).to(change)
+    return _placed(coder, sites, outs)
+
+
+def _parsed(site: Places | None) -> tuple[Site, ...]:
+    if site is None:
+        return ()
+    return tuple(map(Site.parse, [site] if isinstance(site, str | Site) else site))
+
+
+def _read(path: Path, order: Order) -> Coder:
+    if path.is_dir() and own.is_folder(path):
+        coder: Coder = own.read(path, READERS)
+        return coder
+    found = Found(path, order)
+    known = next((known for known in FORMATS if known.claims(found)), None)
+    if known is None:
+        raise FileFormatError(_nothing(path))
+    try:
+        return known.read(found)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # a value of another type than it should be
+        raise FileFormatError(f"{path} is not understood as a dictionary of {known.name} ({error!r})") from error
+
+
+def _nothing(path: Path) -> str:
+    """Why a file or folder holds no dictionary that is known here."""
+    listed = "; ".join(dict.fromkeys(known.holds for known in FORMATS))
+    if path.is_file():
+        return f"{path} is no file of a dictionary that is known here. Known are: {listed}"
+    inside = sorted(f.name for f in path.iterdir() if f.is_dir() and any(known.claims(Found(f)) for known in FORMATS))
+    if inside:
+        more = f" and {len(inside) - 6} more" if len(inside) > 6 else ""
+        return f"{path} holds folders with a dictionary each ({', '.join(inside[:6])}{more}): load one of them"
+    names = sorted(entry.name for entry in path.iterdir())
+    return (
+        f"{path} holds no dictionary that is known here: no {own.CONFIG} of format {own.FORMAT!r}, nor {listed}. "
+        f"It holds {', '.join(names[:8]) or 'nothing'}"
+    )
+
+
+def _placed(coder: Coder, sites: tuple[Site, ...], outs: tuple[Site, ...]) -> Coder:
+    """The coder at other sites."""
+    if not sites and not outs:
+        return coder
+    if not outs:
+        outs = sites if coder.in_sites == coder.out_sites else coder.out_sites
+    sites = sites or coder.in_sites
+    for name, given, has in (("site", sites, coder.in_sites), ("out_site", outs, coder.out_sites)):
+        if len(given) != len(has):
+            raise InputError(f"{name}= names {len(given)} site(s), and this dictionary has {len(has)}; give one each")
+    if isinstance(coder, CrossLayerTranscoder):
+        layers = tuple(
+            replace(cast(Any, layer), in_sites=(sites[number],), out_sites=outs[number:])
+            for number, layer in enumerate(coder.layers)
+        )
+        return replace(coder, layers=layers)
+    assert isinstance(coder, Dictionary | StoredLayer)
+    return replace(coder, in_sites=sites, out_sites=outs)

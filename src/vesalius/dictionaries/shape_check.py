@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from vesalius.dictionaries.kinds import activation_of
+from vesalius.dictionaries.rows import check_row_norm
 from vesalius.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -64,7 +65,10 @@ def _check_paths(given: Dictionary) -> None:
     ends = [decoder.shape[1] for decoder in given.decoders]
     if given.apply_b_dec_to_input and widths != ends:
         raise InputError(f"b_dec {ends} cannot be subtracted from inputs {widths}: the widths differ")
+    check_row_norm(given.row_norm)
+    if given.row_norm != "none" and given.in_sites != given.out_sites:
+        raise InputError("rows are normalised only by dictionaries that rebuild what they read (row_norm)")
     if given.skip is not None:
-        if len(widths) != 1 or len(ends) != 1:
-            raise InputError("a skip is for dictionaries that read one site and rebuild one")
+        if len(widths) != 1:
+            raise InputError("a skip is for dictionaries that read one site; it goes to the first that they rebuild")
         _shape("skip", given.skip, (widths[0], ends[0]))

@@ -1,0 +1,93 @@
+"""crosscoder_learning (Minder, Dumas et al. 2025): a folder with model.safetensors and config.json.
+
+encoder.weight [site, d, latent], encoder.bias, decoder.weight [site, latent, d], decoder.bias [site, d]; BatchTopK ones
+have a threshold that is compared with the latent times its decoder norms, combined as code_normalization_id says. With
+activation_mean, inputs are centred and scaled per site, and outputs brought back: all of that is folded into the
+weights. Which sites they are is in no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vesalius.dictionaries.dictionary import Dictionary
+from vesalius.dictionaries.formats.base import Found, made
+from vesalius.dictionaries.formats.opened import shapes
+from vesalius.dictionaries.formats.weights import Weights
+from vesalius.dictionaries.places import unknown_place
+from vesalius.errors import FileFormatError
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_NORMS = {1: "CROSSCODER", 2: "SAE", 3: "MIXED", 4: "NONE", 5: "DECOUPLED"}
+_EPS, _TINY = 1e-8, 1e-30
+
+
+def claims(found: Found) -> bool:
+    """By a file of weights with an encoder of three axes."""
+    return found.has(WEIGHTS) and len(shapes(found.folder / WEIGHTS).get("encoder.weight", ())) == 3
+
+
+def read(found: Found) -> Dictionary:
+    """A Dictionary of several sites, in the order they were stacked in; give their names as site=.
+
+    Raises FileFormatError for DECOUPLED codes, which are several codes and not one.
+    """
+    config, weights = found.maybe_json(CONFIG), found.weights(WEIGHTS)
+    encoder = weights.take("encoder.weight", "site", "d", "latent")
+    sites, d, n = encoder.shape
+    decoder = weights.take("decoder.weight", "site", n, d)
+    b_dec = weights.take("decoder.bias", decoder.shape[0], d)
+    places = _places(config, sites, len(decoder))
+    extras = _threshold(weights, decoder, config)
+    encoder, b_enc, decoder, b_dec = _unnormalised(weights, places[0], encoder, decoder, b_dec)
+    return made(
+        weights.path, "batchtopk" if extras else "relu",
+        in_sites=tuple(unknown_place(str(place)) for place in places[0]),
+        out_sites=tuple(unknown_place(str(place)) for place in places[1]), encoders=tuple(encoder),
+        decoders=tuple(decoder), b_enc=b_enc, b_dec=tuple(b_dec), extras=extras,
+        about={"format": "crosscoder_learning", "config": config},
+    )  # fmt: skip
+
+
+def _places(config: Mapping[str, Any], sites: int, ends: int) -> tuple[list[int], list[int]]:
+    """Numbers of the stacked sites that are read, and of those that are rebuilt."""
+    chosen = config.get("encoder_layers")
+    return list(chosen) if isinstance(chosen, list) and len(chosen) == sites else list(range(sites)), list(range(ends))
+
+
+def _threshold(weights: Weights, decoder: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    if "threshold" not in weights:
+        return {}
+    number = int(weights.take("code_normalization_id")) if "code_normalization_id" in weights else 1
+    name = _NORMS.get(number, str(number))
+    each = decoder.norm(dim=2)  # [site, latent]
+    summed, together = each.sum(0), decoder.norm(dim=(0, 2))
+    alphas = [
+        float(config.get(f"code_normalization_alpha_{end}") or default) for end, default in (("sae", 1), ("cc", 0.1))
+    ]
+    known = {"CROSSCODER": summed, "SAE": together, "NONE": torch.ones_like(summed),
+             "MIXED": alphas[0] * together + alphas[1] * summed}  # fmt: skip
+    if name not in known:
+        raise FileFormatError(
+            f"{weights.path}: code normalisation {name} is not read here; what is: {', '.join(known)}"
+        )
+    return {"threshold": weights.take("threshold") / known[name].clamp(min=_TINY)}
+
+
+def _unnormalised(
+    weights: Weights, reads: list[int], encoder: Tensor, decoder: Tensor, b_dec: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """encoder, b_enc, decoder and b_dec that take and give activations as they are."""
+    b_enc = weights.take("encoder.bias", encoder.shape[2])
+    mean, std = (weights.maybe(f"activation_{name}", len(decoder), encoder.shape[1]) for name in ("mean", "std"))
+    if mean is None or std is None or bool(torch.isnan(mean).any()) or bool(torch.isnan(std).any()):
+        return encoder, b_enc, decoder, b_dec
+    scale = weights.take("activation_global_scale", len(decoder))[:, None, None]
+    scaled = encoder * scale[reads]
+    b_enc = b_enc - (mean[reads][:, None] @ scaled).sum((0, 1))
+    back = scale + _EPS  # as the library has it, which adds this only on the way back
+    return scaled, b_enc, decoder / back, b_dec / back[:, 0] + mean

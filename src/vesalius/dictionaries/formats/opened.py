@@ -1,0 +1,120 @@
+"""Reading files of strangers: safetensors, npz without pickle, JSON; a pickle only when the user says so, tensors only.
+
+Every function raises FileFormatError naming the file and what to do about it.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import warnings
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vesalius.errors import FileFormatError
+
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+AGAIN = "Download or copy it again."
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise FileFormatError(f"{path} is missing: without it the weights beside it cannot be understood") from error
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{path} cannot be read as JSON ({error}). {AGAIN}") from error
+    if not isinstance(found, dict):
+        raise FileFormatError(f"{path} should hold a JSON object, it holds a {type(found).__name__}")
+    return found
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a safetensors file, of which only the beginning is read."""
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
+def partly(path: Path, without: Collection[str]) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, all but those named."""
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys() if name not in without}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> FileFormatError:
+    if not path.is_file():
+        return FileFormatError(f"{path} is missing. {AGAIN}")
+    if looks_pickled(path):
+        return FileFormatError(
+            f"{path} is a pickle and not a safetensors file, whatever its name; it is not opened, because a pickle can "
+            "run any program. Get the file as safetensors, or rename it to .pt and see what load says"
+        )
+    return FileFormatError(f"{path} cannot be read as safetensors: truncated or corrupt ({error}). {AGAIN}")
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """Every array of an .npz file; arrays of objects, which are pickles, are refused."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: torch.from_numpy(np.array(stored[name])) for name in stored.files}
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileFormatError(f"{path} cannot be read as .npz arrays without pickle ({reason}). {AGAIN}") from error
+
+
+def looks_pickled(path: Path) -> bool:
+    """Whether a file begins as torch.save's files do."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(4)
+    except OSError:
+        return False
+    return start == _ZIP or start[:1] == _PICKLE
+
+
+def read_pickle(path: Path, unpickle: bool) -> dict[str, Any]:
+    """The dictionary in a file of torch.save: tensors, numbers and text only. Refused unless unpickle is True."""
+    if not unpickle:
+        raise FileFormatError(
+            f"{path} is a pickle, which can run any program when opened. If you trust whoever made it, "
+            f"vesalius.dictionaries.load({str(path)!r}, unpickle=True) reads the tensors in it and nothing else "
+            "(torch.load with weights_only=True); vesalius.dictionaries.save(...) then keeps them as safetensors"
+        )
+    warnings.warn(
+        f"{path} is a pickle: reading tensors from it and nothing else. Save it again as safetensors.",
+        UserWarning,
+        stacklevel=2,
+    )
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileFormatError(
+            f"{path} does not hold plain tensors, or is truncated ({reason}). It is not opened in any other way"
+        ) from error
+    if not isinstance(found, dict):
+        raise FileFormatError(f"{path} should hold a state dict, it holds a {type(found).__name__}")
+    return found

@@ -1,0 +1,138 @@
+"""SAELens: a folder with cfg.json and sae_weights.safetensors; versions 1 to 6.
+
+W_enc [d_in, latent], b_enc, W_dec [latent, d_out], b_dec; threshold [latent] of jumprelu; gated has b_gate, b_mag and
+r_mag in place of b_enc; skip transcoders have W_skip [d_out, d_in]. BatchTopK and Matryoshka dictionaries are exported
+as jumprelu, their training checkpoints hold topk_threshold instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vesalius.dictionaries.dictionary import Dictionary
+from vesalius.dictionaries.formats.base import Found, made
+from vesalius.dictionaries.formats.folding import latents_times
+from vesalius.dictionaries.formats.names import ends, from_hook, from_module, from_module_end
+from vesalius.dictionaries.formats.saelens_config import SaelensConfig, read_config, scale_needed
+from vesalius.dictionaries.formats.weights import Weights
+from vesalius.errors import FileFormatError
+from vesalius.site import Site
+
+CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
+ACTIVATIONS = {
+    "standard": "relu", "gated": "gated", "topk": "topk", "jumprelu": "jumprelu", "transcoder": "relu",
+    "skip_transcoder": "relu", "jumprelu_transcoder": "jumprelu", "jumprelu_skip_transcoder": "jumprelu",
+    "batchtopk": "batchtopk", "matryoshka_batchtopk": "batchtopk",
+}  # fmt: skip
+_OWN = {
+    "relu": {"b_enc"}, "topk": {"b_enc"}, "jumprelu": {"b_enc", "threshold"}, "batchtopk": {"b_enc", "topk_threshold"},
+    "gated": {"b_gate", "b_mag", "r_mag"},
+}  # fmt: skip
+# Metadata whose presence says how a model has to be run, kept where a reader of `about` finds it.
+_TOLD = ("model_name", "hook_name", "hook_name_out", "prepend_bos", "context_size", "dataset_path", "neuronpedia_id")
+
+
+def claims(found: Found) -> bool:
+    """By the name of its weights."""
+    return found.has(WEIGHTS)
+
+
+def read(found: Found) -> Dictionary:
+    """A Dictionary from a SAELens folder.
+
+    Raises FileFormatError naming the file, and the architecture or normalisation that is not read here.
+    """
+    config = read_config(found.folder / CONFIG, found.json(CONFIG))
+    if config.architecture not in ACTIVATIONS:
+        raise FileFormatError(
+            f"{config.path}: architecture={config.architecture!r} is not read here; what is: "
+            f"{', '.join(sorted(ACTIVATIONS))}"
+        )
+    scale = scale_needed(config, found.order.in_scale, found.maybe_json(SCALER))
+    dictionary = _dictionary(config, found.weights(WEIGHTS), scale)
+    if config.rescaled:
+        kept = dictionary.extras  # a training checkpoint's threshold is of latents that were multiplied already
+        dictionary = replace(latents_times(dictionary, dictionary.W_dec.norm(dim=1)), extras=kept)
+    return dictionary
+
+
+def _dictionary(config: SaelensConfig, weights: Weights, scale: float) -> Dictionary:
+    encoder = weights.take("W_enc", "d_in", "latent")
+    d_in, n = encoder.shape
+    _check_sizes(config, d_in, n)
+    decoder = weights.take("W_dec", n, "d_out")
+    d_out, transcodes = decoder.shape[1], "transcoder" in config.architecture
+    if not transcodes and d_out != d_in:
+        raise FileFormatError(
+            f"{weights.path}: W_dec rebuilds {d_out} numbers of {d_in}; only a transcoder may do that"
+        )
+    if transcodes and (config.row_norm != "none" or scale != 1.0):
+        raise FileFormatError(
+            f"{config.path}: normalize_activations={config.normalize!r} of a transcoder is not read here"
+        )
+    activation = ACTIVATIONS[config.architecture]
+    skip = weights.take("W_skip", d_out, d_in).T.contiguous() if "skip" in config.architecture else None
+    b_enc, extras = _vectors(activation, weights, n)
+    known = {"W_enc", "W_dec", "b_dec", "scaling_factor", *_OWN[activation]} | (
+        {"W_skip"} if skip is not None else set()
+    )
+    weights.refuse_others(f"a {config.architecture} dictionary of SAELens", known)
+    sites = _sites(config, transcodes)
+    return made(
+        weights.path, activation, in_sites=(sites[0],), out_sites=(sites[1],), encoders=(encoder,),
+        decoders=(_finetuned(config, weights, decoder),), b_enc=b_enc, b_dec=(weights.take("b_dec", d_out),),
+        extras=extras, k=config.k if activation == "topk" else None, skip=skip, row_norm=config.row_norm,
+        in_scale=(scale,), out_scale=(scale if not transcodes else 1.0,), groups=config.groups,
+        apply_b_dec_to_input=config.apply_b_dec_to_input and not transcodes, about=_about(config),
+    )  # fmt: skip
+
+
+def _check_sizes(config: SaelensConfig, d_in: int, n: int) -> None:
+    for name, size in (("d_in", d_in), ("d_sae", n)):
+        said = config.raw.get(name)
+        if said is not None and said != size:
+            raise FileFormatError(f"{config.path} says {name}={said}, and the weights beside it have {size}")
+
+
+def _vectors(activation: str, weights: Weights, n: int) -> tuple[Tensor, dict[str, Tensor]]:
+    if activation == "gated":
+        return weights.take("b_gate", n), {name: weights.take(name, n) for name in ("r_mag", "b_mag")}
+    b_enc = weights.take("b_enc", n)
+    if activation == "jumprelu":
+        return b_enc, {"threshold": weights.take("threshold", n)}
+    return b_enc, {"threshold": weights.take("topk_threshold")} if activation == "batchtopk" else {}
+
+
+def _finetuned(config: SaelensConfig, weights: Weights, decoder: Tensor) -> Tensor:
+    factor = weights.maybe("scaling_factor", decoder.shape[0])
+    if factor is None or bool(torch.allclose(factor, torch.ones_like(factor))):
+        return decoder
+    if not config.finetuned:
+        raise FileFormatError(f"{weights.path} holds a scaling_factor, and {config.path} does not say that it is used")
+    return decoder * factor[:, None]
+
+
+def _sites(config: SaelensConfig, transcodes: bool) -> tuple[Site, Site]:
+    read_at = _site(config, "hook_name", "hook_head_index", "hf_hook_name")
+    if not transcodes:
+        return read_at, read_at
+    return ends(read_at, _site(config, "hook_name_out", "hook_head_index_out", "hf_hook_name_out"))
+
+
+def _site(config: SaelensConfig, hook: str, head: str, module: str) -> Site:
+    said = config.metadata
+    name, index, model = said.get(hook), said.get(head), str(said.get("model_name") or "")
+    if said.get(module):
+        return from_module_end(str(said[module]), model)
+    if said.get("model_class_name") == "AutoModelForCausalLM" and isinstance(name, str):
+        return from_module(name, model)
+    return from_hook(name if isinstance(name, str) else None, index if isinstance(index, int) else None, model)
+
+
+def _about(config: SaelensConfig) -> dict[str, Any]:
+    told = {name: config.metadata[name] for name in _TOLD if config.metadata.get(name) is not None}
+    return {"format": "saelens", **told, "cfg": dict(config.raw)}

@@ -1,0 +1,180 @@
+"""StoredLayer: one layer of a cross-layer transcoder whose encoder and decoder stay on disk.
+
+A published cross-layer transcoder has tens of gigabytes of decoder. To encode, only the layer's encoder is read; to
+decode, only the rows of the latents that are active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vesalius.dictionaries.coder import Rebuilt, Values, aligned_rows, check_latents, site_number
+from vesalius.dictionaries.dictionary import Dictionary
+from vesalius.dictionaries.latent import Latent
+from vesalius.dictionaries.stored import Stored
+from vesalius.errors import InputError
+from vesalius.intervention import digest
+from vesalius.parts import Direction
+from vesalius.records import content_hash
+from vesalius.site import Site
+
+
+@dataclass(frozen=True, eq=False)
+class StoredLayer:
+    """Latents that read one site and write several, as a Dictionary without b_dec, from files.
+
+    Every method raises FileFormatError naming a file that is gone or altered when it is read.
+    """
+
+    activation: str
+    """`relu` or `jumprelu`."""
+    in_sites: tuple[Site, ...]
+    out_sites: tuple[Site, ...]
+    in_widths: tuple[int, ...]
+    out_widths: tuple[int, ...]
+    """All the same."""
+    encoder: Stored
+    """[latent, d_in], or [d_in, latent]."""
+    decoder: Stored
+    """[latent, site, d_out]."""
+    b_enc: Float[Tensor, " latent"]
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    skip: Float[Tensor, "d_in d_out"] | None = None
+    """To the first site that is written."""
+    first: int = 0
+    """How many sites of the decoder come before the first that is written; there it is zero."""
+
+    @property
+    def n_latents(self) -> int:
+        """Number of latents."""
+        return self.b_enc.shape[0]
+
+    @property
+    def row_norm(self) -> str:
+        """None."""
+        return "none"
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, read from disk, as a Dictionary has them."""
+        return self.whole().tensors
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As of a Dictionary."""
+        return {
+            "activation": self.activation, "in_sites": [str(site) for site in self.in_sites],
+            "out_sites": [str(site) for site in self.out_sites], "k": None, "apply_b_dec_to_input": False,
+            "in_scale": [1.0], "out_scale": [1.0] * len(self.out_sites), "groups": [],
+        }  # fmt: skip
+
+    @cached_property
+    def content_hash(self) -> str:
+        """As of the Dictionary with the same tensors; all of them are read once for it."""
+        return content_hash({**self.settings, "tensors": {name: digest(t) for name, t in self.tensors.items()}})
+
+    def encode(self, x: Values, latents: Sequence[int] | None = None) -> Float[Tensor, "... latent"]:
+        """As `Dictionary.encode`; only the encoder is read, or the given latents' part of it."""
+        return self._encoding(latents).encode(x)
+
+    def encode_sparse(self, x: Values) -> tuple[Tensor, Tensor]:
+        """As `Dictionary.encode_sparse`; only the encoder is read."""
+        return self._encoding(None).encode_sparse(x)
+
+    def decode(self, latents: Float[Tensor, "... latent"]) -> Rebuilt:
+        """As `Dictionary.decode`; only rows of latents that are active anywhere are read."""
+        if latents.shape[-1] != self.n_latents:
+            raise InputError(f"{latents.shape[-1]} latents were given to decode; this layer has {self.n_latents}")
+        flat = latents.reshape(-1, self.n_latents)
+        active = flat.any(0).nonzero()[:, 0]
+        rows = self._rows(active)
+        return self._split(flat[:, active].to(rows) @ rows.flatten(1), latents.shape[:-1])
+
+    def decode_sparse(self, indices: Tensor, values: Tensor) -> Rebuilt:
+        """As `Dictionary.decode_sparse`; only rows of the latents named are read."""
+        lead, width = indices.shape[:-1], indices.shape[-1]
+        active = indices[values != 0].unique()
+        if not len(active):
+            return self._split(self.b_enc.new_zeros(lead.numel(), sum(self.out_widths)), lead)
+        rows = self._rows(active).flatten(1)
+        at = torch.searchsorted(active, indices.reshape(-1, width)).clamp(max=len(active) - 1)
+        weights = values.reshape(-1, width).to(rows)
+        return self._split(torch.nn.functional.embedding_bag(at, rows, per_sample_weights=weights, mode="sum"), lead)
+
+    def reconstruct(self, x: Values) -> Rebuilt:
+        """decode(encode(x)), plus the skip where there is one."""
+        rebuilt = self.decode_sparse(*self.encode_sparse(x))
+        if self.skip is None:
+            return rebuilt
+        rows, lead = aligned_rows(x, self.in_sites, self.in_widths, self.b_enc)
+        parts = (rebuilt,) if isinstance(rebuilt, Tensor) else rebuilt
+        skipped = (parts[0] + (rows[0] @ self.skip).reshape(*lead, -1), *parts[1:])
+        return skipped[0] if len(skipped) == 1 else skipped
+
+    def latent(self, index: int) -> Latent:
+        """Latent `index` as a Part. Raises InputError for one that does not exist."""
+        return Latent(self, check_latents([index], self.n_latents)[0])
+
+    def direction(self, index: int, site: Site | str | None = None) -> Direction:
+        """Unit vector that latent `index` writes at an output site (default: the first)."""
+        at = self.out_sites[0] if site is None else Site.parse(site)
+        return Direction(at, self.written(index, at), label=f"latent {index}")
+
+    def written(self, index: int, site: Site | str | None = None) -> Float[Tensor, " d_out"]:
+        """What one unit of latent `index` adds at an output site (default: the first)."""
+        number = 0 if site is None else site_number(site, self.out_sites)
+        return self._rows(torch.tensor(check_latents([index], self.n_latents)))[0, number]
+
+    def folded(self) -> StoredLayer:
+        """Itself: it has no scales."""
+        return self
+
+    def whole(self) -> Dictionary:
+        """The same with everything in memory."""
+        decoder = self.decoder.whole(self.b_enc)[:, self.first :]
+        ends = range(len(self.out_sites))
+        return replace(
+            self._encoding(None), out_sites=self.out_sites, skip=self.skip, out_scale=(),
+            decoders=tuple(decoder[:, end].contiguous() for end in ends),
+            b_dec=tuple(decoder.new_zeros(decoder.shape[2]) for _ in ends),
+        )  # fmt: skip
+
+    def to(self, where: torch.device | torch.dtype | str) -> StoredLayer:
+        """A copy that computes on a device, or with another floating-point type."""
+        extras = {name: tensor.to(where) for name, tensor in self.extras.items()}
+        skip = None if self.skip is None else self.skip.to(where)
+        return replace(self, b_enc=self.b_enc.to(where), extras=extras, skip=skip)
+
+    def _encoding(self, latents: Sequence[int] | None) -> Dictionary:
+        """The encoder of all latents or some, as a Dictionary that writes nothing."""
+        wanted = None if latents is None else check_latents(latents, self.n_latents)
+        read = self.encoder.whole(self.b_enc) if wanted is None else self.encoder.of_latents(wanted, self.b_enc)
+        encoder = read.T.contiguous() if self.encoder.latent_first else read
+        b_enc = self.b_enc if wanted is None else self.b_enc[wanted]
+        extras = {name: t if wanted is None or not t.ndim else t[wanted] for name, t in self.extras.items()}
+        return Dictionary(
+            self.activation, in_sites=self.in_sites, out_sites=self.out_sites[:1], encoders=(encoder,), b_enc=b_enc,
+            decoders=(encoder.new_zeros(len(b_enc), 0),), b_dec=(encoder.new_zeros(0),), extras=extras,
+        )  # fmt: skip
+
+    def _rows(self, latents: Tensor) -> Float[Tensor, "latent site d_out"]:
+        if not len(latents):
+            return self.b_enc.new_zeros(0, len(self.out_sites), self.out_widths[0])
+        return self.decoder.of_latents(latents.tolist(), self.b_enc)[:, self.first :]
+
+    def _split(self, rebuilt: Tensor, lead: torch.Size) -> Rebuilt:
+        """[n, site * d_out] as one tensor per site."""
+        parts = tuple(part.reshape(*lead, -1) for part in rebuilt.split(self.out_widths[0], dim=1))
+        return parts[0] if len(parts) == 1 else parts
+
+    def __repr__(self) -> str:
+        return (
+            f"StoredLayer({self.activation}, {self.n_latents} latents, {self.in_sites[0]}, in {self.encoder.path.name})"
+        )

@@ -219,7 +219,8 @@ def _dictionary_learning_computes(folder: Path, name: str, s: dict[str, Tensor])
 def crosscoder(folder: Path, *, code: int = 1, batchtopk: bool = True, normalised: bool = False) -> Written:
     """model.safetensors and config.json of a crosscoder of two sites; rows are [row, 2 * D]."""
     w = {"encoder.weight": normal(2, D, M, seed=1), "encoder.bias": normal(M, seed=2),
-         "decoder.weight": normal(2, M, D, seed=3), "decoder.bias": normal(2, D, seed=4), "code_normalization_id": torch.tensor(code),
+         "decoder.weight": normal(2, M, D, seed=3), "decoder.bias": normal(2, D, seed=4),
+         "code_normalization_id": torch.tensor(code),
          "target_rms": torch.tensor(1.0),
          "activation_mean": torch.full((2, D), torch.nan), "activation_std": torch.full((2, D), torch.nan),
          "activation_global_scale": torch.ones(2)}  # fmt: skip
@@ -329,7 +330,8 @@ def cross_layer(
         if style == "gemma_scope_2":
             padded = torch.cat([torch.zeros(M, n, D), decoders[n]], 1)
             own = {"w_enc": encoders[n].T.contiguous(), "w_dec": padded, "b_enc": b_enc[n].clone(),
-                   "b_dec": b_dec[n].clone(), "threshold": threshold[n].clone(), "affine_skip_connection": skips[n].clone()}  # fmt: skip
+                   "b_dec": b_dec[n].clone(), "threshold": threshold[n].clone(),
+                   "affine_skip_connection": skips[n].clone()}  # fmt: skip
             save_file(own, folder / f"params_layer_{n}.safetensors")
         else:
             own = {f"W_enc_{n}": encoders[n], f"b_enc_{n}": b_enc[n].clone(), f"b_dec_{n}": b_dec[n].clone()}

@@ -437,7 +437,7 @@ def test_several_layers_share_a_folder_of_circuit_tracer(tmp_path: Path) -> None
         save(ours("relu", **sites), tmp_path, format="circuit_tracer")
     assert str(load(tmp_path, layer=1).in_sites[0]) == "layers.1.mlp_in"
     with pytest.raises(
-        InputError, match="has feature_input_hook='mlp.hook_in' for every layer, this has 'hook_resid_mid'"
+        InputError, match=r"has feature_input_hook='mlp\.hook_in' for every layer, this has 'hook_resid_mid'"
     ):
         other = (vs.Site("resid_mid", layer=2),)
         save(ours("relu", in_sites=other, out_sites=(vs.Site("mlp_out", layer=2),)), tmp_path, format="circuit_tracer")

@@ -45,6 +45,11 @@ class Coder(Protocol):
         ...
 
     @property
+    def decodes_alone(self) -> bool:
+        """Whether reconstruct(x) is decode(encode(x)): there is no skip, and no row is normalised."""
+        ...
+
+    @property
     def content_hash(self) -> str:
         """Of the weights and everything else that decides what it computes."""
         ...

@@ -89,6 +89,11 @@ class CrossLayerTranscoder:
         return "none"
 
     @property
+    def decodes_alone(self) -> bool:
+        """Whether reconstruct(x) is decode(encode(x)): no layer has a skip."""
+        return all(layer.decodes_alone for layer in self.layers)
+
+    @property
     def starts(self) -> tuple[int, ...]:
         """Number of each layer's first latent, and the number of all."""
         sizes = [layer.n_latents for layer in self.layers]

@@ -118,6 +118,11 @@ class Dictionary:
         return named | {"b_enc": self.b_enc} | dict(self.extras) | skip
 
     @property
+    def decodes_alone(self) -> bool:
+        """Whether reconstruct(x) is decode(encode(x)): there is no skip, and no row is normalised."""
+        return self.skip is None and self.row_norm == "none"
+
+    @property
     def stored_as(self) -> str:
         """Its name in `config.json`."""
         return "dictionary"

@@ -62,6 +62,11 @@ class StoredLayer:
         return "none"
 
     @property
+    def decodes_alone(self) -> bool:
+        """Whether reconstruct(x) is decode(encode(x)): there is no skip."""
+        return self.skip is None
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, read from disk, as a Dictionary has them."""
         return self.whole().tensors

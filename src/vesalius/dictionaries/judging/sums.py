@@ -49,8 +49,7 @@ class OfCoder:
 
     def code(self, ins: Sequence[Tensor]) -> Coded:
         latents = self.coder.encode(ins[0] if len(ins) == 1 else list(ins))
-        plain = getattr(self.coder, "skip", None) is None
-        rebuilt = self.coder.decode(latents) if plain else self.coder.reconstruct(ins)
+        rebuilt = self.coder.decode(latents) if self.coder.decodes_alone else self.coder.reconstruct(ins)
         outs = (rebuilt,) if isinstance(rebuilt, Tensor) else rebuilt
         return Coded(outs, (latents > 0).sum(-1), latents)
 

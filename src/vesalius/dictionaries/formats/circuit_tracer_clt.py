@@ -67,7 +67,8 @@ def _layer(found: Found, number: int, site: Site, outs: tuple[Site, ...]) -> tup
     weights.refuse_others(NAME, {f"{name}_{number}" for name in ("b_enc", "b_dec", "threshold")})
     layer = StoredLayer(
         "relu" if threshold is None else "jumprelu", in_sites=(site,), out_sites=outs, in_widths=(read[1],),
-        out_widths=(d,) * len(outs), encoder=Stored(first, encoder), decoder=Stored(second, decoder),
+        out_widths=(d,) * len(outs), encoder=Stored(first.absolute(), encoder),
+        decoder=Stored(second.absolute(), decoder),
         b_enc=weights.take(f"b_enc_{number}", n),
         extras={} if threshold is None else {"threshold": non_negative(first, threshold)},
     )  # fmt: skip

@@ -145,8 +145,8 @@ def _layer(found: Found, path: Path, number: int, outs: tuple[Site, ...]) -> tup
     d_in = sizes["w_enc"][0]
     layer = StoredLayer(
         "jumprelu", in_sites=(Site("mlp_in", layer=number),), out_sites=outs[number:], in_widths=(d_in,),
-        out_widths=(d_out,) * (len(outs) - number), encoder=Stored(path, "w_enc", latent_first=False),
-        decoder=Stored(path, "w_dec"), b_enc=weights.take("b_enc", n), first=number,
+        out_widths=(d_out,) * (len(outs) - number), encoder=Stored(path.absolute(), "w_enc", latent_first=False),
+        decoder=Stored(path.absolute(), "w_dec"), b_enc=weights.take("b_enc", n), first=number,
         extras={"threshold": weights.take("threshold", n)}, skip=weights.maybe("affine_skip_connection", d_in, d_out),
     )  # fmt: skip
     return layer, weights.take("b_dec", d_out)

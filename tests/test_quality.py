@@ -252,7 +252,7 @@ def test_a_transcoder_has_the_baselines_that_apply() -> None:
     x = torch.randn(600, 6, generator=draw(0))
     dictionary = train((x, x @ torch.randn(6, 4, generator=draw(1))), TrainConfig(n_latents=12, k=3, steps=5))
     found = quality(dictionary, (x, x @ torch.randn(6, 4, generator=draw(1))), n=200)
-    assert [one.name for one in found.baselines] == ["pca", "untrained"]
+    assert [one.name for one in found.baselines] == ["linear", "untrained"]
 
 
 # Geometry, and what two dictionaries share

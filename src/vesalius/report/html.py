@@ -49,7 +49,7 @@ def render(summary: Mapping[str, Any]) -> str:
     Raises as `schema.check` for a summary that does not follow the schema.
     """
     check(summary)
-    return _environment().get_template("report.html.j2").render(_view(summary))
+    return environment().get_template("report.html.j2").render(_view(summary))
 
 
 def write(summary: Mapping[str, Any], folder: str | Path) -> Path:
@@ -64,7 +64,8 @@ def write(summary: Mapping[str, Any], folder: str | Path) -> Path:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates with escaping on, and words for numbers as filters."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

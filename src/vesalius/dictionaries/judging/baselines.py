@@ -25,7 +25,8 @@ from vesalius.errors import InputError
 from vesalius.records.canonical import build
 
 WORDS = {
-    "pca": "the first principal components; for a transcoder, the best linear map of this rank",
+    "pca": "the first principal components",
+    "linear": "the best linear map of this rank",
     "random": "as many random directions in place of the decoder's, the strongest kept, scaled by one fitted factor",
     "untrained": "the dictionary as it was before its first step of training, by the same configuration",
     "neurons": "the site's own coordinates: those farthest from their mean kept, the others set to it",
@@ -74,7 +75,7 @@ def baselines(coder: Coder, fit: tuple[Rows, Rows], l0: float, seed: int) -> lis
     x, y = fit[0][0].double(), fit[1][0].double()
     k, own = max(1, min(round(l0), coder.n_latents)), coder.in_sites == coder.out_sites
     made: dict[str, Callable[[], Rebuilder | None]] = {
-        "pca": lambda: reduced_rank(x, y, min(k, x.shape[1], y.shape[1])),
+        "linear": lambda: reduced_rank(x, y, min(k, x.shape[1], y.shape[1])),
         "random": lambda: OfCoder(random_directions(coder, x, k, seed), "random") if own else None,
         "untrained": lambda: _untrained(coder, fit),
         "neurons": lambda: Neurons(x.mean(0).float(), min(k, x.shape[1])) if own else None,
@@ -97,7 +98,13 @@ def reduced_rank(x: Tensor, y: Tensor, rank: int) -> Linear:
         weight = torch.linalg.solve(gram, centred.T @ target)
         predicted = centred @ weight
     top = torch.linalg.eigh(predicted.T @ predicted).eigenvectors[:, -rank:]
-    return Linear("pca", (weight @ top @ top.T).float(), mean_in.float(), mean_out.float(), rank)
+    return Linear(
+        "pca" if torch.equal(x, y) else "linear",
+        (weight @ top @ top.T).float(),
+        mean_in.float(),
+        mean_out.float(),
+        rank,
+    )
 
 
 def random_directions(coder: Coder, x: Tensor, k: int, seed: int) -> Dictionary:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,8 +151,19 @@ def _about(coder: Coder) -> dict[str, Any]:
     return {
         "name": repr(coder), "hash": coder.content_hash, "latents": coder.n_latents,
         "in_sites": [str(site) for site in coder.in_sites], "out_sites": [str(site) for site in coder.out_sites],
-        "trained": dict(about.get("config", {})) or None,
+        "trained": _trained(about.get("config", {})),
     }  # fmt: skip
+
+
+def _trained(config: Mapping[str, Any]) -> str | None:
+    """How it was trained, in words; None when that is not known."""
+    if "steps" not in config:
+        return None
+    k = f" with k = {config['k']}" if config.get("kind") in ("topk", "batchtopk", "matryoshka") else ""
+    return (
+        f"{config.get('kind')}{k}: {config['steps']:,} steps of {config.get('batch_size', 0):,} rows, "
+        f"learning rate {config.get('lr')}, seed {config.get('seed')}"
+    )
 
 
 def _described(known: Unseen, source: Source, test: Sample, losses: Losses | None, seed: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vesalius import __version__
 from vesalius.dictionaries.judging.figures import WORDS, Figure
 from vesalius.dictionaries.judging.geometry import Geometry, Shared
 from vesalius.dictionaries.judging.sums import Floats
@@ -98,7 +99,7 @@ class Quality:
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, text and numbers, by the schema that the report is made from."""
         return {
-            "schema": SCHEMA, "dictionary": dict(self.about), "data": dict(self.data),
+            "schema": SCHEMA, "version": __version__, "dictionary": dict(self.about), "data": dict(self.data),
             "model": None if self.model is None else dict(self.model), "figures": _plain(self.figures),
             "sites": {site: _plain(found) for site, found in self.sites.items()}, "density": self._histogram(),
             "geometry": None if self.geometry is None else self.geometry.to_json(),

@@ -60,10 +60,11 @@ def draw(coder: Coder, unseen: Unseen, whole: Source, n: int, seed: int) -> Draw
     """
     places = _places(coder, unseen.source)
     if isinstance(unseen.source, ActivationStore):
-        test, rest = _of_store(unseen.source, places, n, seed)
-        if unseen.seen is False and isinstance(whole, ActivationStore):
-            before = range(whole.rows.start, unseen.source.rows.start)
-            rest = whole.documents(0, whole.trace(before[-1]).document + 1).sample(n, seed=seed)
+        known = isinstance(whole, ActivationStore) and unseen.seen is False
+        test, rest = _of_store(unseen.source, places, n, seed, all_of_it=known)
+        if known and isinstance(whole, ActivationStore):
+            last = whole.trace(unseen.source.rows.start - 1).document
+            rest = whole.documents(0, last + 1).sample(n, seed=seed)
         return Drawn(test, _sides(rest, places))
     rows = unseen.source.sample(2 * n, seed=seed)
     if len(rows[0]) < 4:
@@ -98,23 +99,21 @@ def _places(coder: Coder, source: Source) -> Places:
     return [known.index(site) for site in coder.in_sites], [known.index(site) for site in coder.out_sites]
 
 
-def _of_store(store: ActivationStore, places: Places, n: int, seed: int) -> tuple[Sample, Rows]:
-    """Contexts at random until there are n rows, and rows of further ones (of half of them, when they are few)."""
+def _of_store(store: ActivationStore, places: Places, n: int, seed: int, all_of_it: bool) -> tuple[Sample, Rows]:
+    """Contexts at random until there are n rows, and rows of further ones; of few half each, if not all may be used."""
     known = list(store.contexts())
     order = torch.randperm(len(known), generator=stream("quality", seed)).tolist()
     ends = np.cumsum([known[number][1].rows for number in order])
-    cut = int(np.searchsorted(ends, min(n, ends[-1] // 2))) + 1
+    cut = min(int(np.searchsorted(ends, min(n, ends[-1] if all_of_it else ends[-1] // 2))) + 1, len(order))
     stop = int(np.searchsorted(ends, ends[cut - 1] + n)) + 1
     chosen, others = order[:cut], order[cut:stop]
-    if not others:
+    if not others and not all_of_it:
         raise InputError("all rows are of one context, too few to measure a dictionary on; harvest more text")
     test = [known[number] for number in sorted(chosen)]
     contexts = tuple(context for _, context in test)
     groups, unit = _groups(contexts)
-    return (
-        Sample(*_sides(_rows(store, test), places), groups, unit, contexts),
-        _rows(store, [known[number] for number in sorted(others)]),
-    )
+    rest = _rows(store, [known[number] for number in sorted(others)]) if others else ()
+    return Sample(*_sides(_rows(store, test), places), groups, unit, contexts), rest
 
 
 def _rows(store: ActivationStore, known: Sequence[tuple[int, Context]]) -> Rows:

@@ -18,6 +18,7 @@ from vesalius.intervention import Replace
 from vesalius.jobs import Sink, track
 from vesalius.metric import wide
 from vesalius.model import Model
+from vesalius.products import computing
 from vesalius.site import Site
 
 MEAN, ZERO = "mean", "zero"
@@ -106,9 +107,10 @@ def losses_of(
     edits |= {name: Edit((place.write,), _constant(vector)) for name, vector in constants.items()}
     sums = np.zeros((max(groups) + 1, 2 + 2 * len(edits)))
     batches = list(_batches(contexts, batch_tokens))
-    for rows in track(batches, "splice", sink=sink):
-        found = _batch(model, place, [contexts[row] for row in rows], edits)
-        np.add.at(sums, [groups[row] for row in rows], found)
+    with computing():
+        for rows in track(batches, "splice", sink=sink):
+            found = _batch(model, place, [contexts[row] for row in rows], edits)
+            np.add.at(sums, [groups[row] for row in rows], found)
     return Losses(tuple(edits), sums)
 
 

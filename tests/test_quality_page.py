@@ -20,7 +20,7 @@ from vesalius.dictionaries.judging import WORDS
 from vesalius.dictionaries.judging.figures import Figure
 from vesalius.errors import InputError, NotFiniteError, UnknownNameError
 from vesalius.report.histograms import BASE, TOP, cosines, densities
-from vesalius.report.quality_page import LABELS, NAMES, answer
+from vesalius.report.quality_page import LABELS, NAMES
 
 LOSSES = {
     "ce_clean": 3.0, "ce": 3.5, "ce_increase": 0.5, "ce_increase_mean": 5.0, "ce_increase_zero": 12.0, "kl": 0.6,
@@ -92,7 +92,7 @@ def test_every_figure_stands_on_the_page_with_its_definition(plain: dict[str, An
 
 def test_the_answer_says_what_the_figures_say(plain: dict[str, Any]) -> None:
     plain["figures"]["fvu"]["value"], plain["figures"]["l0"]["value"] = 0.25, 12.34
-    first, second, third = answer(plain)
+    first, second, third = report.quality_answer(plain)
     assert first == "75 % of the variance of module:tensor0|out is rebuilt, with 12.3 of 30 latents per row."
     assert second.startswith("With as many numbers per row: principal components ")
     assert third == "In the model it adds 0.500 nats to a cross-entropy of 3.00; the mean in its place adds 5.00."

@@ -1,4 +1,4 @@
-"""`vesalius study | sites | harvest | train | calibrate | ledger`.
+"""`vesalius study | sites | harvest | train | quality | calibrate | ledger`.
 
 Exit codes: 0 done, 1 the study stopped at its gate, 2 something given cannot be used (the message says what, and what
 to do), 130 interrupted; finished work is kept and the same command goes on from there.
@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from vesalius.cli import calibrating, harvesting, ledgers, sites, studying, training
+from vesalius.cli import calibrating, harvesting, judging, ledgers, sites, studying, training
 from vesalius.cli.screen import console, fail, warn
 from vesalius.errors import VesaliusError
 
@@ -171,6 +171,31 @@ def train(
         "precision": precision, "dead_after": dead_after, "checkpoint_every": checkpoint_every,
     }  # fmt: skip
     training.train(training.Request(store, out, device, fields))
+
+
+@app.command()
+def quality(
+    dictionary: Annotated[Path, typer.Argument(help="Folder of a dictionary, made by train or another library.")],
+    store: Annotated[Path, typer.Argument(help="Folder of activations, made by harvest.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Also splice it into this model: alias, folder, .gguf file, id.")
+    ] = None,
+    other: Annotated[
+        list[Path] | None, typer.Option(help="The same from another seed, to see what they share; can be repeated.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for quality.html and quality.json; default runs/quality-<dictionary>.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Rows to measure on.")] = 16_384,
+    contexts: Annotated[int, typer.Option(help="Contexts to run through the model.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+) -> None:
+    """How good a dictionary is, on documents it was not trained on, beside what it has to beat."""
+    request = judging.Request(
+        dictionary=dictionary, store=store, model=model, others=other or [], out=out, rows=rows, contexts=contexts,
+        seed=seed, command=shlex.join(["vesalius", *sys.argv[1:]]),
+    )  # fmt: skip
+    judging.quality(request)
 
 
 @app.command()

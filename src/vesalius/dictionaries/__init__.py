@@ -8,7 +8,7 @@ from vesalius.dictionaries.cross_layer import CrossLayerTranscoder
 from vesalius.dictionaries.crosscoder import Scaling, latent_scaling, relative_norms
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.history import History
-from vesalius.dictionaries.judging import Figure, Quality, Shared, geometry, quality, shared
+from vesalius.dictionaries.judging import WORDS, Figure, Quality, Shared, geometry, quality, shared
 from vesalius.dictionaries.kinds import ACTIVATIONS
 from vesalius.dictionaries.latent import Latent
 from vesalius.dictionaries.loading import load
@@ -20,6 +20,7 @@ from vesalius.dictionaries.training.loop import estimate, train
 __all__ = [
     "ACTIVATIONS",
     "KINDS",
+    "WORDS",
     "Coder",
     "CrossLayerTranscoder",
     "Dictionary",

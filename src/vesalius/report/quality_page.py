@@ -21,8 +21,8 @@ BAR_WIDTH = 260.0
 KINDS = {"dictionary": "own", "seed": "own", "mean": "ablation", "zero": "ablation"}
 NAMES = {
     "dictionary": "the dictionary", "pca": "principal components", "linear": "linear map",
-    "random": "random directions", "untrained": "untrained dictionary", "neurons": "the site's own coordinates", "mean": "mean ablation",
-    "zero": "zero ablation",
+    "random": "random directions", "untrained": "untrained dictionary", "neurons": "the site's own coordinates",
+    "mean": "mean ablation", "zero": "zero ablation",
 }  # fmt: skip
 LABELS = {
     "fvu": "variance unexplained (FVU)", "l0": "latents per row (L0)", "dead": "dead latents",
@@ -91,7 +91,7 @@ def _view(found: Mapping[str, Any], words: Mapping[str, str], command: str) -> d
     return {
         "q": found,
         "f": figures,
-        "answer": answer(found),
+        "answer": quality_answer(found),
         "rebuilt": _rows(found, "fvu"),
         "losses": _losses(found),
         "densities": densities(found["density"]),
@@ -108,7 +108,7 @@ def _unit(name: str) -> str:
     return "share" if name in SHARES else ""
 
 
-def answer(found: Mapping[str, Any]) -> list[str]:
+def quality_answer(found: Mapping[str, Any]) -> list[str]:
     """What was found, in sentences."""
     figures, about = found["figures"], found["dictionary"]
     explained = number(1 - figures["fvu"]["value"], "share")

@@ -1,0 +1,58 @@
+"""`vesalius quality`: how good a dictionary is, as figures and as a page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import vesalius as vs
+from vesalius.cli.screen import Screen, bars, note, say
+from vesalius.errors import InputError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked on the command line."""
+
+    dictionary: Path
+    store: Path
+    model: str | None
+    others: list[Path]
+    out: Path | None
+    rows: int
+    contexts: int
+    seed: int
+    command: str
+
+    def check(self) -> None:
+        """Refuse what cannot be done before anything is loaded."""
+        for name, value in (("--rows", self.rows), ("--contexts", self.contexts)):
+            if value < 1:
+                raise InputError(f"{name} must be at least 1; got {value}")
+        if self.seed < 0:
+            raise InputError(f"--seed must be at least 0; got {self.seed}")
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / f"quality-{self.dictionary.resolve().name}"
+
+
+def quality(request: Request) -> None:
+    """Measure with progress bars, write page and figures, and say the answer."""
+    request.check()
+    coder, *others = (vs.dictionaries.load(folder) for folder in (request.dictionary, *request.others))
+    store = vs.data.ActivationStore.open(request.store)
+    with bars() as progress:
+        screen = Screen(progress)
+        model = None if request.model is None else vs.load(request.model, sink=screen)
+        found = vs.dictionaries.quality(
+            coder, store, model=model, others=others, n=request.rows, contexts=request.contexts, seed=request.seed,
+            sink=screen,
+        ).to_json()  # fmt: skip
+    page = vs.report.write_quality(found, vs.dictionaries.WORDS, request.folder, request.command)
+    note(found["data"]["words"])
+    if model is None:
+        note("Not spliced into a model: --model measures what the model loses.")
+    for sentence in vs.report.quality_answer(found):
+        say(sentence)
+    say(str(page))

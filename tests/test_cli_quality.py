@@ -1,0 +1,75 @@
+"""`vesalius quality`: it writes a page and the figures, says the answer, and refuses bad input in one message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vesalius as vs
+from test_cli import Done
+from test_cli import run as run
+from tiny_folder import tiny_folder
+
+SITE = "layers.1.resid_post"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, activations, and dictionaries of two seeds."""
+    folder = tmp_path_factory.mktemp("quality")
+    model = vs.load(str(tiny_folder(folder)))
+    texts = [f"the hens and the fox said {number} " * 6 for number in range(24)]
+    store = vs.data.harvest(model, texts, sites=[SITE], out=folder / "acts", context=64)
+    for seed in (0, 1):
+        config = vs.TrainConfig(n_latents=48, k=4, steps=20, batch_size=64, seed=seed, held_out=0.3)
+        vs.dictionaries.train(store, config, folder / f"sae{seed}")
+    return folder
+
+
+def test_figures_and_page_are_written_and_the_answer_is_said(
+    run: Callable[..., Done], made: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "page"
+    done = run("quality", made / "sae0", made / "acts", "--model", made / "tiny", "--other", made / "sae1",
+               "--rows", 150, "--contexts", 5, "--out", out)  # fmt: skip
+    assert done.code == 0, done.err
+    found = json.loads((out / "quality.json").read_text())
+    vs.report.quality_schema.check(found)
+    assert found["data"]["seen"] is False
+    assert [len(found["seeds"]), len(found["baselines"])] == [1, 4]
+    lines = done.out.splitlines()
+    assert lines == [*vs.report.quality_answer(found), str(out / "quality.html")]
+    assert "those trained on were 0 to" in done.words
+    assert "vesalius quality" in (out / "quality.html").read_text()
+
+
+def test_without_a_model_it_says_what_is_missing(run: Callable[..., Done], made: Path, tmp_path: Path) -> None:
+    done = run("quality", made / "sae0", made / "acts", "--out", tmp_path / "page", "--seed", 3)
+    assert done.code == 0, done.err
+    assert "--model measures what the model loses" in done.words
+    found = json.loads((tmp_path / "page" / "quality.json").read_text())
+    assert (found["model"], found["data"]["seed"]) == (None, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing", "acts"], "there is no file or folder"),
+        (["sae0", "sae1"], "is no activation store"),
+        (["sae0", "acts", "--rows", "0"], "--rows must be at least 1; got 0"),
+        (["sae0", "acts", "--contexts", "0"], "--contexts must be at least 1"),
+        (["sae0", "acts", "--seed", "-1"], "--seed must be at least 0"),
+    ],
+)
+def test_bad_input_is_told_in_one_message(
+    run: Callable[..., Done], made: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    paths: list[Any] = [made / argument for argument in arguments[:2]]
+    done = run("quality", *paths, *arguments[2:], "--out", tmp_path / "page")
+    assert done.code == 2
+    assert words in done.words
+    assert not (tmp_path / "page").exists()

@@ -180,6 +180,10 @@ def read_and_write(table: Table, out: Path) -> None:
                LAYERS * D)  # fmt: skip
         written("circuit-tracer", f"{activation} cross-layer", cross_layer(activation), peers.cross_layer_opened,
                 "circuit_tracer", LAYERS * D)  # fmt: skip
+    for name, converted in (("gemma_scope", peers.saelens_gemma_scope), ("gemma_scope_2", peers.saelens_gemma_scope_2)):
+        coder = ours("jumprelu", apply_b_dec_to_input=False)
+        folder = save(coder, out / "gemma-scope-2b-pt-res" / "resid_post" / name / "layer_3_width_16k", format=name)
+        table.compare("SAELens, Gemma Scope", name, "we write", as_peer(coder), converted(folder))
     scaled = replace(ours("relu"), in_scale=(2.0,), out_scale=(2.0,))
     folder = save(scaled, next(folders) / "layers.3", format="saelens")
     table.compare("SAELens", "scales, folded", "we write", as_peer(scaled.folded()), peers.saelens_opened(folder))

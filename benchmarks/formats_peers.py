@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -96,6 +97,45 @@ def saelens_peer(sae: Any) -> Peer:
         return sae.encode(shaped(x))
 
     return Peer(torch.no_grad()(encode), torch.no_grad()(rebuild))
+
+
+def saelens_gemma_scope(folder: Path) -> Peer:
+    """A folder of Gemma Scope, opened by SAELens' converter, which is given the file instead of a download."""
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    with patch.object(loaders, "hf_hub_download", lambda *_, filename, **__: str(folder / filename)):
+        config, state, _ = loaders.gemma_2_sae_huggingface_loader(
+            "google/gemma-scope-2b-pt-res", folder.name, cfg_overrides={"d_in": D, "d_sae": M}
+        )
+    return saelens_converted(config, state)
+
+
+def saelens_gemma_scope_2(folder: Path) -> Peer:
+    """The same of Gemma Scope 2."""
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+    from safetensors.torch import load_file
+
+    named = json.loads((folder / "config.json").read_text()) | {"model_name": "gemma-v3-1b-pt"}
+    (folder / "config.json").write_text(json.dumps(named))
+    shapes = {name: list(tensor.shape) for name, tensor in load_file(folder / "params.safetensors").items()}
+    # It asks for config.json with the folder before its name, and for the weights with the folder beside it.
+    with (
+        patch.object(loaders, "hf_hub_download", lambda *a, **k: str(folder / Path(k.get("filename") or a[1]).name)),
+        patch.object(loaders, "get_safetensors_tensor_shapes", lambda *_: shapes),
+    ):
+        config, state, _ = loaders.gemma_3_sae_huggingface_loader("google/x", f"resid_post/{folder.name}")
+    return saelens_converted(config, state)
+
+
+def saelens_converted(config: dict[str, Any], state: dict[str, Tensor]) -> Peer:
+    from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
+    from sae_lens.registry import get_sae_class
+
+    known = handle_config_defaulting(config)
+    kind, settings = get_sae_class(known["architecture"])
+    sae = kind(settings.from_dict(known))
+    sae.load_state_dict(state)
+    return saelens_peer(sae)
 
 
 # sparsify

@@ -19,6 +19,7 @@ import format_files as files
 import vesalius as vs
 from format_files import LAYERS, D, K, M, Written, normal, rows
 from vesalius.dictionaries import Coder, CrossLayerTranscoder, Dictionary, StoredLayer, load, save
+from vesalius.dictionaries.formats import dictionary_learning, saelens
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
 
 RESID, MLP_IN, MLP_OUT = (vs.Site.parse(f"layers.3.{kind}") for kind in ("resid_post", "mlp_in", "mlp_out"))
@@ -377,6 +378,16 @@ def test_what_is_written_reads_back_as_the_same_function(tmp_path: Path, name: s
     assert not [path for path in place.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
 
 
+def test_gemma_scope_2_is_written_with_the_names_of_gemma_s_modules(tmp_path: Path) -> None:
+    save(ours("jumprelu", skip=SKIP), tmp_path, format="gemma_scope_2")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["hf_hook_point_in"] == "model.layers.3.pre_feedforward_layernorm.output"
+    assert config["hf_hook_point_out"] == "model.layers.3.post_feedforward_layernorm.output"
+    del config["vesalius"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    same(load(tmp_path), ours("jumprelu", skip=SKIP))
+
+
 @pytest.mark.parametrize("name", ["saelens", "gemma_scope_2"])
 def test_scales_are_folded_into_what_is_written(tmp_path: Path, name: str) -> None:
     scaled = ours("relu", in_scale=(2.0,), out_scale=(2.0,))
@@ -492,7 +503,21 @@ def test_dtype_and_device_are_chosen_when_loading(tmp_path: Path) -> None:
     torch.testing.assert_close(single.encode(rows()), written.encode(rows()), atol=0.1, rtol=0.05)
 
 
-def test_the_page_lists_every_format() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "dictionary-files.md").read_text()
-    named = set(re.findall(r"`format=\"(\w+)\"`", page))
+PAGE = (Path(__file__).parents[1] / "docs" / "dictionary-files.md").read_text()
+
+
+def test_the_page_lists_every_format_and_every_architecture() -> None:
+    named = set(re.findall(r"`format=\"(\w+)\"`", PAGE))
     assert named == {"vesalius", *vs.dictionaries.formats.WRITERS}
+    assert [name for name in (*saelens.ACTIVATIONS, *dictionary_learning.CLASSES) if f"`{name}`" not in PAGE] == []
+
+
+def test_the_python_on_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    written = files.saelens(tmp_path / "sae", "topk")
+    names: dict[str, Any] = {}
+    exec(compile(code, "dictionary-files.md", "exec"), names)
+    assert names["latents"].shape == (8, M)
+    agree(names["again"], written)
+    assert names["again"].in_sites == (MLP_OUT,)

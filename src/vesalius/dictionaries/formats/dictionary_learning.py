@@ -41,11 +41,11 @@ def read(found: Found) -> Dictionary:
     if not isinstance(config, dict):
         raise FileFormatError(f"{found.folder / CONFIG} has no `trainer` that says which class the dictionary is of")
     name = str(config.get("dict_class"))
-    if name not in _CLASSES:
+    if name not in CLASSES:
         raise FileFormatError(f"{found.folder / CONFIG}: dict_class={name!r} is not read here; what is: "
-                              f"{', '.join(sorted(_CLASSES))}")  # fmt: skip
+                              f"{', '.join(sorted(CLASSES))}")  # fmt: skip
     weights = _weights(found)
-    return _made(weights.path, _CLASSES[name](weights), config, name)
+    return _made(weights.path, CLASSES[name](weights), config, name)
 
 
 def _weights(found: Found) -> Weights:
@@ -149,7 +149,7 @@ def _matryoshka(weights: Weights) -> dict[str, Any]:
             "groups": groups}  # fmt: skip
 
 
-_CLASSES: dict[str, Callable[[Weights], dict[str, Any]]] = {
+CLASSES: dict[str, Callable[[Weights], dict[str, Any]]] = {
     "AutoEncoder": _auto_encoder, "AutoEncoderNew": _auto_encoder_new, "GatedAutoEncoder": _gated,
     "AutoEncoderTopK": _top_k, "BatchTopKSAE": _batch_top_k, "JumpReluAutoEncoder": _jump_relu,
     "MatryoshkaBatchTopKSAE": _matryoshka,

@@ -33,6 +33,10 @@ from vesalius.site import Site
 WEIGHTS, CONFIG, NAME = "params.safetensors", "config.json", "Gemma Scope 2"
 _LAYER = re.compile(r"layer_(\d+)")
 _FOLDERS = {"resid_post": "resid_post", "attn_out": "z", "mlp_out": "mlp_out"}
+_MODULES = {
+    "resid_post": "output", "mlp_in": "pre_feedforward_layernorm.output", "z": "self_attn.o_proj.input",
+    "mlp_out": "post_feedforward_layernorm.output", "attn_out": "post_attention_layernorm.output",
+}  # fmt: skip
 _TENSORS = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold", "affine_skip_connection")
 
 
@@ -103,10 +107,17 @@ def write(given: Any, folder: Path) -> None:
     write_safetensors(folder / WEIGHTS, tensors | skip)
     config = {
         "architecture": "jump_relu", "affine_connection": dictionary.skip is not None, "width": dictionary.n_latents,
-        "model_name": dictionary.about.get("model_name"),
+        "model_name": dictionary.about.get("model_name"), **_hook_points(dictionary),
         "vesalius": {"in_site": str(dictionary.in_sites[0]), "out_site": str(dictionary.out_sites[0])},
     }  # fmt: skip
     write_atomic(folder / CONFIG, json.dumps(config, indent=1) + "\n")
+
+
+def _hook_points(given: Dictionary) -> dict[str, str]:
+    """Where it reads and writes, in the words of Gemma's modules, as far as there are such words."""
+    ends = {"hf_hook_point_in": given.in_sites[0], "hf_hook_point_out": given.out_sites[0]}
+    return {name: f"model.layers.{site.layer}.{_MODULES[site.kind]}"
+            for name, site in ends.items() if site.kind in _MODULES and site.index is None}  # fmt: skip
 
 
 def layer_files(folder: Path) -> dict[int, Path]:

@@ -59,6 +59,13 @@ def test_saelens_is_read(tmp_path: Path, architecture: str) -> None:
     assert coder.about["model_name"] == "gpt2-small"
 
 
+def test_a_file_that_is_given_is_read_with_those_beside_it(tmp_path: Path) -> None:
+    for written, name in ((files.saelens(tmp_path / "a"), "sae_weights.safetensors"),
+                          (files.sparsify(tmp_path / "layers.3"), "sae.safetensors"),
+                          (files.crosscoder(tmp_path / "c"), "model.safetensors")):  # fmt: skip
+        agree(load(written.path / name), written)
+
+
 @pytest.mark.parametrize("changes", [
     {"apply_b_dec_to_input": False}, {"normalize_activations": "layer_norm"},
     {"normalize_activations": "constant_norm_rescale"},
@@ -294,8 +301,24 @@ def test_a_head_and_a_module_have_their_sites(tmp_path: Path) -> None:
 def test_modules_before_a_norm_are_not_what_is_added_to_the_stream(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model": "google/gemma-2-2b"}')
     written = files.sparsify(tmp_path / "layers.3.mlp")
-    assert str(load(written.path).out_sites[0]) == "module:layers.3.mlp|out"
+    assert str(load(written.path).out_sites[0]) == "module:model.layers.3.mlp|out"
+    assert str(load(files.sparsify(tmp_path / "embed_tokens").path).in_sites[0]) == "module:model.embed_tokens|out"
     assert str(load(files.sparsify(tmp_path / "layers.3").path).out_sites[0]) == "layers.3.resid_post"
+
+
+@pytest.mark.parametrize(
+    ("folder", "model", "sites"),
+    [("layers.3", "", ("layers.3.resid_pre", "layers.3.resid_post")),
+     ("h.3.mlp", "gpt2", ("layers.3.mlp_in", "layers.3.mlp_out")),
+     ("layers.3.attention", "", ("module:model.layers.3.attention|in", "layers.3.attn_out")),
+     ("layers.3.mlp.act", "EleutherAI/pythia-70m",
+      ("module:gpt_neox.layers.3.mlp.act|in", "module:gpt_neox.layers.3.mlp.act|out")),
+     ("v1.2", "", ("module:?v1.2|out", "module:?v1.2 (output)|out"))],
+)  # fmt: skip
+def test_modules_of_sparsify_have_their_sites(tmp_path: Path, folder: str, model: str, sites: tuple[str, str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model": model}))
+    coder = load(files.sparsify(tmp_path / folder, transcode=True).path)
+    assert tuple(map(str, coder.in_sites + coder.out_sites)) == sites
 
 
 def test_an_unknown_place_matters_only_when_a_site_is_needed(tmp_path: Path) -> None:

@@ -40,6 +40,9 @@ class LayerCoder(Coder, Protocol):
     @property
     def tensors(self) -> dict[str, Tensor]: ...
 
+    @property
+    def digests(self) -> dict[str, str]: ...
+
     def folded(self) -> LayerCoder: ...
 
     def to(self, where: torch.device | torch.dtype | str) -> LayerCoder: ...
@@ -118,7 +121,9 @@ class CrossLayerTranscoder:
     @cached_property
     def content_hash(self) -> str:
         """Hash of the weights and of everything else that decides what it computes."""
-        return content_hash({**self.settings, "tensors": {name: digest(t) for name, t in self.tensors.items()}})
+        layers = {f"{n}/{name}": found for n, layer in enumerate(self.layers) for name, found in layer.digests.items()}
+        own = {f"b_dec.{number}": digest(bias) for number, bias in enumerate(self.b_dec)}
+        return content_hash({**self.settings, "tensors": layers | own})
 
     def encode(self, x: Values, latents: Sequence[int] | None = None) -> Float[Tensor, "... latent"]:
         """Latents of all layers, one layer after the other; only those with the given numbers when there are some.

@@ -130,7 +130,12 @@ class Dictionary:
     @cached_property
     def content_hash(self) -> str:
         """Hash of the weights and of everything else that decides what it computes."""
-        return content_hash({**self.settings, "tensors": {name: digest(t) for name, t in self.tensors.items()}})
+        return content_hash({**self.settings, "tensors": self.digests})
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """sha256 of every tensor by name."""
+        return {name: digest(tensor) for name, tensor in self.tensors.items()}
 
     @property
     def settings(self) -> dict[str, Any]:

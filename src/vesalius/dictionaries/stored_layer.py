@@ -6,6 +6,7 @@ decode, only the rows of the latents that are active.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vesalius.dictionaries.coder import Rebuilt, Values, aligned_rows, check_latents, site_number
+from vesalius.dictionaries.coder import CHUNK, Rebuilt, Values, aligned_rows, check_latents, site_number
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.latent import Latent
 from vesalius.dictionaries.stored import Stored
@@ -82,8 +83,22 @@ class StoredLayer:
 
     @cached_property
     def content_hash(self) -> str:
-        """As of the Dictionary with the same tensors; all of them are read once for it."""
-        return content_hash({**self.settings, "tensors": {name: digest(t) for name, t in self.tensors.items()}})
+        """As of the Dictionary with the same tensors; all of them are read once for it, some rows at a time."""
+        return content_hash({**self.settings, "tensors": self.digests})
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """sha256 of every tensor by name, as of the Dictionary."""
+        small = self._encoding(None).tensors | ({} if self.skip is None else {"W_skip": self.skip})
+        zero = digest(self.b_enc.new_zeros(self.out_widths[0]))
+        found = {name: digest(tensor) for name, tensor in small.items() if name != "W_dec.0"}
+        hashes = [hashlib.sha256() for _ in self.out_sites]
+        for start in range(0, self.n_latents, CHUNK):
+            rows = self._rows(torch.arange(start, min(start + CHUNK, self.n_latents))).cpu()
+            for end, hashed in enumerate(hashes):
+                hashed.update(rows[:, end].contiguous().view(torch.uint8).numpy().data)
+        decoders = {f"W_dec.{end}": hashed.hexdigest() for end, hashed in enumerate(hashes)}
+        return found | decoders | {f"b_dec.{end}": zero for end in range(len(hashes))}
 
     def encode(self, x: Values, latents: Sequence[int] | None = None) -> Float[Tensor, "... latent"]:
         """As `Dictionary.encode`; only the encoder is read, or the given latents' part of it."""

@@ -8,6 +8,7 @@ these files transposes W_dec and subtracts b_dec by another rule; this one follo
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from vesalius.dictionaries.formats.folding import (
 )
 from vesalius.dictionaries.formats.names import ends, from_module
 from vesalius.dictionaries.formats.writing import write_safetensors
+from vesalius.dictionaries.places import unknown_place
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs import write_atomic
 from vesalius.site import Site
@@ -84,8 +86,19 @@ def _sites(path: Path, config: dict[str, Any], model: str, transcodes: bool) -> 
     if isinstance(config.get("vesalius"), dict):
         return told_sites(path, config["vesalius"])
     name = path.parent.name
-    out = from_module(name, model)
-    return ends(from_module(name, model, "in"), out) if transcodes else (out, out)
+    out = _module(name, model, "out")
+    return ends(_module(name, model, "in"), out) if transcodes else (out, out)
+
+
+def _module(name: str, model: str, side: str) -> Site:
+    """A module as sparsify names it, within the model's body; a folder of another name says nothing."""
+    if not re.fullmatch(r"(layers|h)\.\d+(\..+)?|embed_tokens|wte|embed_in", name):
+        return unknown_place(name)
+    site = from_module(name, model, side)
+    if site.kind != "module":
+        return site
+    body = "transformer" if name.startswith(("h.", "wte")) else "gpt_neox" if "pythia" in model.lower() else "model"
+    return Site("module", module=f"{body}.{name}", side=side)
 
 
 def write(given: Any, folder: Path) -> None:

@@ -22,7 +22,7 @@ class KindFacts:
 
 KINDS = {
     "relu": KindFacts(sparsity=2.0, decoder_norm="free", dead="resample"),
-    "gated": KindFacts(sparsity=2.0, decoder_norm="unit", dead="none"),
+    "gated": KindFacts(sparsity=4.0, decoder_norm="unit", dead="none"),
     "jumprelu": KindFacts(sparsity=0.5, decoder_norm="unit", dead="auxk"),
     "topk": KindFacts(sparsity=0.0, decoder_norm="unit", dead="auxk"),
     "batchtopk": KindFacts(sparsity=0.0, decoder_norm="unit", dead="auxk"),
@@ -45,7 +45,8 @@ class TrainConfig:
     """How to train a dictionary.
 
     kind: `relu` (L1 penalty), `gated`, `jumprelu`, `topk`, `batchtopk`, `matryoshka`. n_latents: per layer for a
-    cross-layer transcoder. k: latents active per row (topk; on average for batchtopk and matryoshka).
+    cross-layer transcoder. k: latents active per row (topk; on average for batchtopk and matryoshka; jumprelu begins
+    with twice as many).
 
     Raises InputError naming the field for values out of range, UnknownNameError listing the known ones for names.
     """
@@ -92,7 +93,7 @@ class TrainConfig:
     """Steps in which the penalty rises linearly; default: a twentieth of all."""
     penalty: str = "l0"
     """jumprelu: `l0` (Rajamanoharan et al. 2024, eq. 9) or `tanh` (Anthropic, January 2025)."""
-    bandwidth: float = 0.1
+    bandwidth: float = 0.5
     """jumprelu: width of the straight-through kernel, in units of pre-activations."""
     tanh_scale: float = 4.0
     groups: tuple[int, ...] = ()

@@ -71,8 +71,8 @@ class Kind(Protocol):
     selection: Literal["row", "batch", "local"]
     """Who takes part: the k largest of a row, the k per row largest of a batch, or whatever passes `floor`."""
 
-    def start(self, config: TrainConfig, /) -> dict[str, Tensor]:
-        """Trained vectors beside b_enc at step 0."""
+    def start(self, config: TrainConfig, pre: Tensor, /) -> dict[str, Tensor]:
+        """Trained vectors beside b_enc at step 0. pre: [rows, latent] pre-activations of a sample at that step."""
         ...
 
     def floor(self, vectors: Vectors, config: TrainConfig, /) -> Tensor | None:

@@ -27,7 +27,7 @@ class BatchTopK:
         """The positive part above the threshold."""
         return pre.relu() * (pre > vectors["threshold"])
 
-    def start(self, _config: TrainConfig, /) -> dict[str, Tensor]:
+    def start(self, _config: TrainConfig, _pre: Tensor, /) -> dict[str, Tensor]:
         """None."""
         return {}
 

@@ -30,7 +30,7 @@ class Gated:
         magnitude = vectors["r_mag"].exp() * (pre - vectors["b_enc"]) + vectors["b_mag"]
         return magnitude.relu() * (pre > 0)
 
-    def start(self, config: TrainConfig, /) -> dict[str, Tensor]:
+    def start(self, config: TrainConfig, _pre: Tensor, /) -> dict[str, Tensor]:
         """Both zero: at first the magnitude is the gate's pre-activation."""
         return {"r_mag": torch.zeros(config.n_latents), "b_mag": torch.zeros(config.n_latents)}
 

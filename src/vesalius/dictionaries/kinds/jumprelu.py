@@ -2,20 +2,22 @@
 
 Thresholds are trained with straight-through estimates: the step's derivative is a box of width `bandwidth` around it
 (Rajamanoharan et al. 2024, "Jumping ahead", eq. 11 and 12). The penalty counts active latents (`l0`) or sums tanh of
-latent times decoder norm (`tanh`; Anthropic, January 2025).
+latent times decoder norm (`tanh`; Anthropic, January 2025). Thresholds begin where about twice k latents per row are
+active: from near zero, as published, they take tens of thousands of steps of nearly dense codes to rise so far.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from vesalius.dictionaries.config import TrainConfig
 from vesalius.dictionaries.kinds.base import Entries, Gradients, Vectors
 
-START = 0.1
+ACTIVE_AT_START = 2
+"""Times k."""
+LEAST = 0.01
 
 
 class JumpRelu:
@@ -31,9 +33,11 @@ class JumpRelu:
         """The positive part above the threshold."""
         return pre.relu() * (pre > vectors["threshold"])
 
-    def start(self, config: TrainConfig, /) -> dict[str, Tensor]:
-        """The thresholds' logarithms, so that they stay positive."""
-        return {"log_threshold": torch.full((config.n_latents,), START).log()}
+    def start(self, config: TrainConfig, pre: Tensor, /) -> dict[str, Tensor]:
+        """The thresholds' logarithms, so that they stay positive; all the same."""
+        active = min(pre.numel(), len(pre) * config.k * ACTIVE_AT_START)
+        level = pre.flatten().kthvalue(pre.numel() - active + 1).values.clamp(min=LEAST)
+        return {"log_threshold": level.log().expand(config.n_latents).clone()}
 
     def floor(self, vectors: Vectors, config: TrainConfig, /) -> Tensor | None:
         """The threshold, less half the kernel's width."""

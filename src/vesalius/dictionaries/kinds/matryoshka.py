@@ -22,7 +22,7 @@ class Matryoshka:
     activation = "batchtopk"
     selection: Literal["row", "batch", "local"] = "batch"
 
-    def start(self, _config: TrainConfig, /) -> dict[str, Tensor]:
+    def start(self, _config: TrainConfig, _pre: Tensor, /) -> dict[str, Tensor]:
         """None."""
         return {}
 

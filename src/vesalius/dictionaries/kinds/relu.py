@@ -27,7 +27,7 @@ class Relu:
         """The positive part."""
         return pre.relu()
 
-    def start(self, _config: TrainConfig, /) -> dict[str, Tensor]:
+    def start(self, _config: TrainConfig, _pre: Tensor, /) -> dict[str, Tensor]:
         """None."""
         return {}
 

@@ -25,7 +25,7 @@ class TopK:
         values, indices = pre.topk(min(k, pre.shape[-1]), dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter_(-1, indices, values.relu())
 
-    def start(self, _config: TrainConfig, /) -> dict[str, Tensor]:
+    def start(self, _config: TrainConfig, _pre: Tensor, /) -> dict[str, Tensor]:
         """None."""
         return {}
 

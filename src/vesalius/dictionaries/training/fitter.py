@@ -22,6 +22,8 @@ from vesalius.errors import NotFiniteError
 
 SAMPLE = 16_384
 """Rows from which scales and the decoder's bias are taken."""
+PROBED = 512
+"""Rows of them that are encoded once before the first step."""
 MEMORY = 0.99
 """Of the running mean of the threshold."""
 
@@ -102,8 +104,9 @@ def make_fitter(
     in_scale = tuple(scales[place] for place in wiring.in_places)
     out_scale = tuple(scales[place] for place in wiring.out_places)
     means = [sample[place].double().mean(0).float() * scales[place] for place in wiring.out_places]
+    inputs = [sample[place][:PROBED].float() * scales[place] for place in wiring.in_places]
     run = Run(wiring, config, TRAINED[config.kind], in_scale, out_scale, workers, ranks, device)
-    return Fitter(run, first_parameters(wiring, config, torch.cat(means), device))
+    return Fitter(run, first_parameters(wiring, config, torch.cat(inputs, 1), torch.cat(means), device))
 
 
 def _scale(rows: Tensor) -> float:

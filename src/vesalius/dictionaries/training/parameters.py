@@ -59,8 +59,11 @@ def own(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def first_parameters(wiring: Wiring, config: TrainConfig, mean_out: Tensor, device: torch.device) -> Parameters:
-    """Parameters of step 0. mean_out: [d_out] mean of the scaled outputs, where the decoder's bias begins.
+def first_parameters(
+    wiring: Wiring, config: TrainConfig, inputs: Tensor, mean_out: Tensor, device: torch.device
+) -> Parameters:
+    """Parameters of step 0. inputs: [n, d_in] scaled inputs of a sample, for kinds whose start depends on them.
+    mean_out: [d_out] mean of the scaled outputs, where the decoder's bias begins.
 
     Decoder rows are random unit vectors. Encoder rows are the same vectors where input and output are the same, else
     random ones of their own.
@@ -71,7 +74,8 @@ def first_parameters(wiring: Wiring, config: TrainConfig, mean_out: Tensor, devi
         decoder = _directions(block.out_widths, config, "decoder", number)
         tied = wiring.in_sites == wiring.out_sites
         encoder = decoder.clone() if tied else _directions(block.in_widths, config, "encoder", number)
-        vectors = {"b_enc": torch.zeros(config.n_latents), **kind.start(config)}
+        read = inputs[:, block.reads] - (mean_out[block.reads] if wiring.centred else 0.0)
+        vectors = {"b_enc": torch.zeros(config.n_latents), **kind.start(config, read @ encoder.T)}
         values |= {f"{number}.{name}": t for name, t in {"W_enc": encoder, "W_dec": decoder, **vectors}.items()}
     values["b_dec"] = mean_out.clone()
     if config.skip:

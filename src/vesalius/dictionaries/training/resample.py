@@ -1,7 +1,8 @@
 """Resampling: dead latents begin again at rows that are rebuilt badly (Bricken et al. 2023, "Neuron resampling").
 
 Rows are drawn with probability proportional to their squared loss. Encoder and decoder point to the drawn row's input
-and output, the encoder with a fifth of the live encoders' mean norm, bias zero, moments zero.
+and output, the encoder with a fifth of the live encoders' mean norm, bias zero, moments zero; thresholds and gains are
+the mean of the live ones'.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ def _begin_again(fitter: Fitter, batch: MicroBatch, number: int, which: Tensor, 
     outputs = batch.y[drawn, wiring.writes] - fitter.parameters.values["b_dec"][wiring.writes]
     block["W_enc"][which] = _unit(batch.x[drawn, wiring.reads]) * (_SHARE * norm)
     block["W_dec"][which] = _unit(outputs)
-    fresh = {"b_enc": torch.zeros_like(block["b_enc"]), **fitter.run.kind.start(fitter.run.config)}
-    for name, values in fresh.items():
-        block[name][which] = values.to(block[name])[which]
+    block["b_enc"][which] = 0.0
+    for name in set(block) - {"W_enc", "W_dec", "b_enc"}:
+        block[name][which] = block[name][live].mean() if bool(live.any()) else block[name].mean()
     for moments in (fitter.parameters.means, fitter.parameters.squares):
         for name in block:
             moments[f"{number}.{name}"][which] = 0.0

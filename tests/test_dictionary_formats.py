@@ -18,8 +18,9 @@ from torch import Tensor
 import format_files as files
 import vesalius as vs
 from format_files import LAYERS, D, K, M, Written, normal, rows
-from vesalius.dictionaries import Coder, CrossLayerTranscoder, Dictionary, StoredLayer, load, save
+from vesalius.dictionaries import Coder, CrossLayerTranscoder, Dictionary, StoredLayer, load, relative_norms, save
 from vesalius.dictionaries.formats import dictionary_learning, saelens
+from vesalius.dictionaries.formats.names import post_normed
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
 
 RESID, MLP_IN, MLP_OUT = (vs.Site.parse(f"layers.3.{kind}") for kind in ("resid_post", "mlp_in", "mlp_out"))
@@ -180,6 +181,15 @@ def test_crosscoders_are_read(tmp_path: Path, code: int, normalised: bool) -> No
     assert [site.tag for site in coder.out_sites] == ["base", "chat"]
     agree(load(files.crosscoder(tmp_path / "plain", batchtopk=False).path),
           files.crosscoder(tmp_path / "plain", batchtopk=False))  # fmt: skip
+
+
+def test_norms_of_a_crosscoder_are_compared_in_the_units_it_was_trained_in(tmp_path: Path) -> None:
+    norms = load_file(files.crosscoder(tmp_path, normalised=True).path / "model.safetensors")["decoder.weight"].norm(
+        dim=2
+    )
+    coder = load(tmp_path, site=["base/layers.3.resid_post", "chat/layers.3.resid_post"])
+    assert isinstance(coder, Dictionary)
+    torch.testing.assert_close(relative_norms(coder), norms[1] / norms.sum(0), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -498,6 +508,30 @@ def test_what_a_format_cannot_express_is_refused_by_name(
     with pytest.raises(InputError, match=message):
         save(given, tmp_path / "out", format=name)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", EXPRESSIBLE)
+def test_another_dictionary_is_not_written_over(tmp_path: Path, name: str) -> None:
+    given = EXPRESSIBLE[name][0]
+    save(given, tmp_path, format=name)
+    save(given, tmp_path, format=name)  # the same again may be
+    with pytest.raises(InputError, match="is there already and holds something else; choose another folder"):
+        save(replace(given, b_enc=given.b_enc + 1), tmp_path, format=name)
+    again = load(tmp_path)
+    torch.testing.assert_close(again.encode(rows()), given.encode(rows()), atol=1e-5, rtol=1e-5)
+
+
+def test_which_models_have_a_norm_after_the_mlp() -> None:
+    yes = [
+        "google/gemma-2-2b",
+        "gemma-3-1b-it",
+        "gemma2",
+        "gemma-v3-1b-pt",
+        "allenai/OLMo-2-1124-7B",
+        "google/gemma-2-27b-it",
+    ]
+    no = ["google/gemma-2b", "gemma-7b", "meta-llama/Llama-2-7b", "gpt2", "allenai/OLMo-7B", ""]
+    assert [post_normed(name) for name in (*yes, *no)] == [True] * len(yes) + [False] * len(no)
 
 
 def test_formats_that_are_not_written_are_named(tmp_path: Path) -> None:

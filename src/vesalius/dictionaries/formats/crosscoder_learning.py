@@ -49,7 +49,7 @@ def read(found: Found) -> Dictionary:
         in_sites=tuple(unknown_place(str(place)) for place in places[0]),
         out_sites=tuple(unknown_place(str(place)) for place in places[1]), encoders=tuple(encoder),
         decoders=tuple(decoder), b_enc=b_enc, b_dec=tuple(b_dec), extras=extras,
-        about={"format": "crosscoder_learning", "config": config},
+        about={"format": "crosscoder_learning", "config": config, **_trained_with(weights)},
     )  # fmt: skip
 
 
@@ -76,6 +76,12 @@ def _threshold(weights: Weights, decoder: Tensor, config: Mapping[str, Any]) -> 
             f"{weights.path}: code normalisation {name} is not read here; what is: {', '.join(known)}"
         )
     return {"threshold": weights.take("threshold") / known[name].clamp(min=_TINY)}
+
+
+def _trained_with(weights: Weights) -> dict[str, Any]:
+    """The scales in which decoder norms were compared, which `relative_norms` wants to know."""
+    scale = weights.maybe("activation_global_scale", "site")
+    return {} if scale is None else {"trained_with": {"out_scale": scale.tolist()}}
 
 
 def _unnormalised(

@@ -24,9 +24,8 @@ from vesalius.dictionaries.formats.folding import (
 )
 from vesalius.dictionaries.formats.names import from_hook
 from vesalius.dictionaries.formats.weights import Weights
-from vesalius.dictionaries.formats.writing import npz_bytes
+from vesalius.dictionaries.formats.writing import npz_bytes, write_new
 from vesalius.dictionaries.places import unknown_place
-from vesalius.jobs import write_atomic
 from vesalius.site import Site
 
 ARRAYS = "params.npz"
@@ -97,4 +96,4 @@ def write(given: Any, folder: Path) -> None:
     refuse(dictionary, "Gemma Scope 1", skip=None)
     tensors = {"W_enc": dictionary.W_enc, "W_dec": dictionary.W_dec, "b_enc": dictionary.b_enc,
                "b_dec": dictionary.b_dec[0], "threshold": thresholds(dictionary)}  # fmt: skip
-    write_atomic(folder / ARRAYS, npz_bytes(tensors))
+    write_new(folder / ARRAYS, npz_bytes(tensors))

@@ -22,12 +22,11 @@ from vesalius.dictionaries.formats.gemma_scope import folder_told, writable
 from vesalius.dictionaries.formats.names import ends, from_module_end
 from vesalius.dictionaries.formats.opened import partly, shapes
 from vesalius.dictionaries.formats.weights import Weights
-from vesalius.dictionaries.formats.writing import write_safetensors
+from vesalius.dictionaries.formats.writing import write_new, write_safetensors
 from vesalius.dictionaries.places import unknown_place
 from vesalius.dictionaries.stored import Stored
 from vesalius.dictionaries.stored_layer import StoredLayer
 from vesalius.errors import FileFormatError
-from vesalius.jobs import write_atomic
 from vesalius.site import Site
 
 WEIGHTS, CONFIG, NAME = "params.safetensors", "config.json", "Gemma Scope 2"
@@ -110,7 +109,7 @@ def write(given: Any, folder: Path) -> None:
         "model_name": dictionary.about.get("model_name"), **_hook_points(dictionary),
         "vesalius": {"in_site": str(dictionary.in_sites[0]), "out_site": str(dictionary.out_sites[0])},
     }  # fmt: skip
-    write_atomic(folder / CONFIG, json.dumps(config, indent=1) + "\n")
+    write_new(folder / CONFIG, json.dumps(config, indent=1) + "\n")
 
 
 def _hook_points(given: Dictionary) -> dict[str, str]:

@@ -39,7 +39,8 @@ _BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 
 def post_normed(model: str) -> bool:
     """Whether a model of this name puts a norm after attention and MLP."""
-    return bool(re.search(r"gemma-?_?[23v]|olmo-?_?2", model.lower()))
+    # Not gemma-2b, which is of the first generation.
+    return bool(re.search(r"gemma[-_]?v?[23](?![\w.]*b\b)|olmo[-_]?2", model.lower()))
 
 
 def from_hook(name: str | None, head: int | None = None, model: str = "") -> Site:

@@ -94,7 +94,7 @@ def _as_of_version_6(path: Path, old: Mapping[str, Any]) -> tuple[dict[str, Any]
 def scale_needed(config: SaelensConfig, given: float | None, scaler: Mapping[str, Any]) -> float:
     """The factor on inputs: 1 unless the dictionary was trained on activations scaled to a mean norm.
 
-    Raises InputError when that factor is neither in the folder nor given, and when one is given that nothing needs.
+    Raises FileFormatError when that factor is neither in the folder nor given, InputError for one that nothing needs.
     """
     if config.normalize != AVERAGE:
         if given is not None:

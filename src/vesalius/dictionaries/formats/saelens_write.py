@@ -19,9 +19,8 @@ from vesalius.dictionaries.formats.folding import (
 from vesalius.dictionaries.formats.names import to_hook
 from vesalius.dictionaries.formats.saelens import CONFIG, WEIGHTS
 from vesalius.dictionaries.formats.saelens_config import NORMS
-from vesalius.dictionaries.formats.writing import dtype_name, same_dtype, write_safetensors
+from vesalius.dictionaries.formats.writing import dtype_name, same_dtype, write_new, write_safetensors
 from vesalius.dictionaries.places import is_unknown, name_of
-from vesalius.jobs import write_atomic
 from vesalius.records.canonical import plain
 from vesalius.site import Site
 
@@ -46,7 +45,7 @@ def write(given: Any, folder: Path) -> None:
     architecture = _architecture(dictionary, transcodes)
     write_safetensors(folder / WEIGHTS, _tensors(dictionary))
     config = _config(dictionary, architecture) | ({"d_out": dictionary.out_widths[0]} if transcodes else {})
-    write_atomic(folder / CONFIG, json.dumps(config, indent=1) + "\n")
+    write_new(folder / CONFIG, json.dumps(config, indent=1) + "\n")
 
 
 def _architecture(given: Dictionary, transcodes: bool) -> str:

@@ -23,10 +23,9 @@ from vesalius.dictionaries.formats.folding import (
     without_scales,
 )
 from vesalius.dictionaries.formats.names import ends, from_module
-from vesalius.dictionaries.formats.writing import write_safetensors
+from vesalius.dictionaries.formats.writing import write_new, write_safetensors
 from vesalius.dictionaries.places import unknown_place
 from vesalius.errors import FileFormatError, InputError
-from vesalius.jobs import write_atomic
 from vesalius.site import Site
 
 CONFIG, WEIGHTS, RUN, NAME = "cfg.json", "sae.safetensors", "config.json", "sparsify"
@@ -121,7 +120,7 @@ def write(given: Any, folder: Path) -> None:
         "b_dec": plain.b_dec[0],
     }
     write_safetensors(folder / WEIGHTS, tensors if plain.skip is None else {**tensors, "W_skip": plain.skip.T})
-    write_atomic(folder / CONFIG, json.dumps(_config(plain, transcodes), indent=1) + "\n")
+    write_new(folder / CONFIG, json.dumps(_config(plain, transcodes), indent=1) + "\n")
 
 
 def _config(given: Dictionary, transcodes: bool) -> dict[str, Any]:

@@ -45,22 +45,9 @@ class Weights:
             )
         return self._cast(tensor)
 
-    def one_of(self, *names: str) -> str:
-        """The first of these names that is there. Raises FileFormatError when none is."""
-        for name in names:
-            if name in self.tensors:
-                return name
-        raise FileFormatError(
-            f"{self.path} holds no tensor {' or '.join(names)}; it holds {', '.join(sorted(self.tensors)) or 'none'}"
-        )
-
     def maybe(self, name: str, *axes: str | int) -> Tensor | None:
         """The tensor, or None where there is none."""
         return self.take(name, *axes) if name in self.tensors else None
-
-    def threshold(self, name: str, n_latents: int) -> Tensor:
-        """A threshold per latent, or one for all."""
-        return self.take(name) if self.tensors.get(name, torch.zeros(1)).ndim == 0 else self.take(name, n_latents)
 
     def refuse_others(self, kind: str, known: Iterable[str]) -> None:
         """Raises FileFormatError for tensors that a dictionary of this kind has no use for."""

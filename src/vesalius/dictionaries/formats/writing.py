@@ -12,13 +12,22 @@ import torch
 from torch import Tensor
 
 from vesalius.dictionaries.dictionary import Dictionary
+from vesalius.errors import InputError
 from vesalius.jobs import write_atomic
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Tensors on the CPU, in memory order."""
+    """Tensors on the CPU, in memory order. Raises InputError when another file is there."""
     ready = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomic(path, safetensors.torch.save(ready, metadata={"format": "pt"}))
+    write_new(path, safetensors.torch.save(ready, metadata={"format": "pt"}))
+
+
+def write_new(path: Path, data: bytes | str) -> None:
+    """Writes a file that is not there yet, or the same again. Raises InputError when another is there."""
+    content = data.encode() if isinstance(data, str) else data
+    if path.exists() and (path.stat().st_size != len(content) or path.read_bytes() != content):
+        raise InputError(f"{path} is there already and holds something else; choose another folder, or delete it")
+    write_atomic(path, content)
 
 
 def same_dtype(given: Dictionary) -> torch.dtype:

@@ -306,6 +306,14 @@ def test_a_head_and_a_module_have_their_sites(tmp_path: Path) -> None:
         said = {"sae_lens_version": "6.0.0", "hook_name": name, "model_class_name": "AutoModelForCausalLM"}
         files.saelens(tmp_path, metadata=said)
         assert str(load(tmp_path).in_sites[0]) == site
+    ends = {
+        "model.layers.7": "layers.7.resid_post",
+        "model.layers.7.pre_feedforward_layernorm.output": "layers.7.mlp_in",
+    }
+    for name, site in ends.items():  # what SAELens says of modules goes before its hook_mlp_in, which is another place
+        said = {"sae_lens_version": "6.0.0", "hook_name": "blocks.7.hook_mlp_in", "hf_hook_name": name}
+        files.saelens(tmp_path, metadata={**said, "model_name": "google/gemma-3-1b-pt"})
+        assert str(load(tmp_path).in_sites[0]) == site
 
 
 def test_modules_before_a_norm_are_not_what_is_added_to_the_stream(tmp_path: Path) -> None:

@@ -74,10 +74,10 @@ def ends(read: Site, written: Site) -> tuple[Site, Site]:
 
 
 def from_module_end(name: str, model: str = "") -> Site:
-    """The Site of a name like `model.layers.3.mlp.output`."""
+    """The Site of a name like `model.layers.3.mlp.output`, or of a module alone, which stands for its output."""
     path, _, end = name.rpartition(".")
     sides = {"output": "out", "input": "in"}
-    return from_module(path, model, sides[end]) if end in sides else unknown_place(name)
+    return from_module(path, model, sides[end]) if end in sides else from_module(name, model)
 
 
 def to_hook(site: Site) -> str | None:

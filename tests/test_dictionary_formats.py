@@ -350,6 +350,9 @@ def test_an_unknown_place_matters_only_when_a_site_is_needed(tmp_path: Path) -> 
             InputError, match=r"'blocks\.3\.ln2\.hook_normalized', which stands for no site here\. Load it with site="
         ):
             needs()
+    source = vs.data.TensorSource(rows(), sites=["layers.3.mlp_in"])
+    with pytest.raises(InputError, match="Load it with site="):
+        vs.dictionaries.quality(coder, source)
     told = load(tmp_path, site="layers.3.mlp_in")
     assert told.latent(0).site == told.out_sites[0] == MLP_IN
     torch.testing.assert_close(told.encode({MLP_IN: rows()}), coder.encode(rows()))

@@ -15,6 +15,7 @@ from vesalius.data.packing import Context
 from vesalius.data.tasks.base import stream
 from vesalius.dictionaries.coder import Coder
 from vesalius.dictionaries.held_out import Unseen
+from vesalius.dictionaries.places import known_site
 from vesalius.errors import InputError
 
 BLOCKS = 100
@@ -90,7 +91,7 @@ def _places(coder: Coder, source: Source) -> Places:
     sites = [*coder.in_sites, *(() if coder.in_sites == coder.out_sites else coder.out_sites)]
     if isinstance(source, TensorSource) and len(known) == len(sites) and known[0].module == "tensor0":
         known = sites
-    missing = [str(site) for site in sites if site not in known]
+    missing = [str(known_site(site)) for site in sites if site not in known]
     if missing:
         raise InputError(
             f"the activations have no {', '.join(missing)}, which the dictionary is about; they have "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vesalius.data.files import load_pairs
 from vesalius.data.harvest import harvest
+from vesalius.data.labelled import Labelled, load_labelled
 from vesalius.data.manifest import DTYPES
 from vesalius.data.origin import Origin
 from vesalius.data.positions import landmarks
@@ -29,6 +30,7 @@ __all__ = [
     "DTYPES",
     "TASKS",
     "ActivationStore",
+    "Labelled",
     "Origin",
     "Row",
     "Source",
@@ -45,6 +47,7 @@ __all__ = [
     "induction",
     "ioi",
     "landmarks",
+    "load_labelled",
     "load_pairs",
     "stream",
     "sva",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vesalius.data.tables import read_table, text_of
 from vesalius.data.tasks.base import SPLITS, HasTokenizer, Row, build_pairs, tokenizer_of
 from vesalius.errors import FileFormatError, InputError, PairsError, UnknownNameError
 from vesalius.inputs import Pairs
@@ -19,7 +17,6 @@ from vesalius.inputs import Pairs
 NEEDED = ("clean", "corrupted", "answer", "distractor")
 GROUP_COLUMNS = ("template", "names", "group")
 LEAST_PAIRS = 4
-PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 
 
 def load_pairs(
@@ -44,7 +41,7 @@ def load_pairs(
     """
     tokenizer = tokenizer_of(model)
     path = Path(path)
-    records = _read(path)
+    records = read_table(path, "pairs", "pair", NEEDED)
     columns = list(dict.fromkeys(name for _, record in records for name in record))
     _check_columns(path, columns, groups or ())
     chosen = list(groups) if groups else [name for name in columns if _is_group(name)]
@@ -60,68 +57,6 @@ def _is_group(column: str) -> bool:
     return column in GROUP_COLUMNS or column.startswith("group_")
 
 
-def _read(path: Path) -> list[tuple[int, Mapping[str, object]]]:
-    """Line numbers and records."""
-    _check_path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(
-            f"{path.absolute()} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
-        ) from error
-    records = _read_json(path, text) if path.suffix.lower() == ".jsonl" else _read_csv(path, text)
-    if not records:
-        raise FileFormatError(f"{path.absolute()} is empty: it needs one pair a line, with {', '.join(NEEDED)}")
-    return records
-
-
-def _check_path(path: Path) -> None:
-    where = path.absolute()
-    if path.is_dir():
-        raise FileFormatError(f"{where} is a directory; give the .jsonl or .csv file in it")
-    if not path.exists():
-        raise FileFormatError(f"there is no file {where}")
-    if path.suffix.lower() in PICKLES:
-        raise FileFormatError(
-            f"{where}: pickled files can run code when they are opened and are refused; save as .jsonl"
-        )
-    if path.suffix.lower() not in (".jsonl", ".csv"):
-        raise FileFormatError(f"{where} ends in {path.suffix or 'nothing'!r}; pairs are read from .jsonl or .csv")
-
-
-def _read_json(path: Path, text: str) -> list[tuple[int, Mapping[str, object]]]:
-    records: list[tuple[int, Mapping[str, object]]] = []
-    # not splitlines(): JSON text may hold other characters that count as line ends there
-    for line, raw in enumerate(text.split("\n"), 1):
-        if not raw.strip():
-            continue
-        try:
-            record = json.loads(raw)
-        except json.JSONDecodeError as error:
-            raise FileFormatError(f"{path.name}, line {line} is not JSON ({error.msg}): {raw[:60]!r}") from error
-        if not isinstance(record, dict):
-            raise FileFormatError(
-                f"{path.name}, line {line} is not a JSON object with {', '.join(NEEDED)}: {raw[:60]!r}"
-            )
-        records.append((line, record))
-    return records
-
-
-def _read_csv(path: Path, text: str) -> list[tuple[int, Mapping[str, object]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    records: list[tuple[int, Mapping[str, object]]] = []
-    try:
-        for record in reader:
-            if None in record:
-                raise FileFormatError(
-                    f"{path.name}, line {reader.line_num} has more fields than the header; quote text with commas"
-                )
-            records.append((reader.line_num, {name: "" if value is None else value for name, value in record.items()}))
-    except csv.Error as error:
-        raise FileFormatError(f"{path.name}, line {reader.reader.line_num} is not CSV: {error}") from error
-    return records
-
-
 def _check_columns(path: Path, columns: Sequence[str], groups: Sequence[str]) -> None:
     missing = [name for name in (*NEEDED, *groups) if name not in columns]
     if missing:
@@ -133,21 +68,12 @@ def _check_columns(path: Path, columns: Sequence[str], groups: Sequence[str]) ->
 
 def _row(path: Path, line: int, record: Mapping[str, object], groups: Sequence[str], has_split: bool) -> Row:
     where = f"{path.name}, line {line}"
-    clean, corrupted, answer, distractor = (_text(record, name, where) for name in NEEDED)
-    split = _text(record, "split", where) if has_split else ""
+    clean, corrupted, answer, distractor = (text_of(record, name, where) for name in NEEDED)
+    split = text_of(record, "split", where) if has_split else ""
     if has_split and split not in SPLITS:
         raise UnknownNameError(f"split ({where})", split, SPLITS)
     labels = {name: _label(record, name, where) for name in groups}
     return Row(clean, corrupted, answer, distractor, labels, split, where=where)
-
-
-def _text(record: Mapping[str, object], name: str, where: str) -> str:
-    if name not in record:
-        raise FileFormatError(f"{where} has no {name}")
-    value = record[name]
-    if not isinstance(value, str):
-        raise InputError(f"{where}: {name} must be text, got {value!r} ({type(value).__name__})")
-    return value
 
 
 def _label(record: Mapping[str, object], name: str, where: str) -> str:
@@ -155,7 +81,7 @@ def _label(record: Mapping[str, object], name: str, where: str) -> str:
     value = record.get(name)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    text = _text(record, name, where)
+    text = text_of(record, name, where)
     if not text.strip():
         raise InputError(f"{where}: group {name} is empty; every pair needs a label")
     return text

@@ -63,7 +63,9 @@ def test_columns_are_named(tmp_path: Path) -> None:
     path.write_text("statement,true,city,male\n" + "\n".join(f"s{n},{n % 2},c{n},{n % 3 > 0:d}" for n in range(12)))
     found = load_labelled(path, text="statement", label="true", group="city", mark="male")
     assert (found.texts[1], found.labels[1], found.groups[1], found.marks[1]) == ("s1", "1", "c1", "1")
-    with pytest.raises(FileFormatError, match="cities.csv lacks text, label. Found: statement, true, city, male. Name"):
+    with pytest.raises(
+        FileFormatError, match=r"cities.csv lacks text, label. Found: statement, true, city, male. Name"
+    ):
         load_labelled(path)
 
 

@@ -12,6 +12,16 @@ from vesalius.dictionaries.judging import WORDS, Figure, Quality, Shared, geomet
 from vesalius.dictionaries.kinds import ACTIVATIONS
 from vesalius.dictionaries.latent import Latent
 from vesalius.dictionaries.loading import load
+from vesalius.dictionaries.probing import (
+    Readings,
+    Score,
+    Scores,
+    absorption,
+    read_concept,
+    sparse_probing,
+    spurious_removal,
+    targeted_perturbation,
+)
 from vesalius.dictionaries.saving import save
 from vesalius.dictionaries.stored_layer import StoredLayer
 from vesalius.dictionaries.training.fitter import Fitter
@@ -29,17 +39,25 @@ __all__ = [
     "History",
     "Latent",
     "Quality",
+    "Readings",
     "Scaling",
+    "Score",
+    "Scores",
     "Shared",
     "StoredLayer",
     "TrainConfig",
+    "absorption",
     "estimate",
     "geometry",
     "latent_scaling",
     "load",
     "quality",
+    "read_concept",
     "relative_norms",
     "save",
     "shared",
+    "sparse_probing",
+    "spurious_removal",
+    "targeted_perturbation",
     "train",
 ]

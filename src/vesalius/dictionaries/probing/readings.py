@@ -1,0 +1,167 @@
+"""Readings: of every text of a concept, the activations at a site and the latents of some dictionaries there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vesalius.data import Labelled
+from vesalius.data.forward import captured
+from vesalius.data.outliers import MAX_NORM
+from vesalius.data.packing import Tally, beginning_for, tokenized
+from vesalius.data.tasks.base import stream
+from vesalius.dictionaries.dictionary import Dictionary
+from vesalius.errors import InputError, UnknownNameError
+from vesalius.inputs import Tokens
+from vesalius.jobs import Sink, silent, track
+from vesalius.model import Model
+from vesalius.products import computing
+from vesalius.site import Site
+
+At = Literal["mean", "last"]
+AT = ("mean", "last")
+_ROWS = 512
+Floats = NDArray[np.float64]
+Matrix = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Readings:
+    """rows: [text, width] activations. latents: per dictionary, [text, latent]. Both over the same tokens of a text.
+
+    test: share of the texts that is tested on; seed: which.
+    """
+
+    coders: tuple[Dictionary, ...]
+    concept: Labelled
+    rows: Floats
+    latents: tuple[Matrix, ...]
+    at: str = "last"
+    test: float = 0.25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        each: tuple[NDArray[Any], ...] = (self.rows, *self.latents)
+        for values in each:
+            if len(values) != len(self.concept):
+                raise InputError(f"{len(values)} readings for the {len(self.concept)} texts of {self.concept.name}")
+
+    @classmethod
+    def of(
+        cls, coders: Sequence[Dictionary], concept: Labelled, rows: Tensor, *, test: float = 0.25, seed: int = 0
+    ) -> Readings:
+        """Readings of one row of activations per text, [text, width]."""
+        _one_site(coders)
+        latents = tuple(coder.encode(rows).cpu().float().numpy() for coder in coders)
+        return cls(tuple(coders), concept, rows.cpu().double().numpy(), latents, "last", test, seed)
+
+    @cached_property
+    def halves(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Numbers of the texts to fit on and of those to test on; no group is in both."""
+        return self.concept.halves(self.test, self.seed)
+
+    def directions(self, number: int) -> Floats:
+        """[latent, width] what one unit of each latent of a dictionary adds to the activations."""
+        coder = self.coders[number]
+        return (coder.decoders[0] / coder.out_scale[0]).detach().cpu().double().numpy()
+
+
+@torch.no_grad()
+def read_concept(
+    coders: Dictionary | Sequence[Dictionary], concept: Labelled, model: Model, *, at: At = "mean", context: int = 128,
+    beginning: str = "auto", test: float = 0.25, seed: int = 0, batch_tokens: int = 2048, sink: Sink = silent,
+) -> Readings:  # fmt: skip
+    """Run a model over the texts of a concept and read a dictionary, or several trained alike, at its site.
+
+    at: "mean" over the tokens of a text, as SAEBench's sparse probing does, or the "last" token. A first token is put
+    before each text (`beginning`, as in `harvest`) and not read; nor are norm outliers, which no dictionary was trained
+    on. context: tokens at most; longer texts are cut for a mean, and refused for the last token.
+
+    Raises InputError for dictionaries of several or other sites, and for texts that are too long or have no token to
+    read; TokenizerError for a beginning that is no token of this model.
+    """
+    listed = (coders,) if isinstance(coders, Dictionary) else tuple(coders)
+    site = _one_site(listed)
+    if at not in AT:
+        raise UnknownNameError("place to read at", str(at), AT)
+    ids = _ids(model, concept, beginning, context, cut=at == "mean")
+    rows = np.zeros((len(ids), listed[0].in_widths[0]))
+    latents = tuple(np.zeros((len(ids), coder.n_latents), dtype=np.float32) for coder in listed)
+    with computing():
+        for texts in track(_batches(ids, batch_tokens), "read texts", sink=sink):
+            x, owner = _tokens_read(model, site, [ids[text] for text in texts], at)
+            rows[texts] = _means(x.double(), owner, len(texts)).numpy()
+            for coder, into in zip(listed, latents, strict=True):
+                parts = [coder.encode(part).cpu().float() for part in x.split(_ROWS)]
+                into[texts] = _means(torch.cat(parts), owner, len(texts)).numpy()
+    return Readings(listed, concept, rows, latents, at, test, seed)
+
+
+def random_order(n: int, *key: object) -> NDArray[np.intp]:
+    """The numbers under n in an order that the key decides."""
+    return np.asarray(torch.randperm(n, generator=stream("probing", *key)).numpy(), dtype=np.intp)
+
+
+def _one_site(coders: Sequence[Dictionary]) -> Site:
+    """The site that all of them read and rebuild. Raises InputError when there is no such."""
+    sites = {coder.in_sites for coder in coders} | {coder.out_sites for coder in coders}
+    if len(sites) != 1 or len(next(iter(sites))) != 1:
+        raise InputError("concepts are read with dictionaries that read and rebuild one site, all of them the same")
+    return coders[0].in_sites[0]
+
+
+def _ids(model: Model, concept: Labelled, beginning: str, context: int, cut: bool) -> list[list[int]]:
+    """Token ids of every text, the beginning in front."""
+    first = beginning_for(model.tokenizer, beginning, False)
+    head = [] if first.id is None else [first.id]
+    found = []
+    for number, ids in enumerate(tokenized(concept.texts, model.tokenizer, Tally())):
+        whole = [*head, *ids.tolist()]
+        if len(whole) > context and not cut:
+            raise InputError(f"{concept.name}: text {number} has {len(whole)} tokens, more than context ({context})")
+        if len(whole) < 2:
+            raise InputError(f"{concept.name}: text {number} has no token to read after the first position")
+        found.append(whole[:context])
+    return found
+
+
+def _batches(ids: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
+    """Numbers of texts that are run together, by length."""
+    order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
+    found: list[list[int]] = []
+    for number in order:
+        if found and (len(found[-1]) + 1) * len(ids[number]) <= batch_tokens:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return found
+
+
+def _tokens_read(model: Model, site: Site, ids: Sequence[Sequence[int]], at: str) -> tuple[Tensor, Tensor]:
+    """Rows [token, width] of the tokens that are read, and the number of the text of each."""
+    tokens = Tokens.from_rows(ids)
+    whole = captured(model, tokens, [site])[site].flatten(2).cpu()
+    kept = tokens.real.clone()
+    kept[:, 0] = False
+    if at == "last":
+        kept = torch.zeros_like(kept)
+        kept[torch.arange(len(ids)), tokens.lengths - 1] = True
+    else:
+        norms = whole.float().norm(dim=-1)
+        usual = kept & (norms <= MAX_NORM * norms[kept].median())
+        kept = torch.where(usual.any(1, keepdim=True), usual, kept)
+    owner, place = kept.nonzero(as_tuple=True)
+    return whole[owner, place].float(), owner
+
+
+def _means(values: Tensor, owner: Tensor, n: int) -> Tensor:
+    """[text, ...] mean of the rows of each text."""
+    sums = torch.zeros(n, values.shape[1], dtype=values.dtype).index_add_(0, owner, values)
+    return sums / torch.bincount(owner, minlength=n)[:, None]

@@ -65,3 +65,9 @@ def test_importing_the_package_prints_nothing_and_importing_a_name_works_afresh(
     code = "import vesalius as vs; vs.Site.parse('layers.5.z[3]'); import sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), done.stderr) == ("False", "")
+
+
+def test_loading_and_sweeping_wait_with_transformers_model_code_until_a_model_is_opened() -> None:
+    """That code takes as long as torch and transformers together."""
+    code = "import sys, vesalius as vs; vs.load, vs.sweep, vs.Model; sys.exit('transformers.modeling_utils' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

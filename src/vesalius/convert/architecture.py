@@ -31,7 +31,8 @@ class Architecture:
     """How one GGUF architecture is converted."""
 
     name: str
-    config: type[Any]
+    config: str
+    """Class of the transformers config; by name, because transformers loads for seconds at the first class."""
     model: str
     """Class of the transformers model."""
     understood: frozenset[str]
@@ -73,7 +74,7 @@ def _llama_settings(file: GgufFile, _sizes: Mapping[str, Any]) -> dict[str, Any]
 
 
 LLAMA = Architecture(
-    "llama", transformers.LlamaConfig, "LlamaForCausalLM", SHARED, _llama_settings, _llama_layer
+    "llama", "LlamaConfig", "LlamaForCausalLM", SHARED, _llama_settings, _llama_layer
 )  # fmt: skip
 
 _GEMMA3_NORMS = {
@@ -113,7 +114,7 @@ def _gemma3_settings(file: GgufFile, sizes: Mapping[str, Any]) -> dict[str, Any]
 
 
 GEMMA3 = Architecture(
-    "gemma3", transformers.Gemma3TextConfig, "Gemma3ForCausalLM",
+    "gemma3", "Gemma3TextConfig", "Gemma3ForCausalLM",
     SHARED | {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"},
     _gemma3_settings, _gemma3_layer, norm_offset=1.0,
 )  # fmt: skip
@@ -140,7 +141,7 @@ def config_of(file: GgufFile, architecture: Architecture) -> Any:
     found = sizes(file, architecture.name)
     more = architecture.settings(file, found)
     try:
-        return architecture.config(**found, **more, architectures=[architecture.model])
+        return getattr(transformers, architecture.config)(**found, **more, architectures=[architecture.model])
     except (ValueError, TypeError) as error:
         raise FileFormatError(
             f"{file.path}: its metadata do not describe a {architecture.name} model: {error}"

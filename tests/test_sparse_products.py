@@ -37,13 +37,6 @@ def piece() -> SparsePiece:
     return choose.reaching(pre, torch.tensor(1.5))
 
 
-def test_linear_is_the_public_product() -> None:
-    x, weight, bias = normal(ROWS, D), normal(M, D, seed=1), normal(M, seed=2)
-    torch.testing.assert_close(products.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
-    torch.testing.assert_close(products.linear(x, weight.T.contiguous().T), x @ weight.T)
-    torch.testing.assert_close(products.linear(x.double(), weight.double()), x.double() @ weight.double().T)
-
-
 def test_sparse_products_are_the_dense_ones(piece: SparsePiece) -> None:
     decoder, table, weights = normal(M, OUT, seed=3), normal(ROWS, OUT, seed=4), normal(len(piece.pre), seed=5)
     dense = dense_of(piece, weights)
@@ -58,8 +51,6 @@ def test_dots_without_the_fast_operator_are_the_same(piece: SparsePiece, monkeyp
     fast = piece.dots(table, decoder)
     monkeypatch.setattr(products, "_DOTS", None)
     torch.testing.assert_close(piece.dots(table, decoder), fast)
-    monkeypatch.setattr(products, "_ONEDNN", None)
-    torch.testing.assert_close(products.linear(table, decoder), table @ decoder.T)
 
 
 def test_outer_products_of_both_codes_are_the_dense_one(piece: SparsePiece) -> None:

@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vesalius.dictionaries.training.products import by_column, dots, linear, weighted_sums
+from vesalius.dictionaries.training.products import by_column, dots, weighted_sums
+from vesalius.products import linear
 
 
 class Piece(Protocol):

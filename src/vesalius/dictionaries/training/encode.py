@@ -12,10 +12,10 @@ from vesalius.dictionaries.config import TrainConfig
 from vesalius.dictionaries.kinds import Kind, Vectors
 from vesalius.dictionaries.training import choose
 from vesalius.dictionaries.training.codes import DensePiece, Piece, SparsePiece
-from vesalius.dictionaries.training.products import linear
 from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.screen import Screen
 from vesalius.dictionaries.training.workers import Workers
+from vesalius.products import linear
 
 DENSE_SHARE = 1 / 12
 """Share of latents taking part above which dense products are faster than sparse ones."""

@@ -20,10 +20,10 @@ from vesalius.dictionaries.training.codes import Piece, codes_of
 from vesalius.dictionaries.training.encode import Encoder, encode
 from vesalius.dictionaries.training.facts import Facts
 from vesalius.dictionaries.training.parameters import Parameters, site_norms, weighs_norms
-from vesalius.dictionaries.training.products import linear
 from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.wiring import Wiring
 from vesalius.dictionaries.training.workers import Workers
+from vesalius.products import linear
 
 PIECE = 1 << 21
 """Pre-activations of a piece of rows: 8 MB, so that the pieces of a few threads stay in cache."""

@@ -1,4 +1,4 @@
-"""Products that a training step is made of: dense ones, and those with a sparse matrix of latents.
+"""Products with a sparse matrix of latents, which with `vesalius.products.linear` are what a training step is made of.
 
 A sparse matrix is kept row by row: `columns` and weights of the entries, and `offsets`, where each row begins.
 """
@@ -12,19 +12,8 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
-# PyTorch's own matrix product goes to MKL, which takes twice as long as oneDNN on processors that are not Intel's.
-# The operator is not public: where it is missing the public one is used.
-_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _DOTS: Any = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
 _DOTS_CHUNK = 65536
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [n, d] times weight [m, d] transposed, plus bias [m]: [n, m]."""
-    if _ONEDNN is not None and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
-        product: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
-        return product
-    return torch.nn.functional.linear(x, weight, bias)
 
 
 def weighted_sums(table: Tensor, columns: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from vesalius.dictionaries.training.choose import (
     scratch,
 )
 from vesalius.dictionaries.training.codes import SparsePiece
-from vesalius.dictionaries.training.products import dots, linear
+from vesalius.dictionaries.training.products import dots
 from vesalius.dictionaries.training.workers import Workers
+from vesalius.products import linear
 
 ROUNDING = 2.0**-8
 """Twice the relative error of rounding to bfloat16."""

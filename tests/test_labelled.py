@@ -31,6 +31,13 @@ def test_halves_hold_every_text_once_and_no_group_twice(seed: int, share: float,
         assert abs(held - share * 20) <= size
 
 
+def test_marks_are_divided_alike_within_each_label() -> None:
+    found = made(marks=tuple("xxyy" * 10))
+    _, testing = found.halves(0.4)
+    cells = [(found.labels[n], found.marks[n]) for n in testing]
+    assert sorted(cells.count(cell) for cell in set(cells)) == [4, 4, 4, 4]
+
+
 def test_the_same_seed_divides_alike_and_another_does_not() -> None:
     one, same, other = (made().halves(seed=seed)[1].tolist() for seed in (0, 0, 1))
     assert one == same != other

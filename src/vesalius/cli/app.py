@@ -186,6 +186,12 @@ def quality(
     out: Annotated[
         Path | None, typer.Option(help="Folder for quality.html and quality.json; default runs/quality-<dictionary>.")
     ] = None,
+    concepts: Annotated[
+        list[Path] | None, typer.Option(help="Texts with labels, .jsonl or .csv, to probe for; can be repeated.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="Column of --concepts that holds the text.")] = "text",
+    label: Annotated[str, typer.Option(help="Column of --concepts that holds the label.")] = "label",
+    mark: Annotated[str | None, typer.Option(help="Column of a second label, which may go with the first.")] = None,
     rows: Annotated[int, typer.Option(help="Rows to measure on.")] = 16_384,
     contexts: Annotated[int, typer.Option(help="Contexts to run through the model.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
@@ -193,7 +199,8 @@ def quality(
     """How good a dictionary is, on documents it was not trained on, beside what it has to beat."""
     request = judging.Request(
         dictionary=dictionary, store=store, model=model, others=other or [], out=out, rows=rows, contexts=contexts,
-        seed=seed, command=shlex.join(["vesalius", *sys.argv[1:]]),
+        concepts=concepts or [], text=text, label=label, mark=mark, seed=seed,
+        command=shlex.join(["vesalius", *sys.argv[1:]]),
     )  # fmt: skip
     judging.quality(request)
 

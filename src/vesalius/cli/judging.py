@@ -19,6 +19,10 @@ class Request:
     model: str | None
     others: list[Path]
     out: Path | None
+    concepts: list[Path]
+    text: str
+    label: str
+    mark: str | None
     rows: int
     contexts: int
     seed: int
@@ -29,6 +33,8 @@ class Request:
         for name, value in (("--rows", self.rows), ("--contexts", self.contexts)):
             if value < 1:
                 raise InputError(f"{name} must be at least 1; got {value}")
+        if self.concepts and self.model is None:
+            raise InputError("--concepts are texts that a model reads: give --model as well")
         if self.seed < 0:
             raise InputError(f"--seed must be at least 0; got {self.seed}")
 
@@ -42,12 +48,16 @@ def quality(request: Request) -> None:
     request.check()
     coder, *others = (vs.dictionaries.load(folder) for folder in (request.dictionary, *request.others))
     store = vs.data.ActivationStore.open(request.store)
+    concepts = [
+        vs.data.load_labelled(path, text=request.text, label=request.label, mark=request.mark)
+        for path in request.concepts
+    ]
     with bars() as progress:
         screen = Screen(progress)
         model = None if request.model is None else vs.load(request.model, sink=screen)
         found = vs.dictionaries.quality(
-            coder, store, model=model, others=others, n=request.rows, contexts=request.contexts, seed=request.seed,
-            sink=screen,
+            coder, store, model=model, others=others, concepts=concepts, n=request.rows, contexts=request.contexts,
+            seed=request.seed, sink=screen,
         ).to_json()  # fmt: skip
     page = vs.report.write_quality(found, vs.dictionaries.WORDS, request.folder, request.command)
     note(found["data"]["words"])

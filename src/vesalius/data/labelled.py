@@ -81,12 +81,14 @@ class Labelled:
     def halves(self, test: float = 0.25, seed: int = 0) -> tuple[Numbers, Numbers]:
         """Numbers of the texts for training, and of about this share for testing, in order; whole groups in each.
 
-        Groups go where their labels are wanted most, so that both have labels in like proportion. Raises InputError
+        Groups go where their labels are wanted most, so that both have labels, and marks with each,
+        in like proportion. Raises InputError
         when a label is missing in one of the two.
         """
         if not 0 < test < 1:
             raise InputError(f"test is a share of the texts, between 0 and 1; got {test}")
-        held = _tested(self.groups, self.labels, test, seed)
+        strata = [f"{label}\0{mark}" for label, mark in zip(self.labels, self.marks or self.labels, strict=True)]
+        held = _tested(self.groups, strata, test, seed)
         training, testing = (
             np.flatnonzero(np.array([group in held for group in self.groups]) == side) for side in (0, 1)
         )

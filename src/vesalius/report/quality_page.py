@@ -97,6 +97,7 @@ def _view(found: Mapping[str, Any], words: Mapping[str, str], command: str) -> d
         "densities": densities(found["density"]),
         "nearest": None if found["geometry"] is None else cosines(found["geometry"]["histogram"], "nearest"),
         "seeds": [(seed, cosines(seed["shared"]["histogram"], "matched")) for seed in found["seeds"]],
+        "concepts": [(scores, _scored(scores["lines"])) for scores in found["concepts"]],
         "every": [(LABELS[name], figure, words[name], _unit(name)) for name, figure in figures.items()],
         "labels": LABELS,
         "bar_width": BAR_WIDTH,
@@ -133,6 +134,14 @@ def _rows(found: Mapping[str, Any], name: str) -> list[Row]:
     entries += [(seed["name"], seed["words"], seed["figures"]) for seed in found["seeds"]]
     entries += [(one["name"], one["words"], one["figures"]) for one in found["baselines"]]
     return _drawn([(key, words, figures[name], figures) for key, words, figures in entries if name in figures])
+
+
+def _scored(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Bar]]:
+    """The lines of a metric with a bar each, on one scale; counts, which are no shares, get none that says anything."""
+    shares = [line for line in lines if -1.5 <= line["value"] <= 1.5]
+    ends = [value for line in shares for value in (line["value"], line["low"], line["high"]) if value is not None]
+    scale = Scale(min(0.0, *ends), max(1.0, *ends), 1.0, BAR_WIDTH - 1.0)
+    return [(line, _bar(line, scale) if line in shares else Bar(scale(0.0), scale(0.0), None)) for line in lines]
 
 
 def _losses(found: Mapping[str, Any]) -> list[Row]:

@@ -50,6 +50,31 @@ SHARED = Record(
     },
     "what it shares with the dictionary",
 )
+SCORES = Record(
+    {
+        "metric": _text("name of the metric"),
+        "concept": _text("name of the concept"),
+        "n_train": _whole("texts fitted to"),
+        "n_test": _whole("texts tested on"),
+        "note": _text("what to know before it is believed"),
+        "lines": Items(
+            Record(
+                {
+                    "method": _text("what was scored"),
+                    "words": _text("what that is"),
+                    "k": Value("whole number", "latents or coordinates used", True),
+                    "value": _number("mean over the dictionaries"),
+                    "low": _number("95 % interval, lower end", null=True),
+                    "high": _number("upper end", null=True),
+                    "spread": _number("standard deviation over the dictionaries", null=True),
+                    "values": Items(_number(), "one per dictionary"),
+                    "parts": Named(_number(), "the same per label", null=True),
+                }
+            ),
+            "one per method",
+        ),
+    }
+)
 QUALITY = Record(
     {
         "schema": Value("text", "name of this schema", False, (NAME,)),
@@ -100,6 +125,7 @@ QUALITY = Record(
         ),
         "baselines": Items(Record(COMPARED), "what it is compared with"),
         "seeds": Items(Record({**COMPARED, "shared": SHARED}), "the same from other seeds"),
+        "concepts": Items(SCORES, "scores on concepts, over the dictionary and its seeds"),
     },
     "the quality of a dictionary",
 )

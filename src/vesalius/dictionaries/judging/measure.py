@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vesalius.data import ActivationStore, Source, as_source
+from vesalius.data import ActivationStore, Labelled, Source, as_source
 from vesalius.data.packing import Context
 from vesalius.dictionaries.coder import Coder
 from vesalius.dictionaries.dictionary import Dictionary
@@ -20,6 +20,8 @@ from vesalius.dictionaries.judging.result import Compared, Quality, Seed
 from vesalius.dictionaries.judging.sample import Drawn, Sample, draw
 from vesalius.dictionaries.judging.splice import Losses, Place, losses_of
 from vesalius.dictionaries.judging.sums import OfCoder, Rebuilder, Sums, sums_of
+from vesalius.dictionaries.probing.scores import Scores
+from vesalius.dictionaries.probing.suite import concept_scores
 from vesalius.errors import InputError
 from vesalius.jobs import Event, Sink, silent, track
 from vesalius.model import Model
@@ -30,15 +32,17 @@ OWN = "dictionary"
 
 @torch.no_grad()
 def quality(
-    coder: Coder, data: Any, *, model: Model | None = None, others: Sequence[Coder] = (), n: int = 16_384,
-    contexts: int = 32, seed: int = 0, batch_tokens: int = 1024, sink: Sink = silent,
+    coder: Coder, data: Any, *, model: Model | None = None, others: Sequence[Coder] = (),
+    concepts: Sequence[Labelled] = (), n: int = 16_384, contexts: int = 32, seed: int = 0, batch_tokens: int = 1024,
+    sink: Sink = silent,
 ) -> Quality:  # fmt: skip
     """How good a dictionary is, and how good what it is compared with: `Quality.figures` says what is measured.
 
     data: a store, or another Source, or tensors as for `train`. Of a store only documents are used that the dictionary
     was not trained on, when the two can tell; `Quality.data` says what they could. model: splices the dictionary into
     it, on some of the contexts that the rows are of; needs a store, and one site that is rebuilt. others: dictionaries
-    of the same sites, such as the same training from other seeds; what the first shares with each is counted.
+    of the same sites, such as the same training from other seeds; what the first shares with each is counted. concepts:
+    texts with labels, which need a model; `concept_scores` says what is measured on them, over all the dictionaries.
 
     n: rows. contexts: run through the model. Baselines store as many numbers per row as the dictionary has latents
     active. Intervals are 95 % bootstrap intervals over documents.
@@ -68,6 +72,7 @@ def quality(
             for rebuilder, sums in zip(beside, found, strict=True)
         ),
         seeds=tuple(_seed(coder, own, other, drawn.test, seed) for other in track(others, "seeds", sink=sink)),
+        concepts=_concepts([coder, *others], concepts, model, seed, sink),
     )  # fmt: skip
 
 
@@ -88,6 +93,18 @@ def _alive(sums: Sums) -> list[bool] | None:
     """Which latents fired; None (all) when hardly any did, so that there is something to look at."""
     alive: list[bool] = (sums.density > 0).tolist()
     return alive if sum(alive) > 1 else None
+
+
+def _concepts(
+    coders: Sequence[Coder], concepts: Sequence[Labelled], model: Model | None, seed: int, sink: Sink
+) -> tuple[Scores, ...]:
+    """Scores on every concept. Raises InputError without a model, or for coders of several layers."""
+    if not concepts:
+        return ()
+    known = [coder for coder in coders if isinstance(coder, Dictionary)]
+    if model is None or len(known) < len(coders):
+        raise InputError("concepts are read in a model (model=), with dictionaries that have one set of latents")
+    return tuple(score for one in concepts for score in concept_scores(known, one, model, seed=seed, sink=sink))
 
 
 def _geometry(coder: Coder, own: Sums, seed: int) -> Geometry | None:

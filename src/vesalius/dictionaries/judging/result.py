@@ -13,6 +13,7 @@ from vesalius import __version__
 from vesalius.dictionaries.judging.figures import WORDS, Figure
 from vesalius.dictionaries.judging.geometry import Geometry, Shared
 from vesalius.dictionaries.judging.sums import Floats
+from vesalius.dictionaries.probing.scores import Scores
 
 SCHEMA = "vesalius/quality/1"
 BINS = 40
@@ -51,6 +52,7 @@ class Quality:
     about: the dictionary. data: the rows it was measured on, and whether it was trained on them. model: what it was
     spliced into, or None. sites: figures of each site it rebuilds, when there are several. density: [latent] share of
     the rows in which each is active. baselines: in the order of `baselines.WORDS`. seeds: one per other dictionary.
+    concepts: scores on concepts, over all of them.
     """
 
     about: Mapping[str, Any]
@@ -62,6 +64,7 @@ class Quality:
     geometry: Geometry | None
     baselines: tuple[Compared, ...]
     seeds: tuple[Seed, ...]
+    concepts: tuple[Scores, ...] = ()
 
     @property
     def fvu(self) -> float:
@@ -105,6 +108,7 @@ class Quality:
             "geometry": None if self.geometry is None else self.geometry.to_json(),
             "baselines": [baseline.to_json() for baseline in self.baselines],
             "seeds": [seed.to_json() for seed in self.seeds],
+            "concepts": [scores.to_json() for scores in self.concepts],
         }  # fmt: skip
 
     def _histogram(self) -> dict[str, Any]:

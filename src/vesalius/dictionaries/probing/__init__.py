@@ -8,8 +8,9 @@ from vesalius.dictionaries.probing.readings import Readings, read_concept
 from vesalius.dictionaries.probing.removal import spurious_removal
 from vesalius.dictionaries.probing.scores import Score, Scores
 from vesalius.dictionaries.probing.sparse import sparse_probing
+from vesalius.dictionaries.probing.suite import concept_scores
 
 __all__ = [
-    "Readings", "Score", "Scores", "absorption", "read_concept", "sparse_probing", "spurious_removal",
+    "Readings", "Score", "Scores", "absorption", "concept_scores", "read_concept", "sparse_probing", "spurious_removal",
     "targeted_perturbation",
 ]  # fmt: skip

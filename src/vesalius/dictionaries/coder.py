@@ -167,13 +167,6 @@ def check_latents(indices: Sequence[int], n_latents: int) -> list[int]:
     return [int(index) for index in indices]
 
 
-def strongest(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """(indices, values) [n, most active] of dense latents [n, latent], strongest first."""
-    count = int((latents > 0).sum(1).max()) if latents.numel() else 0
-    values, indices = latents.topk(count, dim=1)
-    return indices, values
-
-
 def joined_sparse(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Chunks of rows as one, filled to the width of the widest with index 0 and value 0."""
     width = max(indices.shape[1] for indices, _ in parts)

@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vesalius.dictionaries.coder import Coder, Rebuilt, Values, aligned_rows, check_latents, site_number, strongest
+from vesalius.dictionaries.coder import Coder, Rebuilt, Values, aligned_rows, check_latents, site_number
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.folder import dictionary_from
 from vesalius.dictionaries.history import History
+from vesalius.dictionaries.kinds.base import strongest
 from vesalius.errors import InputError
 from vesalius.intervention import digest
 from vesalius.parts import Direction, Part

@@ -19,7 +19,6 @@ from vesalius.dictionaries.coder import (
     chunks_of,
     joined_sparse,
     site_number,
-    strongest,
 )
 from vesalius.dictionaries.history import History
 from vesalius.dictionaries.kinds import Vectors, activation_of
@@ -29,6 +28,7 @@ from vesalius.dictionaries.shape_check import check_weights
 from vesalius.errors import InputError, NotFiniteError
 from vesalius.intervention import digest
 from vesalius.parts import Direction
+from vesalius.products import linear
 from vesalius.records import content_hash
 from vesalius.site import Site
 
@@ -164,7 +164,9 @@ class Dictionary:
         Rows with fewer than the most active one are filled with index 0 and value 0. Raises as `encode`.
         """
         rows, lead, _ = self._rows(x)
-        indices, values = joined_sparse([strongest(self._latents(part, None)) for part in chunks_of(rows)])
+        activation, vectors = activation_of(self.activation), self._vectors
+        parts = [activation.sparse(self._pre(part), vectors, self.k or 0) for part in chunks_of(rows)]
+        indices, values = joined_sparse(parts)
         return indices.reshape(*lead, -1), values.reshape(*lead, -1)
 
     def decode(self, latents: Float[Tensor, "... latent"], of: Values | None = None) -> Rebuilt:
@@ -176,7 +178,7 @@ class Dictionary:
         if latents.shape[-1] != self.n_latents:
             raise InputError(f"{latents.shape[-1]} latents were given to decode; this dictionary has {self.n_latents}")
         given = latents.to(self.b_enc)
-        rebuilt = [given @ decoder + bias for decoder, bias in zip(self.decoders, self.b_dec, strict=True)]
+        rebuilt = [linear(given, decoder.T, bias) for decoder, bias in zip(self.decoders, self.b_dec, strict=True)]
         return self._out(rebuilt, self._units(of, latents.shape[:-1]))
 
     def decode_sparse(self, indices: Tensor, values: Tensor, of: Values | None = None) -> Rebuilt:
@@ -195,7 +197,9 @@ class Dictionary:
         parts = []
         for part in chunks_of(rows):
             latents = self._latents(part, None)
-            rebuilt = [latents @ decoder + bias for decoder, bias in zip(self.decoders, self.b_dec, strict=True)]
+            rebuilt = [
+                linear(latents, decoder.T, bias) for decoder, bias in zip(self.decoders, self.b_dec, strict=True)
+            ]
             if self.skip is not None:
                 rebuilt[0] = rebuilt[0] + (part[0] * self.in_scale[0]) @ self.skip
             parts.append(rebuilt)
@@ -253,13 +257,18 @@ class Dictionary:
         """Latents of rows [n, d_in] per site. Only the wanted columns are computed where latents don't compete."""
         activation = activation_of(self.activation)
         early = wanted is not None and activation.local
-        pick = (lambda t: t[..., wanted] if t.ndim else t) if early else (lambda t: t)
-        vectors = {name: pick(t) for name, t in self._vectors.items()}
-        pre = vectors["b_enc"].expand(len(rows[0]), -1)
-        for number, encoder in enumerate(self.encoders):
-            pre = torch.addmm(pre, self._centred(rows[number], number), pick(encoder))
-        latents = activation.latents(pre, vectors, self.k or 0)
+        vectors = {name: t[wanted] if early and t.ndim else t for name, t in self._vectors.items()}
+        latents = activation.latents(self._pre(rows, wanted if early else None), vectors, self.k or 0)
         return latents if early or wanted is None else latents[:, wanted]
+
+    def _pre(self, rows: Sequence[Tensor], wanted: Tensor | None = None) -> Tensor:
+        """Pre-activations [n, latent], of all latents or of those wanted."""
+        pick = lambda t: t if wanted is None else t[..., wanted]  # noqa: E731
+        pre = pick(self.b_enc)
+        for number, encoder in enumerate(self.encoders):
+            product = linear(self._centred(rows[number], number), pick(encoder).T, None if number else pre)
+            pre = pre + product if number else product
+        return pre
 
     @property
     def _vectors(self) -> Vectors:

@@ -27,6 +27,17 @@ class Activation(Protocol):
         """[..., latent], zero where inactive, never negative."""
         ...
 
+    def sparse(self, pre: Tensor, vectors: Vectors, k: int, /) -> tuple[Tensor, Tensor]:
+        """(indices, values) [rows, most active in a row] of [rows, latent], strongest first, filled with zeros."""
+        ...
+
+
+def strongest(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """(indices, values) [rows, most active in a row] of dense latents [rows, latent], strongest first."""
+    count = int((latents > 0).sum(1).max()) if latents.numel() else 0
+    values, indices = latents.topk(count, dim=1)
+    return indices, values
+
 
 @dataclass(frozen=True)
 class Entries:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vesalius.dictionaries.config import TrainConfig
-from vesalius.dictionaries.kinds.base import Entries, Gradients, Vectors
+from vesalius.dictionaries.kinds.base import Entries, Gradients, Vectors, strongest
 
 
 class Gated:
@@ -29,6 +29,10 @@ class Gated:
         """Magnitude where the gate is open."""
         magnitude = vectors["r_mag"].exp() * (pre - vectors["b_enc"]) + vectors["b_mag"]
         return magnitude.relu() * (pre > 0)
+
+    def sparse(self, pre: Tensor, vectors: Vectors, k: int, /) -> tuple[Tensor, Tensor]:
+        """Those that are not zero."""
+        return strongest(self.latents(pre, vectors, k))
 
     def start(self, config: TrainConfig, _pre: Tensor, /) -> dict[str, Tensor]:
         """Both zero: at first the magnitude is the gate's pre-activation."""

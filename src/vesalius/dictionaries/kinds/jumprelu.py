@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from vesalius.dictionaries.config import TrainConfig
-from vesalius.dictionaries.kinds.base import Entries, Gradients, Vectors
+from vesalius.dictionaries.kinds.base import Entries, Gradients, Vectors, strongest
 
 ACTIVE_AT_START = 2
 """Times k."""
@@ -32,6 +32,10 @@ class JumpRelu:
     def latents(self, pre: Tensor, vectors: Vectors, _k: int, /) -> Tensor:
         """The positive part above the threshold."""
         return pre.relu() * (pre > vectors["threshold"])
+
+    def sparse(self, pre: Tensor, vectors: Vectors, k: int, /) -> tuple[Tensor, Tensor]:
+        """Those that are not zero."""
+        return strongest(self.latents(pre, vectors, k))
 
     def start(self, config: TrainConfig, pre: Tensor, /) -> dict[str, Tensor]:
         """The thresholds' logarithms, so that they stay positive; all the same."""

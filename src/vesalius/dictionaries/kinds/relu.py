@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from vesalius.dictionaries.config import TrainConfig
-from vesalius.dictionaries.kinds.base import Entries, Gradients, Vectors
+from vesalius.dictionaries.kinds.base import Entries, Gradients, Vectors, strongest
 
 
 class Relu:
@@ -26,6 +26,10 @@ class Relu:
     def latents(self, pre: Tensor, _vectors: Vectors, _k: int, /) -> Tensor:
         """The positive part."""
         return pre.relu()
+
+    def sparse(self, pre: Tensor, vectors: Vectors, k: int, /) -> tuple[Tensor, Tensor]:
+        """Those that are not zero."""
+        return strongest(self.latents(pre, vectors, k))
 
     def start(self, _config: TrainConfig, _pre: Tensor, /) -> dict[str, Tensor]:
         """None."""

@@ -25,6 +25,12 @@ class TopK:
         values, indices = pre.topk(min(k, pre.shape[-1]), dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter_(-1, indices, values.relu())
 
+    def sparse(self, pre: Tensor, _vectors: Vectors, k: int, /) -> tuple[Tensor, Tensor]:
+        """Those that are not zero."""
+        values, indices = pre.topk(min(k, pre.shape[-1]), dim=-1)
+        width = int((values > 0).sum(1).max()) if values.numel() else 0
+        return indices[:, :width], values[:, :width].relu()
+
     def start(self, _config: TrainConfig, _pre: Tensor, /) -> dict[str, Tensor]:
         """None."""
         return {}

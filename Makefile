@@ -16,8 +16,6 @@ GEMMA := .gemma/gemma-3-270m-q4_k_m.gguf
 # Tiny models are faster on one thread than on several.
 test slow calibrate: export OMP_NUM_THREADS = 1
 
-# Threads that wait asleep cost a few per cent on an idle machine, and save half the time on a busy one.
-demo gemma: export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: help demo gemma test check lint types format slow calibrate setup bench-engine bench-wide bench-training check-formats
 .DEFAULT_GOAL := help

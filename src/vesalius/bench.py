@@ -37,6 +37,8 @@ EMBED = Site("embed")
 DIRECTIONS = ("noising", "denoising")
 _COST = "cost of this block"
 _SHUFFLES = 200
+CHECKED = 4
+"""Of so many sweeps of a bench, the first runs some of its cells again as plain forwards."""
 BLOCK = 43
 """Parts measured together, and kept together: a killed run loses at most one block."""
 
@@ -69,6 +71,7 @@ class Bench:
     _runs: dict[str, Record] = field(default_factory=dict, repr=False)
     _effects: dict[tuple[str, str, Site], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     cost: Cost = field(default_factory=lambda: Cost(0.0, 0.0, 0))
+    _evaluated: int = field(default=0, repr=False)
     memo: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False)
     """Other figures measured on this bench, by a name and parameters (kept by the rooms that measure them)."""
 
@@ -195,11 +198,12 @@ class Bench:
         self, variants: Sequence[Variant], base: Record, donor: Donor, task: str, watch: Sequence[Site] = ()
     ) -> Outcome:
         """Variants on this split's prompts, scored with the true labels and with shuffled ones."""
+        checked = self.check and self._evaluated % CHECKED == 0
         outcome = evaluate(
-            base, variants, donor, self.pairs, logit_diff, others=(self.shuffled,), watch=watch, check=self.check,
-            seed=self.seed, task=task, sink=self.sink,
+            base, variants, donor, self.pairs, logit_diff, others=(self.shuffled,), watch=watch, check=checked,
+            seed=self.seed + self._evaluated, task=task, sink=self.sink,
         )  # fmt: skip
-        self.cost = self.cost + outcome.cost
+        self.cost, self._evaluated = self.cost + outcome.cost, self._evaluated + 1
         return outcome
 
     def effects(self, parts: Sequence[Site], corruption: str, direction: str) -> Float[Tensor, "part example"]:

@@ -11,6 +11,7 @@ from vesalius.activations import Activations
 from vesalius.bench import EMBED, Bench
 from vesalius.circuits.circuit import Edge
 from vesalius.intervention import Patch
+from vesalius.products import computing
 from vesalius.site import Site
 from vesalius.sweeps.cost import Cost
 
@@ -76,9 +77,11 @@ class _Measure:
 
     def _run(self, which: str, sites: Sequence[Site], edits: Sequence[Patch] = ()) -> Activations:
         self.forwards += self._few.n
-        return self._few.model.run(
-            self._few.pairs.tokens(which), capture=sites, interventions=edits, last_logits=True
-        ).activations
+        with computing():
+            run = self._few.model.run(
+                self._few.pairs.tokens(which), capture=sites, interventions=edits, last_logits=True
+            )
+        return run.activations
 
 
 def _sites(parts: Sequence[Site]) -> list[Site]:

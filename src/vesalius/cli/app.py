@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from vesalius.cli import calibrating, harvesting, judging, ledgers, sites, studying, training
+from vesalius.cli.process import settle
 from vesalius.cli.screen import console, fail, warn
 from vesalius.errors import VesaliusError
 
@@ -33,6 +34,7 @@ ModelOption = Annotated[
 
 def main() -> None:
     """Entry point: turns errors into one message and an exit code."""
+    settle()
     shown, warnings.showwarning = warnings.showwarning, warn  # type: ignore[assignment]
     try:
         raise SystemExit(_run())

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vesalius.sweeps.changes import Changes
 from vesalius.sweeps.donors import Donor
+from vesalius.sweeps.flat import Rows
 from vesalius.sweeps.plain import live_cells, why_plain
 from vesalius.sweeps.record import Record
-from vesalius.sweeps.replay import Rows
 from vesalius.sweeps.variants import Variant, rows_of
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from vesalius.parts import Part
@@ -85,6 +85,19 @@ class Edits:
 
     def take(self, new_row: Int[Tensor, " row"]) -> Edits:
         return Edits(table.take(new_row) for tables in self._tables.values() for table in tables)
+
+    def overwritten(self, site: Site, rows: Span, units: int) -> Bool[Tensor, " row"]:
+        """Rows whose tensor at a site is overwritten at every live position: as a whole, or all its `units`."""
+        count = len(rows.start)
+        whole, pieces = torch.zeros(count, dtype=torch.bool), [torch.zeros(0, dtype=torch.long)]
+        for table in self._tables.get(site, ()):
+            full = (table.first <= rows.start[table.row]) & (table.stop >= rows.end[table.row])
+            if table.part is None and not table.adds:
+                whole[table.row[full & (table.index < 0)]] = True
+                unit = full & (table.index >= 0)
+                pieces.append(table.row[unit] * units + table.index[unit])
+        distinct = torch.cat(pieces).unique() // units
+        return whole | (distinct.bincount(minlength=count) >= units)
 
     def apply(self, site: Site, tensor: Tensor, place: Place) -> Tensor:
         """The flattened tensor [1, token, ...] with this site's edits; the same object when there are none."""

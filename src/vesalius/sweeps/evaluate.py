@@ -18,6 +18,7 @@ from vesalius.sweeps.changes import Changes
 from vesalius.sweeps.checking import self_check
 from vesalius.sweeps.cost import Cost, work
 from vesalius.sweeps.donors import Donor
+from vesalius.sweeps.flat import Rows
 from vesalius.sweeps.held import PLAINLY, Under
 from vesalius.sweeps.plain import (
     PlainRun,
@@ -30,7 +31,7 @@ from vesalius.sweeps.plain import (
     why_plain,
 )
 from vesalius.sweeps.record import Record
-from vesalius.sweeps.replay import Replay, Rows, base_pattern
+from vesalius.sweeps.replay import Replay, base_pattern
 from vesalius.sweeps.scoring import refuse_nan, score
 from vesalius.sweeps.variants import Variant, batches
 from vesalius.sweeps.what import name_of

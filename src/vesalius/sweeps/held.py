@@ -19,8 +19,8 @@ from vesalius.intervention import Ablate, Freeze, Interchange, Intervention, Pat
 from vesalius.products import COMPUTE
 from vesalius.site import Site
 from vesalius.sweeps.edits import Table, sources
+from vesalius.sweeps.flat import Rows
 from vesalius.sweeps.record import Record
-from vesalius.sweeps.replay import Rows
 from vesalius.sweeps.what import What, place_of, what_of
 
 FIXED = (Ablate, Freeze, Interchange, Patch)

@@ -38,10 +38,11 @@ from vesalius.sweeps.cost import Cost
 from vesalius.sweeps.donors import Donor, patch_donor
 from vesalius.sweeps.edits import Edits, Table, sources
 from vesalius.sweeps.evaluate import TOKENS_PER_BATCH
+from vesalius.sweeps.flat import Flat, Rows
 from vesalius.sweeps.path_plan import LOGITS, Paths, plain_path, receiving, sending
 from vesalius.sweeps.plain import base_logits
 from vesalius.sweeps.record import Record, record
-from vesalius.sweeps.replay import Flat, Replay, Rows
+from vesalius.sweeps.replay import Replay
 from vesalius.sweeps.scores import PROMPTS, Scores
 from vesalius.sweeps.scoring import base_values, score
 from vesalius.sweeps.what import normal
@@ -204,7 +205,7 @@ class _Work:
             return Tap(submodule(model.layer(site.layer), access.path), access.side, visit)
 
         with tapped([keep(site) for site in wanted]):
-            hidden, _ = Replay(self.base, rows, self._muted(senders, rows)).run()
+            hidden, _ = Replay(self.base, rows, self._muted(senders, rows), heard=list(wanted)).run()
         return heard, hidden
 
     def _muted(self, senders: Sequence[Site], rows: Rows) -> Edits:

@@ -13,11 +13,9 @@ rule is refused instead of guessed at.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from vesalius.adapters import submodule
@@ -28,61 +26,19 @@ from vesalius.hooks import Tap, tapped
 from vesalius.products import computing
 from vesalius.site import Site
 from vesalius.sweeps.edits import Edits
+from vesalius.sweeps.flat import Flat, Rows
 from vesalius.sweeps.record import Record, holds_tensor, untold
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Edited runs. example, layer, start, end: [row]; live positions are start <= p < end; end - 1 is read."""
-
-    example: Int[Tensor, " row"]
-    layer: Int[Tensor, " row"]
-    start: Int[Tensor, " row"]
-    end: Int[Tensor, " row"]
-
-    def __len__(self) -> int:
-        return len(self.example)
-
-    @property
-    def sizes(self) -> Int[Tensor, " row"]:
-        return self.end - self.start
-
-    def take(self, index: Tensor) -> Rows:
-        return Rows(self.example[index], self.layer[index], self.start[index], self.end[index])
-
-
-@dataclass(eq=False)
-class Flat:
-    """Where each row's tokens lie in the flattened batch; rows are sorted by layer, so active rows are a prefix."""
-
-    rows: Rows
-    offset: Tensor = field(init=False)
-    row_of: Tensor = field(init=False)
-    pos_of: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        sizes = self.rows.sizes
-        ends = sizes.cumsum(0)
-        self.offset = ends - sizes
-        self.row_of = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-        self.pos_of = torch.arange(int(ends[-1])) - self.offset[self.row_of] + self.rows.start[self.row_of]
-
-    def active(self, layer: int) -> tuple[int, int]:
-        """Rows and tokens that have joined by this layer."""
-        count = int((self.rows.layer <= layer).sum())
-        return count, int(self.rows.sizes[:count].sum())
-
-    @property
-    def last(self) -> Tensor:
-        """Each row's last token."""
-        return self.offset + self.rows.sizes - 1
+from vesalius.sweeps.spare import Spared
 
 
 class _Attention:
     """Attention of flattened rows: each token attends to its own row's live tokens and to the base run before them."""
 
-    def __init__(self, record: Record, flat: Flat, watch: Mapping[Site, list[Tensor]], patterns: bool) -> None:
+    def __init__(
+        self, record: Record, flat: Flat, watch: Mapping[Site, list[Tensor]], patterns: bool, spared: Spared
+    ) -> None:
         self._record = record
+        self._spared = spared
         self._flat = flat
         self._watch = watch
         self._patterns = patterns
@@ -100,18 +56,32 @@ class _Attention:
     ) -> Tensor:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         rows, index, mask, row_of, pos_of, within = self._layout(layer)
+        needed = self._spared.attending(layer, len(rows))
+        if needed is None:
+            return self._attended(layer, q, k, v, (rows, index, mask, row_of, pos_of, within), scaling)
+        out = v.new_zeros(1, len(row_of), q.shape[1], v.shape[3])
+        if bool(needed.any()):
+            token, number = needed[row_of], needed.cumsum(0) - 1
+            # Tokens keep their places in the batch; rows are numbered anew.
+            some = (
+                rows.take(needed.nonzero()[:, 0]), index[needed], mask[needed], number[row_of[token]], pos_of[token],
+                within[token],
+            )  # fmt: skip
+            out[:, token] = self._attended(layer, q, k[:, :, token], v[:, :, token], some, scaling)
+        return out
+
+    def _attended(self, layer: int, q: Tensor, k: Tensor, v: Tensor, place: Any, scaling: float) -> Tensor:
+        """Of some rows: k and v of their own tokens, q of all of the batch (`index` says where theirs are)."""
+        rows, index, mask, row_of, pos_of, within = place
         width, n_kv = mask.shape[-1], k.shape[1]
         keys = self._record.keys[layer][rows.example, :, :width]
         values = self._record.values[layer][rows.example, :, :width]
         values[row_of, :, pos_of] = v[0].transpose(0, 1)
-        if self._patterns:
-            # Who attends to whom is the base run's: its queries meet its keys, and only values are live.
-            q = self._record.queries[layer][rows.example[row_of], pos_of].transpose(0, 1)[None]
-        else:
+        if not self._patterns:
             keys[row_of, :, pos_of] = k[0].transpose(0, 1)
         # Query heads that share a key-value head are stacked along the query axis, so keys are never repeated.
         n_heads, depth = q.shape[1], q.shape[3]
-        padded = q[0].transpose(0, 1)[index].view(len(rows), index.shape[1], n_kv, n_heads // n_kv, depth)
+        padded = self._queries(layer, q, rows, index).view(len(rows), index.shape[1], n_kv, n_heads // n_kv, depth)
         stacked = padded.permute(0, 2, 3, 1, 4).reshape(len(rows), n_kv, -1, depth)
         tiled = mask.repeat(1, n_heads // n_kv, 1)[:, None]
         out = weighted(stacked, keys, values, tiled, scaling, self._record.caps[layer])
@@ -119,6 +89,13 @@ class _Attention:
             self._look(layer, padded, keys, mask, scaling)
         spread = out.view(len(rows), n_kv, n_heads // n_kv, -1, out.shape[-1]).permute(0, 3, 1, 2, 4)
         return spread[row_of, within].reshape(1, len(row_of), n_heads, -1)
+
+    def _queries(self, layer: int, q: Tensor, rows: Rows, index: Tensor) -> Tensor:
+        """[row, step, head, d_head]; with patterns held, who attends to whom is the base run's: its queries."""
+        if not self._patterns:
+            return q[0].transpose(0, 1)[index]
+        pos = (rows.start[:, None] + torch.arange(index.shape[1])).clamp_max(self._record.tokens.ids.shape[1] - 1)
+        return self._record.queries[layer][rows.example[:, None], pos]
 
     def _layout(self, layer: int) -> Any:
         count, tokens = self._flat.active(layer)
@@ -158,8 +135,10 @@ class Replay:
         *,
         patterns: bool = False,
         compute: str = "float32",
+        heard: Sequence[Site] = (),
     ) -> None:
-        """patterns: attention patterns are the base run's. compute: see `products.computing`."""
+        """patterns: attention patterns are the base run's. compute: see `products.computing`. heard: sites that taps
+        of the caller look at, so that they must be computed."""
         self._patterns, self._compute = patterns, compute
         self._record = record
         self._model = record.model
@@ -167,12 +146,13 @@ class Replay:
         self._edits = edits
         self._seen: dict[Site, list[Tensor]] = {site.whole: [] for site in watch}
         self._layout = self._model.described[1]
+        self._spared = Spared(self._model, self._flat, edits, [*self._seen, *heard])
 
     def run(self) -> tuple[Tensor, dict[Site, Tensor]]:
         """Last layer's output at each row's last position [row, d_model], and watched sites there [row, ...]."""
         hidden = self._record.resid[0].new_empty(1, 0, self._layout.d_model)
-        attend = _Attention(self._record, self._flat, self._seen, self._patterns)
-        taps, compute = tapped(self._taps()), computing(self._compute)
+        attend = _Attention(self._record, self._flat, self._seen, self._patterns, self._spared)
+        taps, compute = tapped([*self._spared.taps(), *self._taps()]), computing(self._compute)
         with torch.no_grad(), taps, attending(self._model.module, attend), compute:
             for layer in range(int(self._flat.rows.layer.min()), self._layout.n_layers):
                 hidden = self._step(layer, hidden)

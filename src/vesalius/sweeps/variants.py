@@ -18,8 +18,8 @@ from vesalius.site import Site
 from vesalius.sweeps.changes import Changes
 from vesalius.sweeps.donors import Donor
 from vesalius.sweeps.edits import Edits, Table, sources
+from vesalius.sweeps.flat import Rows
 from vesalius.sweeps.held import Held
-from vesalius.sweeps.replay import Rows
 from vesalius.sweeps.what import What, place_of
 
 _ROWS_TOGETHER = 64

@@ -155,6 +155,33 @@ def test_prefixes_of_a_matryoshka_rebuild_on_their_own() -> None:
     assert errors[0] < 0.6 < unexplained(x, rebuilt_from_first(plain, x, 16))
 
 
+@pytest.mark.parametrize("hierarchical", [False, True])
+def test_a_child_feature_absorbs_its_parent(hierarchical: bool) -> None:
+    """Chanin et al. 2024: where one feature implies another, the L1 penalty makes the parent's latent fall silent."""
+    axes = torch.linalg.qr(torch.randn(50, 50, generator=torch.Generator().manual_seed(0)))[0][:4]
+    on = torch.rand(20_000, 4, generator=torch.Generator().manual_seed(1)) < torch.tensor([0.25, 0.2, 0.2, 0.2])
+    if hierarchical:
+        on[:, 1] &= on[:, 0]
+    x = on.float() @ axes
+    config = TrainConfig(kind="relu", n_latents=4, k=1, batch_size=512, steps=700, lr=3e-3, sparsity=1.0, dead="none")
+    found = train(x, config)
+    assert isinstance(found, Dictionary)
+    decoder = torch.nn.functional.normalize(found.W_dec, dim=1) @ axes.T
+    parent, child, *others = decoder.argmax(0).tolist()
+    child = int(decoder[:, 1].argmax())
+    expected = torch.eye(4)
+    if hierarchical:
+        parent = int((decoder[:, 0] - decoder[:, 1]).argmax())
+        expected[1, 0] = expected[1, 1] = 0.5**0.5
+    torch.testing.assert_close(decoder[[parent, child, *others]], expected, atol=0.05, rtol=0.0)
+    fires = (found.encode(x)[:, parent] > 0.05).float()
+    assert float(fires[on[:, 0] & ~on[:, 1]].mean()) > 0.99
+    together = float(fires[on[:, 0] & on[:, 1]].mean())
+    assert together < 0.01 if hierarchical else together > 0.99
+    reads_child = float(found.W_enc[:, parent] @ axes[1])
+    assert reads_child < -0.3 if hierarchical else abs(reads_child) < 0.1
+
+
 def rebuilt_from_first(dictionary: Dictionary, x: Tensor, size: int) -> Tensor:
     latents = dictionary.encode(x)
     latents[:, size:] = 0

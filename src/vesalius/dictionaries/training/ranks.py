@@ -37,7 +37,12 @@ class Ranks:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over processes, in place."""
-        if self.size > 1:
+        if self.size > 1 and tensor.device.type == "cpu" and torch.distributed.get_backend() == "nccl":
+            # NCCL sends nothing that is not on its device.
+            sent = tensor.to("cuda")
+            torch.distributed.all_reduce(sent)
+            tensor.copy_(sent)
+        elif self.size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 

@@ -118,9 +118,8 @@ def test_rough_values_stay_within_the_margin(bias: float, scale: float) -> None:
     with Workers(1) as workers:
         screen = Screen.of(weight, offsets, workers)
     exact = x.double() @ weight.double().T + offsets
-    rough = screen.rough(x)
-    spread = screen.spread(x)[:, None]
-    margin = spread + 2.0**-8 * (rough.abs() + screen.largest_bias)
+    rough = screen.rough(x).double()
+    margin = screen.margin(screen.spread(x)[:, None], rough)
     assert bool(((exact - rough).abs() <= margin).all())
     assert float(((exact - rough).abs() / margin).max()) > 0.05  # not so wide as to be empty
 

@@ -25,8 +25,8 @@ from vesalius.dictionaries.training.wiring import Wiring
 from vesalius.dictionaries.training.workers import Workers
 from vesalius.products import linear
 
-PIECE = 1 << 21
-"""Pre-activations of a piece of rows: 8 MB, so that the pieces of a few threads stay in cache."""
+PIECE = 3 << 20
+"""Pre-activations of a piece of rows: 12 MB, so that those of a few threads stay in cache."""
 LATENTS = 512
 Sums = dict[str, Tensor]
 

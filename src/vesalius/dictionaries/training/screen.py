@@ -25,10 +25,9 @@ from vesalius.dictionaries.training.choose import (
 from vesalius.dictionaries.training.codes import SparsePiece
 from vesalius.dictionaries.training.products import dots
 from vesalius.dictionaries.training.workers import Workers
-from vesalius.products import linear
 
-ROUNDING = 2.0**-8
-"""Twice the relative error of rounding to bfloat16."""
+ROUNDING = 2.0**-7
+"""Of a rough value, relative to its size and the bias's: four times what one rounding to bfloat16 can be off."""
 _SUMMING = 2.0**-23
 """Relative error per summand of two sums in float32, the rough one and the exact one."""
 _MOST = 8
@@ -67,9 +66,8 @@ class Screen:
         return cls(encoder, bias, rounded, float(found[0]), float(found[1]), float(bias.abs().max()))
 
     def rough(self, x: Tensor) -> Tensor:
-        """[rows, latent] float32: pre-activations from products in bfloat16. Scratch: gone at this thread's next."""
-        product = linear(x.bfloat16(), self.rounded)
-        return scratch.like(product, torch.float32).copy_(product).add_(self.bias)
+        """[rows, latent] bfloat16: pre-activations from products in bfloat16."""
+        return torch.nn.functional.linear(x.bfloat16(), self.rounded, self.bias.bfloat16())
 
     def spread(self, x: Tensor) -> Tensor:
         """[rows]: how far an exact product can be from the rough one, but for the rounding of the result."""
@@ -92,14 +90,16 @@ class Screen:
         The k-th largest of some exact values is a bound for the rest: of those only what could reach it is computed.
         """
         rough = self.rough(x)
-        bound = row_bound(rough, k)
-        if bound is None:
+        bound = row_bound(_keys(rough), k)
+        # As integers, positive numbers of bfloat16 have their order; negative ones only that they are smaller.
+        if bound is None or int(bound.min()) <= 0:
             return None
-        spread = self.spread(x)
-        found = reaching(rough, (bound - 2 * self.margin(spread, bound))[:, None])
+        level, spread = bound.view(torch.bfloat16).float(), self.spread(x)
+        found = _reaching(rough, level - 2 * self.margin(spread, level))
         if _too_many(found, rough):
             return None
-        likely, bags, pre = found.pre >= bound[found.bags], found.bags, torch.full_like(found.pre, -torch.inf)
+        bags, pre = found.bags, torch.full_like(found.pre, -torch.inf)
+        likely = found.pre >= level[bags]
         pre[likely] = self.exact(x, kept(found, likely))
         least = kth_of_rows(padded(found, pre), k)
         possible = (found.pre >= (least - self.margin(spread, least))[bags]) & ~likely
@@ -110,11 +110,38 @@ class Screen:
         """The entries at or above the floor, [latent] or []; None where the screen does not pay."""
         rough = self.rough(x)
         margin = self.margin(self.spread(x), floor.abs().max())
-        found = reaching(rough.add_(margin[:, None]), floor)
+        if floor.ndim:
+            found = reaching(_float(rough).add_(margin[:, None]), floor)
+        else:
+            found = _reaching(rough, floor - margin)
         if _too_many(found, rough):
             return None
         piece = SparsePiece(found.columns, found.offsets, self.exact(x, found), found.n_latents)
         return kept(piece, piece.pre >= (piece.at(floor) if floor.ndim else floor))
+
+
+def _keys(rough: Tensor) -> Tensor:
+    """Numbers of bfloat16 as integers of the same bits."""
+    return rough.view(torch.int16)
+
+
+def _float(rough: Tensor) -> Tensor:
+    """Scratch: gone at this thread's next."""
+    return scratch.like(rough, torch.float32).copy_(rough)
+
+
+def _reaching(rough: Tensor, level: Tensor) -> SparsePiece:
+    """The entries that are at least the level [rows]; compared as integers where that is the same."""
+    if float(level.min()) <= 0:
+        return reaching(_float(rough), level[:, None])
+    below = (level * (1 - ROUNDING)).bfloat16()  # rounded down, so that nothing is lost
+    found = reaching(_keys(rough), _keys(below)[:, None])
+    found.pre = _as_float(found.pre)
+    return found
+
+
+def _as_float(keys: Tensor) -> Tensor:
+    return keys.view(torch.bfloat16).float()
 
 
 def _too_many(piece: SparsePiece, rough: Tensor) -> bool:

@@ -138,6 +138,17 @@ def test_sparse_and_dense_products_take_the_same_steps(kind: str, monkeypatch: p
     assert all(torch.allclose(values[0.0][name], values[1.0][name], atol=1e-5) for name in values[0.0])
 
 
+@pytest.mark.parametrize("coder", ["sae", "cross_layer"])
+@pytest.mark.parametrize("kind", ["relu", "gated"])
+def test_dense_codes_are_made_for_some_rows_at_a_time(kind: str, coder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vesalius.dictionaries.training.fitter.DENSE_ROWS", 150)
+    with Workers(1) as workers:
+        fitter = fitter_of(SOURCES[coder], config_of(kind, coder), workers)
+        assert fitter._micro_batches(600) == 4
+    fitter, plain = trained_both_ways(SOURCES[coder], config_of(kind, coder))
+    assert max(far_apart(fitter, plain).values()) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
 def test_the_screened_run_is_the_run_in_float32(kind: str) -> None:
     fields: dict[str, Any] = {"n_latents": 1100, "k": 8, "lr": 3e-3}

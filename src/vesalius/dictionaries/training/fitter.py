@@ -11,6 +11,7 @@ from vesalius.data import Source
 from vesalius.dictionaries.config import TrainConfig
 from vesalius.dictionaries.kinds import TRAINED
 from vesalius.dictionaries.training.auxiliary import dead_at, help_dead
+from vesalius.dictionaries.training.encode import DENSE_SHARE
 from vesalius.dictionaries.training.facts import Facts
 from vesalius.dictionaries.training.microbatch import MicroBatch, Run
 from vesalius.dictionaries.training.parameters import Parameters, first_parameters
@@ -24,6 +25,8 @@ SAMPLE = 16_384
 """Rows from which scales and the decoder's bias are taken."""
 PROBED = 512
 """Rows of them that are encoded once before the first step."""
+DENSE_ROWS = 1024
+"""Rows that are taken together while codes are dense."""
 MEMORY = 0.99
 """Of the running mean of the threshold."""
 
@@ -50,7 +53,7 @@ class Fitter:
         run, config = self.run, self.run.config
         rate, share = config.rate(self.steps), 1 / len(batch[0])
         mine = [rows[run.ranks.share(len(rows))].to(run.device) for rows in batch]
-        micro = [rows.tensor_split(config.accumulate) for rows in mine]
+        micro = [rows.tensor_split(self._micro_batches(len(batch[0]) // run.ranks.size)) for rows in mine]
         found = [self._micro_batch(rows, share, number > 0) for number, rows in enumerate(zip(*micro, strict=True))]
         for gradient in self.parameters.gradients.values():
             run.ranks.sum(gradient)
@@ -62,6 +65,12 @@ class Fitter:
         dead = float((self.silent >= config.dead_after).double().mean())
         self.rows.append([float(facts.loss) * share, facts.fvu, facts.l0, dead, rate])
         self.steps += 1
+
+    def _micro_batches(self, n_rows: int) -> int:
+        """In how many pieces a batch is taken: as the config says, and more where dense codes would fill the memory."""
+        last = self.rows[-1][2] if self.rows else torch.inf
+        dense = last > DENSE_SHARE * self.silent.numel() and self.run.kind.selection == "local"
+        return self.run.config.accumulate * (max(1, n_rows // self.run.config.accumulate // DENSE_ROWS) if dense else 1)
 
     def _micro_batch(self, rows: Sequence[Tensor], share: float, add: bool) -> Facts:
         config = self.run.config

@@ -107,7 +107,9 @@ def work(name: str, x: Tensor, rounds: int, workers: Workers) -> measure.Work:
         found.round(number)
     errors = [f"{who} {unexplained(held, trainee.rebuilt(held)):.3f}" for who, trainee in made.items()]
     memory = [f"{who} {peak(name, who):,.0f}" for who in made]
-    found.note = f"unexplained after {rounds + 1} steps: {', '.join(errors)}. Peak memory of steps, MB: {', '.join(memory)}"
+    found.note = (
+        f"unexplained after {rounds + 1} steps: {', '.join(errors)}. Peak memory of steps, MB: {', '.join(memory)}"
+    )
     return found
 
 

@@ -8,6 +8,7 @@ from vesalius.data.labelled import Labelled, load_labelled
 from vesalius.data.manifest import DTYPES
 from vesalius.data.origin import Origin
 from vesalius.data.positions import landmarks
+from vesalius.data.ravel import Entities, load_ravel
 from vesalius.data.source import Source, TensorSource, as_source
 from vesalius.data.store import ActivationStore
 from vesalius.data.stream import Stream, stream
@@ -30,6 +31,7 @@ __all__ = [
     "DTYPES",
     "TASKS",
     "ActivationStore",
+    "Entities",
     "Labelled",
     "Origin",
     "Row",
@@ -49,6 +51,7 @@ __all__ = [
     "landmarks",
     "load_labelled",
     "load_pairs",
+    "load_ravel",
     "stream",
     "sva",
     "task",

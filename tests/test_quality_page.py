@@ -68,6 +68,11 @@ def test_what_does_not_follow_it_is_refused(
         report.render_quality(plain, WORDS)
 
 
+def test_the_page_about_the_schema_is_generated_from_it() -> None:
+    page = Path(__file__).parent.parent / "docs" / "quality-schema.md"
+    assert page.read_text("utf-8") == report.quality_schema.markdown()
+
+
 def test_the_page_is_whole_and_needs_nothing_else(plain: dict[str, Any]) -> None:
     text = report.render_quality(plain, WORDS, "vesalius quality a b")
     page = Page(text)

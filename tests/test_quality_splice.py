@@ -116,6 +116,9 @@ def test_rows_and_contexts_are_of_documents_that_were_not_trained_on(model: vs.M
     first = own.trace(own.split(0.3)[1].rows.start).document
     assert f"documents {first} and later" in found.data["words"]
     whole = train(own, TrainConfig(n_latents=32, k=4, batch_size=64, steps=5, held_out=0))
+    again = train(own, TrainConfig(n_latents=32, k=4, batch_size=64, steps=5, held_out=0.3, seed=1))
+    words = [seed.compared.words for seed in quality(dictionary, own, n=100, others=[whole, again]).seeds]
+    assert ["it was trained on some of these rows" in line for line in words] == [True, False]
     flattered = quality(whole, own, n=100)
     assert flattered.data["seen"] is True and "flatter" in flattered.data["words"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,15 @@ def unseen(source: Source, about: Mapping[str, Any]) -> Unseen:
         return Unseen(source, True, "All of these rows were trained on: the figures flatter.")
     words = f"{rest.n_rows:,} rows of documents {stop:,} and later; those trained on were {first:,} to {stop - 1:,}."
     return Unseen(rest, False, words)
+
+
+def saw(about: Mapping[str, Any], store: ActivationStore, documents: Iterable[int]) -> bool | None:
+    """Whether a dictionary was trained on any of these documents of a store; None when it cannot be told."""
+    known = about.get(KEY)
+    if known is None or _text(store)["text"] != known["text"]:
+        return None
+    first, stop = known["documents"]
+    return any(first <= number < stop for number in documents)
 
 
 def _text(store: ActivationStore) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vesalius.errors import InputError
-from vesalius.report.nodes import Items, Named, Node, Record, Value, check_node
+from vesalius.report.nodes import Items, Named, Node, Record, Value, check_node, rows
 
 NAME = "vesalius/quality/1"
 
@@ -138,6 +138,20 @@ def check(found: Mapping[str, Any]) -> None:
         for name in names:
             if len(histogram[name]) != len(histogram["edges"]) - 1:
                 raise InputError(f"{path}.{name} has {len(histogram[name])} bins for {len(histogram['edges'])} edges")
+
+
+def markdown() -> str:
+    """The schema as a Markdown page, one table per top-level key."""
+    parts = [
+        "# The schema of quality.json",
+        f'`vesalius quality` writes `quality.json` with `"schema": "{NAME}"` beside its page. Every key is always '
+        "there; what was not measured is `null` or an empty list; every number is finite. This page is generated from "
+        "the description that every file is checked against; [quality.md](quality.md) says what the figures are.",
+    ]
+    for name, node in QUALITY.fields.items():
+        table = "\n".join(f"| `{path}` | {kind} | {doc} |" for path, kind, doc in rows(node, name))
+        parts.append(f"## {name}\n\n| path | type | meaning |\n| --- | --- | --- |\n{table}")
+    return "\n\n".join(parts) + "\n"
 
 
 def _histograms(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], tuple[str, ...]]]:

@@ -12,7 +12,7 @@ from vesalius.data import ActivationStore, Labelled, Source, as_source
 from vesalius.data.packing import Context
 from vesalius.dictionaries.coder import Coder
 from vesalius.dictionaries.dictionary import Dictionary
-from vesalius.dictionaries.held_out import Unseen, unseen
+from vesalius.dictionaries.held_out import Unseen, saw, unseen
 from vesalius.dictionaries.judging.baselines import WORDS, baselines
 from vesalius.dictionaries.judging.figures import Figure, row_figures
 from vesalius.dictionaries.judging.geometry import Geometry, geometry, shared
@@ -71,7 +71,7 @@ def quality(
             Compared(rebuilder.name, WORDS[rebuilder.name], _figures(sums, losses, rebuilder.name, seed))
             for rebuilder, sums in zip(beside, found, strict=True)
         ),
-        seeds=tuple(_seed(coder, own, other, drawn.test, seed) for other in track(others, "seeds", sink=sink)),
+        seeds=tuple(_seed(coder, own, other, source, drawn.test, seed) for other in track(others, "seeds", sink=sink)),
         concepts=_concepts([coder, *others], concepts, model, seed, sink),
     )  # fmt: skip
 
@@ -118,13 +118,16 @@ def _geometry(coder: Coder, own: Sums, seed: int) -> Geometry | None:
     return geometry(coder, alive, seed=seed) if int(writing.sum()) > 1 else None
 
 
-def _seed(coder: Coder, own: Sums, other: Coder, test: Sample, seed: int) -> Seed:
+def _seed(coder: Coder, own: Sums, other: Coder, source: Source, test: Sample, seed: int) -> Seed:
     if not isinstance(coder, Dictionary) or not isinstance(other, Dictionary):
         raise InputError("what two seeds share is counted for dictionaries with one set of latents")
     if (other.in_sites, other.out_sites) != (coder.in_sites, coder.out_sites):
         raise InputError(f"{other!r} is about other sites than {coder!r}")
     sums = sums_of(OfCoder(other), test)
     words = f"{other!r}, seed {other.about.get('config', {}).get('seed', 'not known')}"
+    owners = {context.document for context in test.contexts}
+    if isinstance(source, ActivationStore) and saw(other.about, source, owners):
+        words += "; it was trained on some of these rows, which flatters it"
     pair = [(coder, _alive(own)), (other, _alive(sums))]
     # One to one, so the smaller set of latents is matched to the larger one.
     (a, alive_a), (b, alive_b) = sorted(pair, key=lambda item: sum(item[1] or [True] * item[0].n_latents))

@@ -223,7 +223,9 @@ def test_without_a_fitting_python_the_error_says_what_to_do(house: House) -> Non
 def test_check_is_lint_types_and_last_the_tests(house: House) -> None:
     house.make("setup")
     plan = house.make("-n", "check").stdout.splitlines()
-    assert plan == [f".venv/bin/{c}" for c in ("ruff format --check", "ruff check", "mypy", "python -m pytest -n 2 --dist loadfile")]
+    assert plan == [
+        f".venv/bin/{c}" for c in ("ruff format --check", "ruff check", "mypy", "python -m pytest -n 2 --dist loadfile")
+    ]
     hooks = re.findall(r"(?m)^ +entry: (.+)$", text(".pre-commit-config.yaml"))
     assert hooks == plan
 

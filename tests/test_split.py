@@ -128,8 +128,10 @@ def about_of(data: object, config: TrainConfig = CONFIG) -> dict[str, object]:
 
 def test_training_leaves_the_last_documents_out_and_says_so(store: ActivationStore) -> None:
     kept, left = store.split(0.2)
-    about = about_of(store)
+    notes: list[str] = []
+    about = train(store, CONFIG, sink=lambda event: notes.append(event.message)).about  # type: ignore[attr-defined]
     assert about["data"] == kept.content_hash
+    assert f"the last documents, {left.n_rows} rows, are held out, to judge by (held_out)" in notes
     found = unseen(store, about)
     assert isinstance(found.source, ActivationStore)
     assert (found.source.rows, found.seen) == (left.rows, False)

@@ -164,6 +164,9 @@ def train(
     ] = "fp32",
     dead_after: Annotated[int | None, typer.Option(help="Rows without firing after which a latent is dead.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    held_out: Annotated[
+        float | None, typer.Option(help="Share of rows, the last documents, left out to judge by; default 0.05.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Device of the tensors, such as cpu or cuda.")] = "cpu",
 ) -> None:
     """A sparse dictionary from harvested activations; under torchrun, on several processes."""
@@ -171,6 +174,7 @@ def train(
         "kind": kind, "n_latents": latents, "k": k, "steps": steps, "batch_size": batch, "lr": lr, "seed": seed,
         "coder": coder, "in_sites": in_site, "out_sites": out_site, "sparsity": sparsity, "skip": skip,
         "precision": precision, "dead_after": dead_after, "checkpoint_every": checkpoint_every,
+        "held_out": held_out,
     }  # fmt: skip
     training.train(training.Request(store, out, device, fields))
 

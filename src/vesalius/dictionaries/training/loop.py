@@ -56,11 +56,15 @@ def train(
     folder that holds another run, NotFiniteError for NaN in the data and for a loss that is no number any more.
     """
     config = config or TrainConfig()
-    source, where = for_training(as_source(data), config.held_out), None if out is None else Path(out)
+    given, where = as_source(data), None if out is None else Path(out)
+    source = for_training(given, config.held_out)
     wiring = wire(source, config, paired=isinstance(data, tuple | list))
     about = _about(source, config, wiring)
     if where is not None and (where / folder.CONFIG).exists():
         return _finished(where, about["plan"], sink)
+    if source is not given:
+        left = (given.n_rows or 0) - (source.n_rows or 0)
+        sink(Event("note", TASK, message=f"the last documents, {left:,} rows, are held out, to judge by (held_out)"))
     with Workers(device=torch.device(device)) as workers:
         fitter = make_fitter(source, config, wiring, workers, Ranks.current(), torch.device(device))
         checkpoints = Checkpoints(where, about["plan"], sink)

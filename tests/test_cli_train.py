@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +87,20 @@ def test_a_folder_that_is_no_store_gets_code_2(run: Callable[..., Done], tmp_pat
     done = run("train", tmp_path / "none", "--out", tmp_path / "x")
     assert done.code == 2
     assert "none" in done.words
+
+
+def test_ctrl_c_keeps_what_was_done(store: Path, tmp_path: Path) -> None:
+    arguments = ["train", str(store), "--out", str(tmp_path), "--in-site", "layers.0.mlp_in", "--latents", "40", "--k",
+                 "4", "--steps", "1000000", "--batch", "64", "--checkpoint-every", "5"]  # fmt: skip
+    main = "from vesalius.cli import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", main, *arguments], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list((tmp_path / "checkpoints").glob("*.safetensors")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in " ".join(told.split())
+    assert list((tmp_path / "checkpoints").glob("*.safetensors"))
 
 
 def test_torchrun_trains_in_two_processes(store: Path, tmp_path: Path) -> None:

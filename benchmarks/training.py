@@ -154,7 +154,8 @@ def main() -> None:
             done.append(work(name, x, asked.rounds, workers))
         print(measure.table(done[-1:]), flush=True)
     if asked.only == list(WORKS):
-        head = f"## Training of dictionaries\n\n{measure.machine()}; {asked.rounds} rounds. {(__doc__ or '').split(chr(10) * 2)[2]}"
+        how = (__doc__ or "").split("\n\n")[2]
+        head = f"## Training of dictionaries\n\n{measure.machine()}; {asked.rounds} rounds. {how}"
         measure.write("training", f"{head}\n\n{measure.table(done)}")
 
 

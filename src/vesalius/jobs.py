@@ -34,7 +34,10 @@ _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib
 
 @dataclass(frozen=True)
 class Event:
-    """Something happened in a task: it started, advanced to `done` of `total`, ended, or has a `message` (note)."""
+    """Something happened in a task: it started, advanced to `done` of `total`, ended, or has a `message` (note).
+
+    The message of an advance, such as "fvu 0.21", stands beside its bar.
+    """
 
     kind: str
     task: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,8 +29,8 @@ from vesalius.jobs import Event, Sink
 def bars(console: Console) -> Progress:
     """Bars that go away when their work is done."""
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), console=console, transient=True,
+        TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[told]}"), console=console, transient=True,
     )  # fmt: skip
 
 
@@ -45,8 +46,9 @@ class Drawn:
         if event.kind == "note":
             return
         if event.task not in self._tasks:
-            self._tasks[event.task] = self._bars.add_task(escape(event.task), total=event.total)
-        self._bars.update(self._tasks[event.task], completed=event.done, total=event.total)
+            self._tasks[event.task] = self._bars.add_task(escape(event.task), total=event.total, told="")
+        told: dict[str, Any] = {"told": escape(event.message)} if event.message else {}
+        self._bars.update(self._tasks[event.task], completed=event.done, total=event.total, **told)
         if event.kind == "end":
             self._bars.remove_task(self._tasks.pop(event.task))
 

@@ -25,8 +25,9 @@ from vesalius.data.packing import Group, Tally
 from vesalius.data.shards import flaw, write_shard
 from vesalius.data.store import ActivationStore
 from vesalius.errors import InputError
-from vesalius.jobs import Event, Sink, silent
+from vesalius.jobs import Event, Sink
 from vesalius.model import Model
+from vesalius.progress import shown
 from vesalius.site import Site
 
 TASK = "harvest"
@@ -49,7 +50,7 @@ def harvest(
     column: str = "text",
     batch_tokens: int = 2048,
     shard_bytes: int = SHARD_BYTES,
-    sink: Sink = silent,
+    sink: Sink | None = None,
 ) -> ActivationStore:
     """Run a model over texts, no further than the last site, and write the activations at the sites to a folder.
 
@@ -64,7 +65,8 @@ def harvest(
     too and counted (see `outliers`); None keeps them. dtype: of the stored rows (float32, bfloat16, float16). compute:
     bfloat16 runs a float32 model with weights cast to it beside the model, which is faster and takes half its memory
     more; the relative error is measured on the first batch and stored. batch_tokens: tokens in a forward pass, with
-    padding. shard_bytes: size of a file, about; memory in use is about three times as much.
+    padding. shard_bytes: size of a file, about; memory in use is about three times as much. sink: hears the cost before
+    the first pass, then progress; None shows both on standard error.
 
     Killed at any time, the same call goes on where it was; on a finished store it checks every file, makes damaged
     ones anew, and returns it. Raises InputError for arguments that don't fit, a folder that holds something else, or a
@@ -74,7 +76,13 @@ def harvest(
     if shard_bytes < 1:
         raise InputError(f"shard_bytes must be at least 1; got {shard_bytes}")
     feed = request.feed(model, texts, group_bytes=shard_bytes)
-    folder = Path(out).expanduser()
+    with shown(sink) as told:
+        return _harvested(feed, Path(out).expanduser(), request, told)
+
+
+def _harvested(feed: Feed, folder: Path, request: Request, sink: Sink) -> ActivationStore:
+    """The store, from what is there and what is missing."""
+    dtype = request.dtype
     plan = {**feed.to_json(), "dtype": dtype_name(dtype), "block_rows": request.block_rows(feed)}
     kept = _kept(folder, plan)
     finished = kept is not None and kept.counts is not None

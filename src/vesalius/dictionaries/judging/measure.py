@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ from vesalius.dictionaries.judging.sums import OfCoder, Rebuilder, Sums, sums_of
 from vesalius.dictionaries.probing.scores import Scores
 from vesalius.dictionaries.probing.suite import concept_scores
 from vesalius.errors import InputError
-from vesalius.jobs import Event, Sink, silent, track
+from vesalius.jobs import Event, Sink, track
 from vesalius.model import Model
+from vesalius.progress import shown
 
 TASK = "quality"
 OWN = "dictionary"
@@ -34,7 +36,7 @@ OWN = "dictionary"
 def quality(
     coder: Coder, data: Any, *, model: Model | None = None, others: Sequence[Coder] = (),
     concepts: Sequence[Labelled] = (), n: int = 16_384, contexts: int = 32, seed: int = 0, batch_tokens: int = 1024,
-    sink: Sink = silent,
+    sink: Sink | None = None,
 ) -> Quality:  # fmt: skip
     """How good a dictionary is, and how good what it is compared with: `Quality.figures` says what is measured.
 
@@ -45,22 +47,44 @@ def quality(
     texts with labels, which need a model; `concept_scores` says what is measured on them, over all the dictionaries.
 
     n: rows. contexts: run through the model. Baselines store as many numbers per row as the dictionary has latents
-    active. Intervals are 95 % bootstrap intervals over documents.
+    active. Intervals are 95 % bootstrap intervals over documents. sink: hears cost and progress; None shows both on
+    standard error.
 
     Raises InputError for data without the dictionary's sites, too few rows, rows that don't vary, or a model that the
     activations are not of; UnknownNameError for a model without the sites.
     """
     if min(n, contexts, batch_tokens) < 1:
         raise InputError(f"n, contexts and batch_tokens must be positive; got {n}, {contexts} and {batch_tokens}")
+    asked = Asked(n, contexts, seed, batch_tokens)
+    with shown(sink) as told:
+        return _measured(coder, data, model, tuple(others), tuple(concepts), asked, told)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How much is looked at: rows, contexts, the seed of their choice, tokens in a forward pass."""
+
+    n: int
+    contexts: int
+    seed: int
+    batch_tokens: int
+
+
+def _measured(
+    coder: Coder, data: Any, model: Model | None, others: Sequence[Coder], concepts: Sequence[Labelled], asked: Asked,
+    sink: Sink,
+) -> Quality:  # fmt: skip
+    """Everything that `quality` says."""
+    seed = asked.seed
     source = as_source(data)
     known = unseen(source, getattr(coder, "about", {}))
-    drawn = draw(coder, known, source, n, seed)
+    drawn = draw(coder, known, source, asked.n, seed)
     own = sums_of(OfCoder(coder), drawn.test)
     sink(Event("note", TASK, message=f"{len(drawn.test):,} rows of {drawn.test.n_groups} {drawn.test.unit}"))
     beside = baselines(coder, drawn.fit, own.l0, seed)
     losses = None
     if model is not None:
-        losses = _spliced(model, coder, source, drawn, [OfCoder(coder), *beside], contexts, batch_tokens, sink)
+        losses = _spliced(model, coder, source, drawn, [OfCoder(coder), *beside], asked, sink)
     found = [sums_of(rebuilder, drawn.test) for rebuilder in track(beside, "baselines", sink=sink)]
     return Quality(
         about=_about(coder), data=_described(known, source, drawn.test, losses, seed),
@@ -135,8 +159,8 @@ def _seed(coder: Coder, own: Sums, other: Coder, source: Source, test: Sample, s
 
 
 def _spliced(
-    model: Model, coder: Coder, source: Source, drawn: Drawn, rebuilders: Sequence[Rebuilder], contexts: int,
-    batch_tokens: int, sink: Sink,
+    model: Model, coder: Coder, source: Source, drawn: Drawn, rebuilders: Sequence[Rebuilder], asked: Asked,
+    sink: Sink,
 ) -> Losses:  # fmt: skip
     """Losses on some of the contexts that the rows are of. Raises InputError when that cannot be done."""
     if len(coder.out_sites) != 1 or not isinstance(source, ActivationStore):
@@ -145,12 +169,12 @@ def _spliced(
             f"rebuilds {len(coder.out_sites)} sites, from a {type(source).__name__}. Leave model= out"
         )
     _check_model(model, source)
-    chosen = _spread(drawn.test.contexts, contexts)
+    chosen = _spread(drawn.test.contexts, asked.contexts)
     owners = np.unique([context.document for context in chosen], return_inverse=True)[1].tolist()
     groups = owners if max(owners) > 0 else list(range(len(chosen)))
     place = Place(coder.in_sites, coder.out_sites[0])
     mean = drawn.fit[1][0].double().mean(0).float()
-    return losses_of(model, place, chosen, groups, rebuilders, mean, batch_tokens, sink)
+    return losses_of(model, place, chosen, groups, rebuilders, mean, asked.batch_tokens, sink)
 
 
 def _spread(contexts: Sequence[Context], wanted: int) -> list[Context]:

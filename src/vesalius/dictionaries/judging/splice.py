@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from vesalius.dictionaries.judging.figures import Figure, Statistic, figure
 from vesalius.dictionaries.judging.sums import Floats, Rebuilder
 from vesalius.inputs import Tokens
 from vesalius.intervention import Replace
-from vesalius.jobs import Sink, track
+from vesalius.jobs import Estimate, Event, Sink, track
 from vesalius.metric import wide
 from vesalius.model import Model
 from vesalius.products import computing
@@ -108,10 +109,18 @@ def losses_of(
     sums = np.zeros((max(groups) + 1, 2 + 2 * len(edits)))
     batches = list(_batches(contexts, batch_tokens))
     with computing():
-        for rows in track(batches, "splice", sink=sink):
+        began = time.monotonic()
+        for number, rows in enumerate(track(batches, "splice", sink=sink)):
             found = _batch(model, place, [contexts[row] for row in rows], edits)
             np.add.at(sums, [groups[row] for row in rows], found)
+            if number == 0:
+                sink(Event("note", "splice", message=_cost(len(batches), len(edits), time.monotonic() - began)))
     return Losses(tuple(edits), sums)
+
+
+def _cost(batches: int, edits: int, seconds: float) -> str:
+    """What the batches take, from the first of them: one clean pass and one per edit each."""
+    return f"in the model: {Estimate(seconds * batches, forwards=batches * (1 + edits)).describe()}"
 
 
 def _batches(contexts: Sequence[Context], batch_tokens: int) -> Iterator[list[int]]:

@@ -21,8 +21,9 @@ from vesalius.dictionaries.probing.readings import Floats, random_order
 from vesalius.dictionaries.probing.scores import Score, Scores
 from vesalius.dictionaries.probing.swaps import Change, Swaps, rows_at, says_after, slopes, swaps_for
 from vesalius.errors import InputError
-from vesalius.jobs import Sink, silent, track
+from vesalius.jobs import Sink, track
 from vesalius.model import Model
+from vesalius.progress import shown
 from vesalius.stats import bootstrap_of_sums
 
 KS = (1, 4, 16, 64, 256)
@@ -61,7 +62,7 @@ def disentanglement(cause: Sequence[float], isolation: Sequence[float]) -> float
 
 def ravel(
     coders: Dictionary | Sequence[Dictionary], entities: Entities, attributes: tuple[str, str], model: Model, *,
-    n: int = 128, ks: Sequence[int] = KS, seed: int = 0, sink: Sink = silent,
+    n: int = 128, ks: Sequence[int] = KS, seed: int = 0, sink: Sink | None = None,
 ) -> Scores:  # fmt: skip
     """Cause, isolation and disentanglement of two attributes, on pairs of test entities that the model knows them of.
 
@@ -73,8 +74,9 @@ def ravel(
     Raises InputError when the model knows too little, UnknownNameError for an unknown attribute.
     """
     listed = (coders,) if isinstance(coders, Dictionary) else tuple(coders)
-    sides = {split: _both(model, listed[0], entities, attributes, split, n, seed)
-             for split in track(("train", "test"), "ravel", sink=sink)}  # fmt: skip
+    with shown(sink) as told:
+        sides = {split: _both(model, listed[0], entities, attributes, split, n, seed)
+                 for split in track(("train", "test"), "ravel", sink=told)}  # fmt: skip
     found: dict[str, list[tuple[Hits, int]]] = {"latents": [], "random": []}
     for coder in listed:
         coding = Coding(coder.encode, (coder.decoders[0] / coder.out_scale[0]).cpu())

@@ -20,9 +20,10 @@ from vesalius.data.tasks.base import stream
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Tokens
-from vesalius.jobs import Sink, silent, track
+from vesalius.jobs import Sink, track
 from vesalius.model import Model
 from vesalius.products import computing
+from vesalius.progress import shown
 from vesalius.site import Site
 
 At = Literal["mean", "last"]
@@ -76,7 +77,7 @@ class Readings:
 @torch.no_grad()
 def read_concept(
     coders: Dictionary | Sequence[Dictionary], concept: Labelled, model: Model, *, at: At = "mean", context: int = 128,
-    beginning: str = "auto", test: float = 0.25, seed: int = 0, batch_tokens: int = 2048, sink: Sink = silent,
+    beginning: str = "auto", test: float = 0.25, seed: int = 0, batch_tokens: int = 2048, sink: Sink | None = None,
 ) -> Readings:  # fmt: skip
     """Run a model over the texts of a concept and read a dictionary, or several trained alike, at its site.
 
@@ -94,8 +95,8 @@ def read_concept(
     ids = _ids(model, concept, beginning, context, cut=at == "mean")
     rows = np.zeros((len(ids), listed[0].in_widths[0]))
     latents = tuple(np.zeros((len(ids), coder.n_latents), dtype=np.float32) for coder in listed)
-    with computing():
-        for texts in track(_batches(ids, batch_tokens), "read texts", sink=sink):
+    with computing(), shown(sink) as told:
+        for texts in track(_batches(ids, batch_tokens), "read texts", sink=told):
             x, owner = _tokens_read(model, site, [ids[text] for text in texts], at)
             rows[texts] = _means(x.double(), owner, len(texts)).numpy()
             for coder, into in zip(listed, latents, strict=True):

@@ -12,20 +12,22 @@ from vesalius.dictionaries.probing.readings import read_concept
 from vesalius.dictionaries.probing.removal import spurious_removal
 from vesalius.dictionaries.probing.scores import Scores
 from vesalius.dictionaries.probing.sparse import sparse_probing
-from vesalius.jobs import Sink, silent
+from vesalius.jobs import Sink
 from vesalius.model import Model
+from vesalius.progress import shown
 
 
 def concept_scores(
-    coders: Sequence[Dictionary], concept: Labelled, model: Model, *, seed: int = 0, sink: Sink = silent
+    coders: Sequence[Dictionary], concept: Labelled, model: Model, *, seed: int = 0, sink: Sink | None = None
 ) -> tuple[Scores, ...]:
     """Sparse probing of the mean over tokens and absorption at the last token; with a mark of two values also
     spurious-correlation removal, with three labels or more also targeted probe perturbation.
 
     Raises as `read_concept` and the metrics.
     """
-    whole = read_concept(coders, concept, model, at="mean", seed=seed, sink=sink)
-    last = read_concept(coders, concept, model, at="last", seed=seed, sink=sink)
+    with shown(sink) as told:
+        whole = read_concept(coders, concept, model, at="mean", seed=seed, sink=told)
+        last = read_concept(coders, concept, model, at="last", seed=seed, sink=told)
     found = [sparse_probing(whole), absorption(last)]
     if len(set(concept.marks)) == 2 and len(concept.classes) == 2:
         found.append(spurious_removal(whole))

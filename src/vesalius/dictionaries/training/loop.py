@@ -24,6 +24,7 @@ from vesalius.dictionaries.loading import load
 from vesalius.dictionaries.training.checkpoint import Checkpoints
 from vesalius.dictionaries.training.finish import fitted
 from vesalius.dictionaries.training.fitter import Fitter, make_fitter
+from vesalius.dictionaries.training.metrics import Metrics
 from vesalius.dictionaries.training.microbatch import Run
 from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.resample import ROWS as RESAMPLED
@@ -32,6 +33,7 @@ from vesalius.dictionaries.training.wiring import Wiring, wire
 from vesalius.dictionaries.training.workers import Workers
 from vesalius.errors import InputError
 from vesalius.jobs import Estimate, Event, Sink, silent
+from vesalius.progress import shown
 from vesalius.records import content_hash
 from vesalius.records.canonical import plain
 
@@ -42,7 +44,7 @@ _TIMED = 3
 @torch.no_grad()
 def train(
     data: Any, config: TrainConfig | None = None, out: str | Path | None = None, *,
-    device: torch.device | str = "cpu", sink: Sink = silent,
+    device: torch.device | str = "cpu", tensorboard: bool = False, sink: Sink | None = None,
 ) -> Coder:  # fmt: skip
     """A dictionary trained on activations: a Source (a store, a stream), a tensor [n, d_in], or a tuple (x, y).
 
@@ -50,13 +52,23 @@ def train(
 
     out: folder for the dictionary, its history and, on the way, checkpoints. A run that was interrupted goes on from
     the last checkpoint, to the same weights bit for bit (on the same machine); a finished one is loaded. Under torchrun
-    (an initialised `torch.distributed`) every process trains on its share of each batch.
+    (an initialised `torch.distributed`) every process trains on its share of each batch. sink: hears the cost after
+    some steps, and progress; None shows both on standard error. metrics.jsonl in the folder holds a line per step; with
+    tensorboard, a file for TensorBoard is written too.
 
     Returns a `Dictionary`, or a `CrossLayerTranscoder`. Raises InputError for data and configs that don't fit and for a
     folder that holds another run, NotFiniteError for NaN in the data and for a loss that is no number any more.
     """
-    config = config or TrainConfig()
-    given, where = as_source(data), None if out is None else Path(out)
+    with shown(sink if sink is not None or Ranks.current().leads else silent) as told:
+        where = None if out is None else Path(out)
+        return _trained(data, config or TrainConfig(), where, device, tensorboard, told)
+
+
+def _trained(
+    data: Any, config: TrainConfig, where: Path | None, device: torch.device | str, board: bool, sink: Sink
+) -> Coder:
+    """A dictionary, from its folder, its checkpoints or the beginning."""
+    given = as_source(data)
     source = for_training(given, config.held_out)
     wiring = wire(source, config, paired=isinstance(data, tuple | list))
     about = _about(source, config, wiring)
@@ -69,7 +81,9 @@ def train(
         fitter = make_fitter(source, config, wiring, workers, Ranks.current(), torch.device(device))
         checkpoints = Checkpoints(where, about["plan"], sink)
         checkpoints.resume(fitter)
-        _run(fitter, source, checkpoints, sink)
+        with Metrics(where if fitter.run.ranks.leads else None, config.batch_size, board) as metrics:
+            metrics.begin(fitter.rows)
+            _run(fitter, source, checkpoints, metrics, sink)
         coder = fitted(fitter, about)
     if where is not None and fitter.run.ranks.leads:
         folder.save(coder, where)
@@ -92,7 +106,7 @@ def _finished(where: Path, plan: str, sink: Sink) -> Coder:
     return coder
 
 
-def _run(fitter: Fitter, source: Source, checkpoints: Checkpoints, sink: Sink) -> None:
+def _run(fitter: Fitter, source: Source, checkpoints: Checkpoints, metrics: Metrics, sink: Sink) -> None:
     """All steps that are left. Raises KeyboardInterrupt after a checkpoint when interrupted."""
     config, first = fitter.run.config, fitter.steps
     batches = source.batches(config.batch_size, seed=config.seed, start=first)
@@ -103,7 +117,8 @@ def _run(fitter: Fitter, source: Source, checkpoints: Checkpoints, sink: Sink) -
             for batch in islice(batches, config.steps - first):
                 fitter.step(batch)
                 _between_steps(fitter, source)
-                sink(Event("advance", TASK, fitter.steps, config.steps))
+                told = metrics.add(fitter.steps, fitter.rows[-1])
+                sink(Event("advance", TASK, fitter.steps, config.steps, told))
                 if fitter.steps == first + _TIMED:
                     seconds = (time.perf_counter() - began) / _TIMED * (config.steps - fitter.steps)
                     sink(Event("note", TASK, message=f"{_estimate(fitter.run, seconds).describe()} from here"))

@@ -364,7 +364,7 @@ def test_a_folder_with_another_dictionary_is_not_overwritten(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
-@pytest.mark.parametrize("name", ["weights.safetensors", "history.npz"])
+@pytest.mark.parametrize("name", ["dictionary.safetensors", "history.npz"])
 def test_files_that_were_damaged_are_found_and_named(tmp_path: Path, name: str, damage: str) -> None:
     history = History({column: np.zeros(2) for column in ("loss", "fvu", "l0", "dead", "lr")})
     save(made(history=history), tmp_path)

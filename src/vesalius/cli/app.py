@@ -143,20 +143,38 @@ def harvest(
 
 @app.command()
 def train(
-    store: Annotated[Path, typer.Argument(help="Folder of activations, made by harvest.")],
-    out: Annotated[Path, typer.Option(help="Folder for the dictionary; an interrupted run goes on from there.")],
-    kind: Annotated[str, typer.Option(help="relu, gated, jumprelu, topk, batchtopk or matryoshka.")] = "topk",
-    latents: Annotated[int, typer.Option(help="Number of latents; per layer in a cross-layer transcoder.")] = 8192,
-    k: Annotated[int, typer.Option("--k", help="Latents active per row, in the kinds that count them.")] = 32,
-    steps: Annotated[int | None, typer.Option(help="Steps of training.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows per step, over all processes.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    store: Annotated[
+        Path | None, typer.Argument(help="Folder of activations, made by harvest; or give --site instead.")
+    ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option("--site", "-s", help="Site or glob of a model: harvest, train and judge in one go; repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the dictionary; an interrupted run goes on from there.")
+    ] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="relu, gated, jumprelu, topk (default), batchtopk, matryoshka; repeatable."),
+    ] = None,
+    latents: Annotated[
+        list[int] | None,
+        typer.Option(help="Number of latents (8192), in a cross-layer coder per layer; repeatable."),
+    ] = None,
+    k: Annotated[
+        list[int] | None,
+        typer.Option("--k", "-k", help="Latents active per row (32), where counted; repeatable."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of training; default 5000, with --site 10 passes.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows per step of all processes; 4096, with --site 2048.")] = None,
+    lr: Annotated[list[float] | None, typer.Option(help="Learning rate; repeatable.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed of everything random (0); repeatable.")] = None,
     coder: Annotated[str, typer.Option(help="auto, sae, transcoder, crosscoder or cross_layer.")] = "auto",
     in_site: Annotated[list[str] | None, typer.Option(help="Site or glob that is read; can be repeated.")] = None,
     out_site: Annotated[list[str] | None, typer.Option(help="Site or glob that is rebuilt; can be repeated.")] = None,
     sparsity: Annotated[
-        float | None, typer.Option(help="Coefficient of the sparsity penalty (relu, gated, jumprelu).")
+        list[float] | None,
+        typer.Option(help="Coefficient of the sparsity penalty (relu, gated, jumprelu); repeatable."),
     ] = None,
     skip: Annotated[bool, typer.Option("--skip", help="A linear map beside the latents (transcoders).")] = False,
     precision: Annotated[
@@ -168,15 +186,33 @@ def train(
         float | None, typer.Option(help="Share of rows, the last documents, left out to judge by; default 0.05.")
     ] = None,
     device: Annotated[str, typer.Option(help="Device of the tensors, such as cpu or cuda.")] = "cpu",
+    jobs: Annotated[int, typer.Option(help="Of several dictionaries, how many are trained at a time.")] = 1,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write a file for TensorBoard.")] = False,
+    texts: Annotated[str, typer.Option(help="With --site: stdlib, or a file or folder of texts, as for harvest.")] = (
+        "stdlib"
+    ),
+    model: ModelOption = DEMO,
+    tokens: Annotated[int, typer.Option(help="With --site: activations at most.")] = 300_000,
+    context: Annotated[int, typer.Option(help="With --site: tokens run together.")] = 256,
+    compute: Annotated[str, typer.Option(help="With --site: float32, or bfloat16, as for harvest.")] = "float32",
 ) -> None:
-    """A sparse dictionary from harvested activations; under torchrun, on several processes."""
+    """Sparse dictionaries: from harvested activations, or with --site from a model, up to a page on their quality.
+
+    Options marked repeatable can be given several times: every combination is trained, on one harvest. Under torchrun
+    one dictionary is trained on several processes.
+    """
     fields = {
         "kind": kind, "n_latents": latents, "k": k, "steps": steps, "batch_size": batch, "lr": lr, "seed": seed,
         "coder": coder, "in_sites": in_site, "out_sites": out_site, "sparsity": sparsity, "skip": skip,
         "precision": precision, "dead_after": dead_after, "checkpoint_every": checkpoint_every,
         "held_out": held_out,
     }  # fmt: skip
-    training.train(training.Request(store, out, device, fields))
+    wanted = harvesting.Request(
+        texts=texts, model=model, sites=site or [], out=None, tokens=tokens, context=context, dtype="float32",
+        compute=compute, beginning="auto", keep_beginning=False, max_norm=10.0, column="text",
+    )  # fmt: skip
+    command = shlex.join(["vesalius", *sys.argv[1:]])
+    training.train(training.Request(store, out, device, fields, wanted, jobs, tensorboard, command))
 
 
 @app.command()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import vesalius as vs
 from vesalius.cli.screen import Screen, bars, say
 from vesalius.errors import InputError, UnknownNameError
+from vesalius.jobs import Sink
 from vesalius.site import Site
 
 COMPUTE = ("float32", "bfloat16")
@@ -20,7 +23,7 @@ class Request:
     texts: str
     model: str
     sites: list[str]
-    out: Path
+    out: Path | None
     tokens: int | None
     context: int
     dtype: str
@@ -45,19 +48,29 @@ class Request:
 
 def harvest(request: Request) -> None:
     """Harvest with progress bars, and say what was written."""
+    assert request.out is not None
     request.check()
-    texts = vs.data.texts_from(request.texts, request.column)
     with bars() as progress:
         screen = Screen(progress)
-        model = vs.load(request.model, sink=screen)
-        store = vs.data.harvest(
-            model, texts, sites=request.sites, out=request.out, tokens=request.tokens, context=request.context,
-            dtype=vs.data.DTYPES[request.dtype], compute=vs.data.DTYPES[request.compute], beginning=request.beginning,
-            keep_beginning=request.keep_beginning, max_norm=request.max_norm or None, column=request.column,
-            sink=screen,
-        )  # fmt: skip
+        store = harvested(request, None, request.out, screen)
     for line in told(store):
         say(line)
+
+
+def harvested(request: Request, model: Any, out: Path, sink: Sink) -> vs.data.ActivationStore:
+    """The activations asked for, in a folder; the texts are looked at before a model is loaded."""
+    texts = vs.data.texts_from(request.texts, request.column)
+    return vs.data.harvest(
+        model or vs.load(request.model, sink=sink), texts, sites=request.sites, out=out, tokens=request.tokens,
+        context=request.context, dtype=vs.data.DTYPES[request.dtype], compute=vs.data.DTYPES[request.compute],
+        beginning=request.beginning, keep_beginning=request.keep_beginning, max_norm=request.max_norm or None,
+        column=request.column, sink=sink,
+    )  # fmt: skip
+
+
+def plain_name(sites: Sequence[str]) -> str:
+    """Sites as part of the name of a folder."""
+    return "-".join("".join(c if c.isalnum() or c in "._" else "-" for c in site) for site in sites)
 
 
 def told(store: vs.data.ActivationStore) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import vesalius as vs
 from vesalius.cli.screen import Screen, bars, note, say
 from vesalius.errors import InputError
+from vesalius.jobs import Sink
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,35 @@ def quality(request: Request) -> None:
             coder, store, model=model, others=others, concepts=concepts, n=request.rows, contexts=request.contexts,
             seed=request.seed, sink=screen,
         ).to_json()  # fmt: skip
-    page = vs.report.write_quality(found, vs.dictionaries.WORDS, request.folder, request.command)
+    path = vs.report.write_quality(found, vs.dictionaries.WORDS, request.folder, request.command)
     note(found["data"]["words"])
     if model is None:
         note("Not spliced into a model: --model measures what the model loses.")
     for sentence in vs.report.quality_answer(found):
         say(sentence)
-    say(str(page))
+    say(str(path))
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page that was written, and its answer in sentences."""
+
+    path: Path
+    answer: list[str]
+
+
+def page(
+    coder: Any,
+    store: vs.data.ActivationStore,
+    model: Any,
+    others: Sequence[Any],
+    folder: Path,
+    command: str,
+    sink: Sink,
+) -> Page:
+    """Measure a dictionary that was just trained, and write its page beside it."""
+    found = vs.dictionaries.quality(
+        coder, store, model=model if len(coder.out_sites) == 1 else None, others=others, sink=sink
+    ).to_json()
+    path = vs.report.write_quality(found, vs.dictionaries.WORDS, folder, command)
+    return Page(path, list(vs.report.quality_answer(found)))

@@ -52,6 +52,11 @@ class Stream:
         """token: what every context begins with, its text or "none". kept: whether its rows are among these."""
         return self._feed.packing.beginning.to_json()
 
+    @property
+    def models(self) -> list[dict[str, Any]]:
+        """tag, name and sha256 of the weights of each."""
+        return list(self._feed.forward.to_json()["models"])
+
     @cached_property
     def content_hash(self) -> str:
         """Of models, tokenizer, sites, texts and packing, the buffer among it.

@@ -28,6 +28,7 @@ from vesalius.dictionaries.saving import save
 from vesalius.dictionaries.stored_layer import StoredLayer
 from vesalius.dictionaries.training.fitter import Fitter
 from vesalius.dictionaries.training.loop import estimate, train
+from vesalius.dictionaries.training.several import train_all
 
 __all__ = [
     "ACTIVATIONS",
@@ -64,4 +65,5 @@ __all__ = [
     "spurious_removal",
     "targeted_perturbation",
     "train",
+    "train_all",
 ]

@@ -1,4 +1,4 @@
-"""A dictionary on disk: a folder with `weights.safetensors`, `config.json` and, after training, `history.npz`.
+"""A dictionary on disk: a folder with `dictionary.safetensors`, `config.json` and, after training, `history.npz`.
 
 config.json, version 1:
 
@@ -6,10 +6,11 @@ config.json, version 1:
     coder              "dictionary" or "cross_layer_transcoder"
     settings           activation, in_sites, out_sites, k, apply_b_dec_to_input, in_scale, out_scale, groups,
                        row_norm (where there is one)
-    tensors            name -> {shape, dtype}: the names in weights.safetensors
-    weights_sha256     of the file weights.safetensors
+    tensors            name -> {shape, dtype}: the names in dictionary.safetensors
+    sha256             file -> its hash
     content_hash       of settings and tensors together
-    about              where it comes from: training config, hash of the activations, version of the package
+    about              where it comes from: training config, hash of the activations, models with the hashes of their
+                       weights, how training ended (summary), version of the package
 
 config.json is written last and whole, so a folder that has it has everything it names.
 """
@@ -35,7 +36,7 @@ from vesalius.jobs import write_atomic
 from vesalius.records.canonical import plain
 from vesalius.site import Site
 
-CONFIG, WEIGHTS, HISTORY = "config.json", "weights.safetensors", "history.npz"
+CONFIG, WEIGHTS, HISTORY = "config.json", "dictionary.safetensors", "history.npz"
 FORMAT, VERSION = "vesalius-dictionary", 1
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vesalius.data import ActivationStore, Source
+from vesalius.data import ActivationStore, Source, Stream
 from vesalius.errors import InputError
 from vesalius.records import content_hash
 
@@ -33,6 +33,13 @@ def trained_on(source: Source) -> dict[str, Any]:
         return {}
     first, last = (source.trace(row).document for row in (source.rows[0], source.rows[-1]))
     return {KEY: {**_text(source), "documents": [first, last + 1], "rows": source.n_rows}}
+
+
+def models_of(source: Source) -> dict[str, Any]:
+    """The models that activations are of, with hashes of their weights, for a dictionary's `about`, where known."""
+    if isinstance(source, ActivationStore):
+        return {"models": list(source.manifest.plan["models"])}
+    return {"models": list(source.models)} if isinstance(source, Stream) else {}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ def fitted(fitter: Fitter, about: Mapping[str, Any]) -> Fitted:
     fold = len(run.wiring.in_sites) == len(run.wiring.out_sites) == 1 if run.config.fold is None else run.config.fold
     coder = coder.folded() if fold else coder
     scales = {"in_scale": list(run.in_scale), "out_scale": list(run.out_scale)}
-    origin = {**about, "coder": run.wiring.coder, "trained_with": scales}
+    ends = {"steps": fitter.steps, "tokens": fitter.steps * run.config.batch_size, **history.last()}
+    origin = {**about, "coder": run.wiring.coder, "trained_with": scales, "summary": ends}
     if isinstance(coder, Dictionary):
         return replace(coder, about=origin, history=history)
     return replace(coder, about=origin, history=history)

@@ -19,7 +19,7 @@ from vesalius.data import Source, as_source
 from vesalius.dictionaries import folder
 from vesalius.dictionaries.coder import Coder
 from vesalius.dictionaries.config import TrainConfig
-from vesalius.dictionaries.held_out import for_training, trained_on
+from vesalius.dictionaries.held_out import for_training, models_of, trained_on
 from vesalius.dictionaries.loading import load
 from vesalius.dictionaries.training.checkpoint import Checkpoints
 from vesalius.dictionaries.training.finish import fitted
@@ -95,7 +95,7 @@ def _trained(
 def _about(source: Source, config: TrainConfig, wiring: Wiring) -> dict[str, Any]:
     """Where the dictionary comes from; `plan` says what has to be the same for a run to go on."""
     made_of = {"config": plain(config), "data": source.content_hash, "coder": wiring.coder}
-    return {**made_of, **trained_on(source), "plan": content_hash(made_of), "version": __version__}
+    return {**made_of, **models_of(source), **trained_on(source), "plan": content_hash(made_of), "version": __version__}
 
 
 def _finished(where: Path, plan: str, sink: Sink) -> Coder:

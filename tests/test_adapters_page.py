@@ -20,7 +20,7 @@ def row(adapter: Adapter) -> str:
     for stack in map(adapter.stack, adapter.stack_names):
         kinds |= {*stack.sites, "result", *(("scores", "pattern") if stack.attention else ())}
         kinds |= {"cross_result", "cross_scores", "cross_pattern"} if stack.cross_attention else set()
-    sweeps = "none" if adapter.input != "input_ids" else "replay" if adapter.replay and adapter.causal else "whole runs"
+    sweeps = "replay" if adapter.replay and adapter.causal else "whole runs"
     direct = "yes" if adapter.direct else "no"
     return f"| {adapter.family} | {', '.join(adapter.classes)} | {' '.join(sorted(kinds))} | {sweeps} | {direct} |"
 
@@ -31,10 +31,12 @@ def test_the_table_lists_every_family_as_it_is() -> None:
 
 
 def test_the_example_runs_and_its_model_works_like_any_other(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL))
     names: dict[str, object] = {"__name__": "example"}
     exec(compile(code, str(PAGE), "exec"), names)
-    assert capsys.readouterr().out.split("\n")[:2] == ["torch.Size([1, 5, 4, 8])", "torch.Size([2, 4, 2])"]
+    assert capsys.readouterr().out.splitlines() == [
+        "torch.Size([1, 5, 4, 8])", "torch.Size([2, 4, 2])", "torch.Size([1, 8, 4])"
+    ]  # fmt: skip
     model, pairs, scores = names["model"], names["pairs"], names["scores"]
     assert isinstance(model, vs.Model)
     assert isinstance(pairs, vs.Pairs)

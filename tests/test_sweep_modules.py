@@ -41,6 +41,16 @@ class Net(nn.Module):
         return self.head(x + self.pooled(x.mean(1))[:, None])
 
 
+class Rows(nn.Sequential):
+    """Its first module's tensor counts all tokens of the batch on one axis."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self[1](self[0](ids.flatten())).unflatten(0, ids.shape)
+
+
 @pytest.fixture(scope="module")
 def model() -> vs.Model:
     torch.manual_seed(0)
@@ -133,8 +143,10 @@ def test_a_tensor_without_tokens_is_patched_whole_or_refused(model: vs.Model) ->
     assert vs.sweep(model, pairs(), sites="module:pooled|out").values.shape == (1, 5)
     with pytest.raises(InputError, match=r"module:pooled\|out is \[example, 6\] here, which does not count the 4"):
         vs.sweep(model, pairs(), sites="module:pooled|out", each="position")
-    with pytest.raises(InputError, match=r"module:pooled\|out is not \[example, pos, ...\], so prompts of unequal"):
-        vs.sweep(model, pairs(RAGGED), sites="module:pooled|out")
+    ragged = vs.sweep(model, pairs(RAGGED), sites="module:pooled|out")
+    for row in range(5):
+        expected = by_hand(model.module, pairs(RAGGED), "pooled", None, row)
+        assert float(ragged.values[0, row]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_modules_of_a_model_with_an_adapter_are_swept_too() -> None:
@@ -154,6 +166,8 @@ def test_what_cannot_be_swept_is_refused(model: vs.Model) -> None:
         vs.sweep(model, pairs(), sites="module:b*.7|out")
     with pytest.raises(InputError, match="has no adapter"):
         vs.sweep(model, pairs(), sites="layers.0.z")
-    flat = vs.Model(nn.Sequential(nn.Embedding(VOCAB, WIDTH), nn.Flatten(), nn.Linear(24, VOCAB)))
-    with pytest.raises(InputError, match=r"a sweep reads logits \[example, pos, vocab\]; Sequential gives \(5, 11\)"):
-        vs.sweep(flat, pairs(), sites="module:0|out")
+    deep = vs.Model(nn.Sequential(nn.Embedding(VOCAB, WIDTH), nn.Unflatten(2, (2, 3))))
+    with pytest.raises(InputError, match=r"or \[example, class\]; Sequential gives \(5, 4, 2, 3\)"):
+        vs.sweep(deep, pairs(), sites="module:0|out")
+    with pytest.raises(InputError, match=r"module:0\|out is not \[example, pos, ...\], so prompts of unequal"):
+        vs.sweep(vs.Model(Rows()), pairs(RAGGED), sites="module:0|out")

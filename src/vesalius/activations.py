@@ -9,7 +9,10 @@ from torch import Tensor
 
 from vesalius.errors import NotFiniteError, UnknownNameError
 from vesalius.inputs import Tokens
-from vesalius.site import ATTENTION, INDEX_AXIS, Site
+from vesalius.site import ATTENTION, INDEX_AXIS, Site, summary
+
+MANY = 8
+"""Sites that a printed mapping or a message names one by one."""
 
 
 class Activations(Mapping[Site, Tensor]):
@@ -25,7 +28,8 @@ class Activations(Mapping[Site, Tensor]):
             return self._tensors[site]
         if site.index is not None and site.whole in self._tensors:
             return self._tensors[site.whole].select(INDEX_AXIS[site.kind], site.index)
-        raise UnknownNameError("captured site", str(site), map(str, self._tensors), "Add it to capture=.")
+        known = summary(self) if len(self) > MANY else map(str, self)
+        raise UnknownNameError("captured site", str(site), known, "Add it to capture=.")
 
     def __contains__(self, key: object) -> bool:
         try:
@@ -41,8 +45,9 @@ class Activations(Mapping[Site, Tensor]):
         return len(self._tensors)
 
     def __repr__(self) -> str:
-        rows = ", ".join(f"{site} {list(self._tensors[site].shape)}" for site in self)
-        return f"Activations({rows})"
+        named = [f"{site} {list(self._tensors[site].shape)}" for site in self]
+        more = [f"... ({len(named)} sites)"] if len(named) > MANY else []
+        return f"Activations({', '.join([*named[: MANY - 1 if more else MANY], *more])})"
 
 
 def refuse_nonfinite(site: Site, tensor: Tensor, real: Tensor | None) -> None:

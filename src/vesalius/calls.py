@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vesalius.adapters import Adapter, Layout
 from vesalius.errors import InputError
-from vesalius.inputs import Tokens
+from vesalius.inputs import Raw, Tokens
 
 _ENCODING = ("input_ids", "attention_mask", "decoder_input_ids")
 
@@ -29,6 +29,8 @@ class Caller:
 
     def arguments(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tokens | None]:
         """Positional and keyword arguments of the module, and the tokens when there are any."""
+        if isinstance(inputs, Raw):
+            inputs = self._values_of(inputs)
         if self.adapter is None:
             if not isinstance(inputs, Tokens):
                 return *_plain_arguments(inputs, self.device), None
@@ -49,6 +51,11 @@ class Caller:
             )
         tokens = self.begun(inputs)
         return (), self.of_tokens(tokens), tokens
+
+    def _values_of(self, inputs: Raw) -> Tensor:
+        if self.adapter is not None and self.adapter.input == "input_ids":
+            raise InputError(f"{self.name} takes int64 token ids [batch, pos]; got {inputs!r}")
+        return inputs.values
 
     def begun(self, tokens: Tokens) -> Tokens:
         """The tokens with what the decoder of an encoder-decoder model is given: its start token, if nothing is said.
@@ -119,6 +126,8 @@ def _there(value: Any, device: torch.device) -> Any:
 def _pixels(inputs: Any) -> Tensor:
     if isinstance(inputs, Tensor) and inputs.is_floating_point():
         return inputs
+    if isinstance(inputs, Mapping) and list(inputs) == ["pixel_values"]:
+        return _pixels(inputs["pixel_values"])
     given = f"{inputs.dtype} tensor" if isinstance(inputs, Tensor) else type(inputs).__name__
     raise InputError(f"this model takes images [batch, channel, height, width] as a float tensor; got {given}")
 

@@ -74,7 +74,7 @@ class Choice:
         return draw
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Generation:
     """What a model wrote."""
 
@@ -90,6 +90,10 @@ class Generation:
     """One entry per intervention and pass in which it acted, with the number of the pass (0: the prompt)."""
     texts: tuple[str, ...] = ()
     """The new tokens as text, when the model has a tokenizer."""
+
+    def __repr__(self) -> str:
+        told = f": {', '.join(map(repr, self.texts))}" if self.texts else ""
+        return f"Generation({len(self.new)} prompts, up to {max(map(len, self.new))} new tokens{told})"
 
     def __getitem__(self, key: Site | str) -> Tensor:
         return self.activations[key]

@@ -28,7 +28,7 @@ class Needs:
     base: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Metric:
     """A named per-example number. Call it with a run's logits, or let a sweep hand it just the logits it needs."""
 
@@ -38,6 +38,9 @@ class Metric:
     of: Callable[[Tensor, Tensor | None, Pairs], Tensor]
     """(logits [example, token] chosen by `needs`, the base run's, pairs) -> [example]."""
 
+    def __repr__(self) -> str:
+        return f"Metric({self.name}, {self.unit})"
+
     def tokens(self, pairs: Pairs) -> Int[Tensor, "example k"] | None:
         """Token ids whose logits it reads, or None for the whole vocabulary."""
         if self.needs.tokens == "answer_distractor":
@@ -46,11 +49,14 @@ class Metric:
 
     def __call__(
         self,
-        logits: Float[Tensor, "example pos vocab"],
+        logits: Float[Tensor, "example *pos vocab"],
         pairs: Pairs,
-        base: Float[Tensor, "example pos vocab"] | None = None,
+        base: Float[Tensor, "example *pos vocab"] | None = None,
     ) -> Float[Tensor, " example"]:
-        """Per-example value from full logits. Raises InputError when base logits are needed and missing."""
+        """Per-example value from full logits, or a classifier's [example, class].
+
+        Raises InputError when base logits are needed and missing.
+        """
         if self.needs.base and base is None:
             raise InputError(f"{self.name} compares with a base run: pass its logits as base=")
         return self.of(self._select(logits, pairs), None if base is None else self._select(base, pairs), pairs)
@@ -60,7 +66,7 @@ class Metric:
         if self.needs.positions == "all":
             return logits
         rows = torch.arange(len(pairs), device=logits.device)
-        read = logits[rows, pairs.read_at().to(logits.device)]
+        read = logits if logits.ndim == 2 else logits[rows, pairs.read_at().to(logits.device)]
         tokens = self.tokens(pairs)
         return read if tokens is None else read.gather(1, tokens.to(logits.device))
 

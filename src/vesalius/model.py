@@ -32,7 +32,7 @@ from vesalius.taps import Recorder
 _GUESS = object()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """What a run gave: logits [batch, pos, vocab], captured activations (also by `run["layers.5.z"]`), diagnostics."""
 
@@ -43,6 +43,11 @@ class Run:
 
     def __getitem__(self, key: Site | str) -> Tensor:
         return self.activations[key]
+
+    def __repr__(self) -> str:
+        shape = list(self.logits.shape) if isinstance(self.logits, Tensor) else type(self.logits).__name__
+        edits = f", {len(self.diagnostics)} interventions" if self.diagnostics else ""
+        return f"Run(logits {shape}, {self.activations}{edits})"
 
 
 class Model:
@@ -176,8 +181,8 @@ class Model:
     def run(
         self,
         inputs: Any,
-        capture: Sequence[Site | str] = (),
-        interventions: Sequence[Intervention] = (),
+        capture: Sequence[Site | str] | Site | str = (),
+        interventions: Sequence[Intervention] | Intervention = (),
         *,
         grad: bool = False,
         last_logits: bool = False,
@@ -197,9 +202,9 @@ class Model:
         args, call, tokens = self._call(inputs)
         if last_logits and self._takes("logits_to_keep"):
             call = {**call, "logits_to_keep": 1}
-        wanted = [site for name in capture for site in self._resolve(name)]
+        wanted = self._wanted(capture)
         watch = self._all_sites if check_finite else ()
-        recorder = Recorder(self, wanted, list(interventions), tokens, grad, watch=watch)
+        recorder = Recorder(self, wanted, _listed(interventions), tokens, grad, watch=watch)
         with torch.set_grad_enabled(grad), recorder.listening():
             output = self.module(*args, **call)
         recorder.check_fired()
@@ -209,8 +214,8 @@ class Model:
         self,
         prompts: Any,
         max_new_tokens: int,
-        interventions: Sequence[Intervention] = (),
-        capture: Sequence[Site | str] = (),
+        interventions: Sequence[Intervention] | Intervention = (),
+        capture: Sequence[Site | str] | Site | str = (),
         *,
         temperature: float = 0.0,
         seed: int | None = None,
@@ -230,9 +235,9 @@ class Model:
             why = "an encoder-decoder writes through its decoder" if self._takes("decoder_input_ids") else (
                 "it takes no past_key_values")  # fmt: skip
             raise InputError(f"{self.name} does not write here: {why}. Use run")
-        wanted = [site for name in capture for site in self._resolve(name)]
-        forward = partial(self._pass, wanted, list(interventions))
-        made = generated(forward, tokens, interventions, max_new_tokens, Choice(temperature, seed, stop))
+        edits = _listed(interventions)
+        forward = partial(self._pass, self._wanted(capture), edits)
+        made = generated(forward, tokens, edits, max_new_tokens, Choice(temperature, seed, stop))
         if self.tokenizer is None:
             return made
         return replace(made, texts=tuple(self.tokenizer.decode(list(row)) for row in made.new))
@@ -267,6 +272,10 @@ class Model:
 
     def _takes(self, argument: str) -> bool:
         return self.adapter is not None and argument in inspect.signature(self.module.forward).parameters
+
+    def _wanted(self, capture: Sequence[Site | str] | Site | str) -> list[Site]:
+        names = [capture] if isinstance(capture, Site | str) else capture
+        return [site for name in names for site in self._resolve(name)]
 
     def _resolve(self, name: Site | str) -> list[Site]:
         if "*" in str(name):
@@ -309,6 +318,15 @@ class Model:
     def _caller(self) -> Caller:
         masked = "attention_mask" in inspect.signature(self.module.forward).parameters
         return Caller(self.adapter, self.layout, self.name, self.device, masked)
+
+
+def _listed(interventions: Sequence[Intervention] | Intervention) -> list[Intervention]:
+    """Raises InputError for what are no interventions."""
+    listed = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+    for one in listed:
+        if not isinstance(one, Intervention):
+            raise InputError(f"interventions= takes edits such as vs.Ablate(site); got {type(one).__name__}")
+    return listed
 
 
 def _derives(stack: Stack, kind: str) -> bool:

@@ -96,7 +96,11 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
+def _named(site: Site, label: str) -> str:
+    return f"{label!r} at {site}" if label else str(site)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Direction:
     """The coordinate along a direction at a site. vector: [width of the site]; normalised here.
 
@@ -130,11 +134,14 @@ class Direction:
             raise InputError(f"directions at {self.site} and {other.site} cannot be compared: different spaces")
         return float(self.vector @ other.vector)
 
+    def __repr__(self) -> str:
+        return f"Direction({_named(self.site, self.label)}, width {len(self.vector)})"
+
     def to_json(self) -> dict[str, Any]:
         return {"kind": "direction", "site": str(self.site), "label": self.label, "sha256": _digest(self.vector)}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Subspace:
     """Coordinates in an orthonormal basis at a site. basis: [rank, width of the site]; orthonormalised here.
 
@@ -165,6 +172,9 @@ class Subspace:
         basis = self.basis.to(whole)
         inside = unit.read(whole)
         return unit.write(whole, inside + (value - inside @ basis.T) @ basis)
+
+    def __repr__(self) -> str:
+        return f"Subspace({_named(self.site, self.label)}, rank {len(self.basis)}, width {self.basis.shape[1]})"
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "subspace", "site": str(self.site), "label": self.label, "sha256": _digest(self.basis)}

@@ -84,7 +84,7 @@ _PATTERN = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Site:
     """One tensor of a forward pass. Build with `Site.parse`; `str(site)` gives the name back."""
 
@@ -133,6 +133,9 @@ class Site:
         layer = "" if self.layer is None else f"layers.{self.layer}."
         index = "" if self.index is None else f"[{self.index}]"
         return f"{tag}{stack}{layer}{self.kind}{index}"
+
+    def __repr__(self) -> str:
+        return f"Site({str(self)!r})"
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -188,16 +191,25 @@ def _check(site: Site) -> None:
 def select(pattern: str | Site, known: Iterable[Site]) -> list[Site]:
     """Sites that a name or glob stands for, in forward order. `layers.*.z[3]` keeps the index.
 
+    In a module's path `*` stays within one name and `**` does not: `module:blocks.*|out` has no module inside a block.
+
     Raises UnknownNameError when nothing matches.
     """
     if isinstance(pattern, Site):
         pattern = str(pattern)
     name, index = _strip_index(pattern)
     sites = list(known)
-    found = [site for site in sites if fnmatchcase(str(site), name)]
+    found = [site for site in sites if _fits(str(site), name)]
     if not found:
-        raise UnknownNameError("site", pattern, _summary(sites))
+        raise UnknownNameError("site", pattern, summary(sites))
     return sorted((replace(site, index=index) if index is not None else site for site in found), key=lambda s: s.order)
+
+
+def _fits(site: str, pattern: str) -> bool:
+    if not pattern.startswith("module:"):
+        return fnmatchcase(site, pattern)
+    pieces = (re.escape(piece).replace(r"\*", "[^.|]*") for piece in pattern.split("**"))
+    return re.fullmatch(".*".join(pieces), site) is not None
 
 
 def _strip_index(pattern: str) -> tuple[str, int | None]:
@@ -205,6 +217,6 @@ def _strip_index(pattern: str) -> tuple[str, int | None]:
     return (match.group(1), int(match.group(2))) if match else (pattern, None)
 
 
-def _summary(sites: list[Site]) -> set[str]:
+def summary(sites: Iterable[Site]) -> set[str]:
     """Layer sites with the number starred out, so that an error lists kinds and not hundreds of names."""
     return {re.sub(r"layers\.\d+\.", "layers.*.", str(site)) for site in sites}

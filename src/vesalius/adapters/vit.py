@@ -1,7 +1,7 @@
 """ViT (image classifier): patches for positions, the class token first, norms before blocks.
 
-Takes images [batch, channel, height, width]; a run's logits are [batch, class], read at position 0. Sweeps and direct
-effects take prompts, so they are not for images.
+Takes images [batch, channel, height, width]; a run's logits are [batch, class]. Sweeps are whole runs of pairs of
+images; direct effects take prompts, so they are not for images.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Changes:
     def _of(self, what: What) -> Bool[Tensor, "example pos"]:
         """Real positions, from the donor's first on, at which the values differ."""
         site, index = place_of(what)
-        real = self.base.tokens.real_at(site)
+        real = self.base.real_at(site)
         reach = real & (torch.arange(real.shape[1]) >= self.donor.first[:, None])
         if self.donor.adds:
             return reach

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from vesalius.errors import InputError, UnknownNameError
+from vesalius.inputs import Raw, Tokens
 from vesalius.intervention import derangement
 from vesalius.parts import Part
 from vesalius.site import Site
@@ -83,10 +84,13 @@ def _zero_of(source: Source, part: Part, site: Site) -> Tensor:
 def mean_donor(base: Record, reference: Record, sites: Sequence[Site]) -> Donor:
     """Means over the reference's real positions. The first position has a mean of its own: attention sinks live there.
 
+    At a module's tensor that counts no tokens they are over the examples alone, one for each of its numbers.
     When every prompt begins with the same token the first position is left alone: its value is the same in all of them.
     """
     means = {
-        site: _means(reference.at(site), reference.tokens.real_at(site), base.tokens.real_at(site).shape[1])
+        site: _means(reference.at(site), reference.real_at(site), base.real_at(site).shape[1])
+        if site.kind != "module" or isinstance(base.inputs, Tokens)
+        else reference.at(site).mean(0, keepdim=True)
         for site in sites
     }
     return Donor("mean", _Constant(means), torch.zeros(len(base), dtype=torch.long), _first(base, reference))
@@ -109,8 +113,10 @@ def _means(values: Tensor, real: Tensor, width: int) -> Tensor:
 
 def _first(base: Record, reference: Record) -> Int[Tensor, " example"]:
     """First position where another prompt's value can differ: 1 when all begin with one token, else 0."""
+    if not base.causal:
+        return torch.zeros(len(base), dtype=torch.long)
     begins = torch.cat([base.tokens.ids[:, 0], reference.tokens.ids[:, 0]])
-    shared = base.causal and bool((begins == begins[0]).all())
+    shared = bool((begins == begins[0]).all())
     return torch.full((len(base),), int(shared))
 
 
@@ -138,6 +144,8 @@ def steer_donor(base: Record, sites: Sequence[Site], scale: float) -> Donor:
 
 
 def _same_count(base: Record, other: Record) -> None:
+    if isinstance(base.inputs, Raw):
+        return  # Pairs have equal shapes
     if base.tokens.ids.shape != other.tokens.ids.shape:
         raise InputError(
             f"the base run has prompts {tuple(base.tokens.ids.shape)} and the donors {tuple(other.tokens.ids.shape)}: "
@@ -153,7 +161,7 @@ class _Stretched:
 
     def at(self, site: Site) -> Tensor:
         values = self.reference.at(site)
-        real = self.reference.tokens.real_at(site)
+        real = self.reference.real_at(site)
         if values.shape[:2] != real.shape:
             return values
         last = (real.sum(1) - 1)[:, None].expand(-1, values.shape[1])

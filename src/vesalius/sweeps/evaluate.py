@@ -144,7 +144,7 @@ class _Job:
         base = base_logits(record)
         bases = [plain_metric(base, base, torch.arange(len(record)), label, self.metric) for label in self.labels]
         values = self._start(bases)
-        seen = record.model.run(record.tokens, capture=list(self.watch)) if self.watch else None
+        seen = record.model.run(record.inputs, capture=list(self.watch)) if self.watch else None
         watched = {
             site: at_read(seen[site], pairs.read_at(site), site)[None].repeat_interleave(len(self.variants), 0)
             for site in self.watch

@@ -57,7 +57,7 @@ class Held:
             site, sources({site: self.values(base)}), row, torch.full_like(row, index), example, first, stop, part
         )
 
-    def patch(self, base: Record, example: Tensor, width: int) -> Patch:
+    def patch(self, base: Record, example: Tensor, width: int | None) -> Patch:
         """The same as a hook, for some examples' run of this width."""
         site, index = place_of(self.what)
         values, where = self.values(base)[example, :width], self.where[example, :width]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from vesalius.errors import InputError, UnknownNameError
-from vesalius.inputs import Pairs
 from vesalius.model import Model
 from vesalius.parts import Part
 from vesalius.site import INDEX_AXIS, Site
@@ -119,11 +118,11 @@ def _heads(model: Model, site: Site) -> int:
     return layout.n_kv_heads if "kv_head" in site.axes else layout.n_heads
 
 
-def variants_of(asked: Asked, row: What, base: Record, pairs: Pairs) -> list[Variant]:
+def variants_of(asked: Asked, row: What, base: Record) -> list[Variant]:
     """The variants of one row of the scores."""
     site = place_of(row)[0]
     if asked.each == "position":
-        return [Variant((row,), position) for position in range(pairs.tokens("clean").real_at(site).shape[1])]
+        return [Variant((row,), position) for position in range(base.real_at(site).shape[1])]
     if asked.each is None:
         return [Variant((row,))]
     if asked.each == "latent":

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vesalius.errors import InputError, NotFiniteError
-from vesalius.inputs import Pairs, Tokens
+from vesalius.inputs import Inputs, Pairs, Raw, Tokens
 from vesalius.intervention import Freeze, Intervention, Patch, Place, Positions
 from vesalius.metric import Metric
 from vesalius.parts import Part, Unit
@@ -77,10 +77,9 @@ def plain_runs(
     watch: Sequence[Site], budget: int, under: Under, visit: Callable[[PlainRun], None],
 ) -> None:  # fmt: skip
     """Run every live cell, at most `budget` tokens together, and hand each run to `visit`."""
-    width = record.tokens.ids.shape[1]
     for number, variant in enumerate(variants):
-        for some in live[number].nonzero()[:, 0].split(max(1, budget // width)):
-            for example in together(record.model, record.tokens, some):
+        for some in live[number].nonzero()[:, 0].split(max(1, budget // record.weight)):
+            for example in together(record.model, record.inputs, some):
                 visit(_edited(record, number, variant, donor, example, pairs, watch, under))
 
 
@@ -88,13 +87,16 @@ def _edited(
     record: Record, number: int, variant: Variant, donor: Donor, example: Tensor, pairs: Pairs, watch: Sequence[Site],
     under: Under,
 ) -> PlainRun:  # fmt: skip
-    tokens = taken(record.model, record.tokens, example)
-    edits = [
-        *common(record, under, tokens, example), *patches(record, variant, donor, example, tokens.ids.shape[1])
-    ]  # fmt: skip
-    run = record.model.run(tokens, capture=list(watch), interventions=edits)
+    inputs = taken(record.model, record.inputs, example)
+    edits = [*common(record, under, inputs, example), *patches(record, variant, donor, example, _width(inputs))]
+    run = record.model.run(inputs, capture=list(watch), interventions=edits)
     watched = {site: at_read(run[site], pairs.read_at(site)[example], site) for site in watch}
     return PlainRun(number, example, run.logits, watched)
+
+
+def _width(inputs: Inputs) -> int | None:
+    """Tokens of a run; None for inputs that are none."""
+    return None if isinstance(inputs, Raw) else inputs.ids.shape[1]
 
 
 def at_read(values: Tensor, at: Int[Tensor, " example"], site: Site) -> Tensor:
@@ -103,8 +105,8 @@ def at_read(values: Tensor, at: Int[Tensor, " example"], site: Site) -> Tensor:
     return values[rows, :, at] if site.kind == "pattern" else values[rows, at]
 
 
-def base_logits(record: Record) -> Float[Tensor, "example pos vocab"]:
-    return record.model.run(record.tokens).logits if record.logits is None else record.logits
+def base_logits(record: Record) -> Float[Tensor, "example *pos vocab"]:
+    return record.model.run(record.inputs).logits if record.logits is None else record.logits
 
 
 def plain_metric(
@@ -114,14 +116,13 @@ def plain_metric(
     return metric(logits, pairs.subset(example.tolist()), base[example] if metric.needs.base else None)
 
 
-def common(record: Record, under: Under, tokens: Tokens, example: Int[Tensor, " row"]) -> list[Intervention]:
-    """What every edited run of these examples has in common, as hooks. tokens: the run's."""
-    width = tokens.ids.shape[1]
-    still: list[Intervention] = [held.patch(record, example, width) for held in under.held]
+def common(record: Record, under: Under, inputs: Inputs, example: Int[Tensor, " row"]) -> list[Intervention]:
+    """What every edited run of these examples has in common, as hooks. inputs: the run's."""
+    still: list[Intervention] = [held.patch(record, example, _width(inputs)) for held in under.held]
     if not under.patterns:
         return still
     patterns = record.model.sites("layers.*.pattern")
-    seen = record.model.run(tokens, capture=patterns, interventions=still).activations
+    seen = record.model.run(inputs, capture=patterns, interventions=still).activations
     return [*still, *(Freeze(site, source=seen) for site in patterns)]
 
 
@@ -140,7 +141,7 @@ def _patch(
     site, index = place_of(part)
     mask = _edited_positions(record, site, position, donor, example, size)
     if site.kind == "module":
-        return _patch_module(site, donor, example, mask, position is None)
+        return _patch_module(site, donor, example, mask, position is None, isinstance(record.inputs, Raw))
     values = donor.values(part)
     rows = donor.example[example] if values.shape[0] > 1 else torch.zeros_like(example)
     given = values[rows, : mask.shape[1]]
@@ -158,21 +159,26 @@ def _unit(part: Site, written: Site) -> Unit:
 def _edited_positions(
     record: Record, site: Site, position: int | None, donor: Donor, example: Tensor, size: int | None
 ) -> Bool[Tensor, "row pos"]:
-    decoded = record.tokens.decoder is not None and not site.of_encoder
-    real = record.tokens.real_at(site)[example, : None if decoded else size]
+    decoded = isinstance(record.inputs, Tokens) and record.inputs.decoder is not None and not site.of_encoder
+    real = record.real_at(site)[example, : None if decoded else size]
     pos = torch.arange(real.shape[1])
     mask = (pos >= donor.first[example][:, None]) & real
     return mask if position is None else mask & (pos == position)
 
 
-def _patch_module(part: Site, donor: Donor, example: Tensor, mask: Bool[Tensor, "row pos"], everywhere: bool) -> Patch:
-    """A module's tensor may have any shape; one that counts tokens is [example, pos, ...]."""
+def _patch_module(
+    part: Site, donor: Donor, example: Tensor, mask: Bool[Tensor, "row pos"], everywhere: bool, raw: bool
+) -> Patch:
+    """A module's tensor may have any shape; one that counts tokens is [example, pos, ...].
+
+    raw: the inputs are no tokens, and positions are the second axis, whatever it counts.
+    """
     values, pos = donor.source.at(part), mask.shape[1]
     given = values[donor.example[example]] if values.shape[0] > 1 else values
     given = given[:, :pos] if given.ndim > 2 else given
     if everywhere and bool(mask.all()):
         return Patch(part, source=given)
-    if given.ndim < 3 or given.shape[1] not in (1, pos):
+    if (given.ndim < 3 and not raw) or given.shape[1] not in (1, pos):
         raise InputError(
             f"{part} is [example, {', '.join(map(str, values.shape[1:]))}] here, which does not count the {pos} tokens "
             "of the prompts: sweep it whole (each=None) with prompts of one length"
@@ -183,10 +189,10 @@ def _patch_module(part: Site, donor: Donor, example: Tensor, mask: Bool[Tensor, 
 def first_bad_site(record: Record, variant: Variant | None, donor: Donor, example: int) -> str:
     """In words, the first site of one example's ordinary run that holds NaN or infinity; empty when none does."""
     row = torch.tensor([example])
-    tokens = taken(record.model, record.tokens, row)
-    edits = [] if variant is None else patches(record, variant, donor, row, tokens.ids.shape[1])
+    inputs = taken(record.model, record.inputs, row)
+    edits = [] if variant is None else patches(record, variant, donor, row, _width(inputs))
     try:
-        record.model.run(tokens, interventions=edits, check_finite=True)
+        record.model.run(inputs, interventions=edits, check_finite=True)
     except NotFiniteError as error:
         return f": {error}"
     return ""
@@ -196,11 +202,17 @@ def plain_value(
     record: Record, variant: Variant, donor: Donor, pairs: Pairs, metric: Metric, example: int, under: Under = PLAINLY
 ) -> float:
     """One cell by an ordinary forward of that example alone, with one hook per edited part."""
-    one, size = pairs.subset([example]), int(record.lengths[example])
-    row = torch.tensor([example])
-    tokens = replace(record.tokens.take(row, size), mask=None)
-    still = common(record, under, tokens, row)
-    edits = [*still, *patches(record, variant, donor, row, size)]
-    logits = record.model.run(tokens, interventions=edits).logits
-    base = record.model.run(tokens, interventions=still).logits if metric.needs.base else None
+    one, row, inputs = pairs.subset([example]), torch.tensor([example]), _alone(record, example)
+    still = common(record, under, inputs, row)
+    edits = [*still, *patches(record, variant, donor, row, _width(inputs))]
+    logits = record.model.run(inputs, interventions=edits).logits
+    base = record.model.run(inputs, interventions=still).logits if metric.needs.base else None
     return float(metric(logits, one, base)[0])
+
+
+def _alone(record: Record, example: int) -> Inputs:
+    """One example without padding."""
+    row = torch.tensor([example])
+    if isinstance(record.inputs, Raw):
+        return record.inputs.take(row)
+    return replace(record.inputs.take(row, int(record.lengths[example])), mask=None)

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from vesalius.adapters.weights import spread
 from vesalius.attention import attending, grouped, weighted
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.hooks import CallTap, tapped
-from vesalius.inputs import Tokens
+from vesalius.inputs import Inputs, Raw, Tokens
 from vesalius.intervention import Intervention
 from vesalius.model import Model
 from vesalius.products import computing
@@ -34,7 +34,7 @@ class Record:
     """A base run. Tensors are [example, pos, ...]; `resid[l]` is layer l's input, `resid[n_layers]` the last output."""
 
     model: Model
-    tokens: Tokens
+    inputs: Inputs
     resid: tuple[Tensor, ...]
     queries: tuple[Tensor, ...]
     keys: tuple[Tensor, ...]
@@ -50,10 +50,23 @@ class Record:
     reason: str = ""
     """Why layers cannot be replayed; empty when they can. Then queries, keys, values and calls are there."""
     logits: Tensor | None = None
-    """[example, pos, vocab], when layers cannot be replayed."""
+    """[example, pos, vocab], or a classifier's [example, class], when layers cannot be replayed."""
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.inputs)
+
+    @property
+    def tokens(self) -> Tokens:
+        """The prompts. Raises InputError for inputs that are none."""
+        if isinstance(self.inputs, Raw):
+            raise InputError(f"{self.model.name} was run on {self.inputs!r}; this takes prompts")
+        return self.inputs
+
+    def real_at(self, site: Site) -> Bool[Tensor, "example pos"]:
+        """True on the real positions that a site counts; without tokens they are the second axis of its tensor."""
+        if isinstance(self.inputs, Tokens):
+            return self.inputs.real_at(site)
+        return torch.ones(self.at(site).shape[:2], dtype=torch.bool)
 
     @property
     def causal(self) -> bool:
@@ -62,7 +75,12 @@ class Record:
 
     @property
     def lengths(self) -> Int[Tensor, " example"]:
-        return self.tokens.lengths
+        return self.inputs.lengths
+
+    @property
+    def weight(self) -> int:
+        """Tokens that each example counts as, where what runs together is bounded."""
+        return self.inputs.weight if isinstance(self.inputs, Raw) else self.inputs.ids.shape[1]
 
     def at(self, site: Site) -> Tensor:
         """The base run's value of a whole site."""
@@ -139,12 +157,14 @@ def window_of(mask: Tensor, lengths: Int[Tensor, " example"]) -> int | None:
     return None if reach >= int(lengths.max()) else reach
 
 
-def record(model: Model, tokens: Tokens, sites: Sequence[Site] = (), given: Sequence[Intervention] = ()) -> Record:
+def record(model: Model, inputs: Inputs, sites: Sequence[Site] = (), given: Sequence[Intervention] = ()) -> Record:
     """Run the model once, with the interventions given, and keep what replays need.
 
     Raises InputError for left-padded tokens.
     """
-    tokens = model.begun(tokens)
+    if isinstance(inputs, Raw):
+        return _plain(model, inputs, sites, _never_replayed(model) or "the inputs are no tokens", given)
+    tokens = model.begun(inputs)
     if not bool(tokens.real[:, 0].all()):
         raise InputError("sweeps take right-padded prompts; build them with Tokens.from_rows or Pairs")
     reason = _never_replayed(model)
@@ -152,12 +172,12 @@ def record(model: Model, tokens: Tokens, sites: Sequence[Site] = (), given: Sequ
         return _plain(model, tokens, sites, reason, given)
     adapter, layout = model.described
     calls: dict[int, dict[str, Any]] = {}
-    inputs: dict[int, Tensor] = {}
+    entered: dict[int, Tensor] = {}
     keeper = _Keeper(tokens.lengths)
     kept = [site.whole for site in sites if site.kind not in ("resid_pre", "resid_post")]
     taps = Recorder(model, kept, list(given), tokens, grad=False)
     layers = [model.layer(number) for number in range(layout.n_layers)]
-    call_taps = [CallTap(layer, _call_keeper(layer, number, calls, inputs)) for number, layer in enumerate(layers)]
+    call_taps = [CallTap(layer, _call_keeper(layer, number, calls, entered)) for number, layer in enumerate(layers)]
     last = Recorder(model, [Site("resid_post", layout.n_layers - 1)], [], tokens, grad=False)
     with torch.no_grad(), tapped([*taps.taps, *last.taps], call_taps), attending(model.module, keeper), computing():
         model.module(**model.token_call(tokens), logits_to_keep=1)
@@ -168,7 +188,7 @@ def record(model: Model, tokens: Tokens, sites: Sequence[Site] = (), given: Sequ
         return _plain(model, tokens, sites, reason, given)
     return Record(
         model, tokens,
-        resid=(*(inputs[n] for n in order), last.captured()[Site("resid_post", layout.n_layers - 1)]),
+        resid=(*(entered[n] for n in order), last.captured()[Site("resid_post", layout.n_layers - 1)]),
         queries=tuple(keeper.q[n] for n in order), keys=tuple(keeper.k[n] for n in order),
         values=tuple(keeper.v[n] for n in order), calls=tuple(calls[n] for n in order),
         scaling=tuple(keeper.scaling[n] for n in order), sites=taps.captured(),
@@ -190,57 +210,66 @@ def _never_replayed(model: Model) -> str:
     return ""
 
 
-def _plain(model: Model, tokens: Tokens, sites: Sequence[Site], reason: str, given: Sequence[Intervention]) -> Record:
+def _plain(model: Model, inputs: Inputs, sites: Sequence[Site], reason: str, given: Sequence[Intervention]) -> Record:
     """A record of an ordinary run, for a model whose layers cannot be replayed."""
     one = model.adapter is not None and model.adapter.stack_names == ("",)
     n_layers = model.described[1].n_layers if one else 0
     stream = [*(Site("resid_pre", n) for n in range(n_layers)), *(Site("resid_post", n - 1) for n in [n_layers] if n)]
     held_already = ("resid_pre", "resid_post") if one else ()
     asked = [*stream, *(site.whole for site in sites if site.kind not in held_already)]
-    groups = together(model, tokens, torch.arange(len(tokens)))
+    groups = together(model, inputs, torch.arange(len(inputs)))
     if given and len(groups) > 1:
         raise InputError("edits that every run has in common need prompts of one length in a model without adapter")
-    runs = [model.run(taken(model, tokens, rows), capture=asked, interventions=given) for rows in groups]
-    logits = _merged(tokens, groups, [_checked_logits(model, run.logits) for run in runs], "its output")
-    held = {site: _merged(tokens, groups, [run[site] for run in runs], str(site)) for site in runs[0].activations}
+    runs = [model.run(taken(model, inputs, rows), capture=asked, interventions=given) for rows in groups]
+    logits = _merged(inputs, groups, [_checked_logits(model, run.logits) for run in runs], "its output")
+    held = {site: _merged(inputs, groups, [run[site] for run in runs], str(site)) for site in runs[0].activations}
     resid = tuple(held[site] for site in stream)
-    return Record(model, tokens, resid, (), (), (), (), (), held, reason=reason, logits=logits)
+    return Record(model, inputs, resid, (), (), (), (), (), held, reason=reason, logits=logits)
 
 
-def together(model: Model, tokens: Tokens, example: Int[Tensor, " row"]) -> list[Int[Tensor, " group"]]:
+def together(model: Model, inputs: Inputs, example: Int[Tensor, " row"]) -> list[Int[Tensor, " group"]]:
     """Examples that one run may hold: without an adapter nothing hides the padding, so those of one length."""
-    if model.adapter is not None:
+    if model.adapter is not None or isinstance(inputs, Raw):
         return [example] if len(example) else []
-    lengths = tokens.lengths[example]
+    lengths = inputs.lengths[example]
     return [example[lengths == size] for size in lengths.unique()]
 
 
-def taken(model: Model, tokens: Tokens, example: Int[Tensor, " row"]) -> Tokens:
-    """These examples' prompts; without an adapter cut to their one length."""
-    if model.adapter is None:
-        return Tokens(tokens.ids[example, : int(tokens.lengths[example].max())])
-    return tokens.take(example)
+def taken(model: Model, inputs: Inputs, example: Int[Tensor, " row"]) -> Inputs:
+    """These examples' inputs; prompts of a model without adapter are cut to their one length."""
+    if model.adapter is None and isinstance(inputs, Tokens):
+        return Tokens(inputs.ids[example, : int(inputs.lengths[example].max())])
+    return inputs.take(example)
 
 
 def _checked_logits(model: Model, logits: Any) -> Tensor:
-    if not isinstance(logits, Tensor) or logits.ndim != 3:
+    if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
         given = str(tuple(logits.shape)) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"a sweep reads logits [example, pos, vocab]; {model.name} gives {given}")
+        raise InputError(f"a sweep reads logits [example, pos, vocab] or [example, class]; {model.name} gives {given}")
     return logits
 
 
-def _merged(tokens: Tokens, groups: Sequence[Tensor], pieces: Sequence[Tensor], name: str) -> Tensor:
-    """One tensor [example, pos, ...] from runs of some examples each, zero past an example's end."""
+def _merged(inputs: Inputs, groups: Sequence[Tensor], pieces: Sequence[Tensor], name: str) -> Tensor:
+    """One tensor [example, pos, ...] from runs of some examples each, zero past an example's end; or [example, ...]."""
     if len(pieces) == 1:
         return pieces[0]
-    if len({piece.shape[2:] for piece in pieces}) > 1 or any(
-        piece.ndim < 3 or piece.shape[1] != int(tokens.lengths[rows[0]])
+    counted = any(
+        piece.ndim < 3 or piece.shape[1] != int(inputs.lengths[rows[0]])
         for rows, piece in zip(groups, pieces, strict=True)
-    ):
+    )
+    one = len({piece.shape[1:] for piece in pieces}) == 1 and all(
+        piece.ndim == 2 and len(piece) == len(rows) for rows, piece in zip(groups, pieces, strict=True)
+    )
+    if not one and (len({piece.shape[2:] for piece in pieces}) > 1 or counted):
         raise InputError(f"{name} is not [example, pos, ...], so prompts of unequal lengths cannot share it")
-    whole = pieces[0].new_zeros(*tokens.ids.shape, *pieces[0].shape[2:])
+    assert isinstance(inputs, Tokens)
+    shape = pieces[0].shape[1:] if one else (inputs.ids.shape[1], *pieces[0].shape[2:])
+    whole = pieces[0].new_zeros(len(inputs), *shape)
     for rows, piece in zip(groups, pieces, strict=True):
-        whole[rows, : piece.shape[1]] = piece
+        if one:
+            whole[rows] = piece
+        else:
+            whole[rows, : piece.shape[1]] = piece
     return whole
 
 

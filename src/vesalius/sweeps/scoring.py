@@ -57,7 +57,10 @@ def _logits(record: Record, hidden: Tensor, tokens: Tensor | None) -> Tensor:
 def logit_range(record: Record, pairs: Pairs) -> float:
     """Spread of the first example's logits at its read position: what rounding is measured against."""
     end = pairs.read_at()[0]
-    logits = _logits(record, record.resid[-1][:1, end], None) if record.logits is None else record.logits[0, end]
+    if record.logits is None:
+        logits = _logits(record, record.resid[-1][:1, end], None)
+    else:
+        logits = record.logits[0] if record.logits.ndim == 2 else record.logits[0, end]
     return float(logits.max() - logits.min())
 
 

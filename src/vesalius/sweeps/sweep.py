@@ -18,6 +18,7 @@ from jaxtyping import Bool
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vesalius.errors import InputError
 from vesalius.inputs import Pairs
 from vesalius.intervention import Intervention
 from vesalius.jobs import Blocks, Estimate, Event, Sink
@@ -64,12 +65,13 @@ def sweep(
     """Edit every site, one at a time, and measure every example.
 
     sites: names, globs or Sites (embed, and inside layers resid_pre, resid_post, attn_out, mlp_in, mlp_out, mlp_post,
-    q, k, v, z; or module:<path>|in and |out of any network that maps token ids to logits [example, pos, vocab], by
-    whole runs), Parts (a Direction, Subspace, latent ...), or a dictionary with each="latent". `embed` is the first
+    q, k, v, z; or module:<path>|in and |out of any network that gives logits [example, pos, vocab] or [example, class],
+    by whole runs), Parts (a Direction, Subspace, latent ...), or a dictionary with each="latent". `embed` is the first
     layer's input: with learned positions it holds token and position embedding.
-    each: "position" edits one absolute token index at a time; "head" one head at all positions (sites z, q, k or v; on
-    k and v key-value heads); "neuron" one neuron (mlp_post), "latent" one latent of a dictionary, or `group` neighbours
-    together; None the whole site at all positions.
+    each: "position" edits one absolute token index at a time (with images and other floats for inputs one index of the
+    tensor's second axis: a ViT's patches, class token first, a convolution's channels, an MLP's units); "head" one head
+    at all positions (sites z, q, k or v; on k and v key-value heads); "neuron" one neuron (mlp_post), "latent" one
+    latent of a dictionary, or `group` neighbours together; None the whole site at all positions.
     edit: "patch" the other prompts' value at the same position; "zero"; "mean" over the other prompts' positions (the
     first position has its own mean, and is left alone when all prompts begin alike); "resample" the value of another
     example of the other prompts, drawn by `seed`; "steer" `scale` added to what is there.
@@ -78,14 +80,17 @@ def sweep(
     ablated, what does patching B do? hold_patterns: attention patterns stay the base run's, so that edits act through
     values alone.
     compute: "bfloat16" rounds the factors of matrix products; `Scores.error` then says what that changed.
-    budget: tokens run together; memory: bytes for them instead. Values depend on neither. check: re-run a few random
-    cells plainly. out: folder that keeps finished sites, so that an interrupted sweep goes on where it was. sink: hears
-    the cost before the first edited run, then progress; None shows both on standard error.
+    budget: tokens run together (an input that is no tokens counts as one for every 768 numbers); memory: bytes for them
+    instead. Values depend on neither. check: re-run a few random cells plainly. out: folder that keeps finished sites,
+    so that an interrupted sweep goes on where it was. sink: hears the cost before the first edited run, then progress;
+    None shows both on standard error.
 
     Raises UnknownNameError for an unknown site, each, edit or base; InputError for a site that cannot be swept or
     that has no heads; NotFiniteError for a metric that is NaN or infinite; SelfCheckError when a plain run disagrees.
     """
-    pairs = replace(pairs, decoder=model.begun(pairs.tokens("clean")).decoder)
+    _check_types(pairs, metric, budget)
+    if not pairs.raw:
+        pairs = replace(pairs, decoder=model.begun(pairs.tokens("clean")).decoder)
     asked = asked_for(model, sites, each, group, edit, base)
     under = Under((), hold_patterns, compute)
     tokens = TOKENS_PER_BATCH if budget is None else budget
@@ -97,6 +102,18 @@ def sweep(
     with shown(sink) as told:
         work = _recorded(model, pairs, asked, edit, scale, base, given, under, metric, tokens, seed, told)
         return work.scores(Blocks(out, content_hash(plan), told), check)
+
+
+def _check_types(pairs: Any, metric: Any, budget: int | None) -> None:
+    if not isinstance(pairs, Pairs):
+        raise InputError(
+            f"a sweep takes vs.Pairs (from vs.data.ioi, vs.data.load_pairs, or vs.Pairs(clean=...)); got "
+            f"{type(pairs).__name__}"
+        )
+    if not isinstance(metric, Metric):
+        raise InputError(f"metric= takes a vs.Metric such as vs.logit_diff; got {metric!r}")
+    if budget is not None and budget < 1:
+        raise InputError(f"budget= is the number of tokens that run together, at least 1; got {budget}")
 
 
 NOTHING = Cost(0.0, 0.0, 0)
@@ -129,7 +146,7 @@ class _Work:
         reason = why_plain(self.runs[0], every)
         if reason:
             self.sink(Event("note", "sweep", message=f"no replay: {reason}; every edited run is one whole forward"))
-        mask = _mask(next(iter(self.variants.values())), self.pairs)
+        mask = _mask(next(iter(self.variants.values())), self.runs[0])
         quotes = [estimate(self.runs[0], rows, self.donor, self.pairs.at + 1) for rows in self.variants.values()]
         quote = _bill(sum(quotes, NOTHING), mask, len(self.variants))
         needs = Estimate(quote.spent * self.seconds, memory_bytes=memory_of(self.runs, self.budget))
@@ -196,21 +213,31 @@ def _recorded(
     under: Under, metric: Metric, budget: int, seed: int, sink: Sink,
 ) -> _Work:  # fmt: skip
     """The base run (with what is given) and the source run, and the variants."""
-    held = held_of(given, pairs.tokens(base))
+    if given and pairs.raw:
+        raise InputError("given= takes edits of prompts; edits that all runs on images have in common are not built")
+    held = held_of(given, pairs.tokens(base)) if given else ()
     written = _written([*asked.whats, *(one.what for one in held)])
     other = PROMPTS[1 - PROMPTS.index(base)]
     began = time.perf_counter()
-    first = record(model, pairs.tokens(base), written, given)
+    first = record(model, pairs.inputs(base), written, given)
     seconds = (time.perf_counter() - began) / len(pairs)
-    runs = (first, record(model, pairs.tokens(other), written))
+    runs = (first, record(model, pairs.inputs(other), written))
     donor = donor_for(edit, *runs, asked.whats, seed, scale)
     if given:
         # The two runs differ from the first token on: only one of them has what is given.
         donor = replace(donor, first=torch.zeros_like(donor.first))
-    variants = {what: variants_of(asked, what, first, pairs) for what in asked.rows}
+    variants = {what: variants_of(asked, what, first) for what in asked.rows}
+    _check_counts(variants, asked.each)
     return _Work(
         asked, runs, donor, variants, pairs, metric, replace(under, held=held), budget, edit, seed, base, seconds, sink
     )  # fmt: skip
+
+
+def _check_counts(variants: Mapping[What, Sequence[Variant]], each: str | None) -> None:
+    counts = {len(rows): name_of(what) for what, rows in variants.items()}
+    if len(counts) > 1:
+        told = ", ".join(f"{name} has {count}" for count, name in counts.items())
+        raise InputError(f"the rows of a sweep count the same {each}s: {told}. Sweep them apart")
 
 
 def _written(whats: Sequence[What]) -> list[Site]:
@@ -218,10 +245,9 @@ def _written(whats: Sequence[What]) -> list[Site]:
     return sorted({place_of(what)[0] for what in whats}, key=lambda site: site.order)
 
 
-def _mask(variants: Sequence[Variant], pairs: Pairs) -> Bool[Tensor, "variant example"]:
+def _mask(variants: Sequence[Variant], base: Record) -> Bool[Tensor, "variant example"]:
     """True where the example has the variant's position, at the site that is edited."""
-    tokens = pairs.tokens("clean")
-    return torch.stack([tokens.real_at(place_of(one.parts[0])[0]).sum(1) > (one.position or 0) for one in variants])
+    return torch.stack([base.real_at(place_of(one.parts[0])[0]).sum(1) > (one.position or 0) for one in variants])
 
 
 def _bill(cost: Cost, mask: Bool[Tensor, "variant example"], rows: int) -> Cost:

@@ -1,0 +1,216 @@
+"""Pairs: clean and corrupted inputs with an answer and a distractor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vesalius.errors import InputError, NotFiniteError, PairsError, UnknownNameError
+from vesalius.inputs.raw import Inputs, Raw
+from vesalius.inputs.tokens import Tokens, check_decoder, check_ids, check_landmarks
+from vesalius.records import content_hash
+from vesalius.site import Site
+
+LOGITS = Site("logits")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pairs:
+    """Clean and corrupted prompts, aligned position by position; or images, or other floats a network takes.
+
+    clean, corrupted: [example, pos] int64, right-padded; or floats [example, ...], such as images, whose answer and
+    distractor are classes (lengths, landmarks and decoder are for prompts only). answer, distractor: [example] token
+    ids: right and wrong continuation of the clean prompt. lengths: [example] real tokens. read: [example] position
+    where the metric reads; default the last real token (of logits [example, class] there is only one). groups: name ->
+    one label per example (template, names, ...): prompts that share a label are not independent. splits: one split name
+    per example. corruption: what was done to the clean prompts. beginning: what the prompts begin with ("<bos>" token
+    text, or "none"). landmarks: name -> [example] or [example, n] positions, -1 for none; interventions can name them.
+    decoder: [example, pos], what the decoder of an encoder-decoder model is given; the metric then reads its last
+    position.
+
+    Raises PairsError naming the pair when the two prompts differ in length or not at all, when answer equals
+    distractor, or when a label is missing. Raises NotFiniteError for floats that hold NaN or infinity.
+    """
+
+    clean: Int[Tensor, "example pos"] | Float[Tensor, "example ..."]
+    corrupted: Int[Tensor, "example pos"] | Float[Tensor, "example ..."]
+    answer: Int[Tensor, " example"]
+    distractor: Int[Tensor, " example"]
+    lengths: Int[Tensor, " example"] | None = None
+    read: Int[Tensor, " example"] | None = None
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    splits: tuple[str, ...] = ()
+    corruption: str = "corrupted"
+    task: str = ""
+    beginning: str = ""
+    landmarks: Mapping[str, Int[Tensor, example * n]] = field(default_factory=dict)
+    decoder: Int[Tensor, "example decoder_pos"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("clean", "corrupted"):
+            _check_side(name, getattr(self, name), self.raw)
+        if self.clean.shape != self.corrupted.shape:
+            raise PairsError(
+                f"clean is {tuple(self.clean.shape)} and corrupted {tuple(self.corrupted.shape)}: "
+                "pairs must be aligned position by position, with equal lengths"
+            )
+        n, width = self.clean.shape[0], 1 if self.raw else self.clean.shape[1]
+        if self.raw and (self.landmarks or self.decoder is not None):
+            raise PairsError("landmarks and decoder are for prompts; these pairs hold floats")
+        if self.lengths is None:
+            object.__setattr__(self, "lengths", torch.full((n,), width))
+        if self.read is None:
+            # The last position, whatever the number of them.
+            object.__setattr__(self, "read", self.size - (2 if self.raw else 1))
+        self._check_rows(n, width)
+        check_decoder(self.decoder, n)
+        check_landmarks(self.landmarks, self.size)
+
+    def _check_rows(self, n: int, width: int) -> None:
+        for name in ("answer", "distractor", "lengths", "read"):
+            value = getattr(self, name)
+            if value.shape != (n,) or value.dtype != torch.long:
+                raise PairsError(f"{name} must be int64 [{n}], one per pair; got {value.dtype} {tuple(value.shape)}")
+        for label, labels in {**self.groups, **({"splits": self.splits} if self.splits else {})}.items():
+            if len(labels) != n:
+                raise PairsError(f"group {label!r} has {len(labels)} labels for {n} pairs")
+        bad = {
+            "length out of range": (self.size < 1) | (self.size > width),
+            "read position past the end": (self.at < -1) if self.raw else (self.at < 0) | (self.at >= self.size),
+            "answer equals distractor": self.answer == self.distractor,
+            "clean and corrupted prompts are identical": ~(self.differs & self.real).any(1),
+        }
+        for what, rows in bad.items():
+            if bool(rows.any()):
+                raise PairsError(f"pair {int(rows.nonzero()[0])}: {what}")
+
+    def __len__(self) -> int:
+        return self.clean.shape[0]
+
+    def __repr__(self) -> str:
+        what = (
+            f"{list(self.clean.shape[1:])}" if self.raw else f"{int(self.size.min())} to {int(self.size.max())} tokens"
+        )
+        splits = ", ".join(f"{count} {name}" for name, count in Counter(self.splits).items())
+        kept = {"groups": list(self.groups), "landmarks": list(self.landmarks)}
+        told = "".join(f"; {name} {', '.join(names)}" for name, names in kept.items() if names)
+        task = f"{self.task}, " if self.task else ""
+        return f"Pairs({task}{len(self)} of {what}, {self.corruption}{f'; {splits}' if splits else ''}{told})"
+
+    @property
+    def raw(self) -> bool:
+        """Floats, such as images, and no tokens."""
+        return self.clean.is_floating_point()
+
+    @property
+    def size(self) -> Int[Tensor, " example"]:
+        """Real tokens of each pair."""
+        assert self.lengths is not None
+        return self.lengths
+
+    @property
+    def at(self) -> Int[Tensor, " example"]:
+        """Position where the metric reads."""
+        assert self.read is not None
+        return self.read
+
+    def read_at(self, site: Site = LOGITS) -> Int[Tensor, " example"]:
+        """Where the metric reads, among the tokens that a site counts: a decoder's last, or `at`."""
+        if self.decoder is None or site.of_encoder:
+            return self.at
+        return torch.full_like(self.at, self.decoder.shape[1] - 1)
+
+    @property
+    def real(self) -> Bool[Tensor, "example pos"]:
+        if self.raw:
+            return torch.ones(len(self), 1, dtype=torch.bool)
+        return torch.arange(self.clean.shape[1], device=self.clean.device)[None] < self.size[:, None]
+
+    @property
+    def differs(self) -> Bool[Tensor, "example pos"]:
+        """Where clean and corrupted tokens differ."""
+        differs = self.clean != self.corrupted
+        return differs.flatten(1).any(1, keepdim=True) if self.raw else differs
+
+    def inputs(self, which: str) -> Inputs:
+        """What the network is given, clean or corrupted: Tokens, or Raw."""
+        return Raw(getattr(self, _side(which))) if self.raw else self.tokens(which)
+
+    def tokens(self, which: str) -> Tokens:
+        """The clean or the corrupted prompts as Tokens. Raises InputError for pairs that hold floats."""
+        which = _side(which)
+        if self.raw:
+            raise InputError(f"{self!r} holds floats and no prompts; this takes prompts (vs.sweep takes both)")
+        real = self.real
+        return Tokens(getattr(self, which), None if bool(real.all()) else real, self.decoder, self.landmarks)
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.splits))
+
+    def split(self, name: str) -> Pairs:
+        """Pairs of one split. Raises UnknownNameError for a split that is not there."""
+        if name not in self.splits:
+            raise UnknownNameError("split", name, self.split_names or ["(these pairs have no splits)"])
+        return self.subset([row for row, split in enumerate(self.splits) if split == name])
+
+    def subset(self, rows: Sequence[int]) -> Pairs:
+        """The pairs with these row numbers, in this order."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        pick = lambda labels: tuple(labels[int(row)] for row in index)  # noqa: E731
+        return replace(
+            self,
+            clean=self.clean[index],
+            corrupted=self.corrupted[index],
+            answer=self.answer[index],
+            distractor=self.distractor[index],
+            lengths=self.size[index],
+            read=self.at[index],
+            groups={name: pick(labels) for name, labels in self.groups.items()},
+            splits=pick(self.splits) if self.splits else (),
+            landmarks={name: at[index] for name, at in self.landmarks.items()},
+            decoder=None if self.decoder is None else self.decoder[index],
+        )
+
+    @cached_property
+    def example_hashes(self) -> tuple[str, ...]:
+        """One hash per clean prompt: pairs that share the clean prompt share the example, whatever the corruption."""
+        if self.raw:
+            return Raw(self.clean).hashes
+        rows = self.clean.tolist()
+        return tuple(
+            hashlib.sha256(repr(row[:n]).encode()).hexdigest() for row, n in zip(rows, self.size.tolist(), strict=True)
+        )
+
+    @cached_property
+    def content_hash(self) -> str:
+        fields = {name: getattr(self, name).tolist() for name in ("answer", "distractor", "lengths")}
+        for name in ("clean", "corrupted"):
+            side = getattr(self, name)
+            fields[name] = list(Raw(side).hashes) if self.raw else side.tolist()
+        if self.decoder is not None:
+            fields["decoder"] = self.decoder.tolist()
+        return content_hash(
+            {**fields, "read": self.at.tolist(), "groups": {k: list(v) for k, v in self.groups.items()},
+             "splits": list(self.splits), "corruption": self.corruption}
+        )  # fmt: skip
+
+
+def _side(which: str) -> str:
+    if which not in ("clean", "corrupted"):
+        raise UnknownNameError("prompts", which, ["clean", "corrupted"])
+    return which
+
+
+def _check_side(name: str, side: Tensor, raw: bool) -> None:
+    if not raw:
+        check_ids(name, side)
+    elif not bool(torch.isfinite(Raw(side).values).all()):
+        raise NotFiniteError(f"{name} holds NaN or infinity")

@@ -1,0 +1,134 @@
+"""Tokens: one batch of text.
+
+Sequences are padded on the right: with causal attention nothing before the padding can see it, so an example's numbers
+do not depend on its neighbours' lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from vesalius.errors import InputError
+from vesalius.records import content_hash
+from vesalius.site import Site
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tokens:
+    """Token ids with the mask of real tokens.
+
+    ids: [batch, pos], int64. mask: [batch, pos], True on real tokens; default all real. decoder: [batch, pos], what the
+    decoder of an encoder-decoder model is given; default its start token. landmarks: name -> [batch] or [batch, n]
+    numbers of tokens in each prompt's own sequence, -1 for none: positions that interventions can name.
+
+    Raises InputError for shapes that do not fit and for a landmark outside the prompts.
+    """
+
+    ids: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"] | None = None
+    decoder: Int[Tensor, "batch decoder_pos"] | None = None
+    landmarks: Mapping[str, Int[Tensor, batch * n]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_ids("ids", self.ids)
+        if self.mask is not None and self.mask.shape != self.ids.shape:
+            raise InputError(
+                f"mask has shape {tuple(self.mask.shape)}, ids {tuple(self.ids.shape)}; they must be equal"
+            )
+        check_decoder(self.decoder, len(self.ids))
+        check_landmarks(self.landmarks, self.lengths)
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def __repr__(self) -> str:
+        width, some = self.ids.shape[1], self.lengths
+        span = f"{width}" if bool((some == width).all()) else f"{int(some.min())} to {width}"
+        decoder = "" if self.decoder is None else f", decoder {list(self.decoder.shape)}"
+        marks = f", landmarks {', '.join(self.landmarks)}" if self.landmarks else ""
+        return f"Tokens({len(self)} prompts of {span} tokens{decoder}{marks})"
+
+    @property
+    def real(self) -> Bool[Tensor, "batch pos"]:
+        """True on real tokens."""
+        return torch.ones_like(self.ids, dtype=torch.bool) if self.mask is None else self.mask
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        return self.real.sum(1)
+
+    def real_at(self, site: Site) -> Bool[Tensor, "batch pos"]:
+        """True on the real tokens that a site counts: the decoder's, or the prompts'."""
+        if self.decoder is None or site.of_encoder:
+            return self.real
+        return torch.ones_like(self.decoder, dtype=torch.bool)
+
+    def take(self, rows: Int[Tensor, " row"], width: int | None = None) -> Tokens:
+        """Some of the prompts, perhaps cut to a width that holds them."""
+        return Tokens(
+            self.ids[rows, :width],
+            None if self.mask is None else self.mask[rows, :width],
+            None if self.decoder is None else self.decoder[rows],
+            {name: at[rows] for name, at in self.landmarks.items()},
+        )
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[int]], pad: int = 0) -> Tokens:
+        """Right-padded batch from lists of token ids. Raises InputError for no rows or an empty one."""
+        ids, lengths = pad_rows(rows, pad)
+        mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
+        return cls(ids, None if bool(mask.all()) else mask)
+
+    @cached_property
+    def content_hash(self) -> str:
+        rows = [[int(i) for i in row[keep]] for row, keep in zip(self.ids, self.real, strict=True)]
+        return content_hash(rows if self.decoder is None else [rows, self.decoder.tolist()])
+
+
+def check_decoder(ids: Tensor | None, batch: int) -> None:
+    if ids is None:
+        return
+    check_ids("decoder", ids)
+    if len(ids) != batch:
+        raise InputError(f"decoder has {len(ids)} rows for {batch} prompts")
+
+
+def check_landmarks(landmarks: Mapping[str, Tensor], lengths: Int[Tensor, " batch"]) -> None:
+    """Raises InputError for a landmark that is not int64 [batch] or [batch, n], or lies outside a prompt."""
+    for name, at in landmarks.items():
+        if at.dtype != torch.long or at.ndim not in (1, 2) or len(at) != len(lengths):
+            raise InputError(
+                f"landmark {name!r} must be int64 [{len(lengths)}] or [{len(lengths)}, n]; got {at.dtype} "
+                f"{tuple(at.shape)}"
+            )
+        outside = (at < -1) | (at >= lengths.to(at.device).view(-1, *[1] * (at.ndim - 1)))
+        if bool(outside.any()):
+            row = int(outside.nonzero()[0, 0])
+            raise InputError(
+                f"landmark {name!r} of prompt {row} is {at[row].tolist()}, but the prompt has {int(lengths[row])} "
+                "tokens, numbered from 0 (-1: none)"
+            )
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, " batch"]]:
+    """Right-padded ids [batch, pos] and lengths [batch]."""
+    if not rows or any(len(row) == 0 for row in rows):
+        raise InputError("no tokens: give at least one prompt, and none of them empty")
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=torch.long)
+    return ids, torch.tensor([len(row) for row in rows])
+
+
+def check_ids(name: str, ids: Tensor) -> None:
+    if ids.ndim != 2 or ids.dtype != torch.long:
+        raise InputError(f"{name} must be int64 token ids [batch, pos]; got {ids.dtype} {tuple(ids.shape)}")
+    if ids.numel() == 0:
+        raise InputError(f"{name} is empty: shape {tuple(ids.shape)}")
+    if int(ids.min()) < 0:
+        raise InputError(f"{name} holds a negative token id ({int(ids.min())})")

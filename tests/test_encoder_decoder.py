@@ -354,7 +354,70 @@ def test_nan_is_reported_with_its_stack(model: vs.Model, tokens: vs.Tokens) -> N
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- sweeps
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def test_writing_equals_transformers_own_greedy_search(model: vs.Model, tokens: vs.Tokens) -> None:
+    made = model.generate(replace(tokens, decoder=None), 4, capture="decoder.layers.1.cross_pattern")
+    with torch.no_grad():
+        own = model.module.generate(
+            input_ids=tokens.ids, attention_mask=tokens.real.long(), max_new_tokens=4, do_sample=False,
+            eos_token_id=None, pad_token_id=0, use_cache=False,
+        )  # fmt: skip
+    assert torch.tensor(made.new).tolist() == own[:, 1:].tolist()
+    assert made.logits.shape == (4, 4, tiny.VOCAB)
+    assert made.tokens.decoder is not None
+    assert made.tokens.decoder.shape == (4, 5)
+    assert made["decoder.layers.1.cross_pattern"].shape == (4, 4, 4, tokens.ids.shape[1])
+
+
+def test_writing_with_edits_equals_running_every_longer_prompt_anew(model: vs.Model, tokens: vs.Tokens) -> None:
+    """Positions are each stack's own, and values given for whole sequences are cut to what is written."""
+    source = model.run(
+        replace(tokens.take(torch.tensor([1, 0, 3, 2])), decoder=torch.arange(8).expand(4, -1)), capture=["*"]
+    ).activations
+
+    def edits(width: int) -> list[Any]:
+        values = {name: source[name] for name in ("decoder.layers.0.z", "decoder.layers.1.pattern")}
+        written = [n for n in (5, 6) if n < width]
+        return [
+            vs.Ablate("encoder.layers.1.z[2]", positions=[1]),
+            vs.Steer("encoder.layers.0.resid_post", scale=1.0, vector=torch.ones(48), positions="last"),
+            vs.Patch("decoder.layers.0.z[1]", source=values["decoder.layers.0.z"][:, :width, 1], positions=[2]),
+            vs.Patch("decoder.layers.1.pattern[0]", source=values["decoder.layers.1.pattern"][:, 0, :width, :width],
+                     positions=[3]),
+            *([vs.Ablate("decoder.layers.1.cross_z", positions=written)] if written else []),
+            vs.Noise("decoder.layers.2.resid_post", scale=0.5),
+        ]  # fmt: skip
+
+    made = model.generate(tokens, 4, edits(7), capture=["decoder.layers.1.z"])
+    decoder = DECODER
+    for number in range(4):
+        run = model.run(replace(tokens, decoder=decoder), ["decoder.layers.1.z"], edits(decoder.shape[1]))
+        assert torch.allclose(run.logits[:, -1], made.logits[:, number], atol=1e-5)
+        decoder = torch.cat([decoder, run.logits[:, -1].argmax(-1)[:, None]], 1)
+    assert made.tokens.decoder is not None
+    assert torch.equal(made.tokens.decoder, decoder)
+    assert torch.allclose(made["decoder.layers.1.z"], run["decoder.layers.1.z"], atol=1e-5)
+    assert made.new != model.generate(tokens, 4).new
+    assert {entry["pass"] for entry in made.diagnostics} == {0, 1, 2, 3}
+
+
+def test_a_stop_token_ends_writing(model: vs.Model, tokens: vs.Tokens) -> None:
+    full = model.generate(tokens, 5)
+    stopped = model.generate(tokens, 5, stop=full.new[0][1])
+    assert stopped.new[0] == full.new[0][: full.new[0].index(full.new[0][1]) + 1]
+    drawn = [model.generate(tokens, 5, temperature=1.0, seed=seed).new for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(InputError, match="position 9 is never run"):
+        model.generate(tokens, 3, [vs.Ablate("decoder.layers.0.z", positions=[9])])
+    with pytest.raises(InputError, match="position 12 is outside the prompts' 9 tokens"):
+        model.generate(tokens, 3, [vs.Ablate("encoder.layers.0.z", positions=[12])])
+    with pytest.raises(InputError, match="max_new_tokens must be at least 1; got 0"):
+        model.generate(tokens, 0)
+
+
+# --------------------------------------------------------------------------------------------------------------- sweeps
 
 
 @pytest.mark.parametrize("edit", ["patch", "zero", "mean", "resample"])
@@ -430,10 +493,6 @@ def test_sites_that_are_not_there_are_refused(model: vs.Model, tokens: vs.Tokens
 
 
 def test_what_an_encoder_decoder_cannot_do_is_refused(model: vs.Model, tokens: vs.Tokens) -> None:
-    with pytest.raises(
-        InputError, match=r"does not write here: an encoder-decoder writes through its decoder. Use run"
-    ):
-        model.generate(tokens, 3)
     with pytest.raises(InputError, match=r"LlamaForCausalLM has no decoder apart, so Tokens\(decoder=...\)"):
         tiny.model("llama").run(tokens)
     with pytest.raises(InputError, match="decoder has 2 rows for 4 prompts"):

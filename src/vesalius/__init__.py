@@ -31,7 +31,7 @@ _HOME = {
     "Patch": "intervention",
     "Project": "intervention",
     "Replace": "intervention",
-    "Run": "model",
+    "Run": "activations",
     "Scores": "sweeps.scores",
     "Site": "site",
     "Steer": "intervention",
@@ -75,6 +75,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from vesalius.activations import Activations as Activations
+    from vesalius.activations import Run as Run
     from vesalius.adapters import Adapter as Adapter
     from vesalius.dictionaries import TrainConfig as TrainConfig
     from vesalius.generation import Generation as Generation
@@ -97,7 +98,6 @@ if TYPE_CHECKING:
     from vesalius.metric import logit_diff as logit_diff
     from vesalius.metric import next_token_loss as next_token_loss
     from vesalius.model import Model as Model
-    from vesalius.model import Run as Run
     from vesalius.parts import Direction as Direction
     from vesalius.parts import Subspace as Subspace
     from vesalius.parts import Unit as Unit

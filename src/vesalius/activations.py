@@ -1,8 +1,10 @@
-"""Activations: a read-only mapping from Site to tensor, with the tokens that made it."""
+"""Activations: a read-only mapping from Site to tensor, with the tokens that made it; and a Run, which gave them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +50,24 @@ class Activations(Mapping[Site, Tensor]):
         named = [f"{site} {list(self._tensors[site].shape)}" for site in self]
         more = [f"... ({len(named)} sites)"] if len(named) > MANY else []
         return f"Activations({', '.join([*named[: MANY - 1 if more else MANY], *more])})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Run:
+    """What a run gave: logits [batch, pos, vocab], captured activations (also by `run["layers.5.z"]`), diagnostics."""
+
+    logits: Tensor
+    activations: Activations
+    diagnostics: tuple[Mapping[str, Any], ...] = field(default=())
+    """One entry per intervention: how unnatural the edited values were (norm_ratio, z_rms)."""
+
+    def __getitem__(self, key: Site | str) -> Tensor:
+        return self.activations[key]
+
+    def __repr__(self) -> str:
+        shape = list(self.logits.shape) if isinstance(self.logits, Tensor) else type(self.logits).__name__
+        edits = f", {len(self.diagnostics)} interventions" if self.diagnostics else ""
+        return f"Run(logits {shape}, {self.activations}{edits})"
 
 
 def refuse_nonfinite(site: Site, tensor: Tensor, real: Tensor | None) -> None:

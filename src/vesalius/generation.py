@@ -4,12 +4,14 @@ Tokens are run once and their keys and values kept, so an edit at a position act
 consequences stay in the cache; a pass without a cache, with the same edits, gives the same logits. Positions are token
 numbers in each prompt's own sequence, prompt first and new tokens after it, whatever the padding. Inside, prompts are
 padded on the left: a sliding window counts columns, so a prompt's tokens must lie side by side.
+
+An encoder-decoder writes without a cache: each new token is one whole run of both stacks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -38,6 +40,13 @@ class Pass(Protocol):
     """Runs the tokens ids [batch, pos] after those in the cache. real: [batch, key], every column so far."""
 
     def __call__(self, ids: Tensor, real: Tensor, index: Tensor, cache: Any, places: Sequence[Place]) -> Step: ...
+
+
+@runtime_checkable
+class Decode(Protocol):
+    """Runs an encoder-decoder on prompts and what its decoder is given so far."""
+
+    def __call__(self, tokens: Tokens, places: Sequence[Place]) -> Step: ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class Generation:
     """What a model wrote."""
 
     tokens: Tokens
-    """Prompts and new tokens, right-padded."""
+    """Prompts and new tokens, right-padded; of an encoder-decoder the new ones are in `tokens.decoder`."""
     new: tuple[tuple[int, ...], ...]
     """The new tokens of each prompt; a stop token is the last of them."""
     logits: Float[Tensor, "batch new vocab"]
@@ -113,6 +122,52 @@ def generated(forward: Pass, prompts: Tokens, edits: Sequence[Intervention], ste
     return _result(written, rows, prompts, steps, choice.stop)
 
 
+def decoded(forward: Decode, prompts: Tokens, edits: Sequence[Intervention], steps: int, choice: Choice) -> Generation:
+    """Up to `steps` new tokens of an encoder-decoder model, after what its decoder is given (prompts.decoder).
+
+    Every pass is a whole one, encoder and all tokens written so far: edits act in each, at the positions of their
+    stack. Raises as `generated`.
+    """
+    if steps < 1:
+        raise InputError(f"max_new_tokens must be at least 1; got {steps}")
+    assert prompts.decoder is not None
+    given, pick = prompts.decoder.shape[1], choice.picker(len(prompts))
+    spans = torch.full((len(prompts),), given)
+    masks = [
+        mask_of(edit.positions, prompts.real, prompts.landmarks)
+        if edit.part.site.of_encoder
+        else edited_tokens(edit.positions, spans, steps)
+        for edit in edits
+    ]
+    made, told, logits, unfinished = prompts, [], [], torch.ones(len(prompts), dtype=torch.bool)
+    for number in range(steps):
+        places = [_decoder_place(made, edit.part.site, mask) for edit, mask in zip(edits, masks, strict=True)]
+        step, ran = forward(made, places), made
+        last = step.logits[:, -1]
+        _refuse_nan(last, number)
+        chosen = pick(last).cpu()
+        assert made.decoder is not None
+        made = replace(made, decoder=torch.cat([made.decoder, chosen[:, None]], 1))
+        logits.append(last)
+        told += [{**entry, "pass": number} for entry in step.diagnostics]
+        unfinished &= chosen != (-1 if choice.stop is None else choice.stop)
+        if not bool(unfinished.any()):
+            break
+    assert made.decoder is not None
+    new = tuple(_until(row, choice.stop) for row in made.decoder[:, given:].tolist())
+    return Generation(made, new, torch.stack(logits, 1), Activations(step.captured, ran), tuple(told))
+
+
+def _decoder_place(tokens: Tokens, site: Site, mask: Tensor | None) -> Place:
+    """The tokens that a site of a stack counts, in a pass with what is written so far."""
+    real = tokens.real_at(site)
+    if site.of_encoder:
+        return Place(real, chosen=mask, landmarks=tokens.landmarks)
+    number = torch.arange(real.shape[1]).expand_as(real)
+    keys = torch.arange(tokens.ids.shape[1]).expand_as(tokens.ids) if site.cross else number
+    return Place(real, number, None if mask is None else mask[:, : real.shape[1]], keys=keys)
+
+
 def _left_padded(prompts: Tokens) -> Tokens:
     """The same prompts with their padding moved from the right to the left."""
     width = prompts.ids.shape[1]
@@ -140,10 +195,7 @@ def _write(forward: Pass, prompts: Tokens, masks: Sequence[Tensor], steps: int, 
         places = [Place(real, index, mask, keys=keys) for mask in chosen]
         step = forward(ids, columns, index, cache, places)
         last = step.logits[:, -1]
-        if bool(last.isnan().any()):
-            raise NotFiniteError(
-                f"the logits of new token {number} are NaN; run(..., check_finite=True) says where from"
-            )
+        _refuse_nan(last, number)
         cache, ids = step.cache, pick(last)[:, None].cpu()
         kept.passes.append(Step(last, None, step.captured, step.diagnostics))
         kept.index.append(index)
@@ -154,6 +206,11 @@ def _write(forward: Pass, prompts: Tokens, masks: Sequence[Tensor], steps: int, 
         index, real = (lengths + number)[:, None], torch.ones_like(ids, dtype=torch.bool)
         columns = torch.cat([columns, real], 1)
     return kept
+
+
+def _refuse_nan(logits: Tensor, number: int) -> None:
+    if bool(logits.isnan().any()):
+        raise NotFiniteError(f"the logits of new token {number} are NaN; run(..., check_finite=True) says where from")
 
 
 def edited_tokens(

@@ -7,10 +7,11 @@ them. Several taps on one tensor share one hook and run in the order given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class Tap:
 
     module: nn.Module
     side: str
+    """`in` or `out`: the first tensor. `out.1.0`: item 0 of item 1; `in.1`, `in.mask`: that argument."""
     visit: Visit
 
 
@@ -80,11 +82,14 @@ def _on_call(call: CallTap) -> Callable[..., None]:
 
 
 def _register(module: nn.Module, side: str, visits: list[Visit]) -> Any:
-    if side == "in":
+    which, *path = side.split(".")
+    if which == "in":
+        on_input = partial(_on_argument, path) if path else _on_input
         return module.register_forward_pre_hook(
-            lambda _, args, kwargs: _on_input(visits, args, kwargs), with_kwargs=True
+            lambda _, args, kwargs: on_input(visits, args, kwargs), with_kwargs=True
         )
-    return module.register_forward_hook(lambda _, __, output: _on_output(visits, output))
+    on_output = partial(_on_item, path) if path else _on_output
+    return module.register_forward_hook(lambda _, __, output: on_output(visits, output))
 
 
 def _through(visits: list[Visit], tensor: Tensor) -> Tensor:
@@ -104,6 +109,52 @@ def _on_input(visits: list[Visit], args: tuple[Any, ...], kwargs: dict[str, Any]
         raise InterventionError("this module was called without a tensor input, so its input cannot be read or edited")
     changed = _through(visits, kwargs[name])
     return None if changed is kwargs[name] else (args, {**kwargs, name: changed})
+
+
+def _on_argument(path: list[str], visits: list[Visit], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One argument, by number or by keyword, or an item of it."""
+    within: Any = args if path[0].isdigit() else kwargs
+    changed = _changed(within, path, visits, "was called with")
+    if changed is within:
+        return None
+    return (changed, kwargs) if within is args else (args, changed)
+
+
+def _on_item(path: list[str], visits: list[Visit], output: Any) -> Any:
+    changed = _changed(output, path, visits, "returns")
+    return None if changed is output else changed
+
+
+def _changed(value: Any, path: list[str], visits: list[Visit], verb: str) -> Any:
+    """The value with the tensor at a path inside it changed; the same object when it was not."""
+    if not path:
+        if not isinstance(value, Tensor):
+            raise InterventionError(f"the item named of what this module {verb} is {_told(value)}, not a tensor")
+        return _through(visits, value)
+    key = _key_of(value, path[0], verb)
+    changed = _changed(value[key], path[1:], visits, verb)
+    if changed is value[key]:
+        return value
+    if not isinstance(value, tuple):
+        made = copy(value)
+        made[key] = changed
+        return made
+    items = [changed if number == key else item for number, item in enumerate(value)]
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def _key_of(value: Any, name: str, verb: str) -> Any:
+    if isinstance(value, tuple | list) and name.isdigit() and int(name) < len(value):
+        return int(name)
+    if isinstance(value, Mapping) and name in value:
+        return name
+    raise InterventionError(f"this module {verb} {_told(value)}, which has no item {name!r}")
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a mapping of {', '.join(map(str, value)) or 'nothing'}"
+    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
 
 
 def _on_named(visits: list[Visit], output: MutableMapping[str, Any]) -> Any:
@@ -130,5 +181,5 @@ def _on_output(visits: list[Visit], output: Any) -> Any:
     if isinstance(output, MutableMapping) and any(isinstance(value, Tensor) for value in output.values()):
         return _on_named(visits, output)
     raise InterventionError(
-        f"this module returns {type(output).__name__}, not a tensor; its output cannot be read or edited"
+        f"this module returns {_told(output)} with no tensor first; name the item, module:<path>|out.1 or |out.<name>"
     )

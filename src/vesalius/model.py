@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,37 +17,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vesalius.activations import Activations
+from vesalius.activations import Activations, Run
 from vesalius.adapters import Adapter, Layout, Stack, adapter_for, submodule
 from vesalius.adapters.norms import frozen_scale, gain
 from vesalius.adapters.weights import device_of, parameter, weight_of
 from vesalius.calls import Caller, logits_of
 from vesalius.errors import InputError
-from vesalius.generation import Choice, Generation, Step, generated
+from vesalius.generation import Choice, Generation, Step, decoded, generated
 from vesalius.inputs import Tokens
 from vesalius.intervention import Intervention, Place
 from vesalius.site import ATTENTION, GLOBAL_KINDS, LAYER_KINDS, RESULTS, Site, select
 from vesalius.taps import Recorder
 
 _GUESS = object()
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Run:
-    """What a run gave: logits [batch, pos, vocab], captured activations (also by `run["layers.5.z"]`), diagnostics."""
-
-    logits: Tensor
-    activations: Activations
-    diagnostics: tuple[Mapping[str, Any], ...] = field(default=())
-    """One entry per intervention: how unnatural the edited values were (norm_ratio, z_rms)."""
-
-    def __getitem__(self, key: Site | str) -> Tensor:
-        return self.activations[key]
-
-    def __repr__(self) -> str:
-        shape = list(self.logits.shape) if isinstance(self.logits, Tensor) else type(self.logits).__name__
-        edits = f", {len(self.diagnostics)} interventions" if self.diagnostics else ""
-        return f"Run(logits {shape}, {self.activations}{edits})"
 
 
 class Model:
@@ -224,6 +206,8 @@ class Model:
         """Write up to max_new_tokens after each prompt, with interventions on prompt and new tokens.
 
         Positions of interventions are token numbers from the start of each prompt, new tokens included; default all.
+        In an encoder-decoder they are those of the site's own stack, and a token's number in the decoder counts from
+        what the decoder is given; each new token is one whole run there.
         Values given for whole sequences (Patch, Freeze ...) must reach as far as they are used. temperature: 0 takes
         the likeliest token, more draws one, by `seed`. stop: token after which a prompt is finished.
 
@@ -231,16 +215,30 @@ class Model:
         no keys and values, or positions that are never run.
         """
         tokens = self._call(prompts)[2]
-        if tokens is None or tokens.decoder is not None or not self._takes("past_key_values"):
-            why = "an encoder-decoder writes through its decoder" if self._takes("decoder_input_ids") else (
-                "it takes no past_key_values")  # fmt: skip
-            raise InputError(f"{self.name} does not write here: {why}. Use run")
-        edits = _listed(interventions)
-        forward = partial(self._pass, self._wanted(capture), edits)
-        made = generated(forward, tokens, edits, max_new_tokens, Choice(temperature, seed, stop))
+        if tokens is None or not self._takes("past_key_values"):
+            raise InputError(f"{self.name} does not write here: it takes no past_key_values. Use run")
+        edits, wanted, choice = _listed(interventions), self._wanted(capture), Choice(temperature, seed, stop)
+        if tokens.decoder is None:
+            made = generated(partial(self._pass, wanted, edits), tokens, edits, max_new_tokens, choice)
+        else:
+            made = decoded(partial(self._whole_pass, wanted, edits), tokens, edits, max_new_tokens, choice)
         if self.tokenizer is None:
             return made
         return replace(made, texts=tuple(self.tokenizer.decode(list(row)) for row in made.new))
+
+    def _whole_pass(
+        self,
+        capture: Sequence[Site],
+        interventions: Sequence[Intervention],
+        tokens: Tokens,
+        places: Sequence[Place],
+    ) -> Step:
+        """One pass of an encoder-decoder that writes."""
+        recorder = Recorder(self, capture, interventions, tokens, False, places)
+        with torch.no_grad(), recorder.listening():
+            output = self.module(**self.token_call(tokens))
+        recorder.check_fired()
+        return Step(output.logits, None, recorder.captured(), recorder.diagnostics())
 
     def _pass(
         self,

@@ -6,6 +6,7 @@
     decoder.layers.2.cross_z     the decoder's attention to the encoder: cross_q, cross_k, cross_v, cross_scores, ...
     embed, final_norm, logits    sites outside the layers
     module:features.3|out        output (or |in, input) of a module by path, for models without an adapter
+    module:lstm|out.1.0          one of several outputs, by number or name (of an LSTM: the last hidden state); |in.mask
     base/layers.5.mlp_out        with a model tag, when two models are in play
 
 Words follow TransformerLens: q, k and v are the projections' outputs (before any rotation), z the weighted values per
@@ -79,7 +80,7 @@ STEP = {
 
 _PATTERN = re.compile(
     r"^(?:(?P<tag>[\w.-]+)/)?"
-    r"(?:module:(?P<module>[^|]*)\|(?P<side>in|out)"
+    r"(?:module:(?P<module>[^|]*)\|(?P<side>(?:in|out)(?:\.\w+)*)"
     r"|(?:(?P<stack>encoder|decoder)\.)?(?:layers\.(?P<layer>\d+)\.)?(?P<kind>[a-z_]+)(?:\[(?P<index>\d+)\])?)$"
 )
 
@@ -97,6 +98,7 @@ class Site:
     """`encoder` or `decoder` in models that have both, else empty."""
     module: str = ""
     side: str = "out"
+    """`out` or `in`: the first tensor. `out.1.0`: that item of what is returned; `in.0`, `in.mask`: that argument."""
     tag: str = ""
 
     def __post_init__(self) -> None:

@@ -223,8 +223,20 @@ def _plain(model: Model, inputs: Inputs, sites: Sequence[Site], reason: str, giv
     runs = [model.run(taken(model, inputs, rows), capture=asked, interventions=given) for rows in groups]
     logits = _merged(inputs, groups, [_checked_logits(model, run.logits) for run in runs], "its output")
     held = {site: _merged(inputs, groups, [run[site] for run in runs], str(site)) for site in runs[0].activations}
+    _check_examples(held, len(inputs))
     resid = tuple(held[site] for site in stream)
     return Record(model, inputs, resid, (), (), (), (), (), held, reason=reason, logits=logits)
+
+
+def _check_examples(held: Mapping[Site, Tensor], count: int) -> None:
+    for site, tensor in held.items():
+        # A tensor made once for the whole batch, such as position embeddings, is the same in every run.
+        once = tensor.shape[:1] == (1,) and "." not in site.side
+        if site.kind == "module" and tensor.shape[:1] != (count,) and not once:
+            raise InputError(
+                f"{site} is {tuple(tensor.shape)} for {count} examples: a sweep needs them on the first axis "
+                "(an LSTM: batch_first=True, and no hidden states). Use Model.run"
+            )
 
 
 def together(model: Model, inputs: Inputs, example: Int[Tensor, " row"]) -> list[Int[Tensor, " group"]]:

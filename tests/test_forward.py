@@ -222,14 +222,29 @@ def test_nan_and_overflow_are_found_and_named() -> None:
     with torch.no_grad():
         model.module.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
     rows(model, ["layers.0.resid_post"], group())
-    with pytest.raises(NotFiniteError, match=r"layers\.1\.mlp_out holds NaN or infinity; model\.run"):
+    with pytest.raises(NotFiniteError, match=r"layers\.1\.mlp_out holds NaN or infinity, first at position 1 of"):
         rows(model, ["layers.1.mlp_out"], group())
     large = tiny.model("llama")
     with torch.no_grad():
         large.module.model.embed_tokens.weight *= 1e6
-    with pytest.raises(NotFiniteError, match=r"embed has values up to .*, too large for float16; keep it as bfloat16"):
+    with pytest.raises(NotFiniteError, match=r"embed has values up to .*, too large for float16, .*; keep it as bf"):
         rows(large, ["embed"], group(), dtype=torch.float16)
     assert rows(large, ["embed"], group(), dtype=torch.bfloat16)[0].isfinite().all()
+
+
+def test_the_first_bad_row_is_told_with_its_place_in_the_text() -> None:
+    model, here = tiny.model("llama"), group()
+    context = max(here.contexts, key=lambda one: one.rows)
+    position = int(context.kept.nonzero()[0][2])
+    with torch.no_grad():
+        model.module.model.embed_tokens.weight[int(context.ids[position])] = float("inf")
+    first, position = next(
+        (one, int(at)) for one in here.contexts for at in one.kept.nonzero()[0] if one.ids[at] == context.ids[position]
+    )
+    with pytest.raises(NotFiniteError) as caught:
+        rows(model, ["embed"], Group((first,)))
+    place = f"position {position} of the context at token {first.offset} of document {first.document}"
+    assert f"embed holds NaN or infinity, first at {place}" in str(caught.value)
 
 
 def forward_error(models: Any, sites: Any, compute: Any = None, tokens: int = 40) -> str:

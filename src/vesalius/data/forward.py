@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -139,9 +139,16 @@ class Forward:
         with self._products():
             for batch in self._batches(group, self.batch_tokens):
                 for site, whole, rows in zip(self.sites, kept, self._rows(batch), strict=True):
-                    whole[batch.rows] = _stored(site, rows, dtype)
+                    whole[batch.rows] = _stored(site, rows, dtype, partial(self._told, group, batch))
                 done(len(batch.rows))
         return kept
+
+    def _told(self, group: Group, batch: Batch, row: int) -> str:
+        """Where a row of a batch is, for people."""
+        context, position = group.place(int(batch.rows[row]))
+        number = int(context.ids[position])
+        text = "" if self.tokenizer is None else f", {self.tokenizer.decode([number])!r}"
+        return f"position {position} of the context at token {context.offset} of document {context.document}{text}"
 
     def trial(self, group: Group) -> Trial:
         """The group's first contexts, run to see how fast that goes and how exact it is."""
@@ -301,14 +308,18 @@ def _flat(tensor: Tensor, site: Site, batch: Batch) -> Tensor:
     return tensor.reshape(*tensor.shape[:2], -1)[batch.kept.to(tensor.device)]
 
 
-def _stored(site: Site, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows as they are kept. Raises NotFiniteError when they hold, or come to hold, NaN or infinity."""
+def _stored(site: Site, rows: Tensor, dtype: torch.dtype, told: Callable[[int], str]) -> Tensor:
+    """Rows as they are kept. told: says where a row is. Raises NotFiniteError when they hold NaN or infinity."""
     kept = rows.to("cpu", dtype)
-    if not bool(torch.isfinite(kept).all()):
+    bad = ~torch.isfinite(kept).all(1)
+    if bool(bad.any()):
+        where = told(int(bad.nonzero()[0]))
         if bool(torch.isfinite(rows).all()):
             raise NotFiniteError(
-                f"{site} has values up to {float(rows.abs().max()):.3g}, too large for {_name(dtype)}; keep it as "
-                "bfloat16 or float32"
+                f"{site} has values up to {float(rows.abs().max()):.3g}, too large for {_name(dtype)}, first at "
+                f"{where}; keep it as bfloat16 or float32"
             )
-        raise NotFiniteError(f"{site} holds NaN or infinity; model.run(..., check_finite=True) says where from")
+        raise NotFiniteError(
+            f"{site} holds NaN or infinity, first at {where}; model.run(..., check_finite=True) says what made it"
+        )
     return kept

@@ -24,7 +24,7 @@ from vesalius.data.outliers import MAX_NORM
 from vesalius.data.packing import Group, Tally
 from vesalius.data.shards import flaw, write_shard
 from vesalius.data.store import ActivationStore
-from vesalius.errors import InputError
+from vesalius.errors import InputError, NotFiniteError
 from vesalius.jobs import Event, Sink
 from vesalius.model import Model
 from vesalius.progress import shown
@@ -230,7 +230,10 @@ class _Harvest:
         return not wrong
 
     def _make(self, number: int, group: Group) -> None:
-        rows, bad = self.feed.rows(group, self.dtype, self._advance)
+        try:
+            rows, bad = self.feed.rows(group, self.dtype, self._advance)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{shard_name(number)}, which is not written: {error}") from error
         if bool(bad.any()):
             rows = tuple(tensor[~bad] for tensor in rows)
         named = {str(site): tensor for site, tensor in zip(self.feed.forward.sites, rows, strict=True)}

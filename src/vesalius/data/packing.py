@@ -117,6 +117,14 @@ class Group:
         """Which rows are at the first position of their context, [row]."""
         return np.concatenate([context.kept.nonzero()[0] == 0 for context in self.contexts])
 
+    def place(self, row: int) -> tuple[Context, int]:
+        """The context of a row, and its position there."""
+        for context in self.contexts:
+            if row < context.rows:
+                return context, int(context.kept.nonzero()[0][row])
+            row -= context.rows
+        raise IndexError(row)
+
     def only(self, rows: NDArray[np.bool_]) -> Group:
         """The same contexts with only these of their rows."""
         kept, at = [], 0

@@ -58,6 +58,8 @@ def quality(request: Request) -> None:
     with bars() as progress:
         screen = Screen(progress)
         model = None if request.model is None else vs.load(request.model, sink=screen)
+        if model is not None and "format" in getattr(coder, "about", {}):
+            vs.dictionaries.verify(coder, model, sink=screen)  # another library's: is it read as it was meant?
         found = vs.dictionaries.quality(
             coder, store, model=model, others=others, concepts=concepts, n=request.rows, contexts=request.contexts,
             seed=request.seed, sink=screen,

@@ -57,6 +57,11 @@ class Stream:
         """tag, name and sha256 of the weights of each."""
         return list(self._feed.forward.to_json()["models"])
 
+    @property
+    def context(self) -> int:
+        """Tokens run together, at most."""
+        return self._feed.packing.context
+
     @cached_property
     def content_hash(self) -> str:
         """Of models, tokenizer, sites, texts and packing, the buffer among it.

@@ -8,7 +8,21 @@ from vesalius.dictionaries.cross_layer import CrossLayerTranscoder
 from vesalius.dictionaries.crosscoder import Scaling, latent_scaling, relative_norms
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.history import History
-from vesalius.dictionaries.judging import WORDS, Figure, Quality, Shared, geometry, quality, shared
+from vesalius.dictionaries.judging import (
+    SUPERPOSED,
+    WORDS,
+    Figure,
+    Quality,
+    Shared,
+    Superposition,
+    Verified,
+    dimensionality,
+    geometry,
+    quality,
+    shared,
+    superposition,
+    verify,
+)
 from vesalius.dictionaries.kinds import ACTIVATIONS
 from vesalius.dictionaries.latent import Latent
 from vesalius.dictionaries.loading import load
@@ -33,6 +47,7 @@ from vesalius.dictionaries.training.several import train_all
 __all__ = [
     "ACTIVATIONS",
     "KINDS",
+    "SUPERPOSED",
     "WORDS",
     "Coder",
     "CrossLayerTranscoder",
@@ -48,9 +63,12 @@ __all__ = [
     "Scores",
     "Shared",
     "StoredLayer",
+    "Superposition",
     "TrainConfig",
+    "Verified",
     "absorption",
     "concept_scores",
+    "dimensionality",
     "estimate",
     "geometry",
     "latent_scaling",
@@ -63,7 +81,9 @@ __all__ = [
     "shared",
     "sparse_probing",
     "spurious_removal",
+    "superposition",
     "targeted_perturbation",
     "train",
     "train_all",
+    "verify",
 ]

@@ -36,10 +36,14 @@ def trained_on(source: Source) -> dict[str, Any]:
 
 
 def models_of(source: Source) -> dict[str, Any]:
-    """The models that activations are of, with hashes of their weights, for a dictionary's `about`, where known."""
+    """The models that activations are of, with hashes of their weights, and how text was cut, where that is known."""
     if isinstance(source, ActivationStore):
-        return {"models": list(source.manifest.plan["models"])}
-    return {"models": list(source.models)} if isinstance(source, Stream) else {}
+        models, context = source.manifest.plan["models"], source.manifest.plan["context"]
+    elif isinstance(source, Stream):
+        models, context = source.models, source.context
+    else:
+        return {}
+    return {"models": list(models), "beginning": dict(source.beginning), "context": context}
 
 
 @dataclass(frozen=True)

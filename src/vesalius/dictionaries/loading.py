@@ -14,8 +14,10 @@ from vesalius.dictionaries.coder import Coder
 from vesalius.dictionaries.cross_layer import CrossLayerTranscoder, cross_layer_from
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.formats import FORMATS, Found, Order
+from vesalius.dictionaries.judging.verify import verify
 from vesalius.dictionaries.stored_layer import StoredLayer
 from vesalius.errors import FileFormatError, InputError
+from vesalius.model import Model
 from vesalius.site import Site
 
 READERS: dict[str, Callable[..., Coder]] = {
@@ -35,6 +37,8 @@ def load(
     in_scale: float | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    model: Model | None = None,
+    texts: Any = "stdlib",
 ) -> Coder:
     """The dictionary in a file or folder, told by what is in it: ours, or one of the formats in `formats`.
 
@@ -42,7 +46,8 @@ def load(
     site here; one per site that is read. out_site: where it writes; default `site` for a dictionary that rebuilds what
     it reads. layer: which, of a folder of transcoders. unpickle: read the tensors of a pickle (dictionary_learning,
     OpenAI), with a warning. in_scale: factor on inputs that a SAELens dictionary was trained with, where its folder
-    lacks it. dtype: default as stored for our own format, else float32.
+    lacks it. dtype: default as stored for our own format, else float32. model: it is checked on this
+    model with some of `texts` against what its file claims (`verify`), so that a misreading is an error.
 
     A cross-layer transcoder's layers stay on disk (`StoredLayer`) and are read when they are used.
 
@@ -56,7 +61,10 @@ def load(
     coder = _read(path, Order(layer, unpickle, in_scale, dtype or torch.float32))
     for change in (dtype, device):
         coder = coder if change is None else cast(Any, coder).to(change)
-    return _placed(coder, sites, outs)
+    coder = _placed(coder, sites, outs)
+    if model is not None:
+        verify(coder, model, texts)
+    return coder
 
 
 def _parsed(site: Places | None) -> tuple[Site, ...]:

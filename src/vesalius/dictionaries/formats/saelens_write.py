@@ -90,7 +90,17 @@ def _metadata(given: Dictionary) -> dict[str, Any]:
         own["training_architecture"] = "matryoshka_batchtopk" if given.groups else "batchtopk"
     if given.groups:
         own |= {"training_architecture_details": {"matryoshka_widths": list(given.groups)}}
-    return {**plain(kept, "about"), **own, **ends}
+    return {**plain(kept, "about"), **own, **_origin(given), **ends}
+
+
+def _origin(given: Dictionary) -> dict[str, Any]:
+    """What a dictionary that was trained here knows of the text it is for."""
+    about = given.about
+    model = {"model_name": about["models"][0]["name"]} if about.get("models") else {}
+    beginning, context = about.get("beginning"), about.get("context")
+    begins = {"prepend_bos": beginning.get("id") is not None} if isinstance(beginning, dict) else {}
+    ends = {name: about["summary"][name] for name in ("l0", "fvu") if name in about.get("summary", {})}
+    return {**model, **begins, **ends, **({"context_size": context} if context else {})}
 
 
 def _end(site: Site, suffix: str) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _of_store(store: ActivationStore, places: Places, n: int, seed: int, all_of_
         raise InputError("all rows are of one context, too few to measure a dictionary on; harvest more text")
     test = [known[number] for number in sorted(chosen)]
     contexts = tuple(context for _, context in test)
-    groups, unit = _groups(contexts)
+    groups, unit = groups_of(contexts)
     rest = _rows(store, [known[number] for number in sorted(others)]) if others else ()
     return Sample(*_sides(_rows(store, test), places), groups, unit, contexts), rest
 
@@ -122,7 +122,7 @@ def _rows(store: ActivationStore, known: Sequence[tuple[int, Context]]) -> Rows:
     return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
 
 
-def _groups(contexts: Sequence[Context]) -> tuple[NDArray[np.intp], str]:
+def groups_of(contexts: Sequence[Context]) -> tuple[NDArray[np.intp], str]:
     """The document of each row; the context when all are of one document, runs of rows when all are of one context."""
     sizes = [context.rows for context in contexts]
     owners = np.unique([context.document for context in contexts], return_inverse=True)[1]

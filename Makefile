@@ -17,7 +17,7 @@ GEMMA := .gemma/gemma-3-270m-q4_k_m.gguf
 test slow calibrate: export OMP_NUM_THREADS = 1
 
 
-.PHONY: help demo gemma test check lint types format slow calibrate setup bench-engine bench-wide bench-training check-formats
+.PHONY: help demo gemma test check lint types format slow calibrate setup bench-engine bench-wide bench-dictionaries check-formats
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -66,8 +66,8 @@ bench-wide: .venv-bench-engine/ready ## sweeps of long prompts, and how cost gro
 	$(@D)/bin/python -m pip install -c constraints.txt jaxtyping rich typer jinja2 scipy
 	touch $@
 
-bench-training: .venv-check-formats/ready ## a step of dictionary training against its peers (a quarter of an hour)
-	cd benchmarks && ../.venv-check-formats/bin/python training.py
+bench-dictionaries: .venv-check-formats/ready ## training dictionaries, a step and from text, against their peers (an hour)
+	cd benchmarks && ../.venv-check-formats/bin/python dictionaries.py
 
 check-formats: .venv-check-formats/ready ## round trips of dictionaries with the libraries whose files we read and write
 	cd benchmarks && ../.venv-check-formats/bin/python formats.py

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import tiny
 from vesalius import products
 from vesalius.errors import UnknownNameError
 
@@ -115,3 +117,42 @@ def test_the_choice_is_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(products, "_vendor", lambda value=vendor: value)
         assert products.library() == expected
     products.library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("n", "kv", "scale"), [(1, 6, None), (64, 2, None), (65, 6, 0.3), (200, 3, None), (1100, 1, None)]
+)
+def test_attention_by_blocks_is_causal_attention(n: int, kv: int, scale: float | None) -> None:
+    drawn = torch.Generator().manual_seed(n)
+    q, k, v = (torch.randn(2, heads, n, 8, generator=drawn) for heads in (6, kv, kv))
+    plain = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    torch.testing.assert_close(products.by_blocks(q, k, v, scale), plain, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+def test_bfloat16_modules_give_what_they_gave(make: Callable[[], nn.Module], library: str) -> None:
+    module, ids = make(), torch.arange(2 * 20).view(2, 20) % 50 + 3
+    exact = module(ids)[0].detach()
+    short = copy.deepcopy(module).bfloat16()
+    halves = products.Halves()
+    with torch.no_grad():
+        plain = short(ids)[0].float()
+        with halves:
+            found = short(ids)[0].float()
+        with halves:  # again, by the weights as they were laid out
+            assert torch.equal(short(ids)[0].float(), found)
+    error, allowed = (found - exact).abs().max(), (plain - exact).abs().max()
+    assert error < 2 * allowed + 1e-4, f"{error} against {allowed}"
+    if library == "mkl":
+        assert torch.equal(found, plain)
+
+
+@pytest.mark.usefixtures("library")
+def test_graphs_and_other_dtypes_pass_by_untouched() -> None:
+    layer, x = torch.nn.Linear(4, 3), torch.randn(2, 4)
+    short = torch.nn.Linear(4, 3, dtype=torch.bfloat16)
+    with products.Halves() as halves:
+        assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+        out = short(x.bfloat16())
+    assert out.requires_grad
+    assert not halves._laid_out

@@ -23,7 +23,7 @@ from vesalius.errors import InputError, InterventionError, NotFiniteError, Token
 from vesalius.hooks import OutputTap, Tap, tapped
 from vesalius.inputs import Tokens
 from vesalius.model import Model
-from vesalius.products import computing
+from vesalius.products import Halves, computing
 from vesalius.site import Site
 from vesalius.taps import Recorder
 
@@ -181,8 +181,12 @@ class Forward:
         return all(self.compute in (None, _dtype(model)) for model in self.models.values())
 
     def _products(self) -> contextlib.AbstractContextManager[None]:
-        """Float32 products by the faster library; others have only one."""
-        return computing() if self._plain else contextlib.nullcontext()
+        """Each dtype by what is fastest for it."""
+        return computing() if self._plain else self._halves
+
+    @cached_property
+    def _halves(self) -> Halves:
+        return Halves()
 
     @cached_property
     def _weights(self) -> Mapping[str, Mapping[str, Tensor]]:

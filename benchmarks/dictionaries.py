@@ -5,7 +5,8 @@
 
 Residual stream of SmolLM2 (layer 15, width 576; rows of more than 10 times the median norm left out, scaled to mean
 norm sqrt(576)), 4096 rows a step, k 32, Adam at 1e-3, 2 threads. Everyone begins with the same weights (encoder rows =
-decoder rows = random unit vectors, decoder's bias = mean) and takes one step a round on the same batch. Beside the
+decoder rows = random unit vectors, decoder's bias = mean) and takes one step a round on the same batch. Norms of
+decoder rows are free, as SAELens has them; sparsify and dictionary_learning bring them back to 1. Beside the
 times stands the fraction of variance that each leaves unexplained, after all rounds, of rows that nobody trained on:
 the work was the same where these agree. Memory is measured in a process of its own for each.
 """
@@ -63,8 +64,9 @@ def activations(tokens: int) -> Tensor:
 def config_of(kind: str, precision: str, m: int) -> vs.TrainConfig:
     """What is asked of everyone, in our words."""
     return vs.TrainConfig(
-        kind=kind, n_latents=m, k=K, lr=LR, warmup=0, decay=0.0, sparsity_warmup=0, normalise=False, precision=precision
-    )
+        kind=kind, n_latents=m, k=K, lr=LR, warmup=0, decay=0.0, sparsity_warmup=0, normalise=False,
+        decoder_norm="free", precision=precision,
+    )  # fmt: skip
 
 
 def fitter_of(config: vs.TrainConfig, x: Tensor, workers: Workers) -> Fitter:
@@ -168,7 +170,7 @@ def _memory(field: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--only", choices=[*WORKS, "text"], nargs="*", default=[*WORKS, "text"])
     parser.add_argument("--tokens", type=int, default=120_000)
     parser.add_argument("--peak", nargs=2, metavar=("WORK", "CONTENDER"), help="only the memory of one contender")

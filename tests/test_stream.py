@@ -116,6 +116,25 @@ def test_a_sample_is_drawn_from_the_first_rows(model: vs.Model) -> None:
     assert source.sample(10**6, seed=0)[0].shape == (TOTAL, 48)
 
 
+def test_a_sample_runs_no_more_contexts_than_it_needs(model: vs.Model) -> None:
+    passes = 0
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    source = stream(model, buffer=10**6, batch_tokens=1)
+    found = []
+    for n in (1, 10**6):
+        handle = model.module.model.embed_tokens.register_forward_hook(count)
+        source.sample(n, seed=0)
+        handle.remove()
+        found.append(passes)
+        passes = 0
+    few, all_of_them = found
+    assert few < all_of_them / 3
+
+
 def test_the_hash_follows_model_texts_sites_and_packing(model: vs.Model) -> None:
     hashes = [
         stream(chosen, texts, **options).content_hash

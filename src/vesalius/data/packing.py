@@ -125,6 +125,11 @@ class Group:
             row -= context.rows
         raise IndexError(row)
 
+    def head(self, rows: int) -> Group:
+        """The first contexts, as many as have so many rows."""
+        reached = np.cumsum([context.rows for context in self.contexts])
+        return Group(self.contexts[: int(np.searchsorted(reached, rows)) + 1])
+
     def only(self, rows: NDArray[np.bool_]) -> Group:
         """The same contexts with only these of their rows."""
         kept, at = [], 0

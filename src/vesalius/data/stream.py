@@ -84,10 +84,13 @@ class Stream:
         """
         check_sample(n, seed)
         held: list[Rows] = []
+        have = 0
         for group in self._feed.groups(Tally()):
-            rows, bad = self._feed.rows(group, self._dtype)
+            # No more contexts are run than are needed: a buffer can hold many times the sample.
+            rows, bad = self._feed.rows(group.head(n - have), self._dtype)
             held.append(tuple(tensor[~bad] for tensor in rows))
-            if sum(len(rows[0]) for rows in held) >= n:
+            have += len(held[-1][0])
+            if have >= n:
                 break
         if not held:
             raise InputError(_NOTHING)

@@ -62,7 +62,7 @@ def test_latents_that_are_neurons_share_nothing() -> None:
     np.testing.assert_allclose(found.values["interference"], 0.0, atol=1e-12)
     # Of a direction that is uniform on the sphere the fourth powers sum to 3 / (d + 2).
     assert np.mean(1 / found.null["neurons_per_latent"]) == pytest.approx(3 / 18, rel=0.25)
-    assert np.median(found.null["interference"]) > 0.5
+    assert np.median(found.null["interference"]) > 0.1
 
 
 def test_an_opposite_pair_shares_its_neuron_and_never_interferes() -> None:

@@ -1,8 +1,23 @@
-"""Networks whose mechanism is known, and their task: what a method says about them can be marked right or wrong."""
+"""Networks and activations whose mechanism is known: what a method says about them can be marked right or wrong."""
 
 from __future__ import annotations
 
 from vesalius.toys.planted import PLANTED, VOCAB, planted_induction, random_model
+from vesalius.toys.sparse import SparseRows, recovered, sparse_rows, unit_rows
+from vesalius.toys.superposition import ToyModels, toy_models
 from vesalius.toys.tasks import CORRUPTIONS, planted_pairs
 
-__all__ = ["CORRUPTIONS", "PLANTED", "VOCAB", "planted_induction", "planted_pairs", "random_model"]
+__all__ = [
+    "CORRUPTIONS",
+    "PLANTED",
+    "VOCAB",
+    "SparseRows",
+    "ToyModels",
+    "planted_induction",
+    "planted_pairs",
+    "random_model",
+    "recovered",
+    "sparse_rows",
+    "toy_models",
+    "unit_rows",
+]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import vesalius as vs
 from test_cli import Done, files, separate
@@ -74,6 +75,20 @@ def test_the_options_reach_the_harvest(run: Callable[..., Done], model: Path, te
         r"layers\.0\.mlp_out: width 64, bfloat16 weights: relative error 0\.0\d+ on the first batch", lines[1]
     )
     assert lines[3] == "beginning <|end|>, first position kept, 0 norm outliers dropped"
+
+
+def test_two_models_are_read_on_the_same_tokens(
+    run: Callable[..., Done], model: Path, texts: Path, tmp_path: Path
+) -> None:
+    arguments = ("harvest", texts, *SITE, "--model", f"base={model}", "--model", f"chat={model}")
+    done = run(*arguments, "--out", tmp_path / "acts")
+    assert done.code == 0, done.err
+    store = vs.data.ActivationStore.open(tmp_path / "acts")
+    assert [site.tag for site in store.sites] == ["base", "chat"]
+    one, other = store.at(range(store.n_rows))
+    assert torch.equal(one, other)
+    twice = run("harvest", texts, *SITE, "--model", f"x={model}", "--model", f"x={model}", "--out", tmp_path / "no")
+    assert twice.code == 2 and "two models have the tag 'x'" in twice.words
 
 
 def test_a_column_of_another_name(run: Callable[..., Done], model: Path, tmp_path: Path) -> None:

@@ -42,7 +42,11 @@ def test_figures_and_page_are_written_and_the_answer_is_said(
     assert found["data"]["seen"] is False
     assert [len(found["seeds"]), len(found["baselines"])] == [1, 4]
     lines = done.out.splitlines()
-    assert lines == [*vs.report.quality_answer(found), str(out / "quality.html")]
+    assert [*lines[:-2], lines[-1]] == [*vs.report.quality_answer(found), str(out / "quality.html")]
+    for name in ("fvu", "ce_increase", "loss_recovered_mean", "loss_recovered"):
+        one = found["figures"][name]
+        assert f"{name} {one['value']:.3g} [{one['low']:.3g}, {one['high']:.3g}]" in lines[-2]
+    assert lines[-2].endswith(f"(95 % over {found['data']['groups']} documents)")
     assert "those trained on were 0 to" in done.words
     assert "vesalius quality" in (out / "quality.html").read_text()
 

@@ -18,24 +18,20 @@ from vesalius.dictionaries.training.fitter import make_fitter
 from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.wiring import wire
 from vesalius.dictionaries.training.workers import Workers
+from vesalius.errors import InputError
+from vesalius.jobs import silent
+from vesalius.toys import recovered, sparse_rows, unit_rows
 
 D, FEATURES, LATENTS = 64, 128, 160
 
 
-def unit_rows(n: int, d: int, seed: int) -> Tensor:
-    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
-    return rows / rows.norm(dim=1, keepdim=True)
+PLANTED = sparse_rows(40_000, D, FEATURES, active=3, seed=1)
+TRUTH, X = PLANTED.features, PLANTED.x
 
 
 def strengths(n: int, features: int, active: float, seed: int) -> Tensor:
     """[n, features]: each on with equal chance, independently, with a strength between .5 and 1.5."""
-    generator = torch.Generator().manual_seed(seed)
-    on = torch.rand(n, features, generator=generator) < active / features
-    return on * (0.5 + torch.rand(n, features, generator=generator))
-
-
-TRUTH = unit_rows(FEATURES, D, seed=1)
-X = strengths(40_000, FEATURES, active=3, seed=2) @ TRUTH
+    return sparse_rows(n, features=torch.eye(features), active=active, seed=seed).strengths
 
 
 def cosines(rows: Tensor) -> Tensor:
@@ -57,11 +53,10 @@ def test_random_dictionaries_have_a_mean_best_cosine_far_from_zero() -> None:
 
 
 def test_a_dictionary_of_planted_features_is_found() -> None:
-    found = cosines(trained(k=4).W_dec)
-    assert float(found.max(1).values.mean()) > 0.99
+    found = trained(k=4).W_dec
+    assert float(cosines(found).max(1).values.mean()) > 0.99
     # One latent each: the best assignment, not the best latent, which several features could share.
-    features, latents = linear_sum_assignment(-found.numpy())
-    assert float(np.mean(found.numpy()[features, latents])) > 0.98
+    assert float(recovered(found, TRUTH).mean()) > 0.98
 
 
 @pytest.mark.slow
@@ -80,7 +75,34 @@ def test_a_dictionary_of_planted_features_is_found() -> None:
     ids=lambda fields: "-".join(map(str, fields.values())),
 )
 def test_every_kind_finds_it(fields: dict[str, Any]) -> None:
-    assert float(cosines(trained(**fields).W_dec).max(1).values.mean()) > 0.95
+    assert float(recovered(trained(**fields).W_dec, TRUTH).mean()) > 0.95
+
+
+def test_one_to_one_is_stricter_than_the_best_latent_and_is_scipys_assignment() -> None:
+    directions = unit_rows(LATENTS, D, seed=7)
+    all_cosines = cosines(directions)
+    features, latents = linear_sum_assignment(-all_cosines.numpy())
+    np.testing.assert_allclose(recovered(directions, TRUTH).numpy(), all_cosines.numpy()[features, latents], rtol=1e-5)
+    assert float(recovered(directions, TRUTH).mean()) < float(all_cosines.max(1).values.mean())
+    torch.testing.assert_close(recovered(5 * TRUTH.flip(0), TRUTH), torch.ones(FEATURES))
+    with pytest.raises(InputError, match="128 features cannot be matched one to one to 100"):
+        recovered(TRUTH[:100], TRUTH)
+
+
+def test_a_transcoder_of_a_sparse_relu_mlp_finds_its_neurons() -> None:
+    """Hand-made: every neuron reads one feature and fires where that is there, which is rarely."""
+    rows = sparse_rows(20_000, 32, 24, active=2, seed=3)
+    reads = torch.linalg.pinv(rows.features).T  # what is along a feature, and nothing of the others
+    writes = unit_rows(24, 32, seed=4)
+    hidden = torch.relu(rows.x @ reads.T - 0.2)
+    config = TrainConfig(kind="batchtopk", n_latents=48, k=3, batch_size=256, steps=900, lr=3e-3, dead_after=20_000)
+    found = train((rows.x, hidden @ writes), config, sink=silent)
+    assert isinstance(found, Dictionary) and found.history is not None
+    assert float(recovered(found.W_dec, writes).mean()) > 0.95
+    assert found.history["fvu"][-20:].mean() < 0.02
+    rows_of = torch.nn.functional.normalize(found.W_dec, dim=1)
+    active = found.encode(rows.x)[:, (writes @ rows_of.T).argmax(1)]
+    assert np.mean([np.corrcoef(active[:, j], hidden[:, j])[0, 1] for j in range(24)]) > 0.95
 
 
 def test_a_transcoder_finds_features_and_the_map_between_them() -> None:

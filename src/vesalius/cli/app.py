@@ -117,7 +117,10 @@ def harvest(
         list[str], typer.Option("--site", "-s", help="Site or glob, layers.15.resid_post; can be repeated.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the activations.")],
-    model: ModelOption = DEMO,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="As for study; several run on the same tokens, with tags: base=NAME."),
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Activations per site, at most; default all the text.")] = None,
     context: Annotated[int, typer.Option(help="Tokens run together, the beginning token included.")] = 256,
     dtype: Annotated[str, typer.Option(help="Stored as float32, bfloat16 or float16.")] = "float32",
@@ -135,8 +138,8 @@ def harvest(
 ) -> None:
     """Activations of a model over texts, for training on; the model is run only up to the last site."""
     request = harvesting.Request(
-        texts=texts, model=model, sites=site, out=out, tokens=tokens, context=context, dtype=dtype, compute=compute,
-        beginning=beginning, keep_beginning=keep_beginning, max_norm=max_norm, column=column,
+        texts=texts, models=model or [DEMO], sites=site, out=out, tokens=tokens, context=context, dtype=dtype,
+        compute=compute, beginning=beginning, keep_beginning=keep_beginning, max_norm=max_norm, column=column,
     )  # fmt: skip
     harvesting.harvest(request)
 
@@ -208,7 +211,7 @@ def train(
         "held_out": held_out,
     }  # fmt: skip
     wanted = harvesting.Request(
-        texts=texts, model=model, sites=site or [], out=None, tokens=tokens, context=context, dtype="float32",
+        texts=texts, models=[model], sites=site or [], out=None, tokens=tokens, context=context, dtype="float32",
         compute=compute, beginning="auto", keep_beginning=False, max_norm=10.0, column="text",
     )  # fmt: skip
     command = shlex.join(["vesalius", *sys.argv[1:]])

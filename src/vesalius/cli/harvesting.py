@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from vesalius.errors import InputError, UnknownNameError
 from vesalius.jobs import Sink
 from vesalius.site import Site
 
+_TAGGED = re.compile(r"([A-Za-z][A-Za-z0-9_]*)=(.+)")
 COMPUTE = ("float32", "bfloat16")
 
 
@@ -21,7 +23,7 @@ class Request:
     """What was asked on the command line."""
 
     texts: str
-    model: str
+    models: list[str]
     sites: list[str]
     out: Path | None
     tokens: int | None
@@ -61,11 +63,25 @@ def harvested(request: Request, model: Any, out: Path, sink: Sink) -> vs.data.Ac
     """The activations asked for, in a folder; the texts are looked at before a model is loaded."""
     texts = vs.data.texts_from(request.texts, request.column)
     return vs.data.harvest(
-        model or vs.load(request.model, sink=sink), texts, sites=request.sites, out=out, tokens=request.tokens,
+        model or loaded(request.models, sink), texts, sites=request.sites, out=out, tokens=request.tokens,
         context=request.context, dtype=vs.data.DTYPES[request.dtype], compute=vs.data.DTYPES[request.compute],
         beginning=request.beginning, keep_beginning=request.keep_beginning, max_norm=request.max_norm or None,
         column=request.column, sink=sink,
     )  # fmt: skip
+
+
+def loaded(names: Sequence[str], sink: Sink) -> Any:
+    """One model, or several by their tags: `tag=name`, else a, b, c in the order given. Raises InputError."""
+    if len(names) == 1 and _TAGGED.fullmatch(names[0]) is None:
+        return vs.load(names[0], sink=sink)
+    found: dict[str, str] = {}
+    for number, name in enumerate(names):
+        tagged = _TAGGED.fullmatch(name)
+        tag, where = (tagged[1], tagged[2]) if tagged else (chr(ord("a") + number), name)
+        if tag in found:
+            raise InputError(f"two models have the tag {tag!r}; write --model TAG=NAME for each")
+        found[tag] = where
+    return {tag: vs.load(where, sink=sink) for tag, where in found.items()}
 
 
 def plain_name(sites: Sequence[str]) -> str:

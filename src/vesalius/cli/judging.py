@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,20 @@ def quality(request: Request) -> None:
     note(found["data"]["words"])
     if model is None:
         note("Not spliced into a model: --model measures what the model loses.")
-    for sentence in vs.report.quality_answer(found):
+    for sentence in (*vs.report.quality_answer(found), intervals(found)):
         say(sentence)
     say(str(path))
+
+
+def intervals(found: Mapping[str, Any]) -> str:
+    """The main figures with their 95 % intervals, in one line."""
+    told = []
+    for name in ("fvu", "l0", "ce_increase", "loss_recovered_mean", "loss_recovered"):
+        if name in found["figures"]:
+            one = found["figures"][name]
+            ends = "" if one["low"] is None else f" [{one['low']:.3g}, {one['high']:.3g}]"
+            told.append(f"{name} {one['value']:.3g}{ends}")
+    return f"{', '.join(told)} (95 % over {found['data']['groups']} {found['data']['unit']})"
 
 
 @dataclass(frozen=True)
@@ -95,4 +106,4 @@ def page(
         coder, store, model=model if len(coder.out_sites) == 1 else None, others=others, sink=sink
     ).to_json()
     path = vs.report.write_quality(found, vs.dictionaries.WORDS, folder, command)
-    return Page(path, list(vs.report.quality_answer(found)))
+    return Page(path, [*vs.report.quality_answer(found), intervals(found)])

@@ -78,7 +78,7 @@ def train(request: Request) -> None:
         sink: Sink = Screen(progress) if leads else silent
         if request.store is None:
             vs.data.texts_from(request.harvest.texts)  # what is wrong with them is told before a model is loaded
-        model = None if request.store else vs.load(request.harvest.model, sink=sink)
+        model = None if request.store else harvesting.loaded(request.harvest.models, sink)
         store = _activations(request, folder, model, sink)
         configs = configs if request.store else [_scaled(config, request, store) for config in configs]
         coders = _trained(request, configs, store, folder, sink)

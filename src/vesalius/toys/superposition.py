@@ -53,8 +53,8 @@ def toy_models(
     weights = torch.tensor([1.0] * n_features if importance is None else list(importance))
     if min(n_features, n_hidden, instances, steps) < 1 or not 0 < probability <= 1 or len(weights) != n_features:
         raise InputError(
-            "a toy has features, hidden dimensions, instances and steps, a probability in (0, 1], and an importance "
-            f"per feature; got {n_features}, {n_hidden}, {instances}, {steps}, {probability}, {len(weights)} importances"
+            "a toy has features, hidden dimensions, instances and steps, a probability in (0, 1], and importances, one "
+            f"each; got {n_features}, {n_hidden}, {instances}, {steps}, {probability}, {len(weights)} importances"
         )
     generator = torch.Generator().manual_seed(seed)
     W = (torch.randn(instances, n_features, n_hidden, generator=generator) * n_hidden**-0.5).requires_grad_()

@@ -230,6 +230,15 @@ def test_the_budget_does_not_change_the_values(model: vs.Model, pairs: vs.Pairs,
     assert found.cost.spent < 0.6 * found.cost.naive
 
 
+@pytest.mark.parametrize("receivers", ["layers.2.q", "logits"])
+def test_the_cost_is_told_first_and_is_the_bill(model: vs.Model, pairs: vs.Pairs, receivers: str) -> None:
+    heard: list[Event] = []
+    found = vs.path_patching(model, pairs, senders="layers.*.z", each="head", receivers=receivers, sink=heard.append)
+    assert heard[0].kind == "note"
+    assert heard[0].message.startswith(f"paths: {found.cost.describe()}; about ")
+    assert "of memory" in heard[0].message
+
+
 def test_metrics_of_the_whole_vocabulary_and_of_the_base_run_work(model: vs.Model, pairs: vs.Pairs) -> None:
     for metric in (vs.kl_divergence, vs.answer_logprob):
         for receivers, frozen in (("layers.2.q", True), ("logits", True), ("logits", False)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -184,6 +185,17 @@ def test_with_a_ablated_b_is_patched(model: vs.Model, pairs: vs.Pairs, given: An
     assert close(scores.source, plainly(model, pairs, which="clean"), scores)
     without = quick(model, pairs, sites="layers.*.z", each="head", edit=edit)
     assert not torch.allclose(without.values, scores.values, atol=1e-3)
+
+
+def test_edits_in_common_may_name_their_positions(model: vs.Model, pairs: vs.Pairs) -> None:
+    at = torch.full((len(pairs),), 3)
+    named = replace(pairs, landmarks={"here": at})
+    found, expected = (
+        vs.sweep(model, p, sites="layers.2.mlp_out", given=[vs.Ablate("layers.0.mlp_out", positions=where)])
+        for p, where in ((named, "here"), (pairs, at))
+    )
+    assert torch.equal(found.values, expected.values)
+    assert not torch.allclose(found.values, vs.sweep(model, pairs, sites="layers.2.mlp_out").values, atol=1e-4)
 
 
 def test_edits_in_common_work_by_whole_runs_too(pairs: vs.Pairs) -> None:

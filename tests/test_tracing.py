@@ -260,3 +260,22 @@ def test_an_unknown_kind_of_result_lists_those_there(pairs: vs.Pairs) -> None:
     with pytest.raises(UnknownNameError, match="unknown kind of site 'attn_out'; known: mlp_out"):
         found["attn_out"]
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.model("llama").module.modules()) == 0
+
+
+def test_the_cost_is_told_first_and_is_about_the_bill(model: vs.Model, pairs: vs.Pairs, subject: Tensor) -> None:
+    heard: list[Event] = []
+    found = vs.causal_tracing(model, pairs, subject, kinds=["mlp_out"], draws=DRAWS, sink=heard.append)
+    note = next(event.message for event in heard if event.kind == "note")
+    assert note == heard[0].message
+    assert note.startswith(f"tracing: {found['mlp_out'].cost.describe()}; about ")
+    assert repr(found).startswith(f"Tracing({DRAWS} draws take ")
+
+
+def test_a_subject_may_be_named(model: vs.Model, pairs: vs.Pairs) -> None:
+    at = torch.tensor([1, 2, 2, 4])
+    named = replace(pairs, landmarks={"subject": at})
+    options: dict[str, Any] = {"kinds": ["resid_post"], "draws": DRAWS}
+    found = vs.causal_tracing(model, named, "subject", **options)
+    assert torch.equal(found.noised, vs.causal_tracing(model, pairs, at, **options).noised)
+    with pytest.raises(UnknownNameError, match="unknown position 'topic'; known: first, last, subject"):
+        vs.causal_tracing(model, named, "topic", **options)

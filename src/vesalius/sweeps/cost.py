@@ -42,7 +42,9 @@ def estimate(record: Record, variants: Sequence[Variant], donor: Donor, ends: In
         live = int(live_cells(variants, changes, ends).sum())
         return Cost(float(live), float(cells), cells - live)
     found = [rows for variant in variants for rows in rows_of(variant, changes, ends)]
-    return Cost(sum(work(record, rows) for rows in found), float(cells), cells - sum(len(rows) for rows in found))
+    return Cost(
+        sum((work(record, rows) for rows in found), 0.0), float(cells), cells - sum(len(rows) for rows in found)
+    )
 
 
 def work(record: Record, rows: Rows) -> float:

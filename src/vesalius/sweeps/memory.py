@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from vesalius.errors import InputError
+from vesalius.jobs import Estimate, Event
 from vesalius.model import Model
+from vesalius.sweeps.cost import Cost
 from vesalius.sweeps.record import Record
 from vesalius.sweeps.variants import KEYS_PER_TOKEN
 
@@ -41,6 +43,12 @@ def memory_of(runs: Sequence[Record], budget: int) -> int:
     weights = sum(p.numel() * p.element_size() for p in model.module.parameters())
     held = sum(t.numel() * t.element_size() for run in runs for t in _tensors(run))
     return weights + held + (0 if runs[0].reason else budget * bytes_per_token(model))
+
+
+def announcement(task: str, quote: Cost, runs: Sequence[Record], seconds: float, budget: int) -> Event:
+    """A note of what is to come, before the first edited run. seconds: of one forward pass of one example."""
+    needs = Estimate(quote.spent * seconds, memory_bytes=memory_of(runs, budget))
+    return Event("note", task, message=f"{task}: {quote.describe()}; {needs.describe()}")
 
 
 def _tensors(run: Record) -> list[Tensor]:

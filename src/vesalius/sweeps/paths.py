@@ -13,6 +13,7 @@ last, and with the final norm frozen the effect is the sender's direct effect).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -39,6 +40,7 @@ from vesalius.sweeps.donors import Donor, patch_donor
 from vesalius.sweeps.edits import Edits, Table, sources
 from vesalius.sweeps.evaluate import TOKENS_PER_BATCH
 from vesalius.sweeps.flat import Flat, Rows
+from vesalius.sweeps.memory import announcement
 from vesalius.sweeps.path_plan import LOGITS, Paths, plain_path, receiving, sending
 from vesalius.sweeps.plain import base_logits
 from vesalius.sweeps.record import Record, record
@@ -70,8 +72,8 @@ def path_patching(
     z site by itself. receivers: q, k and v (with or without a head), mlp_in, or logits alone; all of them together are
     one set. freeze_mlps: False lets MLPs between sender and receiver respond (the definition of Wang et al. 2023).
     freeze_norm: with logits as receiver, hold the final norm's scale at the base run. base: the prompts that are run;
-    the other prompts give the senders' values. check: run one random cell by three plain forwards too. sink: None shows
-    progress on standard error.
+    the other prompts give the senders' values. check: run one random cell by three plain forwards too. sink: hears
+    the cost first, then progress; None shows both on standard error.
 
     Returns Scores [sender, example]: `effects` are the path effects. A sender after all receivers has effect 0.
 
@@ -90,13 +92,17 @@ def path_patching(
     kept = [Site(kind, layer) for kind in ("z", "mlp_out") for layer in range(n_layers)]
     kept += [normal(site)[0] for site in names if site.kind == "attn_out"]
     other = PROMPTS[1 - PROMPTS.index(base)]
+    began = time.perf_counter()
     runs = record(model, pairs.tokens(base), kept), record(model, pairs.tokens(other), kept)
+    seconds = (time.perf_counter() - began) / (2 * len(pairs))
     donor = patch_donor(*runs)
     if not runs[0].causal:
         donor = replace(donor, first=torch.zeros_like(donor.first))
     work = _Work(*runs, donor, pairs, metric, paths)
+    plan = work.quote(names, budget) + Cost(2.0 * len(pairs), 2.0 * len(pairs), 0)
     with shown(sink) as told:
-        values, cost = work.values(names, budget, told)
+        told(announcement("paths", plan, runs, seconds, budget))
+        values = work.values(names, budget, told)
     plain = [base_values(run, pairs, metric, runs[0]) for run in runs]
     _refuse_nan(values, names)
     if check:
@@ -104,7 +110,7 @@ def path_patching(
     to = ", ".join(map(str, paths.receivers))
     return Scores(
         values=values, base=plain[0], source=plain[1], mask=torch.ones_like(values, dtype=torch.bool),
-        cost=cost + Cost(2.0 * len(pairs), 2.0 * len(pairs), 0), sites=tuple(map(str, names)), each=None,
+        cost=plan, sites=tuple(map(str, names)), each=None,
         edit=f"path to {to}", metric=metric.name, unit=metric.unit, prompts=base,
     )  # fmt: skip
 
@@ -125,27 +131,33 @@ class _Work:
     metric: Metric
     paths: Paths
 
-    def values(self, senders: Sequence[Site], budget: int, sink: Sink) -> tuple[Float[Tensor, "sender example"], Cost]:
-        """Metric of every cell, and what it cost."""
+    def quote(self, senders: Sequence[Site], budget: int) -> Cost:
+        """What `values` costs; nothing is run."""
+        live, steps = self._live(senders), 1 if self.paths.to_logits else 2
+        cells = len(senders) * len(self.pairs)
+        if self.base.reason:
+            spent = 2.0 * len(self.pairs) * int(live.any(1).sum())
+        else:
+            spent = sum((self._cost(rows) for _, rows in self._batches(senders, live, budget)), 0.0)
+        return Cost(spent, float(steps * cells), steps * (cells - int(live.sum())))
+
+    def values(self, senders: Sequence[Site], budget: int, sink: Sink) -> Float[Tensor, "sender example"]:
+        """Metric of every cell."""
         base = base_values(self.base, self.pairs, self.metric, self.base)
         values, live = base.repeat(len(senders), 1), self._live(senders)
-        cells, spent = len(senders) * len(self.pairs), 0.0
         sink(Event("start", "paths", 0, len(senders)))
         if self.base.reason:
             sink(Event("note", "paths", message=f"no replay: {self.base.reason}; every sender is two whole forwards"))
             for number, sender in enumerate(senders):
                 if bool(live[number].any()):
                     values[number] = self.plain(sender)
-                    spent += 2.0 * len(self.pairs)
         else:
             for cell, rows in self._batches(senders, live, budget):
                 sender_of = [senders[number] for number in cell.tolist()]
                 values[cell, rows.example] = self._replayed(sender_of, rows)
-                spent += self._cost(rows)
                 sink(Event("advance", "paths", int(cell.max()) + 1, len(senders)))
         sink(Event("end", "paths", len(senders), len(senders)))
-        steps = 1 if self.paths.to_logits else 2
-        return values, Cost(spent, float(steps * cells), steps * (cells - int(live.sum())))
+        return values
 
     @property
     def _at_end(self) -> Float[Tensor, "example d_model"]:

@@ -16,7 +16,7 @@ PROMPTS = ("corrupted", "clean")
 LARGE = 0.1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Agreement:
     """Estimated against measured effects. One average hides much: see `per_example`."""
 
@@ -28,6 +28,10 @@ class Agreement:
     """Share of large effects (over a tenth of the largest) that have the right sign; NaN without any."""
     error: float
     """Largest difference of any cell and example."""
+
+    def __repr__(self) -> str:
+        single = f"{float(self.per_example.nanmedian()):.2f} within one example (median)"
+        return f"Agreement(pearson {self.pearson:.2f}, {single}; sign {self.sign:.2f}; error {self.error:.2g})"
 
 
 def _pearson(one: Tensor, other: Tensor) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 from vesalius.errors import InputError
 from vesalius.inputs import Pairs
 from vesalius.intervention import Intervention
-from vesalius.jobs import Blocks, Estimate, Event, Sink
+from vesalius.jobs import Blocks, Event, Sink
 from vesalius.metric import Metric, logit_diff
 from vesalius.model import Model
 from vesalius.progress import shown
@@ -31,7 +31,7 @@ from vesalius.sweeps.cost import Cost, estimate
 from vesalius.sweeps.donors import Donor, donor_for
 from vesalius.sweeps.evaluate import TOKENS_PER_BATCH, evaluate
 from vesalius.sweeps.held import Under, held_of
-from vesalius.sweeps.memory import memory_of, tokens_in
+from vesalius.sweeps.memory import announcement, tokens_in
 from vesalius.sweeps.places import Asked, asked_for, variants_of
 from vesalius.sweeps.plain import why_plain
 from vesalius.sweeps.record import Record, record
@@ -149,8 +149,7 @@ class _Work:
         mask = _mask(next(iter(self.variants.values())), self.runs[0])
         quotes = [estimate(self.runs[0], rows, self.donor, self.pairs.at + 1) for rows in self.variants.values()]
         quote = _bill(sum(quotes, NOTHING), mask, len(self.variants))
-        needs = Estimate(quote.spent * self.seconds, memory_bytes=memory_of(self.runs, self.budget))
-        self.sink(Event("note", "sweep", message=f"sweep: {quote.describe()}; {needs.describe()}"))
+        self.sink(announcement("sweep", quote, self.runs, self.seconds, self.budget))
         results = self._results(_together([quote.spent for quote in quotes]), blocks, check)
         return self._scores(results, mask)
 

@@ -8,6 +8,7 @@ draws of the noise. Zhang & Nanda (2024) find that noise and token replacement c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,9 +25,10 @@ from vesalius.model import Model
 from vesalius.progress import shown
 from vesalius.site import Site
 from vesalius.sweeps.checking import allowance
-from vesalius.sweeps.cost import Cost
+from vesalius.sweeps.cost import Cost, estimate
 from vesalius.sweeps.donors import Donor
 from vesalius.sweeps.evaluate import TOKENS_PER_BATCH, evaluate
+from vesalius.sweeps.memory import announcement
 from vesalius.sweeps.record import Record, record
 from vesalius.sweeps.scores import Scores
 from vesalius.sweeps.scoring import base_values
@@ -35,7 +37,7 @@ from vesalius.sweeps.variants import Variant
 KINDS = ("resid_post", "mlp_out", "attn_out")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tracing:
     """What each restored state brings back."""
 
@@ -48,6 +50,11 @@ class Tracing:
     clean: Float[Tensor, " example"]
     std: float
     """Standard deviation of the subject tokens' embeddings; the noise is a multiple of it."""
+
+    def __repr__(self) -> str:
+        most = {kind: float(found.mean.nan_to_num(float("-inf")).max()) for kind, found in self.scores.items()}
+        told = ", ".join(f"{kind} up to {value:.2f}" for kind, value in most.items())
+        return f"Tracing({len(self.noised)} draws take {float(self.total.mean()):.2f}; restored: {told})"
 
     def __getitem__(self, kind: str) -> Scores:
         if kind not in self.scores:
@@ -81,8 +88,8 @@ def causal_tracing(
     interventions (a mask [example, pos] for subjects at different places). kinds: resid_post, mlp_out, attn_out.
     window: layers restored together around each one, for mlp_out and attn_out (Meng et al. take 10; more of them
     inflate the effect). draws: noise draws per example, averaged; fewer than 10 are noisy. scale: in standard
-    deviations of the subject tokens' embeddings. check: run one random restoration plainly too. sink: None shows
-    progress.
+    deviations of the subject tokens' embeddings. check: run one random restoration plainly too. sink: hears the
+    cost first, then progress; None shows both.
 
     Raises InputError for prompts without subject tokens or no draws, UnknownNameError for another kind, SelfCheckError
     when the plain run disagrees, NotFiniteError for a metric that is not finite.
@@ -95,17 +102,20 @@ def causal_tracing(
     tokens = pairs.tokens("clean")
     mask = _subject(subject, tokens)
     kept = [site for kind in kinds if kind != "resid_post" for site in model.sites(f"layers.*.{kind}")]
+    began = time.perf_counter()
     clean = record(model, tokens, kept)
+    seconds = (time.perf_counter() - began) / len(pairs)
     found = model.run(tokens, capture=["embed"], last_logits=True)["embed"]
     std = float(found[mask.to(found.device)].float().std())
     noises = [Noise("embed", scale=scale, std=std, seed=seed * 1_009 + draw, positions=mask) for draw in range(draws)]
-    work = _Work(model, clean, pairs, metric, mask, {kind: _windows(model, kind, window) for kind in kinds}, budget)
+    windows = {kind: _windows(model, kind, window) for kind in kinds}
+    work = _Work(model, clean, pairs, metric, mask, windows, budget, seconds)
     with shown(sink) as told:
         return work.trace(noises, std, check, seed, told)
 
 
 def _subject(subject: Positions, tokens: Tokens) -> Bool[Tensor, "example pos"]:
-    mask = mask_of(subject, tokens.real)
+    mask = mask_of(subject, tokens.real, tokens.landmarks)
     mask = tokens.real if mask is None else mask & tokens.real
     if not bool(mask.any(1).all()):
         raise InputError(
@@ -130,6 +140,8 @@ class _Work:
     mask: Bool[Tensor, "example pos"]
     windows: Mapping[str, list[tuple[Site, ...]]]
     budget: int
+    seconds: float
+    """Of one forward pass of one example, as it took to record the clean run."""
 
     @property
     def variants(self) -> list[Variant]:
@@ -148,6 +160,7 @@ class _Work:
         variants, drawn, bases, cost = self.variants, [], [], Cost(2.0 * len(self.pairs), 2.0 * len(self.pairs), 0)
         if self.clean.reason:
             sink(Event("note", "tracing", message=f"no replay: {self.clean.reason}; every state is one whole forward"))
+        sink(announcement("tracing", self._quote(noises, variants), [self.clean], self.seconds, self.budget))
         sink(Event("start", "tracing", 0, len(noises)))
         for number, noise in enumerate(noises):
             values, base, spent = self._draw(noise, variants)
@@ -164,6 +177,16 @@ class _Work:
         if check:
             self._check(noises, variants, values, seed)
         return self._tracing(values, torch.stack(bases), std, cost)
+
+    def _quote(self, noises: Sequence[Noise], variants: Sequence[Variant]) -> Cost:
+        """What all draws cost: those of the first one, as often as there are."""
+        n, draws = float(len(self.pairs)), len(noises)
+        if self.clean.reason:
+            one = Cost(len(variants) * n, len(variants) * n, 0)
+        else:
+            noised = record(self.model, self.clean.tokens, list(self.clean.sites), [noises[0]])
+            one = estimate(noised, variants, self.donor, self.pairs.at + 1)
+        return Cost((one.spent + n) * draws + 2 * n, (one.naive + n) * draws + 2 * n, one.skipped * draws)
 
     def _draw(self, noise: Noise, variants: Sequence[Variant]) -> tuple[Tensor, Tensor, Cost]:
         """One draw: values [variant, example], the noised run's [example], and the cost."""

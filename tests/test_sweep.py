@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,13 +220,24 @@ def test_a_killed_sweep_goes_on_where_it_was_and_gives_the_same_values(
     assert torch.equal(vs.sweep(model, pairs, out=tmp_path / "sweep", **ask).values, whole.values)
 
 
-@pytest.mark.parametrize("change", [{"edit": "zero"}, {"base": "clean"}, {"seed": 1}, {"metric": vs.answer_logprob}])
+@pytest.mark.parametrize(
+    "change",
+    [{"edit": "zero"}, {"base": "clean"}, {"seed": 1}, {"metric": vs.answer_logprob},
+     {"sites": ["layers.0.z", "layers.2.z"]}],
+)  # fmt: skip
 def test_a_folder_of_another_sweep_is_refused(
     model: vs.Model, pairs: vs.Pairs, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    vs.sweep(model, pairs, sites="layers.0.z", out=tmp_path)
+    first: dict[str, Any] = {"sites": ["layers.0.z", "layers.1.z"], "out": tmp_path}
+    vs.sweep(model, pairs, **first)
     with pytest.raises(InputError, match="holds blocks of plan"):
-        vs.sweep(model, pairs, sites="layers.0.z", out=tmp_path, **change)
+        vs.sweep(model, pairs, **{**first, **change})
+
+
+def test_labels_outside_the_vocabulary_are_refused(model: vs.Model, pairs: vs.Pairs) -> None:
+    strange = replace(pairs, distractor=pairs.answer * 0 + 99)
+    with pytest.raises(InputError, match=r"distractor 99 is outside the 61 logits of .*, numbered from 0"):
+        vs.sweep(model, strange, sites="layers.0.z")
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

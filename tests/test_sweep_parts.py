@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,6 +152,14 @@ def test_latents_of_a_dictionary_are_swept_and_silent_ones_skipped(model: vs.Mod
         edit = vs.Patch(coder.latent(index), source=clean)
         assert close(scores.values[0, index], plainly(model, pairs, edit), scores)
         assert torch.equal(scores.values[0, index][same[:, index]], scores.base[same[:, index]])
+
+
+def test_a_folder_of_another_dictionary_is_refused(model: vs.Model, pairs: vs.Pairs, tmp_path: Path) -> None:
+    """Latents of both have the same site and numbers."""
+    quick(model, pairs, sites=dictionary(4.0), each="latent", edit="zero", out=tmp_path)
+    quick(model, pairs, sites=dictionary(4.0), each="latent", edit="zero", out=tmp_path)
+    with pytest.raises(InputError, match="holds blocks of plan"):
+        quick(model, pairs, sites=dictionary(0.0), each="latent", edit="zero", out=tmp_path)
 
 
 def test_zero_of_a_latent_is_its_activation_and_not_its_input(model: vs.Model, pairs: vs.Pairs) -> None:

@@ -26,6 +26,7 @@ _HOME = {
     "Measurement": "stats",
     "Metric": "metric",
     "Model": "model",
+    "Needs": "metric",
     "Noise": "intervention",
     "Pairs": "inputs",
     "Patch": "intervention",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from vesalius.ledger import Ledger as Ledger
     from vesalius.loading import load as load
     from vesalius.metric import Metric as Metric
+    from vesalius.metric import Needs as Needs
     from vesalius.metric import answer_logprob as answer_logprob
     from vesalius.metric import kl_divergence as kl_divergence
     from vesalius.metric import logit_diff as logit_diff

@@ -38,7 +38,7 @@ from vesalius.sweeps.record import Record, record
 from vesalius.sweeps.scores import PROMPTS, Scores
 from vesalius.sweeps.scoring import base_values
 from vesalius.sweeps.variants import Variant
-from vesalius.sweeps.what import What, name_of, place_of
+from vesalius.sweeps.what import What, name_of, place_of, reference_of
 
 
 def sweep(
@@ -98,7 +98,7 @@ def sweep(
     plan = {"model": model.content_hash if out else "", "pairs": pairs.content_hash, "each": each, "edit": edit,
             "metric": [metric.name, metric.unit], "base": base, "seed": seed, "budget": tokens, "group": group,
             "scale": scale, "given": [one.to_json() for one in given], "patterns": hold_patterns,
-            "compute": compute}  # fmt: skip
+            "compute": compute, "whats": [reference_of(what) for what in asked.whats] if out else []}  # fmt: skip
     with shown(sink) as told:
         work = _recorded(model, pairs, asked, edit, scale, base, given, under, metric, tokens, seed, told)
         return work.scores(Blocks(out, content_hash(plan), told), check)
@@ -221,6 +221,7 @@ def _recorded(
     first = record(model, pairs.inputs(base), written, given)
     seconds = (time.perf_counter() - began) / len(pairs)
     runs = (first, record(model, pairs.inputs(other), written))
+    _check_labels(runs[0], pairs)
     donor = donor_for(edit, *runs, asked.whats, seed, scale)
     if given:
         # The two runs differ from the first token on: only one of them has what is given.
@@ -230,6 +231,14 @@ def _recorded(
     return _Work(
         asked, runs, donor, variants, pairs, metric, replace(under, held=held), budget, edit, seed, base, seconds, sink
     )  # fmt: skip
+
+
+def _check_labels(run: Record, pairs: Pairs) -> None:
+    size = run.logits.shape[-1] if run.logits is not None else run.model.described[1].vocab
+    for name in ("answer", "distractor"):
+        highest = int(getattr(pairs, name).max())
+        if highest >= size:
+            raise InputError(f"{name} {highest} is outside the {size} logits of {run.model.name}, numbered from 0")
 
 
 def _check_counts(variants: Mapping[What, Sequence[Variant]], each: str | None) -> None:

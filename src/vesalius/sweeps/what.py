@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from vesalius.errors import InputError
 from vesalius.parts import Part, Unit
 from vesalius.site import ATTENTION, RESULTS, Site
@@ -32,6 +35,11 @@ def name_of(what: What) -> str:
     told = what.to_json()
     detail = str(told.get("label") or told.get("index", "") or str(told.get("sha256", ""))[:8])
     return f"{what.site} {told.get('kind', type(what).__name__.lower())} {detail}".strip()
+
+
+def reference_of(what: What) -> str | Mapping[str, Any]:
+    """What tells it from every other: a site's name, or a Part's reference."""
+    return str(what) if isinstance(what, Site) else what.to_json()
 
 
 def normal(part: Site) -> tuple[Site, int]:

@@ -14,11 +14,12 @@ from vesalius.dictionaries.judging.geometry import SHARED
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "quality.md").read_text("utf-8")
+CODE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.mark.demo_model
 def test_the_example_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, demo: vs.Model) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    code = CODE[0]
     names: dict[str, Any] = {}
     exec(compile(code.replace("mkdtemp()", repr(str(tmp_path))), "quality.md", "exec"), names)
     printed = capsys.readouterr().out.splitlines()
@@ -29,6 +30,19 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, de
     assert "'pca'" in printed[3] and "'untrained'" in printed[3]
     assert (tmp_path / "page" / "quality.html").exists()
     assert len(names["scores"]["latents", 1].values) == 2
+
+
+@pytest.mark.demo_model
+def test_the_example_on_superposition_runs_on_little(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = CODE[1]
+    for long, short in (("4096", "64"), ("batch_size=1024, steps=600", "batch_size=64, steps=3"), ("60_000", "400")):
+        assert long in code
+        code = code.replace(long, short)
+    exec(compile(code, "quality.md", "exec"), {})
+    assert capsys.readouterr().out.count("Superposition(medians: latents_per_neuron") == 2
 
 
 def test_the_table_holds_every_figure_as_the_code_defines_it() -> None:

@@ -32,8 +32,9 @@ from vesalius.progress import shown
 from vesalius.site import Site
 
 TASK = "verify"
-BETTER = 0.5
-"""A misreading that leaves less than this share of the error is taken for the truth."""
+BETTER, NEARER = 0.5, 0.8
+"""A misreading that leaves less than this share of the error is taken for the truth; so is a neighbouring site that
+leaves less than the second: neighbours of the right site are never that much easier."""
 FACTOR = 2.0
 """How far from what is claimed the number of active latents may be: claims are of other text."""
 WORSE = 0.1
@@ -44,11 +45,14 @@ _CLAIM = re.compile(r"(?:average_)?l0_(\d+(?:\.\d+)?)")
 
 @dataclass(frozen=True)
 class Reading:
-    """The dictionary taken in one way: fraction of variance unexplained, and latents active per row."""
+    """The dictionary taken in one way: fraction of variance unexplained, and latents active per row. enough: the share
+    of the error at which it counts as the truth.
+    """
 
     words: str
     fvu: float
     l0: float
+    enough: float = BETTER
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +90,7 @@ def verify(
     (prepend_bos; default: yes). Raises FileFormatError saying what does not fit, and which other reading would: sites
     or widths that the model does not have, more or fewer latents active than claimed by a factor of two, an error no
     smaller than that of the mean activation, a loss in the model no smaller than the mean activation's, or less than
-    half of the error with another activation function, input scale, bias, neighbouring site or beginning.
+    half of the error with another activation function, input scale, bias or beginning, four fifths at another site.
     """
     for site in (*coder.in_sites, *coder.out_sites):
         if known_site(site).tag:
@@ -129,7 +133,7 @@ def _judge(coder: Coder, found: Mapping[str, Figure], claimed: float | None, oth
     """Raises FileFormatError for the first thing that does not fit."""
     fvu, l0 = found["fvu"].value, found["l0"].value
     fits = lambda number: claimed is None or claimed / FACTOR <= number <= claimed * FACTOR  # noqa: E731
-    better = [one for one in others if one.fvu < BETTER * fvu or (one.fvu < 1 and fits(one.l0) and not fits(l0))]
+    better = [one for one in others if one.fvu < one.enough * fvu or (one.fvu < 1 and fits(one.l0) and not fits(l0))]
     best = min(better, key=lambda one: (not fits(one.l0), one.fvu), default=None)
     hint = ""
     if best is not None:
@@ -236,9 +240,9 @@ class _Work:
             yield _reading(words, rebuilder, self.sample)
         for site in self._near:
             if self.store.widths[self.store.sites.index(site)] == _widths(self.coder)[self.coder.in_sites[0]]:
-                yield _reading(
-                    f"activations of {site}", OfCoder(self.coder), self._sample(self.store, (site,), (site,))
-                )
+                there = self._sample(self.store, (site,), (site,))
+                found = _reading(f"activations of {site}", OfCoder(self.coder), there)
+                yield replace(found, enough=NEARER)
         if self.model.tokenizer is not None:
             beginning = self.beginnings[1]
             other = self._sample(self._store(beginning, self._own), self.coder.in_sites, self.coder.out_sites)

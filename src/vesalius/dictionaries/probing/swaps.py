@@ -17,6 +17,7 @@ from vesalius.errors import InputError
 from vesalius.inputs import Tokens
 from vesalius.intervention import Replace
 from vesalius.model import Model
+from vesalius.products import computing
 from vesalius.site import Site
 
 MOST_PROMPTS = 400
@@ -107,7 +108,8 @@ def _known(model: Model, entities: Entities, attribute: str, few: Sequence[tuple
     if not asked:
         return []
     tokens = Tokens.from_rows([ids for _, _, ids, _ in asked])
-    logits = model.run(tokens).logits
+    with computing():
+        logits = model.run(tokens).logits
     says = logits[torch.arange(len(asked)), (tokens.lengths - 1).to(logits.device)].argmax(-1).tolist()
     right = [
         _begins(model, said, entities.values[entity].get(attribute, ""))
@@ -160,7 +162,8 @@ def says_after(model: Model, site: Site, swaps: Swaps, change: Change, batch: in
             edited[torch.arange(len(at)), at] += add.to(edited)
             return edited.reshape(whole.shape)
 
-        logits = model.run(tokens, interventions=[Replace(site, site, fn=fn, ref="swap", positions=at)]).logits
+        with computing():
+            logits = model.run(tokens, interventions=[Replace(site, site, fn=fn, ref="swap", positions=at)]).logits
         found.append(logits[torch.arange(len(part)), (tokens.lengths - 1).to(logits.device)].argmax(-1).cpu())
     return torch.cat(found)
 

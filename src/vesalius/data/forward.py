@@ -180,9 +180,11 @@ class Forward:
     def _plain(self) -> bool:
         return all(self.compute in (None, _dtype(model)) for model in self.models.values())
 
-    def _products(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _products(self) -> Iterator[None]:
         """Each dtype by what is fastest for it."""
-        return computing() if self._plain else self._halves
+        with computing(), self._halves:
+            yield
 
     @cached_property
     def _halves(self) -> Halves:

@@ -74,7 +74,7 @@ def main() -> None:
     ended = []
     while len(ended) < MOST and (len(ended) < KILLS or ended[-1] != 0):
         # Every other one of the first is killed by the clock, which on a fast machine may come too late.
-        seconds = chance.uniform(0.01, 0.1) if len(ended) % 2 and len(ended) < KILLS else None
+        seconds = chance.uniform(0.01, 0.25) if len(ended) % 2 and len(ended) < KILLS else None
         ended.append(child(model, out, 0 if seconds else chance.randint(4, 30), seconds))
     harvest(model, out)
     sys.stdout.write(json.dumps(ended + two_at_once(model, out.with_name("two"))))

@@ -155,4 +155,16 @@ def test_graphs_and_other_dtypes_pass_by_untouched() -> None:
         assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
         out = short(x.bfloat16())
     assert out.requires_grad
-    assert not halves._laid_out
+    assert not halves._laid_out._held
+
+
+@pytest.mark.usefixtures("library")
+def test_a_weight_that_was_changed_is_laid_out_anew() -> None:
+    layer, x = nn.Linear(48, 32, dtype=torch.bfloat16), torch.randn(9, 48).bfloat16()
+    with torch.no_grad(), products.Halves() as halves:
+        before = layer(x)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+        layer.bias.mul_(2)
+    with torch.no_grad(), halves:
+        torch.testing.assert_close(layer(x), 2 * before, atol=0.05, rtol=0.02)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class _Linears(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
     def __init__(self, compute: str) -> None:
         super().__init__()
         self._rounds = compute == "bfloat16"
-        self._rounded: dict[int, tuple[Tensor, Tensor]] = {}
+        self._rounded = _Remade()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -108,15 +108,22 @@ class _Linears(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not self._rounds or x.dtype != torch.float32 or torch.is_grad_enabled():
             return linear(x, weight, bias)
-        made = _LINEAR(x.bfloat16(), self._short(weight)).float()
+        made = _LINEAR(x.bfloat16(), self._rounded.of(weight, Tensor.bfloat16)).float()
         return made if bias is None else made + bias
 
-    def _short(self, weight: Tensor) -> Tensor:
-        """The weight in bfloat16, made once; the original is kept beside it so that its address stays its own."""
-        key = weight.data_ptr()
-        if key not in self._rounded or self._rounded[key][0].shape != weight.shape:
-            self._rounded[key] = (weight, weight.bfloat16())
-        return self._rounded[key][1]
+
+class _Remade:
+    """What was made of weights, by their address; made anew when a weight was changed since."""
+
+    def __init__(self) -> None:
+        # The weight is kept beside what was made of it, so that its address stays its own.
+        self._held: dict[int, tuple[Tensor, int, Tensor]] = {}
+
+    def of(self, weight: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        known = self._held.get(weight.data_ptr())
+        if known is None or known[0].shape != weight.shape or known[1] != weight._version:
+            known = self._held[weight.data_ptr()] = weight, weight._version, make(weight.detach())
+        return known[2]
 
 
 class Halves(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
@@ -129,7 +136,7 @@ class Halves(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
 
     def __init__(self) -> None:
         super().__init__()
-        self._laid_out: dict[int, tuple[Tensor, Tensor]] = {}
+        self._laid_out = _Remade()
         self._acts = library() == "onednn"
 
     def __torch_function__(
@@ -137,19 +144,18 @@ class Halves(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
     ) -> Any:
         if self._acts and func is _LINEAR and not kwargs and _short(*args):
             x, weight, *bias = args
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight(weight, x), *(bias or [None]), "none", [], "")
+            laid_out = self._laid_out.of(weight, partial(_for_rows, x.numel() // x.shape[-1]))
+            return torch.ops.mkldnn._linear_pointwise(x, laid_out, *(bias or [None]), "none", [], "")
         if self._acts and func is _ATTENTION and len(args) == 3 and _short(*args) and _causal(args, kwargs or {}):
             q, k, v = args
             return by_blocks(q, k, v, (kwargs or {}).get("scale"))
         return func(*args, **kwargs) if kwargs else func(*args)
 
-    def _weight(self, weight: Tensor, x: Tensor) -> Tensor:
-        """The weight as the product wants it; the original is kept beside it so that its address stays its own."""
-        key = weight.data_ptr()
-        if key not in self._laid_out or self._laid_out[key][0].shape != weight.shape:
-            rows = x.numel() // x.shape[-1]
-            self._laid_out[key] = (weight, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows))
-        return self._laid_out[key][1]
+
+def _for_rows(n: int, weight: Tensor) -> Tensor:
+    """A weight in the order of memory that products of n rows want it in."""
+    made: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, n)
+    return made
 
 
 def _short(*tensors: Tensor | None) -> bool:

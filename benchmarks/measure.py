@@ -24,10 +24,10 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 
 @dataclass(frozen=True)
 class Contender:
-    """run(round) does `share` of the work and gives what it found, to be compared."""
+    """run(round) does `share` of the work and gives what it found, to be compared; None: compared elsewhere."""
 
     name: str
-    run: Callable[[int], Tensor]
+    run: Callable[[int], Tensor | None]
     share: float = 1.0
 
 
@@ -54,9 +54,10 @@ class Work:
             self.seconds.setdefault(contender.name, []).append(spent / contender.share)
         ours = self.contenders[0].name
         for name, answer in found.items():
-            if name == ours:
+            mine = found[ours]
+            if name == ours or mine is None or answer is None:
                 continue
-            difference = self.same(found[ours], answer)
+            difference = self.same(mine, answer)
             self.differences[name] = max(self.differences.get(name, 0.0), difference)
             if difference > self.allowed:
                 raise SystemExit(f"{self.name}: {name} gives another answer than {ours}, by {difference:.3g}")
@@ -102,11 +103,15 @@ def table(works: Sequence[Work]) -> str:
             label = f"{work.name}{ours.removeprefix(OURS) if at else ''}"
             lines += [
                 f"| {label} | {work.median(ours):.3g} | {name} | {work.ratio(name, ours):.2f} | "
-                f"{work.differences.get(name, 0.0):.1e} |"
+                f"{_shown(work.differences.get(name))} |"
                 for name in names[at + 1 :]
             ]
     notes = [f"- *{work.name}*: {work.note}" for work in works if work.note]
     return "\n".join([*lines, "", *notes])
+
+
+def _shown(difference: float | None) -> str:
+    return "" if difference is None else f"{difference:.1e}"
 
 
 def write(section: str, text: str) -> None:

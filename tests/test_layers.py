@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / "src" / "vesalius"
 # A room (folder) stands on its row as one; inside a room modules may import each other.
 ROWS = [
     "errors",
-    "shapes stats jobs records gguf_file products",
+    "shapes stats jobs records gguf_file products workers",
     "verdict cache progress classifier",
     "ledger convert",
     "site",

@@ -17,10 +17,10 @@ from vesalius.dictionaries.training.facts import Facts
 from vesalius.dictionaries.training.fitter import make_fitter
 from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.wiring import wire
-from vesalius.dictionaries.training.workers import Workers
 from vesalius.errors import InputError
 from vesalius.jobs import silent
 from vesalius.toys import recovered, sparse_rows, unit_rows
+from vesalius.workers import Workers
 
 D, FEATURES, LATENTS = 64, 128, 160
 

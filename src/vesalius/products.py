@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from vesalius.errors import UnknownNameError
 
+T = TypeVar("T")
 COMPUTE = ("float32", "bfloat16")
 VARIABLE = "VESALIUS_PRODUCTS"
 """Environment variable: `mkl` or `onednn` instead of what the processor's name says."""
@@ -93,7 +94,7 @@ class _Linears(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
     def __init__(self, compute: str) -> None:
         super().__init__()
         self._rounds = compute == "bfloat16"
-        self._rounded = _Remade()
+        self._rounded: _Remade[Tensor] = _Remade()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -112,18 +113,33 @@ class _Linears(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
         return made if bias is None else made + bias
 
 
-class _Remade:
+class _Remade(Generic[T]):
     """What was made of weights, by their address; made anew when a weight was changed since."""
 
     def __init__(self) -> None:
         # The weight is kept beside what was made of it, so that its address stays its own.
-        self._held: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._held: dict[int, tuple[Tensor, int, T]] = {}
 
-    def of(self, weight: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+    def of(self, weight: Tensor, make: Callable[[Tensor], T]) -> T:
         known = self._held.get(weight.data_ptr())
         if known is None or known[0].shape != weight.shape or known[1] != weight._version:
             known = self._held[weight.data_ptr()] = weight, weight._version, make(weight.detach())
         return known[2]
+
+
+class Half:
+    """A bfloat16 weight [out, in], laid out once for products of about so many rows where that pays."""
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        self._laid_out = weight.device.type == "cpu" and library() == "onednn"
+        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self._laid_out else weight
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [*any, in], bfloat16 like the bias, times the weight transposed, plus the bias; without a graph."""
+        if not self._laid_out:
+            return _LINEAR(x, self._weight, bias)
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, bias, "none", [], "")
+        return made
 
 
 class Halves(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
@@ -136,7 +152,7 @@ class Halves(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
 
     def __init__(self) -> None:
         super().__init__()
-        self._laid_out = _Remade()
+        self._laid_out: _Remade[Half] = _Remade()
         self._acts = library() == "onednn"
 
     def __torch_function__(
@@ -144,18 +160,11 @@ class Halves(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
     ) -> Any:
         if self._acts and func is _LINEAR and not kwargs and _short(*args):
             x, weight, *bias = args
-            laid_out = self._laid_out.of(weight, partial(_for_rows, x.numel() // x.shape[-1]))
-            return torch.ops.mkldnn._linear_pointwise(x, laid_out, *(bias or [None]), "none", [], "")
+            return self._laid_out.of(weight, partial(Half, rows=x.numel() // x.shape[-1])).linear(x, *bias)
         if self._acts and func is _ATTENTION and len(args) == 3 and _short(*args) and _causal(args, kwargs or {}):
             q, k, v = args
             return by_blocks(q, k, v, (kwargs or {}).get("scale"))
         return func(*args, **kwargs) if kwargs else func(*args)
-
-
-def _for_rows(n: int, weight: Tensor) -> Tensor:
-    """A weight in the order of memory that products of n rows want it in."""
-    made: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, n)
-    return made
 
 
 def _short(*tensors: Tensor | None) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from vesalius.activations import Activations
+from vesalius.data.lanes import Models, side_by_side
 from vesalius.data.packing import Batch, Group, batches, tokenizer_hash
 from vesalius.errors import InputError, InterventionError, NotFiniteError, TokenizerError, UnknownNameError
 from vesalius.hooks import OutputTap, Tap, tapped
@@ -89,7 +90,8 @@ class Forward:
     """Models by tag ("" for one that needs none), the sites with their tags, and how they are run.
 
     compute: dtype that the weights are cast to, beside the model, when it is not its own; None for the model's own.
-    batch_tokens: tokens in a batch, padding included, about. Raises InputError for models that cannot be run so.
+    batch_tokens: tokens in a batch, padding included, about; on the CPU two batches are run at a time. Raises
+    InputError for models that cannot be run so.
     """
 
     models: Mapping[str, Model]
@@ -136,11 +138,17 @@ class Forward:
         done: called after each batch with the number of its rows. Raises NotFiniteError for NaN and infinity.
         """
         kept = tuple(torch.empty(group.rows, width, dtype=dtype) for width in self.widths)
-        with self._products():
-            for batch in self._batches(group, self.batch_tokens):
-                for site, whole, rows in zip(self.sites, kept, self._rows(batch), strict=True):
-                    whole[batch.rows] = _stored(site, rows, dtype, partial(self._told, group, batch))
-                done(len(batch.rows))
+        _ = self._weights  # made now, once for all lanes
+
+        def keep(models: Models, batch: Batch) -> int:
+            with self._products():
+                found = self._rows(batch, models)
+            for site, whole, rows in zip(self.sites, kept, found, strict=True):
+                whole[batch.rows] = _stored(site, rows, dtype, partial(self._told, group, batch))
+            return len(batch.rows)
+
+        for n in side_by_side(keep, self.models, list(self._batches(group, self.batch_tokens))):
+            done(n)
         return kept
 
     def _told(self, group: Group, batch: Batch, row: int) -> str:
@@ -204,10 +212,12 @@ class Forward:
         ragged = all(model.adapter is not None for model in self.models.values())
         return batches(group, tokens, ragged)
 
-    def _rows(self, batch: Batch, exact: bool = False) -> tuple[Tensor, ...]:
-        """The batch's rows [row, width] at each site, as the models give them. exact: with their own weights."""
+    def _rows(self, batch: Batch, models: Models | None = None, exact: bool = False) -> tuple[Tensor, ...]:
+        """The batch's rows [row, width] at each site, as the models (or their twins) give them. exact: with their own
+        weights.
+        """
         found: dict[Site, Tensor] = {}
-        for tag, model in self.models.items():
+        for tag, model in (models or self.models).items():
             own = [replace(site, tag="") for site in self.sites if site.tag == tag]
             # Causal models do not see what stands to the right, and are faster without a mask.
             masked = model.adapter is not None and not (model.adapter.causal and not model.adapter.stacks)

@@ -65,8 +65,8 @@ def harvest(
     too and counted (see `outliers`); None keeps them. dtype: of the stored rows (float32, bfloat16, float16). compute:
     bfloat16 runs a float32 model with weights cast to it beside the model, which is faster and takes half its memory
     more; the relative error is measured on the first batch and stored. batch_tokens: tokens in a forward pass, with
-    padding. shard_bytes: size of a file, about; memory in use is about three times as much. sink: hears the cost before
-    the first pass, then progress; None shows both on standard error.
+    padding; on the CPU two passes go side by side. shard_bytes: size of a file, about; memory in use is about three
+    times as much. sink: hears the cost before the first pass, then progress; None shows both on standard error.
 
     Killed at any time, the same call goes on where it was; on a finished store it checks every file, makes damaged
     ones anew, and returns it. Raises InputError for arguments that don't fit, a folder that holds something else, or a

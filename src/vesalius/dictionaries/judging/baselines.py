@@ -20,9 +20,9 @@ from vesalius.dictionaries.training.finish import fitted
 from vesalius.dictionaries.training.fitter import make_fitter
 from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.wiring import wire
-from vesalius.dictionaries.training.workers import Workers
 from vesalius.errors import InputError
 from vesalius.records.canonical import build
+from vesalius.workers import Workers
 
 WORDS = {
     "pca": "the first principal components",

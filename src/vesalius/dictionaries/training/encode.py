@@ -14,8 +14,8 @@ from vesalius.dictionaries.training import choose
 from vesalius.dictionaries.training.codes import DensePiece, Piece, SparsePiece
 from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.screen import Screen
-from vesalius.dictionaries.training.workers import Workers
 from vesalius.products import linear
+from vesalius.workers import Workers
 
 DENSE_SHARE = 1 / 12
 """Share of latents taking part above which dense products are faster than sparse ones."""

@@ -18,8 +18,8 @@ from vesalius.dictionaries.training.parameters import Parameters, first_paramete
 from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.update import update
 from vesalius.dictionaries.training.wiring import Wiring
-from vesalius.dictionaries.training.workers import Workers
 from vesalius.errors import NotFiniteError
+from vesalius.workers import Workers
 
 SAMPLE = 16_384
 """Rows from which scales and the decoder's bias are taken."""

@@ -30,12 +30,12 @@ from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.resample import ROWS as RESAMPLED
 from vesalius.dictionaries.training.resample import resample
 from vesalius.dictionaries.training.wiring import Wiring, wire
-from vesalius.dictionaries.training.workers import Workers
 from vesalius.errors import InputError
 from vesalius.jobs import Estimate, Event, Sink, silent
 from vesalius.progress import shown
 from vesalius.records import content_hash
 from vesalius.records.canonical import plain
+from vesalius.workers import Workers
 
 TASK = "train"
 _TIMED = 3

@@ -23,11 +23,12 @@ from vesalius.dictionaries.training.choose import (
     scratch,
 )
 from vesalius.dictionaries.training.codes import SparsePiece
-from vesalius.dictionaries.training.products import dots
-from vesalius.dictionaries.training.workers import Workers
+from vesalius.dictionaries.training.products import by_column, dots
+from vesalius.products import Half
+from vesalius.workers import Workers
 
 ROUNDING = 2.0**-7
-"""Of a rough value, relative to its size and the bias's: four times what one rounding to bfloat16 can be off."""
+"""Of a rough value, relative to its size and the bias's: twice what one rounding to bfloat16 can be off."""
 _SUMMING = 2.0**-23
 """Relative error per summand of two sums in float32, the rough one and the exact one."""
 _MOST = 8
@@ -45,15 +46,15 @@ class Screen:
 
     encoder: Tensor
     bias: Tensor
-    rounded: Tensor
+    rounded: Half
     norm: float
     """Largest norm of a row, of what rounding took from a row, and largest bias."""
     rest: float
     largest_bias: float
 
     @classmethod
-    def of(cls, encoder: Tensor, bias: Tensor, workers: Workers) -> Screen:
-        """Screen of an encoder as it is now."""
+    def of(cls, encoder: Tensor, bias: Tensor, workers: Workers, rows: int = 512) -> Screen:
+        """Screen of an encoder as it is now. rows: about how many are screened at a time."""
         rounded = torch.empty_like(encoder, dtype=torch.bfloat16)
 
         def norms(start: int) -> Tensor:
@@ -63,11 +64,11 @@ class Screen:
             return torch.stack([torch.linalg.vecdot(part, part).max() for part in (rows, rest)])
 
         found = torch.stack(workers.map(norms, range(0, len(encoder), _LATENTS))).amax(0).sqrt() * _ABOVE
-        return cls(encoder, bias, rounded, float(found[0]), float(found[1]), float(bias.abs().max()))
+        return cls(encoder, bias, Half(rounded, rows), float(found[0]), float(found[1]), float(bias.abs().max()))
 
     def rough(self, x: Tensor) -> Tensor:
         """[rows, latent] bfloat16: pre-activations from products in bfloat16."""
-        return torch.nn.functional.linear(x.bfloat16(), self.rounded, self.bias.bfloat16())
+        return self.rounded.linear(x.bfloat16(), self.bias.bfloat16())
 
     def spread(self, x: Tensor) -> Tensor:
         """[rows]: how far an exact product can be from the rough one, but for the rounding of the result."""
@@ -82,29 +83,35 @@ class Screen:
 
     def exact(self, x: Tensor, piece: SparsePiece) -> Tensor:
         """The pre-activations of a piece's entries, computed in float32."""
-        return dots(x, self.encoder, piece.columns, piece.offsets[:-1], piece.bags) + self.bias[piece.columns]
+        # Latent by latent: a piece's rows stay in cache, and all of the encoder does not.
+        order, rows, begins = by_column(piece.columns, piece.offsets, piece.n_latents)
+        found = x.new_empty(len(order))
+        columns = piece.columns[order]
+        found[order] = dots(x, self.encoder, columns, begins[:-1], rows) + self.bias[columns]
+        return found
 
     def top_of_rows(self, x: Tensor, k: int) -> SparsePiece | None:
         """The k largest of each row; None where the screen does not pay.
 
-        The k-th largest of some exact values is a bound for the rest: of those only what could reach it is computed.
+        The k-th largest rough value less a margin is a bound for the exact one: only what could reach that is computed.
         """
         rough = self.rough(x)
         bound = row_bound(_keys(rough), k)
         # As integers, positive numbers of bfloat16 have their order; negative ones only that they are smaller.
         if bound is None or int(bound.min()) <= 0:
             return None
-        level, spread = bound.view(torch.bfloat16).float(), self.spread(x)
-        found = _reaching(rough, level - 2 * self.margin(spread, level))
+        spread = self.spread(x)
+        found = _reaching(rough, self._lowest(spread, bound.view(torch.bfloat16).float()))
         if _too_many(found, rough):
             return None
-        bags, pre = found.bags, torch.full_like(found.pre, -torch.inf)
-        likely = found.pre >= level[bags]
-        pre[likely] = self.exact(x, kept(found, likely))
-        least = kth_of_rows(padded(found, pre), k)
-        possible = (found.pre >= (least - self.margin(spread, least))[bags]) & ~likely
-        pre[possible] = self.exact(x, kept(found, possible))
-        return largest(SparsePiece(found.columns, found.offsets, pre, found.n_latents), k)
+        least = self._lowest(spread, kth_of_rows(padded(found, found.pre), k))
+        possible = kept(found, found.pre >= least[found.bags])
+        possible.pre = self.exact(x, possible)
+        return largest(possible, k)
+
+    def _lowest(self, spread: Tensor, level: Tensor) -> Tensor:
+        """[rows]: what a rough value must reach for the exact one to reach those whose rough ones reach the level."""
+        return level - 2 * self.margin(spread, level)
 
     def above(self, x: Tensor, floor: Tensor) -> SparsePiece | None:
         """The entries at or above the floor, [latent] or []; None where the screen does not pay."""

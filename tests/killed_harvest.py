@@ -71,11 +71,13 @@ def main() -> None:
     """Children until one comes through."""
     torch.set_num_threads(1)
     model, out, chance = vs.load(Path(sys.argv[1])), Path(sys.argv[2]), random.Random(int(sys.argv[3]))
-    ended = []
+    began = time.perf_counter()
+    harvest(model, out.with_name("timed"))
+    whole, ended = time.perf_counter() - began, []
     while len(ended) < MOST and (len(ended) < KILLS or ended[-1] != 0):
-        # Every other one of the first is killed by the clock, which on a fast machine may come too late.
-        seconds = chance.uniform(0.01, 0.25) if len(ended) % 2 and len(ended) < KILLS else None
-        ended.append(child(model, out, 0 if seconds else chance.randint(4, 30), seconds))
+        # Every other one of the first is killed by the clock. Each gets a tenth of the way, so that all are needed.
+        seconds = chance.uniform(0.01, 0.15) * whole if len(ended) % 2 and len(ended) < KILLS else None
+        ended.append(child(model, out, 0 if seconds else chance.randint(3, 12 if len(ended) < KILLS else 40), seconds))
     harvest(model, out)
     sys.stdout.write(json.dumps(ended + two_at_once(model, out.with_name("two"))))
 

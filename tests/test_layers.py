@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent / "src" / "vesalius"
 # A room (folder) stands on its row as one; inside a room modules may import each other.
 ROWS = [
     "errors",
-    "shapes stats jobs records gguf_file products workers",
-    "verdict cache progress classifier",
+    "shapes stats jobs records gguf_file products",
+    "verdict cache progress classifier workers",
     "ledger convert",
     "site",
     "inputs",

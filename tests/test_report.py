@@ -127,6 +127,14 @@ def test_a_stopped_study_says_why_and_shows_the_failed_templates(pages: dict[str
     assert page.count("svg", "heat") == 0 and "no claim was registered" in page.text
 
 
+def test_a_study_that_went_on_past_the_gate_says_so(pages: dict[str, str]) -> None:
+    summary = ioi()
+    summary["gate"]["passed"] = False
+    lead = next(piece for piece in PARSED(report.render(summary)).pieces if "past the gate" in piece)
+    assert "they stay listed as failed. The study was told to go on past the gate" in lead
+    assert not [piece for page in pages.values() for piece in PARSED(page).pieces if re.search(r"[a-z]\.[A-Z]", piece)]
+
+
 def test_failed_templates_stay_in_the_list(pages: dict[str, str]) -> None:
     rows = [found for found in PARSED(pages["ioi"]).having("tr", "failed")]
     failed = [entry for entry in ioi()["gate"]["templates"] if not entry["passed"]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -286,3 +287,30 @@ def test_a_forward_says_what_it_depends_on() -> None:
     told = forward_for(tiny.model("llama"), ["embed"], None, 40).to_json()
     assert told["sites"] == [{"site": "embed", "width": 48}]
     assert isinstance(forward_for(tiny.model("llama"), ["embed"], None, 40), Forward)
+
+
+PASSES: dict[str, Callable[[vs.Model], object]] = {
+    "run": lambda model: model.run(vs.Tokens(IDS), capture=["layers.1.resid_post", "layers.0.pattern"]),
+    "edit": lambda model: model.run(vs.Tokens(IDS), interventions=[vs.Ablate("layers.1.mlp_out")], check_finite=True),
+    "generate": lambda model: model.generate(vs.Tokens(IDS), 2, capture=["layers.1.resid_post"]),
+    "rows": lambda model: rows(model, ["layers.1.resid_post"], group()),
+}
+IDS = torch.arange(12).view(2, 6) + 3
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_nothing_of_a_pass_waits_for_the_garbage_collector(name: str) -> None:
+    """What waits are activations, and their memory. Control: a list that holds itself does wait."""
+    model = tiny.model("llama")
+    PASSES[name](model)
+    gc.collect()
+    gc.disable()
+    try:
+        PASSES[name](model)
+        assert gc.collect() == 0
+        loop: list[object] = []
+        loop.append(loop)
+        del loop
+        assert gc.collect() == 1
+    finally:
+        gc.enable()

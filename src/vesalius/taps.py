@@ -80,10 +80,17 @@ class Recorder:
         self._refuse_nan = bool(watch)
         only = [site for site in watch if site not in self._all and self._lies_open(site)]
         direct = sorted((site for site in (*self._all, *only) if site not in through), key=_forward_order)
-        self.taps = [tap for site in direct for tap in self._counted(site, site in only)]
+        self._direct = [(site, site in only) for site in direct]
         self.needs_attention = bool(through)
         self._heard: Counter[int] = Counter()
         self._attention = self._attention_sites() if through else {}
+
+    @property
+    def taps(self) -> list[Tap | OutputTap]:
+        """Made anew for a pass. If they were kept here, they and the recorder would hold each other, and its tensors
+        would stay until the garbage collector comes by.
+        """
+        return [tap for site, only in self._direct for tap in self._counted(site, only)]
 
     def _lies_open(self, site: Site) -> bool:
         """Whether a module has this tensor, so that looking at it costs nothing."""

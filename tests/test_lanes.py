@@ -116,6 +116,25 @@ def test_unknown_modules_autocast_and_one_thread_go_one_after_the_other() -> Non
     assert len(lanes._lanes({"": model})) == 1
 
 
+def test_a_model_that_cannot_be_copied_is_run_one_batch_after_the_other() -> None:
+    model, chosen = tiny.model("llama"), group()
+    model.module.model.layers[0].guard = threading.Lock()
+    assert len(lanes._lanes({"": model})) == 1
+    (found,) = rows(model, ["layers.1.resid_post"], chosen, batch_tokens=20)
+    torch.testing.assert_close(found, alone(model, "layers.1.resid_post", chosen), rtol=1e-4, atol=1e-5)
+
+
+def test_an_error_of_who_listens_ends_both_lanes() -> None:
+    forward = forward_for(tiny.model("llama"), ["layers.1.resid_post"], None, 4)
+
+    def done(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        forward.rows(group(), torch.float32, done)
+    assert not [one for one in threading.enumerate() if one.name.startswith("vesalius")]
+
+
 def test_an_error_in_a_lane_is_raised_and_leaves_no_hook() -> None:
     model, chosen = tiny.model("llama"), group()
     with torch.no_grad():

@@ -158,6 +158,17 @@ def test_graphs_and_other_dtypes_pass_by_untouched() -> None:
     assert not halves._laid_out._held
 
 
+@pytest.mark.parametrize("rows", [1, 9, 700])
+def test_a_laid_out_weight_multiplies_any_number_of_rows(rows: int, library: str) -> None:
+    drawn = torch.Generator().manual_seed(rows)
+    weight, bias, x = (torch.randn(*shape, generator=drawn).bfloat16() for shape in ((80, 48), (80,), (rows, 48)))
+    for given in (None, bias):
+        exact = nn.functional.linear(x.float(), weight.float(), None if given is None else given.float())
+        torch.testing.assert_close(products.Half(weight, 512).linear(x, given).float(), exact, atol=0.05, rtol=0.01)
+        if library == "mkl":
+            assert torch.equal(products.Half(weight, 512).linear(x, given), nn.functional.linear(x, weight, given))
+
+
 @pytest.mark.usefixtures("library")
 def test_a_weight_that_was_changed_is_laid_out_anew() -> None:
     layer, x = nn.Linear(48, 32, dtype=torch.bfloat16), torch.randn(9, 48).bfloat16()

@@ -138,7 +138,7 @@ class Forward:
         done: called after each batch with the number of its rows. Raises NotFiniteError for NaN and infinity.
         """
         kept = tuple(torch.empty(group.rows, width, dtype=dtype) for width in self.widths)
-        _ = self._weights  # made now, once for all lanes
+        _ = self._weights, self._halves  # made now, once for all lanes
 
         def keep(models: Models, batch: Batch) -> int:
             with self._products():
@@ -147,8 +147,10 @@ class Forward:
                 whole[batch.rows] = _stored(site, rows, dtype, partial(self._told, group, batch))
             return len(batch.rows)
 
-        for n in side_by_side(keep, self.models, list(self._batches(group, self.batch_tokens))):
-            done(n)
+        sizes = side_by_side(keep, self.models, list(self._batches(group, self.batch_tokens)))
+        with contextlib.closing(sizes):  # so that an error in `done` ends the other lane too
+            for n in sizes:
+                done(n)
         return kept
 
     def _told(self, group: Group, batch: Batch, row: int) -> str:

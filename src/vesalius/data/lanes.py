@@ -8,7 +8,7 @@ copies of the trees of modules around the very same weights.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from itertools import chain
 from queue import SimpleQueue
 from typing import TypeVar
@@ -24,39 +24,37 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def side_by_side(fn: Callable[[Models, T], R], models: Models, batches: Sequence[T]) -> Iterator[R]:
+def side_by_side(fn: Callable[[Models, T], R], models: Models, batches: Sequence[T]) -> Generator[R, None, None]:
     """fn of the models and each batch, in the order of the batches, two at a time where that is possible.
 
     A batch without a partner is run on all threads.
     """
-    pairs = len(batches) // 2 * 2
-    lanes = _lanes(models) if pairs else (models,)
-    if len(lanes) < 2:
-        pairs = 0
-    if pairs:
-        free: SimpleQueue[Models] = SimpleQueue()
-        for lane in lanes:
+    lanes = _lanes(models) if len(batches) > 1 else (models,)
+    paired = len(batches) // len(lanes) * len(lanes)
+    free: SimpleQueue[Models] = SimpleQueue()
+    for lane in lanes:
+        free.put(lane)
+
+    def run(batch: T) -> R:
+        lane = free.get()
+        try:
+            return fn(lane, batch)
+        finally:
             free.put(lane)
 
-        def run(batch: T) -> R:
-            lane = free.get()
-            try:
-                return fn(lane, batch)
-            finally:
-                free.put(lane)
-
-        with Workers(len(lanes), inside=torch.get_num_threads() // len(lanes)) as workers:
-            yield from workers.each(run, batches[:pairs])
-    yield from (fn(models, batch) for batch in batches[pairs:])
+    with Workers(len(lanes), inside=torch.get_num_threads() // len(lanes)) as workers:
+        yield from workers.each(run, batches[:paired])
+    yield from (fn(models, batch) for batch in batches[paired:])
 
 
 def _lanes(models: Models) -> tuple[Models, ...]:
     # Autocast holds for one thread, and would not hold in ours.
-    if torch.get_num_threads() % 2 or torch.is_autocast_enabled("cpu"):
+    if torch.get_num_threads() % 2 or torch.is_autocast_enabled("cpu") or not all(map(_has_twin, models.values())):
         return (models,)
-    if not all(_has_twin(model) for model in models.values()):
+    try:
+        return models, {tag: _twin(model) for tag, model in models.items()}
+    except (RuntimeError, TypeError):  # it holds what cannot be copied, such as a lock, or a tensor with a graph
         return (models,)
-    return models, {tag: _twin(model) for tag, model in models.items()}
 
 
 def _has_twin(model: Model) -> bool:

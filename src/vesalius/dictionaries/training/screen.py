@@ -36,6 +36,8 @@ _MOST = 8
 
 
 _LATENTS = 512
+_ROWS = 512
+"""About as many as are screened together; the layout is chosen for them, no number depends on it."""
 _ABOVE = 1.0001
 """So that norms are not rounded down."""
 
@@ -53,8 +55,8 @@ class Screen:
     largest_bias: float
 
     @classmethod
-    def of(cls, encoder: Tensor, bias: Tensor, workers: Workers, rows: int = 512) -> Screen:
-        """Screen of an encoder as it is now. rows: about how many are screened at a time."""
+    def of(cls, encoder: Tensor, bias: Tensor, workers: Workers) -> Screen:
+        """Screen of an encoder as it is now."""
         rounded = torch.empty_like(encoder, dtype=torch.bfloat16)
 
         def norms(start: int) -> Tensor:
@@ -64,7 +66,8 @@ class Screen:
             return torch.stack([torch.linalg.vecdot(part, part).max() for part in (rows, rest)])
 
         found = torch.stack(workers.map(norms, range(0, len(encoder), _LATENTS))).amax(0).sqrt() * _ABOVE
-        return cls(encoder, bias, Half(rounded, rows), float(found[0]), float(found[1]), float(bias.abs().max()))
+        half = Half(rounded, _ROWS)
+        return cls(encoder, bias, half, float(found[0]), float(found[1]), float(bias.abs().max()))
 
     def rough(self, x: Tensor) -> Tensor:
         """[rows, latent] bfloat16: pre-activations from products in bfloat16."""
@@ -83,10 +86,9 @@ class Screen:
 
     def exact(self, x: Tensor, piece: SparsePiece) -> Tensor:
         """The pre-activations of a piece's entries, computed in float32."""
-        # Latent by latent: a piece's rows stay in cache, and all of the encoder does not.
+        # Latent by latent: the rows of a piece stay in cache, all of the encoder does not.
         order, rows, begins = by_column(piece.columns, piece.offsets, piece.n_latents)
-        found = x.new_empty(len(order))
-        columns = piece.columns[order]
+        columns, found = piece.columns[order], x.new_empty(len(order))
         found[order] = dots(x, self.encoder, columns, begins[:-1], rows) + self.bias[columns]
         return found
 

@@ -71,30 +71,24 @@ class Recorder:
             self._check_editable(edit)
             self._edits.setdefault(edit.part.site.whole, []).append((number, edit))
             self._read.update(self._checked_reads(edit) if isinstance(edit, Reader) else ())
-        hidden = [_z_of(site) for site in self._capture if site.kind in RESULTS]
-        self._read.update(hidden)
+        self._read.update(_z_of(site) for site in self._capture if site.kind in RESULTS)
         asked = [*self._edits, *self._read, *(s for s in self._capture if s.kind not in RESULTS)]
         # In the order of the forward pass: two sites can share a module's tensor (attn_out, and the sum resid_mid).
         self._all = sorted(dict.fromkeys(asked), key=_forward_order)
         through = [site for site in self._all if self._through_attention(site)]
         self._refuse_nan = bool(watch)
-        only = [site for site in watch if site not in self._all and self._lies_open(site)]
-        direct = sorted((site for site in (*self._all, *only) if site not in through), key=_forward_order)
-        self._direct = [(site, site in only) for site in direct]
+        # Only watched: what some module has, so that looking at it costs nothing.
+        only = [s for s in watch if s not in self._all and s.kind not in UNWATCHED and not self._through_attention(s)]
+        every = sorted((*self._all, *only), key=_forward_order)
+        self._direct = [(site, site in only) for site in every if site not in through]
         self.needs_attention = bool(through)
         self._heard: Counter[int] = Counter()
         self._attention = self._attention_sites() if through else {}
 
     @property
     def taps(self) -> list[Tap | OutputTap]:
-        """Made anew for a pass. If they were kept here, they and the recorder would hold each other, and its tensors
-        would stay until the garbage collector comes by.
-        """
+        """Made anew for a pass: kept here, they and the recorder's tensors would wait for the garbage collector."""
         return [tap for site, only in self._direct for tap in self._counted(site, only)]
-
-    def _lies_open(self, site: Site) -> bool:
-        """Whether a module has this tensor, so that looking at it costs nothing."""
-        return site.kind not in UNWATCHED and not self._through_attention(site)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

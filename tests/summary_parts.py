@@ -142,7 +142,7 @@ def gate() -> Summary:
                     "n": 3,
                     "accuracy": accuracy,
                     "logit_diff": 4.2 * accuracy - 0.8,
-                    "passed": accuracy >= 0.5,
+                    "passed": accuracy > 0.5,
                 }
             )
     return {

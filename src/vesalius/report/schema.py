@@ -96,7 +96,7 @@ GATE = Record(
                     "n": _whole("prompts"),
                     "accuracy": _number("share of prompts answered right"),
                     "logit_diff": _number("mean logit difference"),
-                    "passed": _flag("whether it is at or above the template threshold"),
+                    "passed": _flag("whether it is above the template threshold"),
                 }
             ),
             "every template, the failed ones too",

@@ -36,7 +36,7 @@ from vesalius.data import TensorSource
 from vesalius.dictionaries.training.fitter import Fitter, make_fitter
 from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.wiring import wire
-from vesalius.workers import Workers
+from vesalius.jobs.workers import Workers
 
 ROWS, K, SITE = 4096, 32, "layers.15.resid_post"
 WORKS = {

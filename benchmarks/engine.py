@@ -32,8 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import measure
 import vesalius as vs
-from vesalius import products
 from vesalius.jobs import silent
+from vesalius.model import products
 
 LAYERS, HEADS, WIDTH = 30, 9, 15
 NAMES = ["Mary", "John", "Tom", "Anna", "Paul", "Kate", "Mark", "Jane", "Peter"]
@@ -194,7 +194,7 @@ def arithmetic(model: vs.Model, pairs: vs.Pairs, seconds: float) -> str:
     return (
         f"Arithmetic rate inside the residual sweep: {rate:.0f} GFLOP per CPU-s, {rate / matmul:.0%} of PyTorch's "
         f"float32 product ({matmul:.0f}) and {rate / best:.0%} of the faster library's ({best:.0f}; "
-        f"`vesalius.products` takes {products.library()})."
+        f"`vesalius.model.products` takes {products.library()})."
     )
 
 

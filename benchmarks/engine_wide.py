@@ -25,10 +25,10 @@ import torch
 import measure
 import vesalius as vs
 from vesalius.jobs import silent
-from vesalius.sweeps.cost import estimate
-from vesalius.sweeps.donors import donor_for
-from vesalius.sweeps.record import record
-from vesalius.sweeps.variants import Variant
+from vesalius.patching.cost import estimate
+from vesalius.patching.donors import donor_for
+from vesalius.patching.record import record
+from vesalius.patching.variants import Variant
 
 LAYERS = 30
 SAMPLED = [5, 15, 25]

@@ -25,8 +25,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tiny
 import vesalius as vs
 from vesalius.bench import Bench
+from vesalius.patching.record import Record
 from vesalius.site import Site
-from vesalius.sweeps.record import Record
 
 VOCAB, WIDTH, D_HEAD, HEADS = 40, 9, 48, 4
 BOS, END, S2 = 0, 1, 6

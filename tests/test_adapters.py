@@ -15,8 +15,8 @@ import tiny
 import vesalius as vs
 from families import FAMILIES, Family
 from vesalius.adapters import KNOWN, adapter_for
-from vesalius.direct import direct_effects
 from vesalius.errors import InputError, UnknownArchitectureError
+from vesalius.model.direct import direct_effects
 
 MIXTURES = ("mixtral", "olmoe", "qwen2_moe")
 POST_NORM = ("gemma2", "gemma3", "olmo2")

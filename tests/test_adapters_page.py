@@ -10,7 +10,7 @@ import torch
 
 import vesalius as vs
 from vesalius.adapters import KNOWN, Adapter
-from vesalius.direct import direct_effects
+from vesalius.model.direct import direct_effects
 
 PAGE = Path(__file__).parent.parent / "docs" / "adapters.md"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from vesalius.cache import MANIFEST, cache_root, file_sha256, flaw, made_folder
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs import Event
+from vesalius.jobs.cache import MANIFEST, cache_root, file_sha256, flaw, made_folder
 
 
 class Filler:
@@ -122,7 +122,7 @@ def test_readable_folder_is_used_without_writing_anything(tmp_path: Path) -> Non
 SLOW = """
 import sys, time
 from pathlib import Path
-from vesalius.cache import made_folder
+from vesalius.jobs.cache import made_folder
 def fill(out):
     (out / "a.bin").write_bytes(b"alpha" * 1000)
     Path(sys.argv[2]).open("a").write("filling\\n")
@@ -176,7 +176,7 @@ def test_killed_in_the_middle_is_never_taken_for_good_and_is_cleaned_up(tmp_path
 
 
 def test_without_locks_the_second_to_finish_takes_what_is_there(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("vesalius.cache._locked", lambda *_: False)
+    monkeypatch.setattr("vesalius.jobs.cache._locked", lambda *_: False)
     inner, folder = Filler(), tmp_path / "key"
 
     def fill(out: Path) -> None:

@@ -18,7 +18,7 @@ from vesalius.bench import Bench
 from vesalius.describe import Context, describe
 from vesalius.errors import InputError, PairsError, UnknownNameError
 from vesalius.intervention import off_distribution
-from vesalius.records import Claim, Verdict
+from vesalius.protocol import Claim, Verdict
 from vesalius.site import Site
 from vesalius.stats import clustered_t
 from vesalius.validate import CHECKS, check, described, measure, prefetch, reinitialised

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from vesalius.classifier import Plane, logistic, mean_difference
+from vesalius.concepts.classifier import Plane, logistic, mean_difference
 from vesalius.errors import InputError, NotFiniteError
 
 
@@ -84,7 +84,7 @@ def test_a_plane_is_what_it_says() -> None:
 
 def test_scikit_learn_is_imported_when_a_probe_is_fitted_and_not_before() -> None:
     code = (
-        "import sys, numpy as np, vesalius.classifier as c; print('sklearn' in sys.modules);"
+        "import sys, numpy as np, vesalius.concepts.classifier as c; print('sklearn' in sys.modules);"
         "c.logistic(np.eye(4), np.arange(4) > 1); print('sklearn' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

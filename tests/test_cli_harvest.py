@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_ctrl_c_keeps_what_is_there_and_the_same_command_goes_on(
 ) -> None:
     arguments = ("harvest", texts, "--model", model, *SITE, "--out", tmp_path / "acts")
     written = 0
-    plain = vs.data.harvest.__globals__["write_shard"]
+    plain = import_module("vesalius.data.harvest").write_shard
 
     def interrupted(*given: Any) -> Any:
         nonlocal written
@@ -159,7 +160,7 @@ def test_ctrl_c_keeps_what_is_there_and_the_same_command_goes_on(
             raise KeyboardInterrupt
         return plain(*given)
 
-    monkeypatch.setitem(vs.data.harvest.__globals__, "write_shard", interrupted)
+    monkeypatch.setattr(import_module("vesalius.data.harvest"), "write_shard", interrupted)
     done = run(*arguments)
     assert done.code == 130
     assert "the same command goes on from there" in done.words

@@ -13,10 +13,10 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny_gguf import BYTES, SPECIAL, TOKENS, add_tokenizer, logits_of, tensors_of, tiny_llama, write_gguf
-from vesalius.convert import convert_gguf, read_tokenizer
 from vesalius.errors import FileFormatError, InputError, NotFiniteError, UnknownArchitectureError, UnknownNameError
-from vesalius.gguf_file import read_gguf
 from vesalius.jobs import Event
+from vesalius.model.gguf import convert_gguf, read_tokenizer
+from vesalius.model.gguf.file import read_gguf
 
 TEXTS = [
     "the hehe 12 1212",

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vesalius as vs
 from tiny_gemma import SCORES, TOKENS, add_pieces, tiny_gemma, write_gemma
-from vesalius.convert import convert_gguf, read_tokenizer
-from vesalius.convert.tokenizer import merges_of
 from vesalius.errors import FileFormatError
-from vesalius.gguf_file import read_gguf
+from vesalius.model.gguf import convert_gguf, read_tokenizer
+from vesalius.model.gguf.file import read_gguf
+from vesalius.model.gguf.tokenizer import merges_of
 
 
 def logits(model: Any) -> torch.Tensor:

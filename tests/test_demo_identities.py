@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import vesalius as vs
-from vesalius.direct import direct_effects
 from vesalius.errors import InterventionError
+from vesalius.model.direct import direct_effects
 
 TEXTS = [
     "When Mary and John went to the store, John gave a drink to",

@@ -18,9 +18,9 @@ import tiny
 import vesalius as vs
 from families import FAMILIES
 from vesalius.adapters.weights import device_of, parameter, spread, weight_of
-from vesalius.direct import direct_effects
 from vesalius.errors import InputError
 from vesalius.jobs import Event
+from vesalius.model.direct import direct_effects
 
 NAMES = ["layers.*.z", "layers.1.result", "layers.0.pattern", "layers.1.resid_mid", "final_norm"]
 SPREAD = ["llama", "gemma3", "opt", "olmoe", "gpt2"]

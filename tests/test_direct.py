@@ -9,8 +9,8 @@ import patching
 import tiny
 import vesalius as vs
 from vesalius.bench import Bench, components
-from vesalius.direct import direct_effects
 from vesalius.errors import UnknownNameError
+from vesalius.model.direct import direct_effects
 
 FAMILIES = sorted(tiny.FAMILIES)
 

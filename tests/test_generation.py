@@ -12,7 +12,7 @@ import families
 import tiny
 import vesalius as vs
 from vesalius.errors import InputError, InterventionError, NotFiniteError
-from vesalius.generation import edited_tokens
+from vesalius.model.generation import edited_tokens
 
 NEW = 5
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
-from vesalius.jobs import Blocks, Estimate, Event, SerialExecutor, silent, track, write_atomic
+from vesalius.jobs import Blocks, Estimate, Event, silent, track, write_atomic
 
 
 class Counted:
@@ -202,16 +202,9 @@ def test_estimates_speak_in_one_line() -> None:
     assert Estimate(9000, memory_bytes=512).describe() == "about 2.5 h, 512 B of memory"
 
 
-def test_the_serial_executor_keeps_order_and_raises_where_it_failed() -> None:
-    results = SerialExecutor().map(lambda x: 1 / x, [2, 4, 0])
-    assert [next(results), next(results)] == [0.5, 0.25]
-    with pytest.raises(ZeroDivisionError):
-        next(results)
-
-
 def test_the_ledger_and_what_it_needs_import_without_torch() -> None:
     code = (
-        "import sys, vesalius.ledger, vesalius.jobs, vesalius.stats\n"
+        "import sys, vesalius.protocol.ledger, vesalius.jobs, vesalius.stats\n"
         "print([name for name in ('torch', 'scipy.stats') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | path_to_src())

@@ -17,7 +17,7 @@ from vesalius.data import lanes
 from vesalius.data.forward import forward_for
 from vesalius.data.lanes import side_by_side
 from vesalius.errors import NotFiniteError
-from vesalius.hooks import Tap, tapped
+from vesalius.model.hooks import Tap, tapped
 
 
 @pytest.fixture(autouse=True)

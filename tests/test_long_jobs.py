@@ -17,7 +17,7 @@ from vesalius.dictionaries import Dictionary
 from vesalius.dictionaries.training.metrics import _masked
 from vesalius.errors import FileFormatError
 from vesalius.jobs import Event
-from vesalius.progress import Drawn, bars
+from vesalius.jobs.progress import Drawn, bars
 
 CONFIG = vs.TrainConfig(n_latents=24, k=3, steps=20, batch_size=64, checkpoint_every=5, held_out=0.3)
 TEXTS = [f"the hens and the fox said {number} " * 6 for number in range(24)]

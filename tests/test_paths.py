@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import families
 import tiny
 import vesalius as vs
-from vesalius.direct import frozen_norm
 from vesalius.errors import InputError, NotFiniteError, SelfCheckError, UnknownNameError
 from vesalius.jobs import Event
-from vesalius.sweeps import replay
+from vesalius.model.direct import frozen_norm
+from vesalius.patching import replay
 
 SENDERS = ["embed", "layers.*.z", "layers.*.mlp_out", "layers.0.attn_out"]
 RECEIVERS = [

@@ -11,10 +11,10 @@ import tiny
 import vesalius as vs
 from families import FAMILIES
 from vesalius.errors import SelfCheckError
-from vesalius.sweeps.checking import self_check
-from vesalius.sweeps.donors import donor_for
-from vesalius.sweeps.record import record
-from vesalius.sweeps.variants import Variant
+from vesalius.patching.checking import self_check
+from vesalius.patching.donors import donor_for
+from vesalius.patching.record import record
+from vesalius.patching.variants import Variant
 
 # Largest error, in units of the values' range.
 DTYPES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.03}

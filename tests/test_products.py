@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import tiny
-from vesalius import products
 from vesalius.errors import UnknownNameError
+from vesalius.model import products
 
 SIZES = [(1, 16, 3), (9, 48, 80), (33, 80, 48), (200, 576, 192)]
 

@@ -19,11 +19,11 @@ import vesalius as vs
 from planted_features import draw, sparse_sums, unit
 from vesalius.data import TensorSource
 from vesalius.dictionaries import Dictionary, TrainConfig, geometry, quality, shared, train
-from vesalius.dictionaries.judging.baselines import reduced_rank, untrained
-from vesalius.dictionaries.judging.figures import WORDS, row_figures
-from vesalius.dictionaries.judging.geometry import matching, nearest_cosines, random_unit
-from vesalius.dictionaries.judging.sample import Sample
-from vesalius.dictionaries.judging.sums import Coded, OfCoder, Sums, sums_of
+from vesalius.dictionaries.evaluation.baselines import reduced_rank, untrained
+from vesalius.dictionaries.evaluation.figures import WORDS, row_figures
+from vesalius.dictionaries.evaluation.geometry import matching, nearest_cosines, random_unit
+from vesalius.dictionaries.evaluation.sample import Sample
+from vesalius.dictionaries.evaluation.sums import Coded, OfCoder, Sums, sums_of
 from vesalius.errors import InputError
 from vesalius.site import Site
 

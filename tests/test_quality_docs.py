@@ -10,7 +10,7 @@ import pytest
 
 import vesalius as vs
 from vesalius.dictionaries import WORDS
-from vesalius.dictionaries.judging.geometry import SHARED
+from vesalius.dictionaries.evaluation.geometry import SHARED
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "quality.md").read_text("utf-8")

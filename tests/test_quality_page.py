@@ -16,8 +16,8 @@ from planted_features import draw
 from test_quality import made
 from vesalius import report
 from vesalius.dictionaries import Quality, quality
-from vesalius.dictionaries.judging import WORDS
-from vesalius.dictionaries.judging.figures import Figure
+from vesalius.dictionaries.evaluation import WORDS
+from vesalius.dictionaries.evaluation.figures import Figure
 from vesalius.errors import InputError, NotFiniteError, UnknownNameError
 from vesalius.report.histograms import BASE, TOP, cosines, densities
 from vesalius.report.quality_page import LABELS, NAMES

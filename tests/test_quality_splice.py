@@ -17,10 +17,10 @@ from planted_features import draw, unit
 from vesalius.data import ActivationStore
 from vesalius.data.packing import Context
 from vesalius.dictionaries import Dictionary, TrainConfig, quality, train
+from vesalius.dictionaries.evaluation.sample import Drawn
+from vesalius.dictionaries.evaluation.sample import draw as draw_rows
+from vesalius.dictionaries.evaluation.splice import _batches
 from vesalius.dictionaries.held_out import unseen
-from vesalius.dictionaries.judging.sample import Drawn
-from vesalius.dictionaries.judging.sample import draw as draw_rows
-from vesalius.dictionaries.judging.splice import _batches
 from vesalius.errors import InputError
 from vesalius.site import Site
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vesalius.errors import InputError, NotFiniteError, UnknownNameError
-from vesalius.records import Claim, Evidence, Family, Verdict, canonical_json, content_hash, default_delta, unmeasured
+from vesalius.protocol import Claim, Evidence, Family, Verdict, canonical_json, content_hash, default_delta, unmeasured
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

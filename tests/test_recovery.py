@@ -19,8 +19,8 @@ from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.wiring import wire
 from vesalius.errors import InputError
 from vesalius.jobs import silent
+from vesalius.jobs.workers import Workers
 from vesalius.toys import recovered, sparse_rows, unit_rows
-from vesalius.workers import Workers
 
 D, FEATURES, LATENTS = 64, 128, 160
 

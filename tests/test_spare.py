@@ -14,13 +14,13 @@ import tiny
 import vesalius as vs
 from families import FAMILIES
 from vesalius.adapters import submodule
-from vesalius.sweeps.donors import donor_for
-from vesalius.sweeps.edits import Edits, Table, sources
-from vesalius.sweeps.evaluate import Outcome, evaluate
-from vesalius.sweeps.flat import Rows
-from vesalius.sweeps.plain import plain_value
-from vesalius.sweeps.record import Record, record
-from vesalius.sweeps.variants import Variant
+from vesalius.patching.donors import donor_for
+from vesalius.patching.edits import Edits, Table, sources
+from vesalius.patching.evaluate import Outcome, evaluate
+from vesalius.patching.flat import Rows
+from vesalius.patching.plain import plain_value
+from vesalius.patching.record import Record, record
+from vesalius.patching.variants import Variant
 
 REPLAYED = sorted(name for name, family in FAMILIES.items() if family.replayed)
 DONORS = ("patch", "zero", "mean", "resample")

@@ -13,7 +13,7 @@ from vesalius.dictionaries.training.codes import DensePiece, SparsePiece, codes_
 from vesalius.dictionaries.training.encode import Encoder, encode
 from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.screen import Screen
-from vesalius.workers import Workers
+from vesalius.jobs.workers import Workers
 
 ROWS, M, D, OUT = 37, 2048, 24, 9
 

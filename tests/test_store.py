@@ -18,7 +18,7 @@ import vesalius as vs
 from vesalius.data import ActivationStore, Source
 from vesalius.data.source import Rows
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
-from vesalius.records import content_hash
+from vesalius.protocol import content_hash
 
 SITES = ["layers.0.resid_post", "layers.0.mlp_post"]
 TOKENS = 700

@@ -21,7 +21,7 @@ from vesalius import report
 from vesalius.bench import Bench
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs import Event
-from vesalius.ledger import Ledger
+from vesalius.protocol.ledger import Ledger
 from vesalius.studies import Question, Study, claims_on, run_study, supported_roles, task_circuit
 from vesalius.studies.kept import edges_from_arrays, edges_to_arrays, found_from_arrays, found_to_arrays
 from vesalius.toys import PLANTED

@@ -16,7 +16,7 @@ import vesalius as vs
 from vesalius.errors import InputError, NotFiniteError, UnknownNameError
 from vesalius.intervention import derangement
 from vesalius.jobs import Event
-from vesalius.sweeps import sweep as sweep_module
+from vesalius.patching import sweep as sweep_module
 
 
 @pytest.fixture(scope="module", params=sorted(tiny.FAMILIES))

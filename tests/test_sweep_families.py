@@ -16,12 +16,12 @@ from families import FAMILIES
 from vesalius.adapters import submodule
 from vesalius.errors import InputError, NotFiniteError
 from vesalius.jobs import Event
-from vesalius.sweeps.cost import estimate
-from vesalius.sweeps.donors import Donor, donor_for
-from vesalius.sweeps.evaluate import Outcome, evaluate
-from vesalius.sweeps.plain import plain_value
-from vesalius.sweeps.record import Record, record, window_of
-from vesalius.sweeps.variants import Variant
+from vesalius.patching.cost import estimate
+from vesalius.patching.donors import Donor, donor_for
+from vesalius.patching.evaluate import Outcome, evaluate
+from vesalius.patching.plain import plain_value
+from vesalius.patching.record import Record, record, window_of
+from vesalius.patching.variants import Variant
 
 DONORS = ("patch", "zero", "mean", "resample")
 KINDS = ("z", "q", "k", "v", "attn_out", "mlp_in", "mlp_post", "mlp_out", "router", "expert_out")

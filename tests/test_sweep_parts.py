@@ -12,10 +12,10 @@ from torch import Tensor
 
 import tiny
 import vesalius as vs
-from vesalius import products
 from vesalius.dictionaries import Dictionary
 from vesalius.errors import InputError
 from vesalius.jobs import Event, silent
+from vesalius.model import products
 
 FAMILIES = sorted(tiny.FAMILIES)
 LAYER = "layers.1.resid_post"

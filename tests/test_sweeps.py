@@ -13,15 +13,15 @@ import tiny
 import vesalius as vs
 from vesalius.errors import InputError, InterventionError, NotFiniteError, SelfCheckError, UnknownNameError
 from vesalius.jobs import Event
-from vesalius.sweeps import replay
-from vesalius.sweeps.changes import Changes
-from vesalius.sweeps.cost import estimate
-from vesalius.sweeps.donors import Donor, donor_for
-from vesalius.sweeps.evaluate import Outcome, evaluate
-from vesalius.sweeps.plain import plain_value
-from vesalius.sweeps.record import Record, record
-from vesalius.sweeps.variants import Variant, batches
-from vesalius.sweeps.what import normal
+from vesalius.patching import replay
+from vesalius.patching.changes import Changes
+from vesalius.patching.cost import estimate
+from vesalius.patching.donors import Donor, donor_for
+from vesalius.patching.evaluate import Outcome, evaluate
+from vesalius.patching.plain import plain_value
+from vesalius.patching.record import Record, record
+from vesalius.patching.variants import Variant, batches
+from vesalius.patching.what import normal
 
 FAMILIES = sorted(tiny.FAMILIES)
 DONORS = ("patch", "zero", "mean", "resample")

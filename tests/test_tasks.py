@@ -14,7 +14,7 @@ from vesalius.data import TASKS, Row, beginning_token, build_pairs, landmarks, t
 from vesalius.data.tasks import capitals as make_capitals
 from vesalius.data.tasks import induction as make_induction
 from vesalius.data.tasks import ioi as make_ioi
-from vesalius.data.tasks.base import Rota, stream
+from vesalius.data.tasks.base import Rota
 from vesalius.data.tasks.capitals import CAPITALS
 from vesalius.data.tasks.capitals import FRAMES as CAPITAL_FRAMES
 from vesalius.data.tasks.gendered_pronoun import FRAMES as PRONOUN_FRAMES
@@ -25,6 +25,7 @@ from vesalius.data.tasks.sva import FRAMES as SVA_FRAMES
 from vesalius.data.tasks.sva import NOUNS
 from vesalius.errors import InputError, PairsError, TokenizerError, UnknownNameError
 from vesalius.inputs import Pairs
+from vesalius.seeds import generator_for
 
 SPLITS = ("discovery", "validation")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -492,7 +493,7 @@ def test_landmarks_with_a_tokenizer_find_a_word_without_its_space() -> None:
 
 
 def test_a_rota_uses_everything_once_before_anything_twice() -> None:
-    rota = Rota("abcde", stream("test", 0))
+    rota = Rota("abcde", generator_for("test", 0))
     assert sorted(rota.draw() for _ in range(5)) == list("abcde")
     assert rota.draw(exclude="abcd") == "e"
     assert rota.draw(only="ab", cost=lambda item: item == "a") == "b"

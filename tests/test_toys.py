@@ -9,8 +9,8 @@ from torch import Tensor
 import vesalius as vs
 from vesalius.bench import components
 from vesalius.data.positions import landmarks
-from vesalius.direct import direct_effects
 from vesalius.errors import InputError
+from vesalius.model.direct import direct_effects
 from vesalius.site import Site
 from vesalius.toys import PLANTED, VOCAB, planted_induction, planted_pairs, random_model
 from vesalius.toys.planted import LAYERS, POSITIONS, _codes, _places, _subspaces

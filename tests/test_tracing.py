@@ -14,7 +14,7 @@ import tiny
 import vesalius as vs
 from vesalius.errors import InputError, NotFiniteError, SelfCheckError, UnknownNameError
 from vesalius.jobs import Event
-from vesalius.sweeps import replay
+from vesalius.patching import replay
 
 DRAWS = 3
 

@@ -17,7 +17,7 @@ from vesalius.dictionaries.training import encode
 from vesalius.dictionaries.training.fitter import Fitter, make_fitter
 from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.wiring import wire
-from vesalius.workers import Workers
+from vesalius.jobs.workers import Workers
 
 D, N = 12, 1500
 KINDS = ["relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka"]

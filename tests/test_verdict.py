@@ -11,9 +11,9 @@ import pytest
 from scipy import stats as reference
 
 from vesalius.errors import ProtocolError
-from vesalius.records import Claim, Evidence, Verdict, canonical_json, unmeasured
+from vesalius.protocol import Claim, Evidence, Verdict, canonical_json, unmeasured
+from vesalius.protocol.verdict import check_legs, decide
 from vesalius.stats import clustered_t, tost
-from vesalius.verdict import check_legs, decide
 
 TEMPLATES, SIZE = 16, 4
 LABELS = tuple(f"t{i // SIZE}" for i in range(TEMPLATES * SIZE))

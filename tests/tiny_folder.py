@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tiny_gguf import tiny_llama, write_gguf
-from vesalius.convert import convert_gguf
-from vesalius.loading import load
+from vesalius.model.gguf import convert_gguf
+from vesalius.model.loading import load
 
 
 def tiny_folder(parent: Path) -> Path:

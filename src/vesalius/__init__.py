@@ -14,15 +14,15 @@ _HOME = {
     "Ablate": "intervention",
     "Activations": "activations",
     "Adapter": "adapters",
-    "Agreement": "sweeps.scores",
-    "Claim": "records",
+    "Agreement": "patching.scores",
+    "Claim": "protocol",
     "Direction": "parts",
-    "Evidence": "records",
-    "Family": "records",
+    "Evidence": "protocol",
+    "Family": "protocol",
     "Freeze": "intervention",
-    "Generation": "generation",
+    "Generation": "model.generation",
     "Interchange": "intervention",
-    "Ledger": "ledger",
+    "Ledger": "protocol.ledger",
     "Measurement": "stats",
     "Metric": "metric",
     "Model": "model",
@@ -33,27 +33,27 @@ _HOME = {
     "Project": "intervention",
     "Replace": "intervention",
     "Run": "activations",
-    "Scores": "sweeps.scores",
+    "Scores": "patching.scores",
     "Site": "site",
     "Steer": "intervention",
     "Subspace": "parts",
     "Tokens": "inputs",
-    "Tracing": "sweeps.tracing",
+    "Tracing": "patching.tracing",
     "TrainConfig": "dictionaries",
     "Unit": "parts",
-    "Verdict": "records",
+    "Verdict": "protocol",
     "answer_logprob": "metric",
-    "attribution_patching": "sweeps.attribution",
-    "causal_tracing": "sweeps.tracing",
+    "attribution_patching": "patching.attribution",
+    "causal_tracing": "patching.tracing",
     "head": "parts",
     "kl_divergence": "metric",
-    "load": "loading",
+    "load": "model.loading",
     "logit_diff": "metric",
     "neuron": "parts",
     "next_token_loss": "metric",
-    "path_patching": "sweeps.paths",
+    "path_patching": "patching.paths",
     "silent": "jobs",
-    "sweep": "sweeps.sweep",
+    "sweep": "patching.sweep",
 }
 _ROOMS = ("circuits", "data", "describe", "dictionaries", "report", "stats", "studies", "toys", "validate")
 
@@ -79,7 +79,6 @@ if TYPE_CHECKING:
     from vesalius.activations import Run as Run
     from vesalius.adapters import Adapter as Adapter
     from vesalius.dictionaries import TrainConfig as TrainConfig
-    from vesalius.generation import Generation as Generation
     from vesalius.inputs import Pairs as Pairs
     from vesalius.inputs import Tokens as Tokens
     from vesalius.intervention import Ablate as Ablate
@@ -91,8 +90,6 @@ if TYPE_CHECKING:
     from vesalius.intervention import Replace as Replace
     from vesalius.intervention import Steer as Steer
     from vesalius.jobs import silent as silent
-    from vesalius.ledger import Ledger as Ledger
-    from vesalius.loading import load as load
     from vesalius.metric import Metric as Metric
     from vesalius.metric import Needs as Needs
     from vesalius.metric import answer_logprob as answer_logprob
@@ -100,21 +97,24 @@ if TYPE_CHECKING:
     from vesalius.metric import logit_diff as logit_diff
     from vesalius.metric import next_token_loss as next_token_loss
     from vesalius.model import Model as Model
+    from vesalius.model.generation import Generation as Generation
+    from vesalius.model.loading import load as load
     from vesalius.parts import Direction as Direction
     from vesalius.parts import Subspace as Subspace
     from vesalius.parts import Unit as Unit
     from vesalius.parts import head as head
     from vesalius.parts import neuron as neuron
-    from vesalius.records import Claim as Claim
-    from vesalius.records import Evidence as Evidence
-    from vesalius.records import Family as Family
-    from vesalius.records import Verdict as Verdict
+    from vesalius.patching.attribution import attribution_patching as attribution_patching
+    from vesalius.patching.paths import path_patching as path_patching
+    from vesalius.patching.scores import Agreement as Agreement
+    from vesalius.patching.scores import Scores as Scores
+    from vesalius.patching.sweep import sweep as sweep
+    from vesalius.patching.tracing import Tracing as Tracing
+    from vesalius.patching.tracing import causal_tracing as causal_tracing
+    from vesalius.protocol import Claim as Claim
+    from vesalius.protocol import Evidence as Evidence
+    from vesalius.protocol import Family as Family
+    from vesalius.protocol import Verdict as Verdict
+    from vesalius.protocol.ledger import Ledger as Ledger
     from vesalius.site import Site as Site
     from vesalius.stats import Measurement as Measurement
-    from vesalius.sweeps.attribution import attribution_patching as attribution_patching
-    from vesalius.sweeps.paths import path_patching as path_patching
-    from vesalius.sweeps.scores import Agreement as Agreement
-    from vesalius.sweeps.scores import Scores as Scores
-    from vesalius.sweeps.sweep import sweep as sweep
-    from vesalius.sweeps.tracing import Tracing as Tracing
-    from vesalius.sweeps.tracing import causal_tracing as causal_tracing

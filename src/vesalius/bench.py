@@ -16,22 +16,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vesalius.attention import capped
 from vesalius.data.positions import landmarks
-from vesalius.direct import Frozen, frozen_norm
 from vesalius.errors import InputError, PairsError, UnknownNameError
 from vesalius.inputs import Pairs
 from vesalius.intervention import derangement
 from vesalius.jobs import Blocks, Sink, silent
 from vesalius.metric import logit_diff
 from vesalius.model import Model
+from vesalius.model.attention import capped
+from vesalius.model.direct import Frozen, frozen_norm
+from vesalius.patching.cost import Cost
+from vesalius.patching.donors import Donor, patch_donor
+from vesalius.patching.evaluate import Outcome, evaluate
+from vesalius.patching.record import Record, record
+from vesalius.patching.scoring import base_values
+from vesalius.patching.variants import Variant
 from vesalius.site import Site
-from vesalius.sweeps.cost import Cost
-from vesalius.sweeps.donors import Donor, patch_donor
-from vesalius.sweeps.evaluate import Outcome, evaluate
-from vesalius.sweeps.record import Record, record
-from vesalius.sweeps.scoring import base_values
-from vesalius.sweeps.variants import Variant
 
 EMBED = Site("embed")
 DIRECTIONS = ("noising", "denoising")

@@ -9,7 +9,6 @@ VesaliusError
 │   ├── FileFormatError      missing, corrupt, truncated or unsafe file
 │   └── NotFiniteError       NaN or infinity in an input or a result
 ├── InterventionError        an intervention that did not, or cannot, happen
-├── GateError                the model does not do the task that is to be explained
 ├── SelfCheckError           a fast path disagreed with the plain one
 └── LedgerError
     ├── ProtocolError        a step the protocol of a claim forbids
@@ -59,10 +58,6 @@ class NotFiniteError(InputError):
 
 class InterventionError(VesaliusError):
     """An intervention that did not, or cannot, happen."""
-
-
-class GateError(VesaliusError):
-    """The model does not do the task that is to be explained."""
 
 
 class SelfCheckError(VesaliusError):

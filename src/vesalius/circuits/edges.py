@@ -11,9 +11,9 @@ from vesalius.activations import Activations
 from vesalius.bench import EMBED, Bench
 from vesalius.circuits.circuit import Edge
 from vesalius.intervention import Patch
-from vesalius.products import computing
+from vesalius.model.products import computing
+from vesalius.patching.cost import Cost
 from vesalius.site import Site
-from vesalius.sweeps.cost import Cost
 
 SMALLEST_EDGE = 0.05
 EDGE_EXAMPLES = 16

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from vesalius.bench import EMBED, Bench, components
 from vesalius.circuits.effects import clusters
 from vesalius.errors import InputError, UnknownNameError
+from vesalius.patching.donors import Donor, mean_donor, patch_donor, zero_donor
+from vesalius.patching.record import Record
+from vesalius.patching.variants import Variant
+from vesalius.patching.what import normal
 from vesalius.site import Site
 from vesalius.stats import clustered_t
-from vesalius.sweeps.donors import Donor, mean_donor, patch_donor, zero_donor
-from vesalius.sweeps.record import Record
-from vesalius.sweeps.variants import Variant
-from vesalius.sweeps.what import normal
 
 ABLATIONS = ("zero", "mean", "resample")
 Floats = NDArray[np.float64]

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from vesalius.cli.screen import output, say
 from vesalius.errors import FileFormatError, InputError
-from vesalius.ledger import Ledger
-from vesalius.records import Claim, Verdict
+from vesalius.protocol import Claim, Verdict
+from vesalius.protocol.ledger import Ledger
 
 app = typer.Typer(no_args_is_help=True, help="Look into a ledger of claims and evidence.")
 LedgerFile = Annotated[Path, typer.Argument(help="A ledger.sqlite file.")]

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from vesalius import progress as drawing
 from vesalius.jobs import Event
+from vesalius.jobs import progress as drawing
 
 console = Console(stderr=True)
 output = Console()

@@ -21,12 +21,12 @@ from vesalius.activations import Activations
 from vesalius.data.lanes import Models, side_by_side
 from vesalius.data.packing import Batch, Group, batches, tokenizer_hash
 from vesalius.errors import InputError, InterventionError, NotFiniteError, TokenizerError, UnknownNameError
-from vesalius.hooks import OutputTap, Tap, tapped
 from vesalius.inputs import Tokens
 from vesalius.model import Model
-from vesalius.products import Halves, computing
+from vesalius.model.hooks import OutputTap, Tap, tapped
+from vesalius.model.products import Halves, computing
+from vesalius.model.taps import Recorder
 from vesalius.site import Site
-from vesalius.taps import Recorder
 
 TAGS = "abcdefghijklmnopqrstuvwxyz"
 _ROW_AXES = ("batch", "pos")

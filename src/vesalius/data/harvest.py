@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from vesalius.cache import alone
 from vesalius.data.feed import Feed, Request, dtype_name, expected_cost, times_first
 from vesalius.data.manifest import NAME as MANIFEST
 from vesalius.data.manifest import Manifest, differences, read_manifest, shard_name
@@ -26,8 +25,9 @@ from vesalius.data.shards import flaw, write_shard
 from vesalius.data.store import ActivationStore
 from vesalius.errors import InputError, NotFiniteError
 from vesalius.jobs import Event, Sink
+from vesalius.jobs.cache import alone
+from vesalius.jobs.progress import shown
 from vesalius.model import Model
-from vesalius.progress import shown
 from vesalius.site import Site
 
 TASK = "harvest"

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from vesalius.data.tables import read_table, text_of
-from vesalius.data.tasks.base import stream
 from vesalius.errors import FileFormatError, InputError
-from vesalius.records import content_hash
+from vesalius.protocol import content_hash
+from vesalius.seeds import generator_for
 
 GROUP = "group"
 LEAST = 4
@@ -149,4 +149,4 @@ def _tested(groups: Sequence[str], labels: Sequence[str], share: float, seed: in
 
 
 def _order(n: int, seed: int) -> list[int]:
-    return [int(place) for place in torch.randperm(n, generator=stream("labelled", seed))]
+    return [int(place) for place in torch.randperm(n, generator=generator_for("labelled", seed))]

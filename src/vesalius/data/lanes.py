@@ -16,8 +16,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from vesalius.jobs.workers import Workers
 from vesalius.model import Model
-from vesalius.workers import Workers
 
 Models = Mapping[str, Model]
 T = TypeVar("T")

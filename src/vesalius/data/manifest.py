@@ -16,7 +16,7 @@ import torch
 
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs import write_atomic
-from vesalius.records import content_hash
+from vesalius.protocol import content_hash
 from vesalius.site import Site
 
 NAME, FORMAT = "manifest.json", 1

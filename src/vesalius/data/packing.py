@@ -22,7 +22,7 @@ from torch import Tensor
 from vesalius.data.tasks.base import beginning_token, special_tokens
 from vesalius.data.texts import Document
 from vesalius.errors import InputError
-from vesalius.records import content_hash
+from vesalius.protocol import content_hash
 
 Ids = NDArray[np.int64]
 # Texts given to the tokenizer at once: enough to keep it busy, and bounded in memory.

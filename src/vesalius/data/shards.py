@@ -22,11 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vesalius.cache import file_sha256
 from vesalius.data.manifest import Manifest, ShardNote, shard_name
 from vesalius.data.packing import Context, Group
 from vesalius.errors import FileFormatError
 from vesalius.jobs import write_atomic
+from vesalius.jobs.cache import file_sha256
 
 TOKEN, CONTEXT, POSITION = "rows.token", "rows.context", "rows.position"
 IDS, START, DOCUMENT, OFFSET = "contexts.ids", "contexts.start", "contexts.document", "contexts.offset"

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vesalius.data.tasks.base import stream
 from vesalius.errors import InputError, NotFiniteError
+from vesalius.seeds import generator_for
 from vesalius.site import Site
 
 Rows = tuple[Float[Tensor, "batch _"], ...]
@@ -108,7 +108,7 @@ class TensorSource:
     def sample(self, n: int, *, seed: int) -> Rows:
         """As `Source.sample`."""
         check_sample(n, seed)
-        index = torch.randperm(self.n_rows, generator=stream("sample", seed))[:n].to(self._tensors[0].device)
+        index = torch.randperm(self.n_rows, generator=generator_for("sample", seed))[:n].to(self._tensors[0].device)
         return tuple(tensor[index].to(self._dtype) for tensor in self._tensors)
 
 
@@ -193,4 +193,4 @@ def _endless(n: int, seed: int, skip: int) -> Iterator[Tensor]:
     """The order of every epoch, less the first `skip` rows of all."""
     first, at = divmod(skip, n)
     for epoch in count(first):
-        yield torch.randperm(n, generator=stream("epoch", seed, epoch))[at if epoch == first else 0 :]
+        yield torch.randperm(n, generator=generator_for("epoch", seed, epoch))[at if epoch == first else 0 :]

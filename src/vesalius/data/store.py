@@ -37,9 +37,9 @@ from vesalius.data.shards import (
     open_shard,
 )
 from vesalius.data.source import Rows, check_batches, check_sample, rebatched
-from vesalius.data.tasks.base import stream
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
-from vesalius.records import content_hash
+from vesalius.protocol import content_hash
+from vesalius.seeds import generator_for
 from vesalius.site import Site
 
 POOL_BYTES = 2**28
@@ -293,7 +293,7 @@ class ActivationStore:
         memory = [torch.empty(most, width, dtype=self.manifest.dtype) for width in self.widths]
         first, skip = divmod(skip, self.n_rows)
         for epoch in itertools.count(first):
-            order = torch.randperm(len(sizes), generator=stream(*key, epoch)).numpy()
+            order = torch.randperm(len(sizes), generator=generator_for(*key, epoch)).numpy()
             for number, at in enumerate(range(0, len(order), per_pool)):
                 blocks = np.sort(order[at : at + per_pool])
                 rows = int(sizes[blocks].sum())
@@ -303,7 +303,7 @@ class ActivationStore:
                 # Batches are copies, so one pool's memory serves the next.
                 pool = tuple(tensor[:rows] for tensor in memory)
                 self._read(blocks, pool)
-                yield pool, torch.randperm(rows, generator=stream(*key, epoch, number))[skip:]
+                yield pool, torch.randperm(rows, generator=generator_for(*key, epoch, number))[skip:]
                 skip = 0
 
     def _read(self, blocks: NDArray[np.int64], into: Rows) -> None:

@@ -19,10 +19,10 @@ from vesalius.data.feed import Feed, Request
 from vesalius.data.outliers import MAX_NORM
 from vesalius.data.packing import Tally
 from vesalius.data.source import Rows, check_batches, check_sample, rebatched
-from vesalius.data.tasks.base import stream as draws
 from vesalius.errors import InputError
 from vesalius.model import Model
-from vesalius.records import content_hash
+from vesalius.protocol import content_hash
+from vesalius.seeds import generator_for
 from vesalius.site import Site
 
 _NOTHING = "no activations: the texts hold no token to keep"
@@ -95,7 +95,7 @@ class Stream:
         if not held:
             raise InputError(_NOTHING)
         whole = tuple(torch.cat(parts) for parts in zip(*held, strict=True))
-        index = torch.randperm(len(whole[0]), generator=draws("sample", seed))[:n]
+        index = torch.randperm(len(whole[0]), generator=generator_for("sample", seed))[:n]
         return tuple(tensor[index] for tensor in whole)
 
     def _pools(self, key: tuple[str, int], skip: int) -> Iterator[tuple[Rows, Tensor]]:
@@ -109,7 +109,7 @@ class Stream:
                     skip -= group.rows
                     continue
                 rows, bad = self._feed.rows(group, self._dtype)
-                yield rows, _order(bad, draws(*key, epoch, number))[skip:]
+                yield rows, _order(bad, generator_for(*key, epoch, number))[skip:]
                 skip = 0
             if total == 0:
                 raise InputError(_NOTHING)

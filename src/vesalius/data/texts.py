@@ -17,8 +17,8 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
-from vesalius.cache import file_sha256
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
+from vesalius.jobs.cache import file_sha256
 
 Document = str | Sequence[int]
 """Text, or token ids for a model without tokenizer."""

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from vesalius.bench import Bench
 from vesalius.describe.matching import Matched, matched_controls
-from vesalius.records import Claim
-from vesalius.records.claim import default_delta
+from vesalius.protocol import Claim
+from vesalius.protocol.claim import default_delta
 from vesalius.site import Site
 
 FITS = 0.5

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from vesalius.describe.context import Context, Role, RoleFit, is_head
 from vesalius.describe.measures import later, measure_shifts
 from vesalius.describe.roles import BY_SIGN, MOVER, NEEDS_MOVERS, ROLES, promising
-from vesalius.records import Claim
+from vesalius.protocol import Claim
 from vesalius.site import Site
 
 NO_ROLE = "no role fits"

@@ -14,8 +14,8 @@ from vesalius.describe.context import FITS, Behaviour, Context, Estimate, RoleFi
 from vesalius.describe.matching import Matched, matched_controls
 from vesalius.describe.measures import UNITS, figure, later, lean
 from vesalius.describe.places import in_words
-from vesalius.records import Claim
-from vesalius.records.claim import DEFAULT_SHARE
+from vesalius.protocol import Claim
+from vesalius.protocol.claim import DEFAULT_SHARE
 from vesalius.site import Site
 
 # Smallest attention worth claiming: uniform attention over the prompts of the built-in tasks gives .03 to .1.

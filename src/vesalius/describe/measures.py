@@ -20,10 +20,10 @@ from torch import Tensor
 
 from vesalius.bench import Bench
 from vesalius.describe.places import positions, present
-from vesalius.direct import frozen_norm
 from vesalius.errors import InputError, PairsError, UnknownNameError
+from vesalius.model.direct import frozen_norm
+from vesalius.patching.variants import Variant
 from vesalius.site import Site
-from vesalius.sweeps.variants import Variant
 
 Parameters = Mapping[str, Any]
 PerExample = Float[Tensor, " example"]

@@ -7,8 +7,7 @@ from vesalius.dictionaries.config import KINDS, TrainConfig
 from vesalius.dictionaries.cross_layer import CrossLayerTranscoder
 from vesalius.dictionaries.crosscoder import Scaling, latent_scaling, relative_norms
 from vesalius.dictionaries.dictionary import Dictionary
-from vesalius.dictionaries.history import History
-from vesalius.dictionaries.judging import (
+from vesalius.dictionaries.evaluation import (
     SUPERPOSED,
     WORDS,
     Figure,
@@ -23,6 +22,7 @@ from vesalius.dictionaries.judging import (
     superposition,
     verify,
 )
+from vesalius.dictionaries.history import History
 from vesalius.dictionaries.kinds import ACTIVATIONS
 from vesalius.dictionaries.latent import Latent
 from vesalius.dictionaries.loading import load

@@ -22,7 +22,7 @@ from vesalius.dictionaries.kinds.base import strongest
 from vesalius.errors import InputError
 from vesalius.intervention import digest
 from vesalius.parts import Direction, Part
-from vesalius.records import content_hash
+from vesalius.protocol import content_hash
 from vesalius.site import Site
 
 
@@ -59,7 +59,7 @@ class CrossLayerTranscoder:
     """
 
     layers: tuple[LayerCoder, ...]
-    b_dec: tuple[Float[Tensor, " d_out"], ...]
+    b_dec: tuple[Float[Tensor, " _"], ...]
     about: Mapping[str, Any] = field(default_factory=dict)
     history: History | None = None
 

@@ -27,9 +27,9 @@ from vesalius.dictionaries.rows import Units, all_normalised
 from vesalius.dictionaries.shape_check import check_weights
 from vesalius.errors import InputError, NotFiniteError
 from vesalius.intervention import digest
+from vesalius.model.products import linear
 from vesalius.parts import Direction
-from vesalius.products import linear
-from vesalius.records import content_hash
+from vesalius.protocol import content_hash
 from vesalius.site import Site
 
 
@@ -49,12 +49,12 @@ class Dictionary:
     """`relu`, `gated`, `jumprelu`, `topk` or `batchtopk`; `kinds` has one file each."""
     in_sites: tuple[Site, ...]
     out_sites: tuple[Site, ...]
-    encoders: tuple[Float[Tensor, "d_in latent"], ...]
-    """One per input site."""
-    decoders: tuple[Float[Tensor, "latent d_out"], ...]
-    """One per output site; rows are directions, of any norm."""
+    encoders: tuple[Float[Tensor, "_ latent"], ...]
+    """One per input site, [d_in, latent]; widths may differ."""
+    decoders: tuple[Float[Tensor, "latent _"], ...]
+    """One per output site, [latent, d_out]; rows are directions, of any norm."""
     b_enc: Float[Tensor, " latent"]
-    b_dec: tuple[Float[Tensor, " d_out"], ...]
+    b_dec: tuple[Float[Tensor, " _"], ...]
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """What the activation needs beside b_enc: `threshold` ([latent], or [] for all), `r_mag` and `b_mag`."""
     k: int | None = None

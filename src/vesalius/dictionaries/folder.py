@@ -28,12 +28,12 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vesalius.cache import file_sha256
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.history import History
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
 from vesalius.jobs import write_atomic
-from vesalius.records.canonical import plain
+from vesalius.jobs.cache import file_sha256
+from vesalius.protocol.canonical import plain
 from vesalius.site import Site
 
 CONFIG, WEIGHTS, HISTORY = "config.json", "dictionary.safetensors", "history.npz"

@@ -8,7 +8,7 @@ from typing import Any
 
 from vesalius.data import ActivationStore, Source, Stream
 from vesalius.errors import InputError
-from vesalius.records import content_hash
+from vesalius.protocol import content_hash
 
 KEY = "trained_on"
 """In a dictionary's `about`."""

@@ -13,8 +13,8 @@ from vesalius.dictionaries import folder as own
 from vesalius.dictionaries.coder import Coder
 from vesalius.dictionaries.cross_layer import CrossLayerTranscoder, cross_layer_from
 from vesalius.dictionaries.dictionary import Dictionary
+from vesalius.dictionaries.evaluation.verify import verify
 from vesalius.dictionaries.formats import FORMATS, Found, Order
-from vesalius.dictionaries.judging.verify import verify
 from vesalius.dictionaries.stored_layer import StoredLayer
 from vesalius.errors import FileFormatError, InputError
 from vesalius.model import Model

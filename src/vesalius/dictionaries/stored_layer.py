@@ -23,7 +23,7 @@ from vesalius.dictionaries.stored import Stored
 from vesalius.errors import InputError
 from vesalius.intervention import digest
 from vesalius.parts import Direction
-from vesalius.records import content_hash
+from vesalius.protocol import content_hash
 from vesalius.site import Site
 
 

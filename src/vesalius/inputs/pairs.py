@@ -15,7 +15,7 @@ from torch import Tensor
 from vesalius.errors import InputError, NotFiniteError, PairsError, UnknownNameError
 from vesalius.inputs.raw import Inputs, Raw
 from vesalius.inputs.tokens import Tokens, check_decoder, check_ids, check_landmarks
-from vesalius.records import content_hash
+from vesalius.protocol import content_hash
 from vesalius.site import Site
 
 LOGITS = Site("logits")

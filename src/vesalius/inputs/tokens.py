@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from vesalius.errors import InputError
-from vesalius.records import content_hash
+from vesalius.protocol import content_hash
 from vesalius.site import Site
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vesalius.activations import Activations
 from vesalius.errors import InputError
 from vesalius.parts import Part
-from vesalius.records import content_hash
+from vesalius.protocol import content_hash
 from vesalius.site import Site
 
 Source = Activations | Tensor

@@ -19,7 +19,7 @@ from vesalius.intervention.form import Recorded, by_hash, digest
 from vesalius.intervention.protocol import Intervention
 from vesalius.jobs import write_atomic
 from vesalius.parts import Direction, Part, Subspace, Unit
-from vesalius.records import canonical_json
+from vesalius.protocol import canonical_json
 from vesalius.site import Site
 
 KINDS: Mapping[str, type[Any]] = {

@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from vesalius.circuits import clusters, share
-from vesalius.records import Claim, Verdict
+from vesalius.protocol import Claim, Verdict
 from vesalius.stats import clustered_t
 
 if TYPE_CHECKING:

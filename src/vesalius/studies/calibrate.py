@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from vesalius import __version__
 from vesalius.errors import InputError
 from vesalius.jobs import Blocks, Sink, silent, track
+from vesalius.jobs.progress import shown
 from vesalius.model import Model
-from vesalius.progress import shown
-from vesalius.records import Claim, Verdict, content_hash
+from vesalius.protocol import Claim, Verdict, content_hash
 from vesalius.stats import clopper_pearson
 from vesalius.studies.handed import circular, idle_claims, judged, true_claims
 from vesalius.studies.question import Question

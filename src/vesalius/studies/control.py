@@ -8,7 +8,7 @@ from typing import Any
 from vesalius import __version__
 from vesalius.jobs import Blocks, Sink, silent
 from vesalius.model import Model
-from vesalius.records import content_hash
+from vesalius.protocol import content_hash
 from vesalius.studies.summary import claim_row
 from vesalius.studies.task_circuit import Study
 from vesalius.studies.testing import claims_on as _claims_on

@@ -9,9 +9,9 @@ from vesalius.bench import DIRECTIONS, Bench, components
 from vesalius.circuits import ABLATIONS
 from vesalius.jobs import Estimate
 from vesalius.metric import logit_diff
-from vesalius.sweeps.cost import estimate
-from vesalius.sweeps.evaluate import evaluate
-from vesalius.sweeps.variants import Variant
+from vesalius.patching.cost import estimate
+from vesalius.patching.evaluate import evaluate
+from vesalius.patching.variants import Variant
 
 # What the search for a circuit takes depends on what it finds: about this many candidate sets, and this many members.
 TYPICAL_SETS, TYPICAL_MEMBERS = 250, 40

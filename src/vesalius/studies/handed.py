@@ -19,14 +19,14 @@ from vesalius.bench import EMBED, Bench
 from vesalius.circuits import Effects
 from vesalius.describe import Context
 from vesalius.describe.ingredients import Ingredient, copies, looks, matters, role_fit, turns, writes
-from vesalius.ledger import Ledger
 from vesalius.model import Model
-from vesalius.records import Claim, Verdict
+from vesalius.protocol import Claim, Verdict
+from vesalius.protocol.ledger import Ledger
+from vesalius.protocol.verdict import decide
 from vesalius.site import Site
 from vesalius.studies.question import Question
 from vesalius.toys import PLANTED
 from vesalius.validate import check, prefetch
-from vesalius.verdict import decide
 
 STRONGEST_HEADS, STRONGEST_MLPS = 4, 1
 LOOKS = (

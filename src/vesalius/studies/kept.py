@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vesalius.circuits import Edge
 from vesalius.describe import Behaviour, Descriptions, Estimate, RoleFit
-from vesalius.records import Claim, canonical_json
+from vesalius.protocol import Claim, canonical_json
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -12,7 +12,8 @@ import numpy as np
 from vesalius import __version__
 from vesalius.bench import EMBED, Bench
 from vesalius.circuits import ABLATIONS, Circuit, clusters, share
-from vesalius.records import Claim, Evidence, Verdict
+from vesalius.patching.cost import Cost
+from vesalius.protocol import Claim, Evidence, Verdict
 from vesalius.site import Site
 from vesalius.stats import clustered_t, rank_p
 from vesalius.studies.answer import sentences
@@ -20,7 +21,6 @@ from vesalius.studies.gate import ACCURACY, TEMPLATE_ACCURACY, Gate
 from vesalius.studies.question import example_texts
 from vesalius.studies.task_circuit import Study
 from vesalius.studies.testing import Tested
-from vesalius.sweeps.cost import Cost
 
 NO_ROLE = "no role fits"
 KINDS = {"z": "head", "mlp_out": "mlp", "embed": "embed"}

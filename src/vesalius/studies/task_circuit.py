@@ -28,10 +28,11 @@ from vesalius.describe import Context, Descriptions, describe
 from vesalius.errors import FileFormatError, InputError
 from vesalius.inputs import Pairs
 from vesalius.jobs import Blocks, Event, Sink
-from vesalius.ledger import Ledger
+from vesalius.jobs.progress import shown
 from vesalius.model import Model
-from vesalius.progress import shown
-from vesalius.records import Claim, Evidence, Family, Verdict, content_hash
+from vesalius.patching.cost import Cost
+from vesalius.protocol import Claim, Evidence, Family, Verdict, content_hash
+from vesalius.protocol.ledger import Ledger
 from vesalius.site import Site
 from vesalius.studies.answer import html
 from vesalius.studies.cost import estimate_study
@@ -39,7 +40,6 @@ from vesalius.studies.gate import ACCURACY, FEWEST_ROWS, Gate, gate
 from vesalius.studies.kept import edges_from_arrays, edges_to_arrays, found_from_arrays, found_to_arrays
 from vesalius.studies.question import Question
 from vesalius.studies.testing import Tested, measure_claims
-from vesalius.sweeps.cost import Cost
 from vesalius.validate.circuit import circuit_claims
 
 T = TypeVar("T")

@@ -16,9 +16,9 @@ from vesalius.bench import EMBED, Bench, components
 from vesalius.circuits import ABLATIONS, Circuit, kept, random_sets, removed
 from vesalius.inputs import Pairs
 from vesalius.jobs import Blocks, Sink, track
-from vesalius.ledger import Ledger
 from vesalius.model import Model
-from vesalius.records import Claim, Evidence, Family, Verdict
+from vesalius.protocol import Claim, Evidence, Family, Verdict
+from vesalius.protocol.ledger import Ledger
 from vesalius.site import Site
 from vesalius.studies.gate import Gate, gate
 from vesalius.validate import check, prefetch

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vesalius.bench import Bench
-from vesalius.records import Claim, Evidence
+from vesalius.protocol import Claim, Evidence
 from vesalius.site import Site
 
 KEEPS, NEEDED = "circuit keeps", "circuit is needed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vesalius.records import Verdict
+from vesalius.protocol import Verdict
 
 
 def described(verdicts: Iterable[Verdict]) -> bool:

@@ -6,7 +6,6 @@ patching experiment meaningless: answers of several tokens, prompts that do not 
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -244,12 +243,6 @@ def too_few(kept: int, of: int, need: int, what: str) -> TokenizerError:
 def _is_single(tokenizer: Any, word: str) -> bool:
     ids = continuation(tokenizer, "and", f" {word}")
     return ids is not None and len(ids) == 1 and ids[0] != tokenizer.unk_token_id
-
-
-def stream(*key: object) -> torch.Generator:
-    """A random stream of its own for every key (task, split, seed, purpose): the same key, the same draws."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -16,11 +16,11 @@ from vesalius.data.tasks.base import (
     continuation,
     shuffled,
     single_tokens,
-    stream,
     tokenizer_of,
     too_few,
 )
 from vesalius.inputs import Pairs
+from vesalius.seeds import generator_for
 
 CORRUPTIONS = ("country",)
 LEAST_COUNTRIES = 6
@@ -109,7 +109,7 @@ def _tokens(tokenizer: object, country: str) -> int:
 
 
 def _rows(split: str, partners: Mapping[str, Sequence[str]], n: int, seed: int) -> list[Row]:
-    draw = stream("capitals", split, seed)
+    draw = generator_for("capitals", split, seed)
     table = CAPITALS[split]
     countries, others = Rota(tuple(partners), draw), Rota(tuple(partners), draw)
     seen: defaultdict[str, set[str]] = defaultdict(set)

@@ -19,11 +19,11 @@ from vesalius.data.tasks.base import (
     check_request,
     shuffled,
     single_tokens,
-    stream,
     tokenizer_of,
     words,
 )
 from vesalius.inputs import Pairs
+from vesalius.seeds import generator_for
 
 CORRUPTIONS = ("name",)
 LEAST_NAMES = 8
@@ -97,7 +97,7 @@ def gendered_pronoun(
 
 
 def _rows(split: str, names: Mapping[str, Sequence[str]], n: int, seed: int) -> list[Row]:
-    draw = stream("gendered_pronoun", split, seed)
+    draw = generator_for("gendered_pronoun", split, seed)
     frames = shuffled(FRAMES[split], draw)
     clean, corrupted = ({g: Rota(names[g], draw) for g in PRONOUNS} for _ in range(2))
     seen: defaultdict[str, set[str]] = defaultdict(set)

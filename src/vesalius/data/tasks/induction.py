@@ -22,12 +22,12 @@ from vesalius.data.tasks.base import (
     continuation,
     shuffled,
     single_tokens,
-    stream,
     tokenizer_of,
     words,
 )
 from vesalius.errors import InputError
 from vesalius.inputs import Pairs
+from vesalius.seeds import generator_for
 
 CORRUPTIONS = ("token",)
 SHORTEST_PERIOD = 8
@@ -89,7 +89,7 @@ def _word_ids(tokenizer: Any, split: str, need: int) -> list[int]:
 
 
 def _rows(split: str, periods: Sequence[int], ids: Sequence[int], n: int, seed: int, length: int) -> list[Encoded]:
-    draw = stream("induction", split, seed)
+    draw = generator_for("induction", split, seed)
     order = cycle(shuffled(periods, draw))
     seen: set[tuple[int, ...]] = set()
     rows: list[Encoded] = []

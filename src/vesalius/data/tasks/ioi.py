@@ -23,11 +23,11 @@ from vesalius.data.tasks.base import (
     check_request,
     shuffled,
     single_tokens,
-    stream,
     tokenizer_of,
     words,
 )
 from vesalius.inputs import Pairs
+from vesalius.seeds import generator_for
 
 CORRUPTIONS = ("swap", "abc")
 LEAST_NAMES = 24
@@ -132,7 +132,7 @@ def ioi(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "swap
 
 
 def _rows(split: str, names: Sequence[str], n: int, seed: int, corruption: str) -> list[Row]:
-    others = Rota(names, stream("ioi", split, seed, "other names"))
+    others = Rota(names, generator_for("ioi", split, seed, "other names"))
     return [_row(scene, split, corruption, others) for scene in _scenes(split, names, n, seed)]
 
 
@@ -157,7 +157,7 @@ def _row(scene: Scene, split: str, corruption: str, others: Rota[str]) -> Row:
 
 def _scenes(split: str, names: Sequence[str], n: int, seed: int) -> list[Scene]:
     """n distinct scenes: frames in turn, each frame in its two orders in turn, names by least use."""
-    draw = stream("ioi", split, seed, "scenes")
+    draw = generator_for("ioi", split, seed, "scenes")
     frames = shuffled(FRAMES[split], draw)
     rota, places, objects = Rota(names, draw), Rota(PLACES[split], draw), Rota(OBJECTS[split], draw)
     together: Counter[frozenset[str]] = Counter()

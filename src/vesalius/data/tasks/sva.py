@@ -18,11 +18,11 @@ from vesalius.data.tasks.base import (
     check_request,
     shuffled,
     single_tokens,
-    stream,
     tokenizer_of,
     words,
 )
 from vesalius.inputs import Pairs
+from vesalius.seeds import generator_for
 
 CORRUPTIONS = ("number",)
 LEAST_NOUNS = 12
@@ -97,7 +97,7 @@ def _nouns(tokenizer: object, split: str) -> tuple[str, ...]:
 
 
 def _rows(split: str, nouns: Sequence[str], n: int, seed: int) -> list[Row]:
-    draw = stream("sva", split, seed)
+    draw = generator_for("sva", split, seed)
     frames = shuffled(FRAMES[split], draw)
     subjects, others = Rota(nouns, draw), Rota(nouns, draw)
     seen: defaultdict[tuple[str, bool, bool], set[str]] = defaultdict(set)

@@ -21,7 +21,7 @@ from vesalius.dictionaries.formats.saelens import CONFIG, WEIGHTS
 from vesalius.dictionaries.formats.saelens_config import NORMS
 from vesalius.dictionaries.formats.writing import dtype_name, same_dtype, write_new, write_safetensors
 from vesalius.dictionaries.places import is_unknown, name_of
-from vesalius.records.canonical import plain
+from vesalius.protocol.canonical import plain
 from vesalius.site import Site
 
 NAME = "SAELens"

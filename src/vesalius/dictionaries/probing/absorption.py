@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vesalius.classifier import logistic
+from vesalius.concepts.classifier import logistic
 from vesalius.dictionaries.probing.readings import Floats, Readings
 from vesalius.dictionaries.probing.scores import Score, Scores, scored
 from vesalius.dictionaries.probing.sparse import Cell, cells_of, ranked

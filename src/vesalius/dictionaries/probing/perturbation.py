@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vesalius.classifier import Plane, logistic
+from vesalius.concepts.classifier import Plane, logistic
 from vesalius.dictionaries.probing.readings import Readings
 from vesalius.dictionaries.probing.removal import UNRELIABLE, ablated, effects, strongest
 from vesalius.dictionaries.probing.scores import Score, Scores

@@ -22,8 +22,8 @@ from vesalius.dictionaries.probing.scores import Score, Scores
 from vesalius.dictionaries.probing.swaps import Change, Swaps, rows_at, says_after, slopes, swaps_for
 from vesalius.errors import InputError
 from vesalius.jobs import Sink, track
+from vesalius.jobs.progress import shown
 from vesalius.model import Model
-from vesalius.progress import shown
 from vesalius.stats import bootstrap_of_sums
 
 KS = (1, 4, 16, 64, 256)

@@ -16,14 +16,14 @@ from vesalius.data import Labelled
 from vesalius.data.forward import captured
 from vesalius.data.outliers import MAX_NORM
 from vesalius.data.packing import Tally, beginning_for, tokenized
-from vesalius.data.tasks.base import stream
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Tokens
 from vesalius.jobs import Sink, track
+from vesalius.jobs.progress import shown
 from vesalius.model import Model
-from vesalius.products import computing
-from vesalius.progress import shown
+from vesalius.model.products import computing
+from vesalius.seeds import generator_for
 from vesalius.site import Site
 
 At = Literal["mean", "last"]
@@ -107,7 +107,7 @@ def read_concept(
 
 def random_order(n: int, *key: object) -> NDArray[np.intp]:
     """The numbers under n in an order that the key decides."""
-    return np.asarray(torch.randperm(n, generator=stream("probing", *key)).numpy(), dtype=np.intp)
+    return np.asarray(torch.randperm(n, generator=generator_for("probing", *key)).numpy(), dtype=np.intp)
 
 
 def _one_site(coders: Sequence[Dictionary]) -> Site:

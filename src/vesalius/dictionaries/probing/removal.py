@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vesalius.classifier import Plane, logistic, mean_difference
+from vesalius.concepts.classifier import Plane, logistic, mean_difference
 from vesalius.dictionaries.probing.readings import Floats, Readings, random_order
 from vesalius.dictionaries.probing.scores import Score, Scores
 from vesalius.errors import InputError

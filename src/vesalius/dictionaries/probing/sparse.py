@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vesalius.classifier import Plane, logistic, mean_difference
+from vesalius.concepts.classifier import Plane, logistic, mean_difference
 from vesalius.dictionaries.probing.readings import Readings, random_order
 from vesalius.dictionaries.probing.scores import Score, Scores, scored
 from vesalius.errors import InputError

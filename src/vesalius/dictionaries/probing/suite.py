@@ -13,8 +13,8 @@ from vesalius.dictionaries.probing.removal import spurious_removal
 from vesalius.dictionaries.probing.scores import Scores
 from vesalius.dictionaries.probing.sparse import sparse_probing
 from vesalius.jobs import Sink
+from vesalius.jobs.progress import shown
 from vesalius.model import Model
-from vesalius.progress import shown
 
 
 def concept_scores(

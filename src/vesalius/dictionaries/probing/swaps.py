@@ -12,12 +12,12 @@ from torch import Tensor
 from vesalius.data import Entities
 from vesalius.data.forward import captured
 from vesalius.data.packing import beginning_for
-from vesalius.data.tasks.base import stream
 from vesalius.errors import InputError
 from vesalius.inputs import Tokens
 from vesalius.intervention import Replace
 from vesalius.model import Model
-from vesalius.products import computing
+from vesalius.model.products import computing
+from vesalius.seeds import generator_for
 from vesalius.site import Site
 
 MOST_PROMPTS = 400
@@ -77,7 +77,9 @@ def swaps_for(
             f"{model.name} knows {attribute} in {len(known)} prompts of {entities.kind}, no two of one template with "
             "different answers; take another attribute, or a larger model"
         )
-    chosen = [pairs[place] for place in torch.randperm(len(pairs), generator=stream("swaps", seed, attribute))[:n]]
+    chosen = [
+        pairs[place] for place in torch.randperm(len(pairs), generator=generator_for("swaps", seed, attribute))[:n]
+    ]
     base, source = [one for one, _ in chosen], [other for _, other in chosen]
     tokens = lambda side: Tokens.from_rows([prompt.ids for prompt in side])  # noqa: E731
     at = lambda side: torch.tensor([prompt.at for prompt in side])  # noqa: E731
@@ -91,10 +93,10 @@ def swaps_for(
 def _candidates(entities: Entities, attribute: str, split: str, seed: int) -> list[tuple[str, str]]:
     """(template, entity) to try: few templates with many entities, since pairs are within a template."""
     templates = list(entities.prompts[attribute])
-    order = torch.randperm(len(templates), generator=stream("templates", seed)).tolist()[:8]
+    order = torch.randperm(len(templates), generator=generator_for("templates", seed)).tolist()[:8]
     names = entities.of_split(split)
     each = MOST_PROMPTS // max(len(order), 1)
-    some = torch.randperm(len(names), generator=stream("entities", seed, split)).tolist()[:each]
+    some = torch.randperm(len(names), generator=generator_for("entities", seed, split)).tolist()[:each]
     return [(templates[place], names[name]) for place in order for name in some]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vesalius.dictionaries.training.facts import Facts
 from vesalius.dictionaries.training.microbatch import MicroBatch
-from vesalius.products import linear
+from vesalius.model.products import linear
 
 MOST = 2048
 """Dead latents that are helped in one step; with more of them, others come in the next."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vesalius.dictionaries.training.products import by_column, dots, weighted_sums
-from vesalius.products import linear
+from vesalius.model.products import linear
 
 
 class Piece(Protocol):

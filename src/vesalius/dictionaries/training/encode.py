@@ -14,8 +14,8 @@ from vesalius.dictionaries.training import choose
 from vesalius.dictionaries.training.codes import DensePiece, Piece, SparsePiece
 from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.screen import Screen
-from vesalius.products import linear
-from vesalius.workers import Workers
+from vesalius.jobs.workers import Workers
+from vesalius.model.products import linear
 
 DENSE_SHARE = 1 / 12
 """Share of latents taking part above which dense products are faster than sparse ones."""

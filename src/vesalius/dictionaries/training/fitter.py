@@ -19,7 +19,7 @@ from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.update import update
 from vesalius.dictionaries.training.wiring import Wiring
 from vesalius.errors import NotFiniteError
-from vesalius.workers import Workers
+from vesalius.jobs.workers import Workers
 
 SAMPLE = 16_384
 """Rows from which scales and the decoder's bias are taken."""

@@ -32,10 +32,10 @@ from vesalius.dictionaries.training.resample import resample
 from vesalius.dictionaries.training.wiring import Wiring, wire
 from vesalius.errors import InputError
 from vesalius.jobs import Estimate, Event, Sink, silent
-from vesalius.progress import shown
-from vesalius.records import content_hash
-from vesalius.records.canonical import plain
-from vesalius.workers import Workers
+from vesalius.jobs.progress import shown
+from vesalius.jobs.workers import Workers
+from vesalius.protocol import content_hash
+from vesalius.protocol.canonical import plain
 
 TASK = "train"
 _TIMED = 3

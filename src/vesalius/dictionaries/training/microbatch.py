@@ -22,8 +22,8 @@ from vesalius.dictionaries.training.facts import Facts
 from vesalius.dictionaries.training.parameters import Parameters, site_norms, weighs_norms
 from vesalius.dictionaries.training.ranks import Ranks
 from vesalius.dictionaries.training.wiring import Wiring
-from vesalius.products import linear
-from vesalius.workers import Workers
+from vesalius.jobs.workers import Workers
+from vesalius.model.products import linear
 
 PIECE = 3 << 20
 """Pre-activations of a piece of rows: 12 MB, so that those of a few threads stay in cache."""

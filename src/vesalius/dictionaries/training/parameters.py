@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vesalius.data.tasks.base import stream
 from vesalius.dictionaries.config import TrainConfig
 from vesalius.dictionaries.kinds import TRAINED
 from vesalius.dictionaries.training.wiring import BlockWiring, Wiring
+from vesalius.seeds import generator_for
 
 MATRICES = ("W_enc", "W_dec")
 
@@ -85,7 +85,7 @@ def first_parameters(
 
 def _directions(widths: Sequence[int], config: TrainConfig, *name: object) -> Tensor:
     """[latent, d] random unit rows."""
-    rows = torch.randn(config.n_latents, sum(widths), generator=stream("dictionary", config.seed, *name))
+    rows = torch.randn(config.n_latents, sum(widths), generator=generator_for("dictionary", config.seed, *name))
     return rows / rows.norm(dim=1, keepdim=True)
 
 

@@ -1,4 +1,4 @@
-"""Products with a sparse matrix of latents, which with `vesalius.products.linear` are what a training step is made of.
+"""Products with a sparse matrix of latents: with `products.linear` of the model room, what a training step is made of.
 
 A sparse matrix is kept row by row: `columns` and weights of the entries, and `offsets`, where each row begins.
 """

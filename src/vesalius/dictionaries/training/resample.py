@@ -13,10 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vesalius.data.tasks.base import stream
 from vesalius.dictionaries.training.fitter import Fitter
 from vesalius.dictionaries.training.microbatch import MicroBatch
 from vesalius.dictionaries.training.ranks import Ranks
+from vesalius.seeds import generator_for
 
 ROWS = 8192
 _SHARE = 0.2
@@ -37,7 +37,7 @@ def resample(fitter: Fitter, rows: Sequence[Tensor]) -> int:
     for number in range(len(dead)):
         which = dead[number].nonzero()[:, 0]
         if len(which) and float(weights.sum()) > 0:
-            generator = stream("resample", config.seed, fitter.steps, number)
+            generator = generator_for("resample", config.seed, fitter.steps, number)
             enough = int((weights > 0).sum()) >= len(which)
             drawn = torch.multinomial(weights, len(which), replacement=not enough, generator=generator)
             _begin_again(fitter, batch, number, which, drawn.to(alone.device))

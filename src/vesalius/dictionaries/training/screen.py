@@ -24,8 +24,8 @@ from vesalius.dictionaries.training.choose import (
 )
 from vesalius.dictionaries.training.codes import SparsePiece
 from vesalius.dictionaries.training.products import by_column, dots
-from vesalius.products import Half
-from vesalius.workers import Workers
+from vesalius.jobs.workers import Workers
+from vesalius.model.products import Half
 
 ROUNDING = 2.0**-7
 """Of a rough value, relative to its size and the bias's: twice what one rounding to bfloat16 can be off."""

@@ -24,8 +24,8 @@ from vesalius.dictionaries.loading import load
 from vesalius.dictionaries.training.loop import train
 from vesalius.errors import InputError, VesaliusError
 from vesalius.jobs import Event, Sink
-from vesalius.progress import shown
-from vesalius.records.canonical import plain
+from vesalius.jobs.progress import shown
+from vesalius.protocol.canonical import plain
 
 _CHILD = "from vesalius.dictionaries.training.several import child; child()"
 

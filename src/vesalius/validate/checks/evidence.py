@@ -14,7 +14,7 @@ from vesalius.describe.measures import component_of, condition, measure_shifts
 from vesalius.errors import InputError, NotFiniteError, PairsError, UnknownNameError
 from vesalius.inputs import Pairs
 from vesalius.model import Model
-from vesalius.records import Claim, Evidence, unmeasured
+from vesalius.protocol import Claim, Evidence, unmeasured
 from vesalius.site import Site
 from vesalius.validate.checks.figures import CHECKS, Measures, measure, other_conditions
 

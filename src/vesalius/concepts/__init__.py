@@ -1,0 +1,1 @@
+"""From a concept to a direction or subspace."""

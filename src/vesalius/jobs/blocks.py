@@ -1,0 +1,184 @@
+"""Long work that can be interrupted: files written whole or not at all, and results kept block by block."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vesalius.errors import FileFormatError, InputError
+from vesalius.jobs.progress import Event, Sink, silent, size_in_words
+
+Arrays = dict[str, NDArray[Any]]
+
+_CHECKSUM = "__checksum__"
+_RESERVED = frozenset({_CHECKSUM, "file", "allow_pickle"})  # the latter are parameters of np.savez
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> Path:
+    """Writes a file so that it is there whole or not at all; text as UTF-8. Missing folders are made.
+
+    The data go to a temporary file in the same folder, are forced to disk, and take the name in one step. On failure
+    the old file stays and nothing is left over. Raises InputError naming path and free space when the disk is full,
+    FileFormatError when the path cannot be written.
+    """
+    target = Path(path)
+    content = data.encode() if isinstance(data, str) else data
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_and_rename(target, content)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"no space to write {target} ({size_in_words(len(content))}): {size_in_words(_free(target.parent))} "
+                f"free in {target.parent}; free some, or choose another folder"
+            ) from error
+        raise FileFormatError(f"cannot write {target}: {error.strerror or error}") from error
+    return target
+
+
+class Blocks:
+    """Results of a long job, kept block by block, so that an interrupted job goes on where it was.
+
+    folder: where blocks are kept (None: nothing is kept). plan_hash: what the blocks were computed for; a folder that
+    holds another plan is refused with InputError. Blocks are plain `.npz` files with a checksum, never pickles.
+    """
+
+    def __init__(self, folder: str | Path | None, plan_hash: str, sink: Sink = silent) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.plan_hash = plan_hash
+        self._sink = sink
+        if self.folder is not None:
+            _claim_folder(self.folder, plan_hash)
+
+    def get(self, key: str, compute: Callable[[], Mapping[str, NDArray[Any]]]) -> Arrays:
+        """The arrays of a block: read when stored and whole, else computed and stored.
+
+        A block that is truncated or altered is announced through the sink and computed again.
+        """
+        if self.folder is None:
+            return _arrays(key, compute())
+        path = self.path(key)
+        if path.exists():
+            try:
+                return _read_block(path, key)
+            except _UNREADABLE as error:
+                self._sink(Event("note", "blocks", message=f"block {key!r} is damaged ({error}); computing it again"))
+        arrays = _arrays(key, compute())
+        write_atomic(path, _npz({**arrays, _CHECKSUM: np.array(_checksum(key, arrays))}))
+        return arrays
+
+    def __contains__(self, key: str) -> bool:
+        return self.folder is not None and self.path(key).exists()
+
+    def path(self, key: str) -> Path:
+        """Where the block of this key is kept. Raises InputError without a folder."""
+        if self.folder is None:
+            raise InputError("these blocks are kept nowhere: give Blocks a folder")
+        readable = "".join(c if c.isalnum() or c in "-_." else "_" for c in key)[:60]
+        return self.folder / f"{readable}.{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+
+
+def _write_and_rename(target: Path, content: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner can read; results are ordinary files.
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _umask() -> int:
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
+
+
+def _sync_folder(folder: Path) -> None:
+    # Not every file system can sync a folder; the file itself is on disk already.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _claim_folder(folder: Path, plan_hash: str) -> None:
+    plan = folder / "plan.json"
+    if plan.exists():
+        kept = _read_plan(plan)
+        if kept != plan_hash:
+            raise InputError(
+                f"{folder} holds blocks of plan {kept}, but this job has plan {plan_hash}; "
+                "use another folder, or delete this one to start afresh"
+            )
+    elif any(folder.glob("*.npz")):
+        raise InputError(f"{folder} holds .npz files but no plan.json, so they are not blocks; use another folder")
+    else:
+        write_atomic(plan, json.dumps({"plan_hash": plan_hash}))
+
+
+def _read_plan(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text("utf-8"))["plan_hash"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(f"{path} is not a plan of blocks ({error}); delete the folder to start afresh") from error
+
+
+def _arrays(key: str, given: Mapping[str, NDArray[Any]]) -> Arrays:
+    arrays = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in given.items()}
+    for name, array in arrays.items():
+        if array.dtype.hasobject or name in _RESERVED:
+            raise InputError(
+                f"block {key!r}: {name!r} ({array.dtype}) cannot be stored: use arrays of numbers or text, "
+                f"and other names than {sorted(_RESERVED)}"
+            )
+    return arrays
+
+
+def _npz(arrays: Arrays) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _read_block(path: Path, key: str) -> Arrays:
+    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    if str(arrays.pop(_CHECKSUM)) != _checksum(key, arrays):
+        raise ValueError("its checksum does not match")
+    return arrays
+
+
+def _checksum(key: str, arrays: Arrays) -> str:
+    digest = hashlib.sha256(key.encode())
+    for name in sorted(arrays):
+        digest.update(f"\0{name}\0{arrays[name].dtype.str}\0{arrays[name].shape}\0".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free

@@ -1,7 +1,0 @@
-"""The front door: a name becomes a `Model`."""
-
-from __future__ import annotations
-
-from vesalius.loading.front import DEMO, load
-
-__all__ = ["DEMO", "load"]

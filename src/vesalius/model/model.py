@@ -1,0 +1,347 @@
+"""Model: a network left as it is, with names for its tensors, and `run`, which reads and edits them.
+
+A run without interventions makes the same call as the wrapped module and is bit-identical to it. Scores and patterns
+are reached through our attention function for the length of that one run; the model's own mode is put back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vesalius.activations import Activations, Run
+from vesalius.adapters import Adapter, Layout, Stack, adapter_for, submodule
+from vesalius.adapters.norms import frozen_scale, gain
+from vesalius.adapters.weights import device_of, parameter, weight_of
+from vesalius.errors import InputError
+from vesalius.inputs import Tokens
+from vesalius.intervention import Intervention, Place
+from vesalius.model.calls import Caller, logits_of
+from vesalius.model.generation import Choice, Generation, Step, decoded, generated
+from vesalius.model.taps import Recorder
+from vesalius.site import ATTENTION, GLOBAL_KINDS, LAYER_KINDS, RESULTS, Site, select
+
+_GUESS = object()
+
+
+class Model:
+    """A network with a tokenizer and an adapter.
+
+    module: any nn.Module; used in place, never copied or changed. adapter: default, the known one for the module's
+    class; None for module:<path> sites only. Raises UnknownArchitectureError for an unknown transformers class.
+    """
+
+    def __init__(
+        self, module: nn.Module, tokenizer: Any = None, adapter: Any = _GUESS, name: str = "", note: str = ""
+    ) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.adapter: Adapter | None = adapter_for(module) if adapter is _GUESS else adapter
+        self.name = name or type(module).__name__
+        self.note = note
+        """What a reader of results should know about these weights (quantised, fine-tuned ...)."""
+        self.layout: Layout | None = self.adapter.layout(module) if self.adapter else None
+
+    def __repr__(self) -> str:
+        size = f", {self.layout.n_layers} layers, {self.layout.n_heads} heads" if self.layout else ""
+        return f"Model({self.name}{size})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go; the first weights' in a model that is spread over several."""
+        return device_of(self.module)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """sha256 of every parameter and buffer, by name."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            if tensor.is_meta:
+                path, _, last = name.rpartition(".")
+                tensor = weight_of(self.module.get_submodule(path), last)
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @property
+    def described(self) -> tuple[Adapter, Layout]:
+        """Adapter and sizes. Raises InputError for a model without adapter."""
+        if self.adapter is None or self.layout is None:
+            raise InputError(f"{self.name} has no adapter: only module:<path>|in and |out sites exist. Pass adapter=.")
+        return self.adapter, self.layout
+
+    def sites(self, pattern: str = "*") -> list[Site]:
+        """Sites that match a name or glob, in forward order. Raises UnknownNameError when there is none."""
+        if not pattern.startswith("module:"):
+            return select(pattern, self._all_sites)
+        site = Site.parse(pattern)
+        names = [name for name, _ in self.module.named_modules()]
+        return select(pattern, [Site("module", module=name, side=site.side) for name in names])
+
+    @cached_property
+    def _all_sites(self) -> list[Site]:
+        if self.adapter is None or self.layout is None:
+            names = [name for name, _ in self.module.named_modules() if name]
+            return [Site("module", module=name) for name in names]
+        found = [Site(kind) for kind in GLOBAL_KINDS if kind in self.adapter.outside]
+        for name in self.adapter.stack_names:
+            stack = self.adapter.stack(name)
+            kinds = [kind for kind in LAYER_KINDS if kind in stack.sites or _derives(stack, kind)]
+            found += [Site(kind, n, stack=name) for n in range(self.layout.layers_of(name)) for kind in kinds]
+            found += [Site(kind, stack=name) for kind in GLOBAL_KINDS if name and kind in stack.outside]
+        return sorted(found, key=lambda site: site.order)
+
+    @cached_property
+    def _site_set(self) -> frozenset[Site]:
+        return frozenset(self._all_sites)
+
+    def layer(self, number: int, stack: str = "") -> nn.Module:
+        """The module of one layer; of an encoder-decoder's "encoder" or "decoder" stack."""
+        adapter, layers = self.described[0], self.described[0].stack(stack).layers
+        return submodule(self.module, layers if adapter.shared else f"{layers}.{number}")
+
+    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:  # noqa: N802
+        """Output projection of each head. In a model with a norm after attention, what comes before that norm."""
+        return self._heads_of(submodule(self.layer(layer), self.described[0].o_proj))
+
+    def _heads_of(self, projection: nn.Module) -> Float[Tensor, "head d_head d_model"]:
+        layout = self.described[1]
+        weight = weight_of(projection)
+        # Linear keeps [out, in]; GPT-2's Conv1D keeps [in, out].
+        rows = weight.T if isinstance(projection, nn.Linear) else weight
+        return rows.reshape(layout.n_heads, layout.d_head, layout.d_model)
+
+    def heads_of(self, site: Site, z: Tensor) -> Tensor:
+        """The heads' result at a `result` or `cross_result` site, from z there."""
+        assert site.layer is not None
+        if not site.stack:
+            return self.head_writes(site.layer, z)
+        stack = self.described[0].stack(site.stack)
+        projection = submodule(self.layer(site.layer, site.stack), stack.cross_o_proj if site.cross else stack.o_proj)
+        return torch.einsum("...hd,hdm->...hm", z, self._heads_of(projection).to(z))
+
+    def head_writes(self, layer: int, z: Float[Tensor, "*any head d_head"]) -> Float[Tensor, "*any head d_model"]:
+        """What each head adds to the residual stream, from one layer's z.
+
+        The sum over heads is attn_out less the output projection's bias. With a norm after attention its scale is
+        held at the value it has for this z, which makes the shares exact.
+        """
+        adapter, _ = self.described
+        writes = torch.einsum("...hd,hdm->...hm", z, self.W_O(layer).to(z))
+        if not adapter.attn_norm:
+            return writes
+        norm = submodule(self.layer(layer), adapter.attn_norm)
+        bias = parameter(submodule(self.layer(layer), adapter.o_proj), "bias")
+        total = writes.sum(-2) if bias is None else writes.sum(-2) + bias.to(z)
+        return writes * (frozen_scale(adapter.norm, norm, total) * gain(adapter.norm, norm).to(z)).unsqueeze(-2)
+
+    @property
+    def W_U(self) -> Float[Tensor, "vocab d_model"]:  # noqa: N802
+        """Unembedding."""
+        adapter, _ = self.described
+        return weight_of(submodule(self.module, adapter.unembed))
+
+    def tokens(self, texts: str | Sequence[str], beginning: str = "none") -> Tokens:
+        """Tokens of texts. beginning: a token's text put first ("<bos>"), or "none".
+
+        Raises InputError without tokenizer, or for an empty text.
+        """
+        if self.tokenizer is None:
+            raise InputError(f"{self.name} has no tokenizer: pass token ids, or vs.Model(net, tokenizer=...)")
+        first = [] if beginning == "none" else [self.tokenizer.convert_tokens_to_ids(beginning)]
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        return Tokens.from_rows([first + self.tokenizer.encode(text, add_special_tokens=False) for text in listed])
+
+    def run(
+        self,
+        inputs: Any,
+        capture: Sequence[Site | str] | Site | str = (),
+        interventions: Sequence[Intervention] | Intervention = (),
+        *,
+        grad: bool = False,
+        last_logits: bool = False,
+        check_finite: bool = False,
+    ) -> Run:
+        """One forward pass that captures sites and applies interventions, in their order.
+
+        inputs: Tokens, int64 ids [batch, pos], text, a tokenizer's output, or for a module without adapter whatever it
+        takes: a tensor, a tuple of arguments, a mapping of keywords. Of several outputs the first is `logits`.
+        grad: keep the graph, so that autograd reaches captured tensors. last_logits: only the last position's logits,
+        when the model can (saves the unembedding of the rest). A captured site holds the value after interventions.
+        check_finite: look at every site (attention's scores and pattern only when they are captured or edited).
+
+        Raises UnknownNameError for an unknown site, InterventionError when an intervention's site never fired, with
+        check_finite NotFiniteError naming the first site, in the order of the pass, that holds NaN or infinity.
+        """
+        args, call, tokens = self._call(inputs)
+        if last_logits and self._takes("logits_to_keep"):
+            call = {**call, "logits_to_keep": 1}
+        wanted = self._wanted(capture)
+        watch = self._all_sites if check_finite else ()
+        recorder = Recorder(self, wanted, _listed(interventions), tokens, grad, watch=watch)
+        with torch.set_grad_enabled(grad), recorder.listening():
+            output = self.module(*args, **call)
+        recorder.check_fired()
+        return Run(logits_of(output), Activations(recorder.captured(), tokens), recorder.diagnostics())
+
+    def generate(
+        self,
+        prompts: Any,
+        max_new_tokens: int,
+        interventions: Sequence[Intervention] | Intervention = (),
+        capture: Sequence[Site | str] | Site | str = (),
+        *,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        stop: int | None = None,
+    ) -> Generation:
+        """Write up to max_new_tokens after each prompt, with interventions on prompt and new tokens.
+
+        Positions of interventions are token numbers from the start of each prompt, new tokens included; default all.
+        In an encoder-decoder they are those of the site's own stack, and a token's number in the decoder counts from
+        what the decoder is given; each new token is one whole run there.
+        Values given for whole sequences (Patch, Freeze ...) must reach as far as they are used. temperature: 0 takes
+        the likeliest token, more draws one, by `seed`. stop: token after which a prompt is finished.
+
+        Equals running every longer prompt anew with the same interventions. Raises InputError for a model that keeps
+        no keys and values, or positions that are never run.
+        """
+        tokens = self._call(prompts)[2]
+        if tokens is None or not self._takes("past_key_values"):
+            raise InputError(f"{self.name} does not write here: it takes no past_key_values. Use run")
+        edits, wanted, choice = _listed(interventions), self._wanted(capture), Choice(temperature, seed, stop)
+        if tokens.decoder is None:
+            made = generated(partial(self._pass, wanted, edits), tokens, edits, max_new_tokens, choice)
+        else:
+            made = decoded(partial(self._whole_pass, wanted, edits), tokens, edits, max_new_tokens, choice)
+        if self.tokenizer is None:
+            return made
+        return replace(made, texts=tuple(self.tokenizer.decode(list(row)) for row in made.new))
+
+    def _whole_pass(
+        self,
+        capture: Sequence[Site],
+        interventions: Sequence[Intervention],
+        tokens: Tokens,
+        places: Sequence[Place],
+    ) -> Step:
+        """One pass of an encoder-decoder that writes."""
+        recorder = Recorder(self, capture, interventions, tokens, False, places)
+        with torch.no_grad(), recorder.listening():
+            output = self.module(**self.token_call(tokens))
+        recorder.check_fired()
+        return Step(output.logits, None, recorder.captured(), recorder.diagnostics())
+
+    def _pass(
+        self,
+        capture: Sequence[Site],
+        interventions: Sequence[Intervention],
+        ids: Tensor,
+        real: Tensor,
+        index: Tensor,
+        cache: Any,
+        places: Sequence[Place],
+    ) -> Step:
+        """One pass of a generation: tokens after those whose keys and values are in the cache."""
+        adapter, here = self.described[0], real[:, -ids.shape[1] :]
+        call: dict[str, Any] = {**self.token_call(Tokens(ids)), "use_cache": True, "past_key_values": cache}
+        if not bool(real.all()):
+            call["attention_mask"] = real.long().to(self.device)
+            if adapter.positions:
+                call["position_ids"] = (index * here).to(self.device)
+        whole = any(
+            site.kind in ("logits", "module") for site in (*capture, *(edit.part.site for edit in interventions))
+        )
+        if self._takes("logits_to_keep") and not whole:
+            call["logits_to_keep"] = 1
+        recorder = Recorder(self, capture, interventions, Tokens(ids, here), False, places)
+        with torch.no_grad(), recorder.listening():
+            output = self.module(**call)
+        recorder.check_fired()
+        return Step(output.logits, output.past_key_values, recorder.captured(), recorder.diagnostics())
+
+    def _takes(self, argument: str) -> bool:
+        return self.adapter is not None and argument in inspect.signature(self.module.forward).parameters
+
+    def _wanted(self, capture: Sequence[Site | str] | Site | str) -> list[Site]:
+        names = [capture] if isinstance(capture, Site | str) else capture
+        return [site for name in names for site in self._resolve(name)]
+
+    def _resolve(self, name: Site | str) -> list[Site]:
+        if "*" in str(name):
+            return [site.whole for site in self.sites(str(name))]
+        site = Site.parse(name)
+        self.check_site(site)
+        return [site.whole]
+
+    def check_site(self, site: Site) -> None:
+        """Raise UnknownNameError or InputError when this model has no such site."""
+        if site.kind == "module":
+            submodule(self.module, site.module)
+            return
+        adapter, layout = self.described
+        n_layers = layout.layers_of(site.stack)
+        if site.layer is not None and site.layer >= n_layers and site.stack in adapter.stack_names:
+            raise InputError(f"{site}: {self.name} has {n_layers} layers, numbered from 0")
+        if site.whole not in self._site_set:
+            select(str(site.whole), self._all_sites)  # raises, naming the sites there are
+        limit, what = _limit(site.kind, layout)
+        if site.index is not None and limit is not None and site.index >= limit:
+            raise InputError(f"{site}: {self.name} has {limit} {what}, numbered from 0")
+
+    def _call(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tokens | None]:
+        """Arguments of the module, and the tokens when there are any."""
+        if isinstance(inputs, str) or (isinstance(inputs, list) and inputs and isinstance(inputs[0], str)):
+            inputs = self.tokens(inputs)
+        return self._caller.arguments(inputs)
+
+    def token_call(self, tokens: Tokens) -> dict[str, Any]:
+        """Keyword arguments the wrapped module is called with for these tokens."""
+        _ = self.described
+        return self._caller.of_tokens(tokens)
+
+    def begun(self, tokens: Tokens) -> Tokens:
+        """The tokens with what an encoder-decoder's decoder is given: its start token, if nothing is said."""
+        return self._caller.begun(tokens)
+
+    @property
+    def _caller(self) -> Caller:
+        masked = "attention_mask" in inspect.signature(self.module.forward).parameters
+        return Caller(self.adapter, self.layout, self.name, self.device, masked)
+
+
+def _listed(interventions: Sequence[Intervention] | Intervention) -> list[Intervention]:
+    """Raises InputError for what are no interventions."""
+    listed = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+    for one in listed:
+        if not isinstance(one, Intervention):
+            raise InputError(f"interventions= takes edits such as vs.Ablate(site); got {type(one).__name__}")
+    return listed
+
+
+def _derives(stack: Stack, kind: str) -> bool:
+    """Sites that no module has and that are made on the way."""
+    if kind in ATTENTION:
+        return bool(stack.cross_attention if kind.startswith("cross") else stack.attention)
+    z, projection = ("z", stack.o_proj) if kind == "result" else ("cross_z", stack.cross_o_proj)
+    return kind in RESULTS and z in stack.sites and bool(projection)
+
+
+def _limit(kind: str, layout: Layout) -> tuple[int | None, str]:
+    """How far an index in brackets may go, and what it counts. Neurons are checked against the tensor itself."""
+    kind = kind.removeprefix("cross_")
+    if kind in ("k", "v"):
+        return layout.n_kv_heads, "key-value heads per layer"
+    if kind in ("q", "z", "result", "pattern", "scores"):
+        return layout.n_heads, "heads per layer"
+    if kind in ("router", "expert_out"):
+        return layout.n_experts, "experts per layer"
+    return (None, "neurons") if kind == "mlp_post" else (layout.d_model, "dimensions")

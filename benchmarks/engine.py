@@ -53,7 +53,7 @@ def prompts(model: vs.Model, skip: bool) -> vs.Pairs:
             rows[which].append([2, *model.tokenizer.encode(text, add_special_tokens=False)])
         answers.append([model.tokenizer.encode(f" {name}", add_special_tokens=False)[0] for name in (a, b)])
     if not skip:
-        # A beginning of its own for every corrupted prompt, so that no position is before the first difference.
+        # Another first token for every corrupted prompt, so that no position is before the first difference.
         rows["corrupted"] = [[0, *row[1:]] for row in rows["corrupted"]]
     ids = {which: torch.tensor(found) for which, found in rows.items()}
     assert ids["clean"].shape == (8, WIDTH), ids["clean"].shape

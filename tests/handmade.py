@@ -186,7 +186,7 @@ class Planted(Bench):
     def copy(self, part: Site, key: str, amount: float) -> None:
         """Makes the value at `key` such that `copies` is `amount` for every prompt."""
         assert part.layer is not None and part.index is not None
-        rows, at = torch.arange(self.n), self.landmarks[key]
+        rows, at = torch.arange(self.n), self.named_positions[key]
         token = self.pairs.answer if key == "answer" else self.pairs.distractor
         values = self.run("clean").values[part.layer]
         values[rows, part.index, at] = self.model.W_U[token] @ self.model.W_O(part.layer)[part.index].T
@@ -203,8 +203,8 @@ class Planted(Bench):
     def _turn(self, heads: Tensor, part: Site) -> Tensor:
         rows, moved = torch.arange(self.n), self.turned.get(part, 0.0)
         heads = heads.clone()
-        heads[rows, :, self.landmarks["answer"]] -= moved
-        heads[rows, :, self.landmarks["distractor_last"]] += moved
+        heads[rows, :, self.named_positions["answer"]] -= moved
+        heads[rows, :, self.named_positions["distractor_last"]] += moved
         return heads
 
 

@@ -26,7 +26,7 @@ def forward(model: vs.Model, tokens: vs.Tokens, edits: Values | None = None, see
     """Logits [example, pos, vocab] with whole components replaced; fills `seen` with every component's value."""
     projections, mlps, first = modules(model.module)
     handles = [first.register_forward_pre_hook(_input(vs.Site("embed"), None, edits, seen), with_kwargs=True)]
-    heads = model.described[1].n_heads
+    heads = model.architecture[1].n_heads
     for number, projection in enumerate(projections):
         hook = _input(vs.Site("z", number), heads, edits, seen)
         handles.append(projection.register_forward_pre_hook(hook, with_kwargs=True))

@@ -83,7 +83,7 @@ def frame(name: str, corruptions: list[str], claims: list[Summary]) -> Summary:
             "name": name,
             "text": "How does the model decide which of two names receives the object?",
             "corruptions": corruptions,
-            "beginning": "<|im_start|>",
+            "bos": "<|im_start|>",
             "n": {"discovery": 32, "validation": 32},
             "seed": 0,
             "prompts": prompts | {"answer": " Anna", "distractor": " Paul"},

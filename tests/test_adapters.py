@@ -50,7 +50,7 @@ def plain_logits(net: nn.Module, tokens: vs.Tokens) -> Tensor:
 
 
 def layers(model: vs.Model) -> range:
-    return range(model.described[1].n_layers)
+    return range(model.architecture[1].n_layers)
 
 
 # -------------------------------------------------------------------------------------------------- what is read
@@ -93,7 +93,7 @@ def test_the_pattern_is_the_softmax_of_the_scores(model: vs.Model, tokens: vs.To
 
 
 def test_head_counts_are_the_configs(family: Family, model: vs.Model, tokens: vs.Tokens) -> None:
-    layout = model.described[1]
+    layout = model.architecture[1]
     assert (layout.n_heads, layout.n_kv_heads) == family.heads
     run = model.run(tokens, capture=["layers.1.*"])
     for kind, count in (("q", layout.n_heads), ("z", layout.n_heads), ("k", layout.n_kv_heads)):
@@ -113,13 +113,13 @@ def test_the_pattern_is_the_eager_models(model: vs.Model, tokens: vs.Tokens) -> 
 def eager_twin(model: vs.Model) -> nn.Module:
     twin = type(model.module)(model.module.config).eval()
     twin.load_state_dict(model.module.state_dict())
-    if model.described[0].attention:
+    if model.architecture[0].attention:
         twin.set_attn_implementation("eager")
     return twin
 
 
 def test_z_is_pattern_times_value(model: vs.Model, tokens: vs.Tokens) -> None:
-    layout = model.described[1]
+    layout = model.architecture[1]
     run = model.run(tokens, capture=["layers.1.pattern", "layers.1.v", "layers.1.z"])
     for head in range(layout.n_heads):
         shared = head // (layout.n_heads // layout.n_kv_heads)
@@ -149,7 +149,7 @@ def normed(before: Tensor, after: Tensor, model: vs.Model, layer: int) -> bool:
 
 
 def test_heads_results_sum_to_attn_out_less_the_bias(model: vs.Model, tokens: vs.Tokens) -> None:
-    adapter = model.described[0]
+    adapter = model.architecture[0]
     for layer in layers(model):
         run = model.run(tokens, capture=[f"layers.{layer}.{kind}" for kind in ("result", "attn_out", "z")])
         projection = model.layer(layer).get_submodule(adapter.o_proj)
@@ -267,7 +267,7 @@ def test_an_experts_output_is_its_weighted_gated_mlp(mixture: vs.Model, tokens: 
     experts, hidden = mixture.layer(0).mlp.experts, run["layers.0.mlp_in"]
     chances = run["layers.0.router"].softmax(-1)
     best = chances.topk(2, -1)
-    norm = mixture.described[0].family == "mixtral" or mixture.module.config.norm_topk_prob
+    norm = mixture.architecture[0].family == "mixtral" or mixture.module.config.norm_topk_prob
     with torch.no_grad():
         for expert in range(5):
             gate, up = (hidden @ experts.gate_up_proj[expert].T).chunk(2, -1)
@@ -426,8 +426,8 @@ def test_a_convolutional_network_is_read_and_edited_by_module() -> None:
 
 
 def test_every_known_class_is_found_by_its_own_adapter(family: Family, model: vs.Model) -> None:
-    assert model.described[0].family == family.name.replace("llama with biases", "llama")
-    assert family.model in model.described[0].classes
+    assert model.architecture[0].family == family.name.replace("llama with biases", "llama")
+    assert family.model in model.architecture[0].classes
 
 
 def test_a_field_nobody_knows_is_refused_by_name_and_value(family: Family) -> None:
@@ -492,5 +492,5 @@ def test_a_config_that_changes_what_sites_mean_is_refused(name: str, change: dic
 
 
 def test_parallel_and_serial_neox_are_told_apart() -> None:
-    assert "resid_mid" not in families.model("gpt_neox").described[0].sites
-    assert "resid_mid" in families.model("gpt_neox (serial)").described[0].sites
+    assert "resid_mid" not in families.model("gpt_neox").architecture[0].sites
+    assert "resid_mid" in families.model("gpt_neox (serial)").architecture[0].sites

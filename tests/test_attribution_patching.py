@@ -54,7 +54,7 @@ def test_estimates_of_the_pieces_add_up_to_the_site_s(model: vs.Model, pairs: vs
     whole = vs.attribution_patching(model, pairs, sites="layers.*.z")
     pieces = vs.attribution_patching(model, pairs, sites="layers.*.z", each=each)
     assert torch.allclose(pieces.effects.sum(1), whole.effects, atol=1e-4)
-    assert pieces.values.shape[1] == (pairs.clean.shape[1] if each == "position" else model.described[1].n_heads)
+    assert pieces.values.shape[1] == (pairs.clean.shape[1] if each == "position" else model.architecture[1].n_heads)
 
 
 def test_gradients_along_the_whole_way_add_up_to_the_patch(model: vs.Model, pairs: vs.Pairs) -> None:

@@ -55,7 +55,7 @@ def test_effects_are_those_of_one_hooked_run_per_component(bench: Bench, corrupt
 
 
 def test_components_are_the_embeddings_every_head_and_every_mlp_in_forward_order(bench: Bench) -> None:
-    layout = bench.model.described[1]
+    layout = bench.model.architecture[1]
     parts = components(bench.model)
     assert len(parts) == len(set(parts)) == 1 + layout.n_layers * (layout.n_heads + 1)
     assert parts == sorted(parts, key=lambda part: part.order)

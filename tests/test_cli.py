@@ -28,7 +28,7 @@ from vesalius import report
 from vesalius.bench import Bench
 from vesalius.cli import main
 
-FAST = ("--random-sets", "4", "--beginning", "none")
+FAST = ("--random-sets", "4", "--bos", "none")
 LETTERS = "abcdefgijklmnopqrsuvwxyz"
 
 
@@ -136,7 +136,7 @@ def test_a_study_writes_report_summary_and_ledger_and_prints_its_answer(
     assert {"report.html", "summary.json", "ledger.sqlite", "blocks"} <= {path.name for path in finished.iterdir()}
     assert summary["timings"]["peak_memory_bytes"] > 1e7
     assert [step["name"] for step in summary["timings"]["steps"]] == ["decompose", "circuit", "describe", "validate"]
-    assert "8 + 8 prompt pairs, beginning none" in done.words
+    assert "8 + 8 prompt pairs, bos none" in done.words
     assert "expected cost: about" in done.words
 
 
@@ -374,7 +374,7 @@ BAD: dict[str, tuple[Given, str]] = {
     "n a word": (with_options("--n", "many"), r"Invalid value for '--n'.*integer"),
     "seed": (with_options("--seed", -1), r"--seed must lie between 0 and .*; got -1"),
     "random sets": (with_options("--random-sets", 2), r"random_sets must be at least 4; got 2"),
-    "beginning": (with_options("--beginning", "<start>"), r"'<start>'"),
+    "bos": (with_options("--bos", "<start>"), r"'<start>'"),
     "unknown option": (with_options("--layers", 3), r"No such option: --layers"),
 }  # fmt: skip
 
@@ -388,8 +388,8 @@ def test_bad_input_gets_one_message_and_nothing_is_written(
     given, message = BAD[case]
     arguments, out = given(model, pairs, tmp_path), tmp_path / "out"
     random_sets = () if "--random-sets" in arguments else FAST[:2]
-    beginning = () if "--beginning" in arguments else FAST[2:]
-    done = run("study", *arguments, "--out", out, *random_sets, *beginning)
+    bos = () if "--bos" in arguments else FAST[2:]
+    done = run("study", *arguments, "--out", out, *random_sets, *bos)
     assert done.code == 2
     assert done.words.count("error: ") == 1
     assert re.search(message, done.words, re.IGNORECASE), done.words

@@ -45,7 +45,7 @@ def test_a_harvest_writes_a_store_and_says_what_is_in_it(
     assert re.match(rf"{store.n_rows} rows from 3 texts \(1 of them empty\), as float32 in 1 shards, ", done.out)
     assert done.out.splitlines()[1:] == [
         "layers.1.resid_post: width 64", "layers.0.z[1]: width 16",
-        "beginning <|start|>, first position dropped, 0 norm outliers dropped",
+        "bos <|start|>, first position dropped, 0 norm outliers dropped",
         str(out),
     ]  # fmt: skip
     assert "expected cost: about" in done.words
@@ -59,7 +59,7 @@ def test_a_harvest_writes_a_store_and_says_what_is_in_it(
 def test_the_options_reach_the_harvest(run: Callable[..., Done], model: Path, texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "acts"
     done = run("harvest", texts, "--model", model, "--site", "layers.*.mlp_out", "--out", out, "--tokens", 50,
-               "--dtype", "float16", "--compute", "bfloat16", "--beginning", "<|end|>", "--keep-beginning",
+               "--dtype", "float16", "--compute", "bfloat16", "--bos", "<|end|>", "--keep-bos",
                "--context", 20)  # fmt: skip
     assert done.code == 0, done.err
     plan = json.loads((out / "manifest.json").read_text())["plan"]
@@ -69,13 +69,13 @@ def test_the_options_reach_the_harvest(run: Callable[..., Done], model: Path, te
         50,
         20,
     ]
-    assert plan["beginning"] == {"token": "<|end|>", "id": 0, "kept": True}
+    assert plan["bos"] == {"token": "<|end|>", "id": 0, "kept": True}
     assert [site["site"] for site in plan["sites"]] == ["layers.0.mlp_out", "layers.1.mlp_out"]
     lines = done.out.splitlines()
     assert re.fullmatch(
         r"layers\.0\.mlp_out: width 64, bfloat16 weights: relative error 0\.0\d+ on the first batch", lines[1]
     )
-    assert lines[3] == "beginning <|end|>, first position kept, 0 norm outliers dropped"
+    assert lines[3] == "bos <|end|>, first position kept, 0 norm outliers dropped"
 
 
 def test_two_models_are_read_on_the_same_tokens(
@@ -113,7 +113,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "dtype": ([*SITE, "--dtype", "int8"], "unknown --dtype 'int8'; known: bfloat16, float16, float32"),
     "compute": ([*SITE, "--compute", "float64"], "unknown --compute 'float64'; known: bfloat16, float32"),
     "max norm": ([*SITE, "--max-norm", 0.5], "must be above 1 \\(or None\\); got 0.5"),
-    "beginning": ([*SITE, "--beginning", "the"], "beginning 'the' is not a special token of this tokenizer"),
+    "bos": ([*SITE, "--bos", "the"], "bos 'the' is not a special token of this tokenizer"),
     "column": ([*SITE, "--column", "body"], r"unknown column \(b.jsonl, line 1\) 'body'; known: id, text"),
     "model": ([*SITE, "--model", "nowhere"], "nowhere"),
 }

@@ -25,7 +25,7 @@ class Deep(handmade.Planted):
         self.model = vs.Model(tiny.gpt2(layers=10))
 
     def focus(self, part: Site, mass: float) -> None:
-        self.attend(part, self.landmarks["end"], self.landmarks["answer"], mass)
+        self.attend(part, self.named_positions["end"], self.named_positions["answer"], mass)
 
 
 @pytest.fixture

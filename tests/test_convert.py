@@ -156,7 +156,7 @@ def test_control_tokens_are_special_and_user_defined_ones_are_text(tiny: Path) -
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_beginning_token_is_added_only_if_the_file_asks(tmp_path: Path, bos: bool) -> None:
+def test_bos_token_is_added_only_if_the_file_asks(tmp_path: Path, bos: bool) -> None:
     path = write_gguf(tmp_path / "b.gguf", tiny_llama(), fields=lambda w: add_tokenizer(w, bos=bos))
     folder = converted(path, tmp_path / "out")
     saved = AutoTokenizer.from_pretrained(folder)

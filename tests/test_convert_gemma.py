@@ -98,8 +98,8 @@ def test_a_scaled_rotation_is_refused(tmp_path: Path) -> None:
 
 def test_vs_load_opens_it_with_the_gemma_adapter(tmp_path: Path) -> None:
     model = vs.load(write_gemma(tmp_path / "g.gguf", tiny_gemma()), cache=tmp_path / "cache")
-    assert model.described[0].family == "gemma3"
-    run = model.run(model.tokens("then the", beginning="<bos>"), capture=["layers.5.z"])
+    assert model.architecture[0].family == "gemma3"
+    run = model.run(model.tokens("then the", bos="<bos>"), capture=["layers.5.z"])
     assert run["layers.5.z"].shape == (1, 4, 4, 32)
 
 
@@ -169,7 +169,7 @@ def test_merges_come_best_first_and_cover_every_way_to_make_a_token() -> None:
     assert found == [("b", "c"), ("a", "b"), ("ab", "c"), ("a", "bc")]
 
 
-def test_the_beginning_is_added_as_the_file_asks(folder: Path) -> None:
+def test_the_bos_is_added_as_the_file_asks(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("he").input_ids == [2, TOKENS.index("he")]
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<bos>", "<eos>", "<pad>")

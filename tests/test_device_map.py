@@ -85,7 +85,7 @@ def two(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[vs.Model, vs.Mo
 
 
 def edits(model: vs.Model) -> list[Any]:
-    width = model.described[1].d_model
+    width = model.architecture[1].d_model
     return [
         vs.Ablate("layers.0.z[1]"), vs.Steer("layers.1.resid_post", scale=1.0, vector=torch.ones(width) / 4,
         positions=[2]), vs.Ablate("layers.1.pattern[0]", positions=[3]), vs.Noise("embed", scale=0.1),

@@ -33,7 +33,7 @@ def test_the_ten_lines_of_python_run_and_print_what_they_say(
     assert "forward equivalents" in printed
     scores = names["scores"]
     assert isinstance(scores, vs.Scores)
-    assert scores.values.shape[:2] == (1, demo.described[1].n_heads)
+    assert scores.values.shape[:2] == (1, demo.architecture[1].n_heads)
 
 
 @pytest.mark.demo_model

@@ -85,7 +85,7 @@ def test_with_a_centre_what_is_lost_is_replaced_by_the_mean(
 
 
 def test_projecting_a_head_leaves_the_other_heads_alone(model: vs.Model, tokens: vs.Tokens) -> None:
-    width = model.described[1].d_head
+    width = model.architecture[1].d_head
     base = model.run(tokens, capture=["layers.1.z"])["layers.1.z"]
     edited = value(model, tokens, vs.Project(vs.Direction(vs.Site("z", 1, 2), randn(width))), "layers.1.z")
     assert torch.equal(edited[:, :, [0, 1, 3]], base[:, :, [0, 1, 3]])
@@ -552,7 +552,7 @@ def test_every_site_that_is_read_must_come_first(model: vs.Model, tokens: vs.Tok
 
 def marked(tokens: vs.Tokens) -> vs.Tokens:
     """`subject` is another token in every prompt and none in the third; `span` two tokens, or one."""
-    return vs.Tokens(tokens.ids, tokens.mask, landmarks={
+    return vs.Tokens(tokens.ids, tokens.mask, named_positions={
         "subject": torch.tensor([1, 2, -1, 0, 4, 3]),
         "span": torch.tensor([[1, 2], [2, 3], [0, -1], [3, 4], [1, 1], [-1, 5]]),
     })  # fmt: skip
@@ -595,7 +595,7 @@ def test_names_mean_the_same_tokens_under_padding_on_the_left(model: vs.Model, t
     ids, real = torch.zeros_like(tokens.ids), torch.zeros_like(tokens.real)
     for row, size in enumerate(tokens.lengths.tolist()):
         ids[row, 9 - size :], real[row, 9 - size :] = tokens.ids[row, :size], True
-    left = vs.Tokens(ids, real, landmarks=marked(tokens).landmarks)
+    left = vs.Tokens(ids, real, named_positions=marked(tokens).named_positions)
     edit = vs.Ablate("layers.1.resid_post", positions=["span", "last"])
     right = model.run(marked(tokens), interventions=[edit]).logits
     found = model.run(left, interventions=[edit]).logits
@@ -627,25 +627,30 @@ def test_named_positions_print_serialise_and_hash() -> None:
     assert "positions=['subject', 3]" in repr(edit)
 
 
-def test_pairs_hand_their_landmarks_on() -> None:
+def test_pairs_hand_their_named_positions_on() -> None:
     pairs = tiny.pairs()
-    named = replace(pairs, landmarks={"changed": torch.tensor([2, 3, 2, 3, 2, 3])})
-    assert named.subset([4, 1]).tokens("clean").landmarks["changed"].tolist() == [2, 3]
+    named = replace(pairs, named_positions={"changed": torch.tensor([2, 3, 2, 3, 2, 3])})
+    assert named.subset([4, 1]).tokens("clean").named_positions["changed"].tolist() == [2, 3]
     assert named.content_hash == pairs.content_hash  # how places are called is no property of the prompts
 
 
 @pytest.mark.parametrize(
-    ("landmarks", "message"),
+    ("named_positions", "message"),
     [
-        ({"a": torch.tensor([0, 1])}, r"landmark 'a' must be int64 \[6\] or \[6, n\]; got torch.int64 \(2,\)"),
-        ({"a": torch.zeros(6)}, r"landmark 'a' must be int64 \[6\] or \[6, n\]; got torch.float32"),
-        ({"a": torch.tensor([0, 0, 40, 0, 0, 0])}, r"landmark 'a' of prompt 2 is 40, but the prompt has \d tokens"),
-        ({"a": torch.full((6,), -2)}, r"landmark 'a' of prompt 0 is -2"),
+        ({"a": torch.tensor([0, 1])}, r"named position 'a' must be int64 \[6\] or \[6, n\]; got torch.int64 \(2,\)"),
+        ({"a": torch.zeros(6)}, r"named position 'a' must be int64 \[6\] or \[6, n\]; got torch.float32"),
+        (
+            {"a": torch.tensor([0, 0, 40, 0, 0, 0])},
+            r"named position 'a' of prompt 2 is 40, but the prompt has \d tokens",
+        ),
+        ({"a": torch.full((6,), -2)}, r"named position 'a' of prompt 0 is -2"),
     ],
 )
-def test_landmarks_that_are_no_positions_are_refused(tokens: vs.Tokens, landmarks: Any, message: str) -> None:
+def test_named_positions_that_are_no_positions_are_refused(
+    tokens: vs.Tokens, named_positions: Any, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
-        vs.Tokens(tokens.ids, tokens.mask, landmarks=landmarks)
+        vs.Tokens(tokens.ids, tokens.mask, named_positions=named_positions)
 
 
 def test_a_name_that_the_prompts_do_not_have_lists_those_they_have(model: vs.Model, tokens: vs.Tokens) -> None:

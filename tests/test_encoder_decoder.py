@@ -299,14 +299,14 @@ def test_positions_are_those_of_the_stack_the_site_is_in(model: vs.Model, tokens
         assert not run[name][:, -1].any()
         with pytest.raises(InputError, match=f"position {width} is outside the prompts' {width} tokens"):
             model.run(tokens, interventions=[vs.Ablate(name, positions=[width])])
-    by_name = model.run(replace(tokens, landmarks={"here": torch.tensor([1, 2, -1, 0])}),
+    by_name = model.run(replace(tokens, named_positions={"here": torch.tensor([1, 2, -1, 0])}),
                         interventions=[vs.Ablate("encoder.layers.0.z", positions="here")])  # fmt: skip
     mask = torch.zeros(4, 9, dtype=torch.bool)
     mask[0, 1] = mask[1, 2] = mask[3, 0] = True
     by_mask = model.run(tokens, interventions=[vs.Ablate("encoder.layers.0.z", positions=mask)])
     assert torch.equal(by_name.logits, by_mask.logits)
     with pytest.raises(UnknownNameError, match=r"unknown position 'here'; known: first, last"):
-        model.run(replace(tokens, landmarks={"here": torch.zeros(4, dtype=torch.long)}),
+        model.run(replace(tokens, named_positions={"here": torch.zeros(4, dtype=torch.long)}),
                   interventions=[vs.Ablate("decoder.layers.0.z", positions="here")])  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def test_a_file_gives_back_its_prompts_answers_and_groups(tmp_path: Path, suffix
         assert decode([int(pairs.answer[i])]) == source["answer"]
         assert decode([int(pairs.distractor[i])]) == source["distractor"]
     assert pairs.groups == {key: tuple(r[key] for r in RECORDS) for key in ("template", "names")}
-    assert (pairs.task, pairs.corruption, pairs.beginning) == ("mine", "corrupted", "<|endoftext|>")
+    assert (pairs.task, pairs.corruption, pairs.bos) == ("mine", "corrupted", "<|endoftext|>")
 
 
 def test_jsonl_and_csv_give_equal_pairs(tmp_path: Path) -> None:
@@ -97,9 +97,9 @@ def test_a_byte_order_mark_and_empty_lines_are_no_obstacle(tmp_path: Path) -> No
     assert len(load_pairs(path, MODEL)) == 16
 
 
-def test_beginning_and_corruption_are_passed_on(tmp_path: Path) -> None:
-    pairs = load_pairs(write(tmp_path / "p.jsonl", RECORDS), MODEL, beginning="none", corruption="swap")
-    assert (pairs.beginning, pairs.corruption) == ("none", "swap")
+def test_bos_and_corruption_are_passed_on(tmp_path: Path) -> None:
+    pairs = load_pairs(write(tmp_path / "p.jsonl", RECORDS), MODEL, bos="none", corruption="swap")
+    assert (pairs.bos, pairs.corruption) == ("none", "swap")
     assert MODEL.tokenizer.decode([int(pairs.clean[0, 0])]) == "At"
 
 

@@ -84,7 +84,7 @@ def test_an_exclusive_latent_is_the_planted_behaviour(pair: tuple[vs.Model, vs.M
     ids = tokens(600, seed=5)
     store = vs.data.harvest(
         {"base": pair[0], "tuned": pair[1]}, ids.tolist(), sites=["layers.1.resid_post"], out=tmp_path, context=WIDTH,
-        beginning="none", max_norm=None, sink=vs.silent,
+        bos="none", max_norm=None, sink=vs.silent,
     )  # fmt: skip
     config = vs.TrainConfig(
         kind="relu", coder="crosscoder", n_latents=192, batch_size=256, steps=900, lr=3e-3, sparsity=1.0, dead="none",

@@ -16,7 +16,7 @@ import tiny
 import vesalius as vs
 from test_encoder_decoder import t5
 from vesalius.data.forward import Forward, captured, forward_for
-from vesalius.data.packing import Beginning, Group, Packing, groups
+from vesalius.data.packing import Bos, Group, Packing, groups
 from vesalius.errors import InputError, NotFiniteError, TokenizerError, UnknownNameError
 
 LENGTHS = (5, 1, 12, 3, 30, 7)
@@ -25,7 +25,7 @@ LENGTHS = (5, 1, 12, 3, 30, 7)
 def group(lengths: Sequence[int] = LENGTHS, context: int = 13, seed: int = 0, kept: bool = False) -> Group:
     draw = np.random.default_rng(seed)
     documents = [draw.integers(2, tiny.VOCAB, length) for length in lengths]
-    (found,) = groups(documents, Packing(context, Beginning("<bos>", 0, kept), (), 10_000))
+    (found,) = groups(documents, Packing(context, Bos("<bos>", 0, kept), (), 10_000))
     return found
 
 
@@ -79,7 +79,7 @@ def test_another_document_beside_it_changes_nothing() -> None:
     draw = np.random.default_rng(0)
     documents = [draw.integers(2, tiny.VOCAB, length) for length in LENGTHS]
     documents[2][4] = (documents[2][4] + 3) % 50 + 2
-    (changed_group,) = groups(documents, Packing(13, Beginning("<bos>", 0, False), (), 10_000))
+    (changed_group,) = groups(documents, Packing(13, Bos("<bos>", 0, False), (), 10_000))
     (after,) = rows(model, site, changed_group)
     moved = (before - after).abs().amax(1) > 1e-3
     assert moved.nonzero()[:, 0].tolist() == list(range(6 + 4, 6 + 12))

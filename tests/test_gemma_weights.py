@@ -34,12 +34,12 @@ def gemma() -> Any:
     ],
 )
 def test_it_answers(gemma: vs.Model, prompt: str, word: str, within: int) -> None:
-    best = gemma.run(gemma.tokens(prompt, beginning="<bos>")).logits[0, -1].topk(within).indices
+    best = gemma.run(gemma.tokens(prompt, bos="<bos>")).logits[0, -1].topk(within).indices
     assert word in [gemma.tokenizer.decode([token]) for token in best.tolist()]
 
 
 def test_english_is_as_likely_as_a_small_model_finds_it(gemma: vs.Model) -> None:
-    tokens = gemma.tokens(STORY, beginning="<bos>")
+    tokens = gemma.tokens(STORY, bos="<bos>")
     assert 2.0 < float(next_token_loss_of(gemma.run(tokens).logits, tokens)) < 4.0
 
 

@@ -137,7 +137,7 @@ def test_values_of_other_runs_while_writing_equal_running_anew(
 def test_other_ways_to_tell_positions_equal_running_anew_too(family: str, ragged: vs.Tokens) -> None:
     """Sliding windows (which count columns), positions from the mask, slopes by distance, experts."""
     model = families.model(family)
-    vector = randn(model.described[1].d_model)
+    vector = randn(model.architecture[1].d_model)
 
     def make(_row: int, width: int) -> list[Any]:
         here = [p for p in (2, 8, 9) if p < width]
@@ -162,7 +162,7 @@ def test_edits_of_attention_equal_running_anew_with_values_cut_to_the_width(
 ) -> None:
     tokens: vs.Tokens = request.getfixturevalue(padding)
     hidden = torch.ones(13, 13, dtype=torch.bool).triu(1)
-    given = randn(6, model.described[1].n_heads, 13, 13).abs().masked_fill(hidden, -1e9 if kind == "scores" else 0.0)
+    given = randn(6, model.architecture[1].n_heads, 13, 13).abs().masked_fill(hidden, -1e9 if kind == "scores" else 0.0)
     edits = [
         vs.Patch(f"layers.1.{kind}[2]", source=given[:, 2], positions=[4, 9, 11]),
         vs.Ablate("layers.0.pattern[0]"),

@@ -105,7 +105,7 @@ def test_the_manifest_says_what_the_rows_are(model: vs.Model, tmp_path: Path) ->
     assert plan["models"] == [{"tag": "", "name": "tiny", "sha256": model.content_hash}]
     assert plan["sites"] == [{"site": "layers.1.resid_post", "width": 64}, {"site": "layers.0.z", "width": 64}]
     assert (plan["dtype"], plan["context"], plan["tokens"]) == ("float32", CONTEXT, 90)
-    assert plan["beginning"] == {"token": "<|start|>", "id": 1, "kept": False}
+    assert plan["bos"] == {"token": "<|start|>", "id": 1, "kept": False}
     assert plan["text"]["kind"] == "texts"
     assert len(plan["tokenizer_sha256"]) == 64
     assert [shard["file"] for shard in told["shards"]] == sorted(path.name for path in tmp_path.glob("*.safetensors"))
@@ -120,7 +120,7 @@ def test_empty_texts_are_counted_and_told_and_nothing_is_deduplicated(model: vs.
     assert store.n_rows == 2 * len(model.tokenizer.encode("the cat", add_special_tokens=False))
     notes = [event.message for event in events if event.kind == "note"]
     assert "1 of 3 texts are empty and give no activations" in notes
-    assert notes[0] == "beginning token <|start|>, its activations dropped; special tokens in the text give none"
+    assert notes[0] == "bos token <|start|>, its activations dropped; special tokens in the text give none"
     assert notes[1].startswith("expected cost: about 0 s, 2 forward passes, ")
     done = [(event.done, event.total) for event in events if event.kind in ("start", "advance", "end")]
     assert done[0][0] == 0
@@ -128,25 +128,25 @@ def test_empty_texts_are_counted_and_told_and_nothing_is_deduplicated(model: vs.
     assert done == sorted(done)
 
 
-def test_the_beginning_can_be_kept_changed_or_left_out(model: vs.Model, tmp_path: Path) -> None:
-    kept = harvest(model, tmp_path / "kept", ["the cat"], keep_beginning=True)
+def test_the_bos_can_be_kept_changed_or_left_out(model: vs.Model, tmp_path: Path) -> None:
+    kept = harvest(model, tmp_path / "kept", ["the cat"], keep_bos=True)
     assert (kept.tokens[0], kept.trace(0).token, kept.trace(1).token) == (1, -1, 0)
-    none = harvest(model, tmp_path / "none", ["the cat"], beginning="none")
+    none = harvest(model, tmp_path / "none", ["the cat"], bos="none")
     assert (none.n_rows, none.trace(0).token, none.trace(0).at) == (kept.n_rows - 2, 1, 1)
-    other = harvest(model, tmp_path / "other", ["the cat"], beginning="<|end|>")
+    other = harvest(model, tmp_path / "other", ["the cat"], bos="<|end|>")
     assert other.trace(0).ids[0] == 0
     assert other.n_rows == kept.n_rows - 1
     rows = [next(store.in_order(99))[1][0] for store in (kept, other)]
     assert float((rows[0][1:] - rows[1]).abs().max()) > 1e-2
 
 
-def test_a_reader_that_counts_on_another_beginning_gets_an_error(model: vs.Model, tmp_path: Path) -> None:
+def test_a_reader_that_counts_on_another_bos_gets_an_error(model: vs.Model, tmp_path: Path) -> None:
     harvest(model, tmp_path, ["the cat"])
-    assert ActivationStore.open(tmp_path, beginning="<|start|>", keep_beginning=False).n_rows > 0
-    with pytest.raises(InputError, match=r"made with beginning token '<\|start\|>', and 'none' is asked for"):
-        ActivationStore.open(tmp_path, beginning="none")
+    assert ActivationStore.open(tmp_path, bos="<|start|>", keep_bos=False).n_rows > 0
+    with pytest.raises(InputError, match=r"made with bos token '<\|start\|>', and 'none' is asked for"):
+        ActivationStore.open(tmp_path, bos="none")
     with pytest.raises(InputError, match="first position dropped, and they are asked to be kept; harvest again"):
-        ActivationStore.open(tmp_path, keep_beginning=True)
+        ActivationStore.open(tmp_path, keep_bos=True)
 
 
 def test_two_models_are_read_in_one_pass_over_the_text(tmp_path: Path) -> None:
@@ -198,11 +198,11 @@ def test_norm_outliers_are_dropped_counted_and_told(tmp_path: Path) -> None:
     documents = [[5, 9, 6, 7], [8, 6, 9, 9, 4], [9, 5, 6]] * 20
     notes: list[str] = []
     model = Spiked(9).model
-    options = {"sites": ["embed"], "context": 9, "keep_beginning": True, "shard_bytes": 7_000}
+    options = {"sites": ["embed"], "context": 9, "keep_bos": True, "shard_bytes": 7_000}
     store = harvest(model, tmp_path / "out", documents, sink=lambda event: notes.append(event.message), **options)
     whole = harvest(model, tmp_path / "whole", documents, max_norm=None, **options)
     assert whole.n_rows == 240
-    # At the first position, where outliers are expected, keep_beginning decides.
+    # At the first position, where outliers are expected, keep_bos decides.
     kept = torch.tensor([token != 9 or whole.trace(row).at == 0 for row, token in enumerate(whole.tokens.tolist())])
     assert store.n_rows == int(kept.sum()) == 180
     rows = [torch.cat([rows for _, (rows,) in one.in_order(99)]) for one in (store, whole)]
@@ -328,7 +328,7 @@ def test_another_harvest_in_the_same_folder_is_refused_and_what_is_there_is_left
     harvest(model, tmp_path)
     before = files(tmp_path)
     assert "context: 20 there, 21 asked for" in refused(InputError, model, tmp_path, context=21)
-    assert 'beginning: {"' in refused(InputError, model, tmp_path, keep_beginning=True)
+    assert 'bos: {"' in refused(InputError, model, tmp_path, keep_bos=True)
     assert "text: " in refused(InputError, model, tmp_path, TEXTS[1:])
     assert "sites: " in refused(InputError, model, tmp_path, sites=["embed"])
     assert files(tmp_path) == before
@@ -390,7 +390,7 @@ def test_a_full_disk_is_told_before_and_during(
         ({"context": 1000}, InputError, "context 1000 is longer than the 128 positions of tiny"),
         ({"dtype": torch.float64}, UnknownNameError, "unknown dtype of stored activations 'torch.float64'; known: bf"),
         ({"compute": torch.int8}, InputError, "cannot compute in int8"),
-        ({"beginning": "the"}, TokenizerError, "'the' is not a special token"),
+        ({"bos": "the"}, TokenizerError, "'the' is not a special token"),
         ({"sites": []}, InputError, "no sites"),
         ({"sites": ["layers.7.mlp_out"]}, InputError, "has 2 layers"),
         ({"shard_bytes": 0}, InputError, "shard_bytes must be at least 1"),
@@ -411,13 +411,13 @@ def test_what_cannot_be_harvested_is_refused_and_nothing_is_written(
 @pytest.mark.demo_model
 def test_the_first_position_is_the_norm_outlier_that_is_dropped(demo: vs.Model, tmp_path: Path) -> None:
     texts = ["The library of Alexandria was built early in the third century.", "Two cats slept on the warm roof."]
-    for beginning in ("auto", "none"):
-        store = harvest(demo, tmp_path / beginning, texts, sites=["layers.15.resid_post"], beginning=beginning,
-                        keep_beginning=True)  # fmt: skip
+    for bos in ("auto", "none"):
+        store = harvest(demo, tmp_path / bos, texts, sites=["layers.15.resid_post"], bos=bos,
+                        keep_bos=True)  # fmt: skip
         ((_, (rows,)),) = store.in_order(100)
         first = torch.tensor([store.trace(row).at == 0 for row in range(store.n_rows)])
         assert first.sum() == 2
         assert float(rows[first].norm(dim=1).min()) > 50 * float(rows[~first].norm(dim=1).max())
-        dropped = harvest(demo, tmp_path / f"{beginning} dropped", texts, sites=["layers.15.resid_post"],
-                          beginning=beginning)  # fmt: skip
+        dropped = harvest(demo, tmp_path / f"{bos} dropped", texts, sites=["layers.15.resid_post"],
+                          bos=bos)  # fmt: skip
         torch.testing.assert_close(next(dropped.in_order(100))[1][0], rows[~first])

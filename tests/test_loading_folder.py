@@ -233,6 +233,6 @@ def test_masked_image_and_encoder_decoder_models_are_loaded_as_what_they_are(nam
     given.module.save_pretrained(tmp_path / name)
     model = load(tmp_path / name)
     assert type(model.module) is type(given.module)
-    assert model.described[0].family == name
+    assert model.architecture[0].family == name
     inputs = torch.randn(2, 3, 8, 8) if name == "vit" else torch.arange(2, 14).view(2, 6)
     assert torch.equal(model.run(inputs).logits, given.run(inputs).logits)

@@ -156,16 +156,18 @@ def test_direct_contributions_with_the_frozen_final_norm_sum_to_the_logit_differ
     ]
     direction = model.W_U[pairs.answer] - model.W_U[pairs.distractor]
     last = run["layers.2.resid_post"][rows, pairs.at]
-    norm = model.module.get_submodule(model.described[0].final_norm)
+    norm = model.module.get_submodule(model.architecture[0].final_norm)
     centre, eps = (
-        (last.mean(-1, keepdim=True), norm.eps) if model.described[0].norm == "layer" else (0.0, norm.variance_epsilon)
+        (last.mean(-1, keepdim=True), norm.eps)
+        if model.architecture[0].norm == "layer"
+        else (0.0, norm.variance_epsilon)
     )
     scale = norm.weight / ((last - centre).pow(2).mean(-1, keepdim=True) + eps).sqrt()
-    bias = norm.bias if model.described[0].norm == "layer" else torch.zeros(48)
+    bias = norm.bias if model.architecture[0].norm == "layer" else torch.zeros(48)
     total = (direction * bias).sum(-1)
     for part in parts:
         value = part[rows, pairs.at]
-        value = value - value.mean(-1, keepdim=True) if model.described[0].norm == "layer" else value
+        value = value - value.mean(-1, keepdim=True) if model.architecture[0].norm == "layer" else value
         total = total + (value * scale * direction).sum(-1)
     assert torch.allclose(total, vs.logit_diff(run.logits, pairs), atol=1e-4)
 
@@ -185,7 +187,7 @@ def test_a_captured_tensor_is_what_a_raw_hook_sees(model: vs.Model, tokens: vs.T
 
 
 def test_axes_name_the_captured_tensor(model: vs.Model, tokens: vs.Tokens) -> None:
-    layout = model.described[1]
+    layout = model.architecture[1]
     width = tokens.ids.shape[1]
     sizes = {"batch": 6, "pos": width, "query_pos": width, "key_pos": width, "head": layout.n_heads,
              "kv_head": layout.n_kv_heads, "d_head": layout.d_head, "d_model": 48, "vocab": tiny.VOCAB}  # fmt: skip
@@ -198,14 +200,14 @@ def test_axes_name_the_captured_tensor(model: vs.Model, tokens: vs.Tokens) -> No
 
 def test_heads_results_sum_to_attn_out_less_the_bias(model: vs.Model, tokens: vs.Tokens) -> None:
     run = model.run(tokens, capture=["layers.1.result", "layers.1.attn_out"])
-    projection = model.layer(1).get_submodule(model.described[0].o_proj)
+    projection = model.layer(1).get_submodule(model.architecture[0].o_proj)
     bias = getattr(projection, "bias", None)
     total = run["layers.1.result"].sum(2) + (0 if bias is None else bias)
     assert torch.allclose(total, run["layers.1.attn_out"], atol=1e-5)
 
 
 def test_z_is_pattern_times_value_with_key_value_heads_repeated(model: vs.Model, tokens: vs.Tokens) -> None:
-    layout = model.described[1]
+    layout = model.architecture[1]
     run = model.run(tokens, capture=["layers.1.pattern", "layers.1.v", "layers.1.z"])
     for head in range(layout.n_heads):
         shared = head // (layout.n_heads // layout.n_kv_heads)
@@ -214,7 +216,7 @@ def test_z_is_pattern_times_value_with_key_value_heads_repeated(model: vs.Model,
 
 
 def test_the_llama_under_test_really_groups_its_queries() -> None:
-    layout = tiny.model("llama").described[1]
+    layout = tiny.model("llama").architecture[1]
     assert (layout.n_heads, layout.n_kv_heads) == (6, 2)
 
 
@@ -268,7 +270,7 @@ def test_padding_side_does_not_change_an_examples_numbers(model: vs.Model, token
 
 def plain_gradients(model: vs.Model, tokens: vs.Tokens, pairs: vs.Pairs) -> dict[str, Tensor]:
     """Autograd on the wrapped module with hooks that keep the tensors."""
-    adapter = model.described[0]
+    adapter = model.architecture[0]
     kept: dict[str, Tensor] = {}
     layer = model.layer(1)
 
@@ -405,7 +407,7 @@ def test_an_output_that_is_a_mapping_is_read_and_edited_by_its_first_tensor() ->
 
 
 def test_a_transformers_models_own_output_is_one_too(model: vs.Model, tokens: vs.Tokens) -> None:
-    path = "transformer" if model.described[0].family == "gpt2" else "model"
+    path = "transformer" if model.architecture[0].family == "gpt2" else "model"
     run = model.run(tokens, capture=[f"module:{path}|out", "final_norm"])
     assert torch.equal(run[f"module:{path}|out"], run["final_norm"])
     cut = model.run(tokens, interventions=[vs.Ablate(f"module:{path}|out")])
@@ -432,7 +434,7 @@ def test_several_arguments_and_keywords_are_handed_on() -> None:
 
 
 def test_module_sites_of_a_model_with_an_adapter_are_its_tensors(model: vs.Model, tokens: vs.Tokens) -> None:
-    path = f"{model.described[0].layers}.1.mlp"
+    path = f"{model.architecture[0].layers}.1.mlp"
     base = model.run(tokens, capture=[f"module:{path}|out", f"module:{path}|in", "layers.1.mlp_out", "layers.1.mlp_in"])
     assert torch.equal(base[f"module:{path}|out"], base["layers.1.mlp_out"])
     assert torch.equal(base[f"module:{path}|in"], base["layers.1.mlp_in"])

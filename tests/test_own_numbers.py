@@ -26,12 +26,12 @@ def model(request: pytest.FixtureRequest) -> vs.Model:
 def tokens() -> vs.Tokens:
     """Prompts of 6 to 9 tokens, with a place that has a name."""
     prompts = tiny.pairs().tokens("clean")
-    return vs.Tokens(prompts.ids, prompts.mask, landmarks={"here": torch.tensor([1, 4, 0, -1, 2, 5])})
+    return vs.Tokens(prompts.ids, prompts.mask, named_positions={"here": torch.tensor([1, 4, 0, -1, 2, 5])})
 
 
 def edits(model: vs.Model, rows: Tensor, source: vs.Activations, size: int) -> list[Any]:
     """One of each kind of value: of another run, of the run itself, random, by name and by number."""
-    width = model.described[1].d_model
+    width = model.architecture[1].d_model
     given = {site: source[site][rows, :size] for site in source}
     return [
         vs.Noise("embed", scale=0.3, seed=1, examples=rows),
@@ -79,7 +79,9 @@ def test_alone_and_without_padding(
 ) -> None:
     for row in range(6):
         size = int(tokens.lengths[row])
-        one = vs.Tokens(tokens.ids[row : row + 1, :size], landmarks={"here": tokens.landmarks["here"][row : row + 1]})
+        one = vs.Tokens(
+            tokens.ids[row : row + 1, :size], named_positions={"here": tokens.named_positions["here"][row : row + 1]}
+        )
         alone = run(model, one, torch.tensor([row]), source)
         for name, whole in together.items():
             assert agree(alone[name][0], whole[row, :size], whole), (name, row)
@@ -90,7 +92,7 @@ def test_padding_of_any_token_and_any_width(
 ) -> None:
     wider = torch.cat([torch.where(tokens.real, tokens.ids, 17), torch.full((6, 3), 23)], 1)
     mask = torch.cat([tokens.real, torch.zeros(6, 3, dtype=torch.bool)], 1)
-    padded = run(model, vs.Tokens(wider, mask, landmarks=tokens.landmarks), torch.arange(6), source)
+    padded = run(model, vs.Tokens(wider, mask, named_positions=tokens.named_positions), torch.arange(6), source)
     for row, size in enumerate(tokens.lengths.tolist()):
         for name, whole in together.items():
             assert agree(padded[name][row, :size], whole[row, :size], whole), (name, row)

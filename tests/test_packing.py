@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 import vesalius as vs
 from tiny_folder import tiny_folder
 from vesalius.data.packing import (
-    Beginning,
+    Bos,
     Group,
     Packing,
     Tally,
     batches,
-    beginning_for,
+    bos_for,
     groups,
     special_ids,
     tokenized,
@@ -39,7 +39,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def packing(
     context: int = 6, head: int | None = BOS, kept: bool = False, rows: int = 10, limit: int | None = None
 ) -> Packing:
-    return Packing(context, Beginning("none" if head is None else "<bos>", head, kept), SPECIAL, rows, limit)
+    return Packing(context, Bos("none" if head is None else "<bos>", head, kept), SPECIAL, rows, limit)
 
 
 def arrays(documents: list[list[int]]) -> list[Any]:
@@ -47,7 +47,7 @@ def arrays(documents: list[list[int]]) -> list[Any]:
 
 
 def rows_of(found: list[Group]) -> list[tuple[int, int, int]]:
-    """Document, number in the document, and token, of every row; the beginning token has number -1."""
+    """Document, number in the document, and token, of every row; the bos token has number -1."""
     return [
         (context.document, context.offset + at - (context.ids[0] == BOS and len(context.ids) > 0), int(context.ids[at]))
         for group in found
@@ -83,7 +83,7 @@ def test_a_limit_is_met_exactly_and_leaves_the_rows_before_it_as_they_are(
     assert rows_of(list(groups(arrays(documents), packing(limit=limit)))) == everything[:limit]
 
 
-def test_without_a_beginning_token_the_first_position_is_dropped_all_the_same() -> None:
+def test_without_a_bos_token_the_first_position_is_dropped_all_the_same() -> None:
     documents = arrays([[5, 6, 7, 8, 9, 5, 6, 7]])
     (group,) = groups(documents, packing(4, None))
     assert [c.kept.tolist() for c in group.contexts] == [[False, True, True, True]] * 2
@@ -165,19 +165,16 @@ def test_documents_that_are_none_are_named(tokenizer: Any) -> None:
     assert [ids.tolist() for ids in tokenized([[3]], None, Tally())] == [[3]]
 
 
-def test_the_beginning_is_as_in_tasks_and_says_what_it_does(tokenizer: Any) -> None:
-    found = beginning_for(tokenizer, "auto", False)
+def test_the_bos_is_as_in_tasks_and_says_what_it_does(tokenizer: Any) -> None:
+    found = bos_for(tokenizer, "auto", False)
     assert (found.token, found.id) == ("<|start|>", 1)
-    assert found.describe() == "beginning token <|start|>, its activations dropped"
-    assert (
-        beginning_for(tokenizer, "none", True).describe()
-        == "no beginning token, activations of the first position kept"
-    )
-    assert beginning_for(None, "auto", False) == Beginning("none", None, False)
+    assert found.describe() == "bos token <|start|>, its activations dropped"
+    assert bos_for(tokenizer, "none", True).describe() == "no bos token, activations of the first position kept"
+    assert bos_for(None, "auto", False) == Bos("none", None, False)
     with pytest.raises(TokenizerError, match="'the' is not a special token"):
-        beginning_for(tokenizer, "the", False)
+        bos_for(tokenizer, "the", False)
     with pytest.raises(InputError, match="no tokenizer, so it can only be 'none'"):
-        beginning_for(None, "<|start|>", False)
+        bos_for(None, "<|start|>", False)
     assert special_ids(tokenizer) == (0, 1, 2)
 
 

@@ -266,7 +266,7 @@ def test_a_model_that_cannot_be_replayed_gives_the_same_by_plain_runs_and_says_s
 def test_where_attention_looks_both_ways_every_position_is_sent_and_held() -> None:
     model, pairs = families.model("bert"), tiny.pairs()
     found = vs.path_patching(model, pairs, senders="layers.0.z", receivers="layers.1.mlp_in")
-    n_layers, rows = model.described[1].n_layers, torch.arange(len(pairs))
+    n_layers, rows = model.architecture[1].n_layers, torch.arange(len(pairs))
     names = ["layers.*.z", "layers.*.mlp_out"]
     base, other = (model.run(pairs.tokens(which), capture=names).activations for which in ("clean", "corrupted"))
     held = [vs.Freeze(f"layers.{n}.z", source=base) for n in range(1, n_layers)]

@@ -38,7 +38,7 @@ def worst(found: Tensor, exact: Tensor) -> float:
 def test_captures_and_edits_equal_those_in_float64(name: str, dtype: torch.dtype) -> None:
     tokens = tiny.pairs(n=4).tokens("clean")
     exact, here = model(name, torch.float64), model(name, dtype)
-    width = here.described[1].d_model
+    width = here.architecture[1].d_model
     edits = [
         vs.Steer("layers.1.resid_post", scale=1.0, vector=torch.ones(width) / 4, positions=[2]),
         vs.Ablate("layers.0.z[1]"), vs.Ablate("layers.1.pattern[0]", positions=[3]),
@@ -71,7 +71,7 @@ def test_sweeps_pass_their_check_and_equal_those_in_float64(name: str, dtype: to
 def test_captures_and_edits_under_autocast_equal_those_in_float64(name: str) -> None:
     tokens = tiny.pairs(n=4).tokens("clean")
     exact, here = model(name, torch.float64), model(name, torch.float32)
-    width = here.described[1].d_model
+    width = here.architecture[1].d_model
     space = vs.Subspace(vs.Site("resid_post", 1), torch.eye(width)[:3])
     edits = [
         vs.Steer("layers.0.resid_post", scale=1.0, vector=torch.ones(width) / 4, positions=[2]),

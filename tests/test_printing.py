@@ -42,12 +42,12 @@ def test_pairs_say_what_they_come_with() -> None:
     one = torch.tensor([[3, 4, 5], [6, 7, 8]])
     pairs = vs.Pairs(
         clean=one, corrupted=one + 1, answer=one[:, 0], distractor=one[:, 1], task="mine", corruption="swap",
-        groups={"names": ("a", "b")}, splits=("discovery", "validation"), landmarks={"s2": torch.tensor([1, 1])},
+        groups={"names": ("a", "b")}, splits=("discovery", "validation"), named_positions={"s2": torch.tensor([1, 1])},
     )  # fmt: skip
     assert repr(pairs) == (
-        "Pairs(mine, 2 of 3 to 3 tokens, swap; 1 discovery, 1 validation; groups names; landmarks s2)"
+        "Pairs(mine, 2 of 3 to 3 tokens, swap; 1 discovery, 1 validation; groups names; named_positions s2)"
     )
-    assert repr(pairs.tokens("clean")) == "Tokens(2 prompts of 3 tokens, landmarks s2)"
+    assert repr(pairs.tokens("clean")) == "Tokens(2 prompts of 3 tokens, named_positions s2)"
 
 
 def test_one_site_and_one_edit_need_no_list(model: vs.Model) -> None:

@@ -378,7 +378,7 @@ def test_readings_are_those_of_each_text_alone(demo: vs.Model, at: str) -> None:
     dictionary = coder(unit(30, 576, 2), in_sites=(site,), out_sites=(site,))
     found = read_concept(dictionary, labelled, demo, at=at, batch_tokens=20)  # type: ignore[arg-type]
     for number, text in enumerate(texts):
-        tokens = demo.tokens([text], beginning="<|endoftext|>")
+        tokens = demo.tokens([text], bos="<|endoftext|>")
         rows = demo.run(tokens, capture=[site])[site][0, 1:]
         rows = rows[-1:] if at == "last" else rows
         assert np.allclose(found.rows[number], rows.double().mean(0).numpy(), atol=1e-4, rtol=1e-4)

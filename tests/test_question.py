@@ -89,7 +89,7 @@ def test_the_user_s_own_pairs_make_a_question(tmp_path: Path) -> None:
     ]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    question = question_for(str(path), model, beginning="none")
+    question = question_for(str(path), model, bos="none")
     assert (question.name, question.main, question.sizes) == ("mine", "corrupted", {"discovery": 4, "validation": 4})
     texts = example_texts(question, model)
     shown = next(row for row in rows if row["clean"] == texts["clean"])

@@ -272,7 +272,7 @@ def random_bench(request: pytest.FixtureRequest) -> Bench:
 
 def test_attention_is_what_a_plain_run_shows(random_bench: Bench) -> None:
     run = random_bench.model.run(random_bench.pairs.tokens("clean"), capture=["layers.1.pattern"])
-    pattern, marks = run["layers.1.pattern"][:, 2], random_bench.landmarks
+    pattern, marks = run["layers.1.pattern"][:, 2], random_bench.named_positions
     for query, key in (("end", "answer"), ("distractor_last", "distractor_first+1"), ("end", "first")):
         found = figure(random_bench, "attends", {"component": "layers.1.z[2]", "query": query, "key": key})
         at, to = marks[query], positions(random_bench, key)
@@ -293,8 +293,8 @@ def test_copying_is_what_writing_the_value_into_frozen_logits_does(random_bench:
     head = 4 if _six(model) else 3
     run = model.run(pairs.tokens("clean"), capture=["layers.1.v", "layers.2.resid_post"])
     for row in range(random_bench.n):
-        value = run["layers.1.v"][row, int(random_bench.landmarks["answer"][row])]
-        write = value[head // (model.described[1].n_heads // len(value))] @ model.W_O(1)[head]
+        value = run["layers.1.v"][row, int(random_bench.named_positions["answer"][row])]
+        write = value[head // (model.architecture[1].n_heads // len(value))] @ model.W_O(1)[head]
         logits = _frozen_logits(model, run["layers.2.resid_post"][row, -1], write)
         own = {int(pairs.answer[row]), int(pairs.distractor[row])}
         others = sorted({*pairs.answer.tolist(), *pairs.distractor.tolist()} - own)
@@ -303,7 +303,7 @@ def test_copying_is_what_writing_the_value_into_frozen_logits_does(random_bench:
 
 
 def _six(model: vs.Model) -> bool:
-    return model.described[1].n_heads == 6
+    return model.architecture[1].n_heads == 6
 
 
 def _frozen_logits(model: vs.Model, final: torch.Tensor, write: torch.Tensor) -> torch.Tensor:
@@ -322,7 +322,7 @@ def test_a_shift_of_attention_is_what_a_patched_run_shows(random_bench: Bench) -
     found = figure(random_bench, "moves_attention", parameters)
     corrupted = model.run(pairs.tokens("corrupted"), capture=["layers.0.z"])
     patch = vs.Patch("layers.0.z[1]", source=corrupted["layers.0.z"][:, :, 1])
-    marks, leans = random_bench.landmarks, []
+    marks, leans = random_bench.named_positions, []
     for edits in ([], [patch]):
         run = model.run(pairs.tokens("clean"), capture=["layers.*.pattern"], interventions=edits)
         for layer, head in ((1, 0), (2, 3)):
@@ -360,10 +360,10 @@ def test_the_one_inhibition_head_turns_the_mover_as_far_as_the_whole_corruption_
     torch.testing.assert_close(shift("denoising"), whole / 2, atol=0.02, rtol=0.01)
 
 
-# --- Prompts that lack landmarks, and wrong input -------------------------------------------------------------------
+# --- Prompts that lack named positions, and wrong input ----------------------------------------------------------------
 
 
-def test_tasks_without_landmarks_are_described_by_the_roles_that_need_none() -> None:
+def test_tasks_without_named_positions_are_described_by_the_roles_that_need_none() -> None:
     model = tiny.model("llama")
     pairs = tiny.pairs(6)
     pairs = replace(pairs, answer=torch.full((6,), 59), distractor=torch.full((6,), 60))
@@ -392,7 +392,7 @@ def test_an_induction_head_is_found_at_a_last_token_that_occurred_before() -> No
 
 def test_a_place_that_a_prompt_lacks_is_refused_and_named() -> None:
     bench = Planted()
-    bench.memo["landmarks",] = {**bench.landmarks, "answer": torch.where(torch.arange(bench.n) == 3, -1, 1)}
+    bench.memo["named_positions",] = {**bench.named_positions, "answer": torch.where(torch.arange(bench.n) == 3, -1, 1)}
     assert not present(bench, "answer")
     with pytest.raises(PairsError, match=r"1 of 12 prompts have no 'answer' \(the answer\), the first is prompt 3"):
         positions(bench, "answer")

@@ -37,7 +37,7 @@ class Table4:
             record(self.model, self.pairs.tokens(which), [*self.sites, *inside]) for which in ("clean", "corrupted")
         ]
         self.clean, self.corrupted = runs
-        _, self.layout = self.model.described
+        _, self.layout = self.model.architecture
         heads = range(self.layout.n_heads)
         self.parts = [s for s in self.sites if s.kind == "mlp_out"]
         self.parts += [site[head] for site in self.sites if site.kind == "z" for head in heads]

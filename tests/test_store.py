@@ -281,9 +281,9 @@ def test_a_manifest_made_by_a_stranger_cannot_lead_elsewhere(folder: Path) -> No
         (lambda body: body["shards"][0].update(rows="9"), "is not a manifest of activations"),
         (lambda body: body["shards"][0].update(bytes=-1), "is not a manifest of activations"),
         (lambda body: body["shards"].clear(), "it has no sites or no rows"),
-        (lambda body: body["plan"].pop("beginning"), "is not a manifest of activations"),
-        (lambda body: body["plan"]["beginning"].update(id="x"), "its beginning token is no id"),
-        (lambda body: body["plan"]["beginning"].update(token=None), "does not say what contexts begin with"),
+        (lambda body: body["plan"].pop("bos"), "is not a manifest of activations"),
+        (lambda body: body["plan"]["bos"].update(id="x"), "its bos token is no id"),
+        (lambda body: body["plan"]["bos"].update(token=None), "does not say what contexts begin with"),
     ]:
         rewritten(change)
         with pytest.raises(FileFormatError, match=message):

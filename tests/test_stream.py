@@ -29,9 +29,7 @@ def model() -> vs.Model:
 
 
 def stream(model: vs.Model, texts: Any = DOCUMENTS, **options: Any) -> Stream:
-    return vs.data.stream(
-        model, texts, **{"sites": SITE, "buffer": 60, "context": 12, "keep_beginning": True, **options}
-    )
+    return vs.data.stream(model, texts, **{"sites": SITE, "buffer": 60, "context": 12, "keep_bos": True, **options})
 
 
 def take(source: Source, count: int, batch_size: int = 16, seed: int = 0, start: int = 0) -> list[Rows]:
@@ -47,7 +45,7 @@ def test_an_epoch_holds_the_rows_that_a_harvest_stores(model: vs.Model, tmp_path
     source = stream(model)
     assert isinstance(source, Source)
     assert (source.n_rows, source.widths, [str(site) for site in source.sites]) == (None, (48,), SITE)
-    store = vs.data.harvest(model, DOCUMENTS, sites=SITE, out=tmp_path, context=12, keep_beginning=True)
+    store = vs.data.harvest(model, DOCUMENTS, sites=SITE, out=tmp_path, context=12, keep_bos=True)
     stored = torch.cat([rows[0] for _, rows in store.in_order(999)])
     found = torch.cat([batch[0] for batch in take(source, 2 * TOTAL // 16 + 1)])
     for epoch in (found[:TOTAL], found[TOTAL : 2 * TOTAL]):
@@ -83,11 +81,11 @@ def test_what_lies_before_the_start_is_not_run(model: vs.Model) -> None:
 
 
 def test_in_the_place_of_an_outlier_comes_another_row() -> None:
-    """So the number of rows does not depend on the model, and beginning late costs nothing."""
+    """So the number of rows does not depend on the model, and starting late costs nothing."""
     spiked = tiny.model("llama")
     with torch.no_grad():
         spiked.module.model.embed_tokens.weight[7] *= 100
-    options = {"sites": ["embed"], "keep_beginning": False}
+    options = {"sites": ["embed"], "keep_bos": False}
     whole = take(stream(spiked, **options), 60)
     assert max(float(batch[0].norm(dim=1).max()) for batch in whole) < 10
     plain = take(stream(spiked, **options, max_norm=None), 60)
@@ -100,7 +98,7 @@ def test_in_the_place_of_an_outlier_comes_another_row() -> None:
 def test_the_buffer_bounds_what_is_held_and_shuffles_across_documents(model: vs.Model, tmp_path: Path) -> None:
     sizes = [len(rows[0]) for rows, _ in islice(stream(model)._pools(("x", 0), 0), 20)]
     assert max(sizes) <= 60
-    store = vs.data.harvest(model, DOCUMENTS, sites=SITE, out=tmp_path, context=12, keep_beginning=True)
+    store = vs.data.harvest(model, DOCUMENTS, sites=SITE, out=tmp_path, context=12, keep_bos=True)
     stored = torch.cat([rows[0] for _, rows in store.in_order(999)])
     (batch,) = take(stream(model, buffer=300), 1, 32)[0]
     nearest = torch.cdist(batch, stored).argmin(1).tolist()
@@ -142,7 +140,7 @@ def test_the_hash_follows_model_texts_sites_and_packing(model: vs.Model) -> None
             (model, DOCUMENTS, {}), (tiny.model("llama", 1), DOCUMENTS, {}), (model, DOCUMENTS[::-1], {}),
             (model, DOCUMENTS, {"context": 11}), (model, DOCUMENTS, {"sites": ["embed"]}),
             (model, DOCUMENTS, {"buffer": 61}),
-            (model, DOCUMENTS, {"tokens": 99}), (model, DOCUMENTS, {"keep_beginning": False}),
+            (model, DOCUMENTS, {"tokens": 99}), (model, DOCUMENTS, {"keep_bos": False}),
         ]
     ]  # fmt: skip
     assert len(set(hashes)) == len(hashes)
@@ -163,7 +161,7 @@ def test_texts_that_can_be_read_only_once_or_hold_nothing_are_refused(model: vs.
     with pytest.raises(InputError, match="a list_iterator can be read only once, and a stream begins anew"):
         stream(model, iter(DOCUMENTS))
     with pytest.raises(InputError, match="the texts hold no token to keep"):
-        take(stream(model, [[], [3]], keep_beginning=False), 1)
+        take(stream(model, [[], [3]], keep_bos=False), 1)
     with pytest.raises(InputError, match="room for 1 row at least; got 0"):
         stream(model, buffer=0)
     with pytest.raises(InputError, match="the texts hold no token to keep"):

@@ -60,9 +60,9 @@ def double_loop(model: vs.Model, pairs: vs.Pairs, site: vs.Site, each: str, base
     """Activation patching as everyone writes it first: [position|head, example]."""
     from_, into = (pairs.clean, pairs.corrupted) if base == "corrupted" else (pairs.corrupted, pairs.clean)
     module, side = module_of(model, site)
-    width = model.described[1].d_head
+    width = model.architecture[1].d_head
     rows = []
-    for number in range(pairs.clean.shape[1] if each == "position" else model.described[1].n_heads):
+    for number in range(pairs.clean.shape[1] if each == "position" else model.architecture[1].n_heads):
         row = []
         for example in range(len(pairs)):
             kept: list[Tensor] = []
@@ -129,7 +129,7 @@ def test_whole_sites_are_swept_without_each(model: vs.Model, pairs: vs.Pairs) ->
 
 
 def test_key_value_heads_are_counted_as_the_model_has_them(model: vs.Model, pairs: vs.Pairs) -> None:
-    layout = model.described[1]
+    layout = model.architecture[1]
     assert vs.sweep(model, pairs, sites="layers.*.v", each="head").values.shape == (3, layout.n_kv_heads, 4)
     if layout.n_heads != layout.n_kv_heads:
         with pytest.raises(InputError, match="sweep z and q apart from k and v"):
@@ -292,7 +292,7 @@ def test_a_model_that_gives_no_numbers_is_refused(pairs: vs.Pairs) -> None:
 def test_scores_show_themselves_as_a_table(model: vs.Model, pairs: vs.Pairs) -> None:
     scores = vs.sweep(model, pairs, sites="layers.*.z", each="head", edit="zero")
     page = scores._repr_html_()
-    heads = model.described[1].n_heads
+    heads = model.architecture[1].n_heads
     assert page.count("<tr>") == 4
     assert page.count("<td ") == 3 * heads
     assert f"{float(scores.mean[1, 2]):.2f}</td>" in page

@@ -143,7 +143,7 @@ def test_the_base_is_the_plain_run(table: Bench) -> None:
 def test_patching_everything_gives_the_other_run(table: Bench) -> None:
     other = vs.logit_diff(table.model.run(table.pairs.tokens("corrupted")).logits, table.pairs)
     out = table.run([Variant((vs.Site("embed"),)), Variant((vs.Site("resid_post", 1),))])
-    last = table.model.described[1].n_layers == 2
+    last = table.model.architecture[1].n_layers == 2
     assert torch.allclose(out.values[: 1 + last], other.expand(1 + last, -1), atol=1e-4)
 
 
@@ -235,7 +235,7 @@ def test_metrics_of_the_whole_vocabulary_equal_plain_runs(name: str, metric: vs.
 def test_a_weight_that_is_not_a_number_is_named_by_the_first_site_it_shows_in(name: str) -> None:
     table = bench(name)
     layer = table.model.layer(1)
-    path = table.model.described[0].o_proj
+    path = table.model.architecture[0].o_proj
     with torch.no_grad():
         layer.get_submodule(path).weight.view(-1)[3] = float("nan")
     base = record(table.model, table.pairs.tokens("clean"), [vs.Site("z", 0)])
@@ -265,7 +265,7 @@ def test_routers_and_experts_are_swept_by_whole_runs(kind: str) -> None:
 
 def test_a_layer_with_a_tensor_nobody_told_about_is_run_whole() -> None:
     model, pairs = families.model("llama"), tiny.pairs(n=4)
-    adapter = model.described[0]
+    adapter = model.architecture[0]
     unaware = {name: rule for name, rule in adapter.replay.items() if name != "position_embeddings"}
     model.adapter = replace(adapter, replay=unaware)
     base = record(model, pairs.tokens("clean"), [vs.Site("z", 0)])
@@ -329,4 +329,4 @@ def test_hooks_and_attention_are_put_back(table: Bench) -> None:
     module = table.model.module
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()) == 0
     assert module.config._attn_implementation != "vesalius"
-    assert submodule(module, table.model.described[0].layers) is not None
+    assert submodule(module, table.model.architecture[0].layers) is not None

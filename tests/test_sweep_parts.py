@@ -198,7 +198,7 @@ def test_with_a_ablated_b_is_patched(model: vs.Model, pairs: vs.Pairs, given: An
 
 def test_edits_in_common_may_name_their_positions(model: vs.Model, pairs: vs.Pairs) -> None:
     at = torch.full((len(pairs),), 3)
-    named = replace(pairs, landmarks={"here": at})
+    named = replace(pairs, named_positions={"here": at})
     found, expected = (
         vs.sweep(model, p, sites="layers.2.mlp_out", given=[vs.Ablate("layers.0.mlp_out", positions=where)])
         for p, where in ((named, "here"), (pairs, at))

@@ -54,7 +54,7 @@ def bench(family: str, layers: int = 2) -> Bench:
     model, pairs = tiny.model(family, layers=layers), tiny.pairs(n=4)
     sites = [site for kind in KINDS for site in model.sites(f"layers.*.{kind}")]
     runs = [record(model, pairs.tokens(which), sites) for which in ("clean", "corrupted")]
-    heads = [site[h] for site in model.sites("layers.*.z") for h in range(model.described[1].n_heads)]
+    heads = [site[h] for site in model.sites("layers.*.z") for h in range(model.architecture[1].n_heads)]
     whole = [s for kind in WHOLE for s in model.sites(f"layers.*.{kind}")]
     single = [site[1] for kind in ("k", "v") for site in model.sites(f"layers.*.{kind}")]
     neurons = [site[5] for site in model.sites("layers.*.mlp_post")]

@@ -10,7 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vesalius.data import TASKS, Row, beginning_token, build_pairs, landmarks, task
+from vesalius.data import TASKS, Row, bos_token, build_pairs, named_positions, task
 from vesalius.data.tasks import capitals as make_capitals
 from vesalius.data.tasks import induction as make_induction
 from vesalius.data.tasks import ioi as make_ioi
@@ -183,7 +183,7 @@ def test_every_task_asks_a_question_and_its_positions_are_inside_the_prompt() ->
             assert position.shape == (12,)
             assert bool(((position >= -1) & (position <= pairs.at)).all())
         # Interventions can name these places: the prompts carry them.
-        carried = pairs.tokens("corrupted").landmarks
+        carried = pairs.tokens("corrupted").named_positions
         for name, position in entry.positions(pairs).items():
             assert torch.equal(carried[name], position), (entry.name, name)
 
@@ -200,7 +200,7 @@ def test_ioi_answer_is_the_name_mentioned_once_and_distractor_the_one_mentioned_
 
 def test_ioi_swap_changes_only_the_second_mention_and_turns_the_answer_round() -> None:
     pairs = make_ioi(model(), n=32)
-    where = landmarks(pairs)
+    where = named_positions(pairs)
     assert pairs.differs.sum(1).tolist() == [1] * len(pairs)
     assert torch.equal(where["changed"], where["distractor_last"])
     for row, answer, distractor in zip(
@@ -267,7 +267,7 @@ def test_ioi_orders_are_what_their_label_says() -> None:
 
 
 def test_ioi_names_in_first_position_are_found_like_any_other() -> None:
-    pairs = make_ioi(model(), n=32, beginning="none")
+    pairs = make_ioi(model(), n=32, bos="none")
     first = [row for row, frame in enumerate(pairs.groups["template"]) if frame.startswith("{A}")]
     named = task("ioi").positions(pairs)
     assert len(first) >= 4
@@ -291,7 +291,7 @@ def test_sva_flips_the_number_of_the_subject_alone() -> None:
     pairs = task("sva").build(model(), n=48)
     for row, (clean, corrupted) in enumerate(zip(rows(pairs), rows(pairs, "corrupted"), strict=True)):
         changed = [
-            BYTE_LEVEL.decode([ids[int(landmarks(pairs)["changed"][row])]]).strip() for ids in (clean, corrupted)
+            BYTE_LEVEL.decode([ids[int(named_positions(pairs)["changed"][row])]]).strip() for ids in (clean, corrupted)
         ]
         subject = pairs.groups["names"][row]
         assert sorted(changed) == [subject, f"{subject}s"]
@@ -317,7 +317,7 @@ def test_capitals_answer_belongs_to_the_clean_country_and_distractor_to_the_corr
 
 
 def test_induction_answer_follows_the_only_earlier_copy_of_the_last_token() -> None:
-    pairs = make_induction(model(), n=30, beginning="none")
+    pairs = make_induction(model(), n=30, bos="none")
     for row, (clean, corrupted) in enumerate(zip(rows(pairs), rows(pairs, "corrupted"), strict=True)):
         period = int(pairs.groups["template"][row].removeprefix("period "))
         again = len(clean) - period
@@ -336,7 +336,7 @@ def test_induction_answer_follows_the_only_earlier_copy_of_the_last_token() -> N
 
 
 def test_induction_is_not_solved_by_a_fixed_offset() -> None:
-    pairs = make_induction(model(), n=60, beginning="none")
+    pairs = make_induction(model(), n=60, bos="none")
     offsets = Counter(
         len(row) - row.index(answer) for row, answer in zip(rows(pairs), pairs.answer.tolist(), strict=True)
     )
@@ -353,7 +353,7 @@ def test_induction_refuses_a_length_that_cannot_be_made(length: int) -> None:
 def test_gendered_pronouns_are_balanced_and_the_name_changes_its_gender() -> None:
     pairs = task("gendered_pronoun").build(model(), n=24)
     gender = {name: g for split in SPLITS for g, names in PRONOUN_NAMES[split].items() for name in names}
-    at = landmarks(pairs)["changed"]
+    at = named_positions(pairs)["changed"]
     for row in range(len(pairs)):
         clean, corrupted = (
             BYTE_LEVEL.decode([rows(pairs, w)[row][int(at[row])]]).strip() for w in ("clean", "corrupted")
@@ -363,7 +363,7 @@ def test_gendered_pronouns_are_balanced_and_the_name_changes_its_gender() -> Non
     assert Counter(pairs.groups["gender"]) == {"female": 24, "male": 24}
 
 
-# --- the beginning of the text ---------------------------------------------------------------------------------
+# --- how a text begins ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -376,27 +376,25 @@ def test_gendered_pronouns_are_balanced_and_the_name_changes_its_gender() -> Non
         ({"eos_token": "</s>"}, "</s>"),
     ],
 )
-def test_auto_beginning_is_bos_then_eos_then_document_separator_but_never_a_chat_marker(
+def test_auto_bos_is_bos_then_eos_then_document_separator_but_never_a_chat_marker(
     special: dict[str, str], expected: str
 ) -> None:
-    assert beginning_token(byte_level(**special), "auto") == expected
+    assert bos_token(byte_level(**special), "auto") == expected
 
 
-def test_beginning_is_put_in_front_once_and_recorded() -> None:
+def test_bos_is_put_in_front_once_and_recorded() -> None:
     token = int(BYTE_LEVEL.convert_tokens_to_ids("<|im_end|>"))
-    plain, begun = (make_ioi(model(), n=4, beginning=b) for b in ("none", "<|im_end|>"))
+    plain, begun = (make_ioi(model(), n=4, bos=b) for b in ("none", "<|im_end|>"))
     assert rows(begun) == [[token, *row] for row in rows(plain)]
-    assert (plain.beginning, begun.beginning) == ("none", "<|im_end|>")
-    assert make_ioi(model(), n=4).beginning == "<|endoftext|>"
+    assert (plain.bos, begun.bos) == ("none", "<|im_end|>")
+    assert make_ioi(model(), n=4).bos == "<|endoftext|>"
     core = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    assert beginning_token(PreTrainedTokenizerFast(tokenizer_object=core), "auto") == "none"
+    assert bos_token(PreTrainedTokenizerFast(tokenizer_object=core), "auto") == "none"
 
 
-def test_an_unknown_beginning_is_refused_with_the_special_tokens() -> None:
-    with pytest.raises(
-        TokenizerError, match=r"beginning '<bos>' is not a special token .*<\|endoftext\|>, <\|im_start\|>"
-    ):
-        make_ioi(model(), n=4, beginning="<bos>")
+def test_an_unknown_bos_is_refused_with_the_special_tokens() -> None:
+    with pytest.raises(TokenizerError, match=r"bos '<bos>' is not a special token .*<\|endoftext\|>, <\|im_start\|>"):
+        make_ioi(model(), n=4, bos="<bos>")
 
 
 # --- build_pairs -----------------------------------------------------------------------------------------------
@@ -441,7 +439,7 @@ def test_words_the_tokenizer_does_not_know_are_refused() -> None:
         build_pairs([], WORD_LEVEL)
 
 
-# --- landmarks -------------------------------------------------------------------------------------------------
+# --- named_positions -------------------------------------------------------------------------------------------------
 
 
 def by_hand(pairs: Pairs) -> dict[str, list[int]]:
@@ -461,7 +459,7 @@ def by_hand(pairs: Pairs) -> dict[str, list[int]]:
     return found
 
 
-def test_landmarks_equal_a_search_by_hand_on_random_pairs() -> None:
+def test_named_positions_equal_a_search_by_hand_on_random_pairs() -> None:
     draw = torch.Generator().manual_seed(0)
     clean, corrupted = (torch.randint(0, 5, (200, 9), generator=draw) for _ in range(2))
     corrupted[:, 0] = 5  # so that every pair differs somewhere
@@ -471,22 +469,22 @@ def test_landmarks_equal_a_search_by_hand_on_random_pairs() -> None:
     pairs = Pairs(
         clean=clean, corrupted=corrupted, answer=answer, distractor=(answer + 1) % 6, lengths=lengths, read=read
     )
-    assert {key: value.tolist() for key, value in landmarks(pairs).items()} == by_hand(pairs)
+    assert {key: value.tolist() for key, value in named_positions(pairs).items()} == by_hand(pairs)
 
 
 BARE = ("<unk>", "Anna", "ĠAnna", "ĠPaul", "ĠAmy", "Ġand", "Ġtold")
 
 
-def test_landmarks_with_a_tokenizer_find_a_word_without_its_space() -> None:
+def test_named_positions_with_a_tokenizer_find_a_word_without_its_space() -> None:
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(BARE)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
     row = Row("Anna and Paul and Paul told", "Anna and Paul and Amy told", " Paul", " Anna")
-    pairs = build_pairs([row], tokenizer, beginning="none")
-    assert landmarks(pairs)["distractor_first"].tolist() == [-1]
-    assert landmarks(pairs, tokenizer)["distractor_first"].tolist() == [0]
-    assert landmarks(pairs, tokenizer)["answer"].tolist() == landmarks(pairs)["answer"].tolist() == [2]
+    pairs = build_pairs([row], tokenizer, bos="none")
+    assert named_positions(pairs)["distractor_first"].tolist() == [-1]
+    assert named_positions(pairs, tokenizer)["distractor_first"].tolist() == [0]
+    assert named_positions(pairs, tokenizer)["answer"].tolist() == named_positions(pairs)["answer"].tolist() == [2]
 
 
 # --- draws -----------------------------------------------------------------------------------------------------
@@ -510,7 +508,7 @@ def test_the_demo_model_fits_every_task(name: str, demo: Any) -> None:
     for corruption in task(name).corruptions:
         pairs = task(name).build(demo, n=32, corruption=corruption)
         assert Counter(pairs.splits) == {"discovery": 32, "validation": 32}
-        assert pairs.beginning == "<|endoftext|>"
+        assert pairs.bos == "<|endoftext|>"
 
 
 @pytest.mark.demo_model

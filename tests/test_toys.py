@@ -8,7 +8,7 @@ from torch import Tensor
 
 import vesalius as vs
 from vesalius.bench import components
-from vesalius.data.positions import landmarks
+from vesalius.data.positions import named_positions
 from vesalius.errors import InputError
 from vesalius.model.direct import direct_effects
 from vesalius.site import Site
@@ -99,7 +99,7 @@ def test_planted_heads_look_where_they_should_and_noise_heads_do_not(
 ) -> None:
     model, pairs = planted
     run = model.run(pairs["swap"].tokens("clean"), capture=["layers.*.pattern"])
-    rows, marks = torch.arange(len(pairs["swap"])), landmarks(pairs["swap"])
+    rows, marks = torch.arange(len(pairs["swap"])), named_positions(pairs["swap"])
     for part in (p for p in components(model) if p.kind == "z"):
         seen = run[f"layers.{part.layer}.pattern"][:, part.index]
         before = seen[rows, marks["answer"], marks["answer"] - 1].mean()
@@ -152,7 +152,7 @@ def test_splits_share_no_template_name_answer_or_prompt() -> None:
 
 def test_every_prompt_reads_a_b_d_c_a_and_nothing_in_it_gives_the_answer_away() -> None:
     corruptions = planted_pairs(60, seed=2)
-    pairs, marks = corruptions["swap"], landmarks(corruptions["swap"])
+    pairs, marks = corruptions["swap"], named_positions(corruptions["swap"])
     order = marks["answer"] < marks["distractor_first"]
     assert 0.4 < order.float().mean() < 0.6
     for row in range(len(pairs)):

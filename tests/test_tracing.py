@@ -273,7 +273,7 @@ def test_the_cost_is_told_first_and_is_about_the_bill(model: vs.Model, pairs: vs
 
 def test_a_subject_may_be_named(model: vs.Model, pairs: vs.Pairs) -> None:
     at = torch.tensor([1, 2, 2, 4])
-    named = replace(pairs, landmarks={"subject": at})
+    named = replace(pairs, named_positions={"subject": at})
     options: dict[str, Any] = {"kinds": ["resid_post"], "draws": DRAWS}
     found = vs.causal_tracing(model, named, "subject", **options)
     assert torch.equal(found.noised, vs.causal_tracing(model, pairs, at, **options).noised)

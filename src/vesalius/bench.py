@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vesalius.data.positions import landmarks
+from vesalius.data.positions import named_positions
 from vesalius.errors import InputError, PairsError, UnknownNameError
 from vesalius.inputs import Pairs
 from vesalius.intervention import derangement
@@ -45,7 +45,7 @@ BLOCK = 43
 
 def components(model: Model) -> list[Site]:
     """The embeddings, every head and every MLP, in forward order."""
-    _, layout = model.described
+    _, layout = model.architecture
     found = [EMBED]
     for layer in range(layout.n_layers):
         found += [Site("z", layer, head) for head in range(layout.n_heads)]
@@ -110,11 +110,11 @@ class Bench:
         return self._runs[which]
 
     @property
-    def landmarks(self) -> Mapping[str, Int[Tensor, " example"]]:
-        """Named positions of the clean prompts (see `data.landmarks`); -1 is absent."""
-        if ("landmarks",) not in self.memo:
-            self.memo["landmarks",] = landmarks(self.pairs, self.model.tokenizer)
-        return self.memo["landmarks",]
+    def named_positions(self) -> Mapping[str, Int[Tensor, " example"]]:
+        """Named positions of the clean prompts (see `data.named_positions`); -1 is absent."""
+        if ("named_positions",) not in self.memo:
+            self.memo["named_positions",] = named_positions(self.pairs, self.model.tokenizer)
+        return self.memo["named_positions",]
 
     @property
     def shuffled(self) -> Pairs:

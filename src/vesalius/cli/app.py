@@ -86,7 +86,7 @@ def study(
     past_gate: Annotated[
         bool, typer.Option("--past-gate", help="Go on although the model does not do the task.")
     ] = False,
-    beginning: Annotated[str, typer.Option(help="Token put before every prompt: auto, none, or its text.")] = "auto",
+    bos: Annotated[str, typer.Option(help="Token put before every prompt: auto, none, or its text.")] = "auto",
     random_sets: Annotated[
         int, typer.Option(help="Random sets the circuit is compared with; p is at least 1 / (sets + 1).")
     ] = 99,
@@ -94,7 +94,7 @@ def study(
     """From a question to tested claims: circuit, descriptions, verdicts on fresh data, and a report."""
     request = studying.Request(
         question=question, model=model, n=n, seed=seed, out=out, control=control, past_gate=past_gate,
-        beginning=beginning,
+        bos=bos,
         random_sets=random_sets, command=shlex.join(["vesalius", *sys.argv[1:]]),
     )  # fmt: skip
     return studying.study(request)
@@ -122,14 +122,14 @@ def harvest(
         typer.Option("--model", "-m", help="As for study; several run on the same tokens, with tags: base=NAME."),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Activations per site, at most; default all the text.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens run together, the beginning token included.")] = 256,
+    context: Annotated[int, typer.Option(help="Tokens run together, the bos token included.")] = 256,
     dtype: Annotated[str, typer.Option(help="Stored as float32, bfloat16 or float16.")] = "float32",
     compute: Annotated[
         str, typer.Option(help="float32, or bfloat16: faster on most machines; the error is measured.")
     ] = "float32",
-    beginning: Annotated[str, typer.Option(help="Token put before every context: auto, none, or its text.")] = "auto",
-    keep_beginning: Annotated[
-        bool, typer.Option("--keep-beginning", help="Keep the first position of each context, a norm outlier.")
+    bos: Annotated[str, typer.Option(help="Token put before every context: auto, none, or its text.")] = "auto",
+    keep_bos: Annotated[
+        bool, typer.Option("--keep-bos", help="Keep the first position of each context, a norm outlier.")
     ] = False,
     max_norm: Annotated[
         float, typer.Option("--max-norm", help="Drop rows over this many times the median norm; 0 keeps all.")
@@ -139,7 +139,7 @@ def harvest(
     """Activations of a model over texts, for training on; the model is run only up to the last site."""
     request = harvesting.Request(
         texts=texts, models=model or [DEMO], sites=site, out=out, tokens=tokens, context=context, dtype=dtype,
-        compute=compute, beginning=beginning, keep_beginning=keep_beginning, max_norm=max_norm, column=column,
+        compute=compute, bos=bos, keep_bos=keep_bos, max_norm=max_norm, column=column,
     )  # fmt: skip
     harvesting.harvest(request)
 
@@ -212,7 +212,7 @@ def train(
     }  # fmt: skip
     wanted = harvesting.Request(
         texts=texts, models=[model], sites=site or [], out=None, tokens=tokens, context=context, dtype="float32",
-        compute=compute, beginning="auto", keep_beginning=False, max_norm=10.0, column="text",
+        compute=compute, bos="auto", keep_bos=False, max_norm=10.0, column="text",
     )  # fmt: skip
     command = shlex.join(["vesalius", *sys.argv[1:]])
     training.train(training.Request(store, out, device, fields, wanted, jobs, tensorboard, command))

@@ -30,8 +30,8 @@ class Request:
     context: int
     dtype: str
     compute: str
-    beginning: str
-    keep_beginning: bool
+    bos: str
+    keep_bos: bool
     max_norm: float
     column: str
 
@@ -65,7 +65,7 @@ def harvested(request: Request, model: Any, out: Path, sink: Sink) -> vs.data.Ac
     return vs.data.harvest(
         model or loaded(request.models, sink), texts, sites=request.sites, out=out, tokens=request.tokens,
         context=request.context, dtype=vs.data.DTYPES[request.dtype], compute=vs.data.DTYPES[request.compute],
-        beginning=request.beginning, keep_beginning=request.keep_beginning, max_norm=request.max_norm or None,
+        bos=request.bos, keep_bos=request.keep_bos, max_norm=request.max_norm or None,
         column=request.column, sink=sink,
     )  # fmt: skip
 
@@ -102,6 +102,6 @@ def told(store: vs.data.ActivationStore) -> list[str]:
         error = manifest.errors.get(str(site))
         note = "" if error is None else f", {manifest.plan['compute']}: relative error {error:.2g} on the first batch"
         lines.append(f"{site}: width {width}{note}")
-    first = "kept" if store.beginning["kept"] else "dropped"
+    first = "kept" if store.bos["kept"] else "dropped"
     dropped = f"{counts['outliers']:,} norm outliers dropped"
-    return [*lines, f"beginning {store.beginning['token']}, first position {first}, {dropped}", str(store.folder)]
+    return [*lines, f"bos {store.bos['token']}, first position {first}, {dropped}", str(store.folder)]

@@ -43,7 +43,7 @@ def measured(model: Model) -> dict[Site, tuple[str, ...]]:
 
 
 def _example(model: Model) -> Any:
-    if model.described[0].input == "input_ids":
+    if model.architecture[0].input == "input_ids":
         return vs.Tokens.from_rows([[0, 0]])
     config: Any = model.module.config
     weight = next(model.module.parameters())
@@ -55,7 +55,7 @@ def rows(shapes: Mapping[Site, tuple[str, ...]], model: Model) -> list[tuple[str
     grouped: dict[tuple[str, str, tuple[str, ...]], list[Site]] = {}
     for site, shape in shapes.items():
         grouped.setdefault((site.stack, site.kind, shape), []).append(site)
-    layout = model.described[1]
+    layout = model.architecture[1]
     found = []
     for (stack, _, shape), sites in grouped.items():
         numbers = [site.layer for site in sites if site.layer is not None]
@@ -78,7 +78,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def _title(model: Model) -> str:
-    adapter, layout = model.described
+    adapter, layout = model.architecture
     if adapter.stacks:
         return f"{model.name} ({adapter.family}): {layout.n_layers} + {layout.n_decoder_layers} layers"
     return f"{model.name} ({adapter.family}): {layout.n_layers} layers"
@@ -87,7 +87,7 @@ def _title(model: Model) -> str:
 def windows(model: Model) -> list[str]:
     """Which layers' attention looks back only so far, where layers differ in that."""
     config = model.module.config
-    kinds = list(getattr(config, "layer_types", None) or [])[: model.described[1].n_layers]
+    kinds = list(getattr(config, "layer_types", None) or [])[: model.architecture[1].n_layers]
     if len(set(kinds)) < 2:
         return []
     window = getattr(config, "sliding_window", None)

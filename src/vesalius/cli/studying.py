@@ -34,7 +34,7 @@ class Request:
     out: Path | None
     control: str | None
     past_gate: bool
-    beginning: str
+    bos: str
     random_sets: int
     command: str
 
@@ -76,9 +76,7 @@ def study(request: Request) -> int:
     with bars() as progress:
         screen = Screen(progress)
         model = vs.load(request.model, sink=screen)
-        question = vs.studies.question_for(
-            request.question, model, n=request.n, seed=request.seed, beginning=request.beginning
-        )
+        question = vs.studies.question_for(request.question, model, n=request.n, seed=request.seed, bos=request.bos)
         note(_announcement(model, question))
         run = _plain_study if request.control is None else _control_study
         summary = run(request, model, question, screen)
@@ -91,7 +89,7 @@ def study(request: Request) -> int:
 
 def _announcement(model: Model, question: Question) -> str:
     sizes = f"{question.sizes['discovery']} + {question.sizes['validation']} prompt pairs"
-    return f"{model.name}: {question.text} {sizes}, beginning {question.beginning}"
+    return f"{model.name}: {question.text} {sizes}, bos {question.bos}"
 
 
 def _plain_study(request: Request, model: Model, question: Question, screen: Screen) -> dict[str, Any]:

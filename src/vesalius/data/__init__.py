@@ -7,7 +7,7 @@ from vesalius.data.harvest import harvest
 from vesalius.data.labelled import Labelled, load_labelled
 from vesalius.data.manifest import DTYPES
 from vesalius.data.origin import Origin
-from vesalius.data.positions import landmarks
+from vesalius.data.positions import named_positions
 from vesalius.data.ravel import Entities, load_ravel
 from vesalius.data.source import Source, TensorSource, as_source
 from vesalius.data.store import ActivationStore
@@ -16,7 +16,7 @@ from vesalius.data.tasks import (
     TASKS,
     Row,
     Task,
-    beginning_token,
+    bos_token,
     build_pairs,
     capitals,
     gendered_pronoun,
@@ -41,17 +41,17 @@ __all__ = [
     "TensorSource",
     "Texts",
     "as_source",
-    "beginning_token",
+    "bos_token",
     "build_pairs",
     "capitals",
     "gendered_pronoun",
     "harvest",
     "induction",
     "ioi",
-    "landmarks",
     "load_labelled",
     "load_pairs",
     "load_ravel",
+    "named_positions",
     "stream",
     "sva",
     "task",

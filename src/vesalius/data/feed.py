@@ -14,7 +14,7 @@ from torch import Tensor
 from vesalius.data.forward import Forward, Trial, forward_for
 from vesalius.data.manifest import DTYPES
 from vesalius.data.outliers import MAX_NORM, check_max_norm, outliers
-from vesalius.data.packing import Group, Packing, Tally, beginning_for, groups, special_ids, tokenized
+from vesalius.data.packing import Group, Packing, Tally, bos_for, groups, special_ids, tokenized
 from vesalius.data.source import Rows
 from vesalius.data.texts import Texts, texts_from
 from vesalius.errors import InputError, UnknownNameError
@@ -55,7 +55,7 @@ class Feed:
             **self.forward.to_json(),
             "text": dict(self.texts.description),
             "context": packing.context,
-            "beginning": packing.beginning.to_json(),
+            "bos": packing.bos.to_json(),
             "special": list(packing.special),
             "tokens": packing.limit,
             "max_norm": self.max_norm,
@@ -72,8 +72,8 @@ class Request:
     context: int = 256
     dtype: torch.dtype = torch.float32
     compute: torch.dtype | None = None
-    beginning: str = "auto"
-    keep_beginning: bool = False
+    bos: str = "auto"
+    keep_bos: bool = False
     max_norm: float | None = MAX_NORM
     column: str = "text"
     batch_tokens: int = 2048
@@ -89,8 +89,8 @@ class Request:
         for model in forward.models.values():
             _check_context(model, self.context)
         rows = max(1, group_bytes // self._row_bytes(forward)) if group_rows is None else group_rows
-        beginning = beginning_for(forward.tokenizer, self.beginning, self.keep_beginning)
-        packing = Packing(self.context, beginning, special_ids(forward.tokenizer), rows, self.tokens)
+        bos = bos_for(forward.tokenizer, self.bos, self.keep_bos)
+        packing = Packing(self.context, bos, special_ids(forward.tokenizer), rows, self.tokens)
         return Feed(forward, texts_from(texts, self.column), packing, self.max_norm)
 
     def block_rows(self, feed: Feed) -> int:

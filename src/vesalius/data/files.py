@@ -23,7 +23,7 @@ def load_pairs(
     path: str | Path,
     model: HasTokenizer,
     *,
-    beginning: str = "auto",
+    bos: str = "auto",
     corruption: str = "corrupted",
     groups: Sequence[str] | None = None,
 ) -> Pairs:
@@ -35,7 +35,7 @@ def load_pairs(
     (of template, else of the first group column, else equal clean prompts) are divided, about half of the pairs each,
     by the hash of their label: the same file gives the same splits, in whatever order its rows stand.
 
-    beginning and errors about tokens: as in `build_pairs`. Raises FileFormatError for a file that cannot be read or
+    bos and errors about tokens: as in `build_pairs`. Raises FileFormatError for a file that cannot be read or
     lacks columns, PairsError when there is too little to divide or splits share a prompt, TokenizerError when the
     model has no tokenizer.
     """
@@ -50,7 +50,7 @@ def load_pairs(
     rows = [_row(path, line, record, chosen, "split" in columns) for line, record in records]
     rows = _with_splits(path, rows, chosen, given="split" in columns)
     _warn_no_space(path, rows)
-    return build_pairs(rows, tokenizer, beginning=beginning, corruption=corruption, task=path.stem)
+    return build_pairs(rows, tokenizer, bos=bos, corruption=corruption, task=path.stem)
 
 
 def _is_group(column: str) -> bool:

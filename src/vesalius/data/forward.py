@@ -300,7 +300,7 @@ def _check_model(model: Model, compute: torch.dtype | None) -> None:
 
 def _check_site(model: Model, site: Site) -> None:
     model.check_site(replace(site, tag=""))
-    if site.kind != "module" and model.described[0].stacks and not site.of_encoder:
+    if site.kind != "module" and model.architecture[0].stacks and not site.of_encoder:
         raise InputError(f"{site}: text is read by {model.name}'s encoder, so only the encoder's sites have its tokens")
     if site.kind != "module" and site.axes[:2] != _ROW_AXES:
         raise InputError(

@@ -44,8 +44,8 @@ def harvest(
     context: int = 256,
     dtype: torch.dtype = torch.float32,
     compute: torch.dtype | None = None,
-    beginning: str = "auto",
-    keep_beginning: bool = False,
+    bos: str = "auto",
+    keep_bos: bool = False,
     max_norm: float | None = MAX_NORM,
     column: str = "text",
     batch_tokens: int = 2048,
@@ -58,9 +58,9 @@ def harvest(
     in each. texts: "stdlib", a path, or an iterable, as in `texts_from`, with `column` the one that holds text. Sites
     are names, globs, or with an index, as in layers.5.z[3]; heads and so on are joined into one row.
 
-    tokens: rows at most, before outliers are dropped; default all. context: tokens run together at most, the beginning
-    token included. beginning: the token before every context, "auto", "none" or its text; rows at the first position
-    of each context, a norm outlier, are dropped unless keep_beginning; rows at special tokens are always dropped.
+    tokens: rows at most, before outliers are dropped; default all. context: tokens run together at most, the bos
+    token included. bos: the token before every context, "auto", "none" or its text; rows at the first position
+    of each context, a norm outlier, are dropped unless keep_bos; rows at special tokens are always dropped.
     max_norm: rows at other positions whose norm is above this many medians of their shard, at any site, are dropped
     too and counted (see `outliers`); None keeps them. dtype: of the stored rows (float32, bfloat16, float16). compute:
     bfloat16 runs a float32 model with weights cast to it beside the model, which is faster and takes half its memory
@@ -72,7 +72,7 @@ def harvest(
     ones anew, and returns it. Raises InputError for arguments that don't fit, a folder that holds something else, or a
     full disk; FileFormatError for texts that cannot be read; NotFiniteError for NaN or infinity at a site.
     """
-    request = Request(sites, tokens, context, dtype, compute, beginning, keep_beginning, max_norm, column, batch_tokens)
+    request = Request(sites, tokens, context, dtype, compute, bos, keep_bos, max_norm, column, batch_tokens)
     if shard_bytes < 1:
         raise InputError(f"shard_bytes must be at least 1; got {shard_bytes}")
     feed = request.feed(model, texts, group_bytes=shard_bytes)
@@ -154,7 +154,7 @@ class _Harvest:
         trial = self.feed.forward.trial(first)
         if not self.manifest.shards:
             self.manifest = replace(self.manifest, errors=trial.errors)
-        self.note(f"{self.feed.packing.beginning.describe()}; special tokens in the text give none")
+        self.note(f"{self.feed.packing.bos.describe()}; special tokens in the text give none")
         left_out = self.feed.texts.left_out
         if left_out:
             self.note(f"{len(left_out)} files are no texts and are left out: {', '.join(left_out[:3])}")

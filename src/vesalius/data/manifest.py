@@ -148,11 +148,11 @@ def _check(manifest: Manifest) -> None:
         raise ValueError("its sizes are not those of files that hold something")
     if not manifest.sites or manifest.dtype is None or (manifest.counts is not None and not sizes):
         raise ValueError("it has no sites or no rows")
-    beginning = manifest.plan["beginning"]
-    if not isinstance(beginning["token"], str) or not isinstance(beginning["kept"], bool):
+    bos = manifest.plan["bos"]
+    if not isinstance(bos["token"], str) or not isinstance(bos["kept"], bool):
         raise ValueError("it does not say what contexts begin with")
-    if beginning["id"] is not None and not isinstance(beginning["id"], int):
-        raise ValueError("its beginning token is no id")
+    if bos["id"] is not None and not isinstance(bos["id"], int):
+        raise ValueError("its bos token is no id")
 
 
 def differences(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ class Origin:
     """Where a row comes from.
 
     document: number of the text, from 0, empty ones counted. token: number of the row's token in its document; -1 for
-    the beginning token. ids: the context as the model saw it, the beginning token included. at: the row's position in
+    the bos token. ids: the context as the model saw it, the bos token included. at: the row's position in
     it: no later token had any influence on a causal model's activation.
     """
 

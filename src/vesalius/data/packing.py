@@ -1,7 +1,7 @@
 """Packing: documents become contexts, contexts groups, and groups batches for a model.
 
 A context holds tokens of one document only, so no activation depends on another document. A document that is too long
-is cut into successive contexts, each with the beginning token. Everything is decided by the tokens and the arguments,
+is cut into successive contexts, each with the bos token. Everything is decided by the tokens and the arguments,
 so that a group can be made again, or passed over, without running a model.
 """
 
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vesalius.data.tasks.base import beginning_token, special_tokens
+from vesalius.data.tasks.base import bos_token, special_tokens
 from vesalius.data.texts import Document
 from vesalius.errors import InputError
 from vesalius.protocol import content_hash
@@ -30,10 +30,10 @@ _AT_ONCE, _CHARACTERS = 64, 250_000
 
 
 @dataclass(frozen=True)
-class Beginning:
+class Bos:
     """What every context begins with, and whether the activations at its first position are kept.
 
-    token: text of the beginning token, or "none". The first position is a norm outlier in most language models (about
+    token: text of the bos token, or "none". The first position is a norm outlier in most language models (about
     100 times the norm of the others in SmolLM2), whatever token stands there; dropped unless `kept`.
     """
 
@@ -42,8 +42,8 @@ class Beginning:
     kept: bool
 
     def describe(self) -> str:
-        """Such as "beginning token <|endoftext|>, its activations dropped"."""
-        first = "no beginning token" if self.id is None else f"beginning token {self.token}"
+        """Such as "bos token <|endoftext|>, its activations dropped"."""
+        first = "no bos token" if self.id is None else f"bos token {self.token}"
         whose = "activations of the first position" if self.id is None else "its activations"
         return f"{first}, {whose} {'kept' if self.kept else 'dropped'}"
 
@@ -60,13 +60,13 @@ class Packing:
     """
 
     context: int
-    beginning: Beginning
+    bos: Bos
     special: tuple[int, ...]
     group_rows: int
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        least = 3 if self.beginning.id is not None else 2
+        least = 3 if self.bos.id is not None else 2
         if self.context < least:
             raise InputError(f"context must be at least {least} tokens; got {self.context}")
         if self.limit is not None and self.limit < 1:
@@ -88,8 +88,8 @@ class Tally:
 class Context:
     """Tokens that are run together, all of one document.
 
-    ids: with the beginning token. kept: which of them give a row. offset: number, in the document, of the first token
-    after the beginning token.
+    ids: with the bos token. kept: which of them give a row. offset: number, in the document, of the first token
+    after the bos token.
     """
 
     document: int
@@ -150,14 +150,14 @@ class Group:
         return digest.hexdigest()
 
 
-def beginning_for(tokenizer: Any, beginning: str, kept: bool) -> Beginning:
-    """The beginning of every context: "auto", "none" or a token's text, as in `tasks`. Raises TokenizerError."""
+def bos_for(tokenizer: Any, bos: str, kept: bool) -> Bos:
+    """The bos token of every context: "auto", "none" or a token's text, as in `tasks`. Raises TokenizerError."""
     if tokenizer is None:
-        if beginning not in ("auto", "none"):
-            raise InputError(f"beginning {beginning!r}: this model has no tokenizer, so it can only be 'none'")
-        return Beginning("none", None, kept)
-    name = beginning_token(tokenizer, beginning)
-    return Beginning(name, None if name == "none" else int(tokenizer.convert_tokens_to_ids(name)), kept)
+        if bos not in ("auto", "none"):
+            raise InputError(f"bos {bos!r}: this model has no tokenizer, so it can only be 'none'")
+        return Bos("none", None, kept)
+    name = bos_token(tokenizer, bos)
+    return Bos(name, None if name == "none" else int(tokenizer.convert_tokens_to_ids(name)), kept)
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -240,13 +240,13 @@ def groups(documents: Iterable[Ids], packing: Packing) -> Iterator[Group]:
 
 
 def _contexts(documents: Iterable[Ids], packing: Packing) -> Iterator[Context]:
-    head = np.array([] if packing.beginning.id is None else [packing.beginning.id], np.int64)
+    head = np.array([] if packing.bos.id is None else [packing.bos.id], np.int64)
     room = packing.context - len(head)
     for number, ids in enumerate(documents):
         for offset in range(0, len(ids), room):
             piece = np.concatenate([head, ids[offset : offset + room]])
             kept = ~np.isin(piece, packing.special)
-            kept[0] = packing.beginning.kept and (len(head) == 1 or kept[0])
+            kept[0] = packing.bos.kept and (len(head) == 1 or kept[0])
             if kept.any():
                 yield Context(number, offset, piece, kept)
 

@@ -13,7 +13,7 @@ from vesalius.inputs import Pairs
 Positions = Int[Tensor, "example"]
 
 
-def landmarks(pairs: Pairs, tokenizer: Any = None) -> dict[str, Positions]:
+def named_positions(pairs: Pairs, tokenizer: Any = None) -> dict[str, Positions]:
     """Positions [example] that any pair has; -1 where there is none.
 
     "end": where the metric reads. "answer": first position of the answer token in the clean prompt.

@@ -67,20 +67,20 @@ class ActivationStore:
         folder: str | Path,
         *,
         sites: Sequence[Site | str] = (),
-        beginning: str | None = None,
-        keep_beginning: bool | None = None,
+        bos: str | None = None,
+        keep_bos: bool | None = None,
         dtype: torch.dtype = torch.float32,
         pool_rows: int | None = None,
     ) -> ActivationStore:
         """A finished store.
 
-        sites: those to read, names or globs, in this order; default all. beginning, keep_beginning: what the reader
+        sites: those to read, names or globs, in this order; default all. bos, keep_bos: what the reader
         counts on (the text of the token that contexts begin with, or "none"; whether rows at the first position are
         there); default whatever is stored. dtype: of the batches. pool_rows: rows that are shuffled together; default
         as many as make 268 MB on disk.
 
         Raises FileFormatError for what is no finished store as it was written; InputError when it was made with
-        another beginning than asked for; UnknownNameError for a site that is not there. Files are looked into when
+        another bos token than asked for; UnknownNameError for a site that is not there. Files are looked into when
         they are first read: then FileFormatError names a shard that is missing, cut or changed.
         """
         folder = Path(folder).expanduser()
@@ -90,7 +90,7 @@ class ActivationStore:
                 f"{folder} is unfinished: {manifest.rows:,} rows were written when its harvest was stopped; run the "
                 "same harvest again, and it goes on from there"
             )
-        _check_beginning(folder, manifest.plan["beginning"], beginning, keep_beginning)
+        _check_bos(folder, manifest.plan["bos"], bos, keep_bos)
         chosen = tuple(dict.fromkeys(site for name in sites for site in _chosen(name, manifest.sites)))
         kept = chosen or manifest.sites
         width = sum(width for site, width in zip(manifest.sites, manifest.widths, strict=True) if site in kept)
@@ -123,9 +123,9 @@ class ActivationStore:
         return len(self.rows) == self.manifest.rows
 
     @property
-    def beginning(self) -> Mapping[str, Any]:
+    def bos(self) -> Mapping[str, Any]:
         """token: what every context begins with, its text or "none". kept: whether its rows are here."""
-        return self.manifest.plan["beginning"]
+        return self.manifest.plan["bos"]
 
     @cached_property
     def content_hash(self) -> str:
@@ -231,7 +231,7 @@ class ActivationStore:
         context, position = (int(shard.block(name, block)[inside]) for name in (CONTEXT, POSITION))
         contexts = shard.contexts
         start, end = contexts[START][context : context + 2].tolist()
-        before = 0 if self.beginning["id"] is None else 1
+        before = 0 if self.bos["id"] is None else 1
         return Origin(
             int(contexts[DOCUMENT][context]),
             int(contexts[OFFSET][context]) + position - before,
@@ -322,14 +322,14 @@ def _chosen(name: Site | str, known: Sequence[Site]) -> list[Site]:
     return found
 
 
-def _check_beginning(folder: Path, stored: Mapping[str, Any], asked: str | None, kept: bool | None) -> None:
+def _check_bos(folder: Path, stored: Mapping[str, Any], asked: str | None, kept: bool | None) -> None:
     if asked is not None and asked != stored["token"]:
         raise InputError(
-            f"{folder} was made with beginning token {stored['token']!r}, and {asked!r} is asked for: after another "
-            "beginning a model has other activations; harvest again, or open it with what it has"
+            f"{folder} was made with bos token {stored['token']!r}, and {asked!r} is asked for: after another "
+            "bos a model has other activations; harvest again, or open it with what it has"
         )
     if kept is not None and kept != stored["kept"]:
         raise InputError(
             f"{folder} was made with rows at the first position {'kept' if stored['kept'] else 'dropped'}, and they "
-            f"are asked to be {'kept' if kept else 'dropped'}; harvest again with keep_beginning={kept}"
+            f"are asked to be {'kept' if kept else 'dropped'}; harvest again with keep_bos={kept}"
         )

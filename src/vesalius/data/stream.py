@@ -48,9 +48,9 @@ class Stream:
         return None
 
     @property
-    def beginning(self) -> Mapping[str, Any]:
+    def bos(self) -> Mapping[str, Any]:
         """token: what every context begins with, its text or "none". kept: whether its rows are among these."""
-        return self._feed.packing.beginning.to_json()
+        return self._feed.packing.bos.to_json()
 
     @property
     def models(self) -> list[dict[str, Any]]:
@@ -139,8 +139,8 @@ def stream(
     context: int = 256,
     dtype: torch.dtype = torch.float32,
     compute: torch.dtype | None = None,
-    beginning: str = "auto",
-    keep_beginning: bool = False,
+    bos: str = "auto",
+    keep_bos: bool = False,
     max_norm: float | None = MAX_NORM,
     column: str = "text",
     batch_tokens: int = 2048,
@@ -153,7 +153,7 @@ def stream(
 
     Raises InputError also for an iterator, which can be read only once.
     """
-    request = Request(sites, tokens, context, dtype, compute, beginning, keep_beginning, max_norm, column, batch_tokens)
+    request = Request(sites, tokens, context, dtype, compute, bos, keep_bos, max_norm, column, batch_tokens)
     feed = request.feed(model, texts, group_rows=buffer)
     if not feed.texts.again:
         raise InputError(

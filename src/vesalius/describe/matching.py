@@ -26,7 +26,7 @@ class Matched:
 def entropy(bench: Bench, component: Site) -> float:
     """Mean attention entropy (nats) of a head at the end of the clean prompts."""
     if ("entropy", component) not in bench.memo:
-        seen = bench.pattern(component)[torch.arange(bench.n), bench.landmarks["end"]]
+        seen = bench.pattern(component)[torch.arange(bench.n), bench.named_positions["end"]]
         bench.memo["entropy", component] = float(torch.special.entr(seen).sum(-1).mean())
     return bench.memo["entropy", component]
 

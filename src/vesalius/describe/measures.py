@@ -64,7 +64,7 @@ def _relative(bench: Bench, component: Site, key: str) -> PerExample:
     back = {"previous": 1, "two back": 2}
     if key not in back:
         raise UnknownNameError("relative place", key, back)
-    end = bench.landmarks["end"]
+    end = bench.named_positions["end"]
     if bool((end < FIRST_QUERY).any()):
         raise PairsError(f"a prompt ends before position {FIRST_QUERY}: too short for attention to {key!r}")
     mass = bench.pattern(component).diagonal(-back[key], 1, 2)
@@ -85,7 +85,7 @@ def copies(bench: Bench, parameters: Parameters) -> PerExample:
     run = bench.run("clean")
     value = run.values[component.layer][torch.arange(bench.n), :, positions(bench, key)]
     # As if every head attended there; one head's write does not depend on the others, short of a norm after them.
-    heads = bench.model.described[1].n_heads
+    heads = bench.model.architecture[1].n_heads
     spread = value.repeat_interleave(heads // value.shape[1], 1)
     write = bench.model.head_writes(component.layer, spread)[:, component.index]
     return torch.einsum("ed,ed->e", write, _copying_direction(bench, key).to(write))
@@ -209,7 +209,7 @@ def _shift_key(part: Site, mover: Site, corruption: str, direction: str) -> tupl
 
 def lean(bench: Bench, mover: Site, which: str = "clean") -> PerExample:
     """A head's attention at the end to the answer minus that to the distractor (all its mentions)."""
-    return _lean(bench, bench.pattern(mover, which)[torch.arange(bench.n), bench.landmarks["end"]])
+    return _lean(bench, bench.pattern(mover, which)[torch.arange(bench.n), bench.named_positions["end"]])
 
 
 def _lean(bench: Bench, attention: Float[Tensor, "*variant example key_pos"]) -> Float[Tensor, "*variant example"]:

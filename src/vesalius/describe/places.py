@@ -1,7 +1,7 @@
-"""Places in a prompt, by name: the landmarks of a task, places beside them, and places any prompt has.
+"""Places in a prompt, by name: the named_positions of a task, places beside them, and places any prompt has.
 
-end, answer, distractor_first, distractor_last, changed    landmarks (see `data.landmarks`)
-distractor_first+1                                         the position after a landmark
+end, answer, distractor_first, distractor_last, changed    named_positions (see `data.named_positions`)
+distractor_first+1                                         the position after a named position
 first                                                      position 0
 earlier_end+1                                              after the last earlier occurrence of the token at the end
 """
@@ -45,7 +45,7 @@ def positions(bench: Bench, place: str) -> Positions:
     Raises UnknownNameError for an unknown name, PairsError when a prompt has no such place (or it lies past the end).
     """
     found = _marked(bench, place)
-    end = bench.landmarks["end"]
+    end = bench.named_positions["end"]
     absent = (found < 0) | (found > end)
     if bool(absent.any()):
         raise PairsError(
@@ -57,14 +57,14 @@ def positions(bench: Bench, place: str) -> Positions:
 
 def present(bench: Bench, *places: str) -> bool:
     """Whether every prompt has all of these places."""
-    end = bench.landmarks["end"]
+    end = bench.named_positions["end"]
     return all(bool(((found := _marked(bench, place)) >= 0).all() and (found <= end).all()) for place in places)
 
 
 def _marked(bench: Bench, place: str) -> Positions:
     """Positions, -1 where there is none."""
     name, _, offset = place.partition("+")
-    marks = bench.landmarks
+    marks = bench.named_positions
     if name == "first":
         found = torch.zeros_like(marks["end"])
     elif name == "earlier_end":
@@ -72,12 +72,14 @@ def _marked(bench: Bench, place: str) -> Positions:
     elif name in marks and (not offset or offset.isdigit()):
         found = marks[name]
     else:
-        raise UnknownNameError("place", place, [*marks, "first", "earlier_end"], "A landmark may be followed by +1.")
+        raise UnknownNameError(
+            "place", place, [*marks, "first", "earlier_end"], "A named position may be followed by +1."
+        )
     return torch.where(found >= 0, found + int(offset or 0), -1)
 
 
 def _earlier_end(bench: Bench) -> Positions:
-    clean, end = bench.pairs.clean, bench.landmarks["end"]
+    clean, end = bench.pairs.clean, bench.named_positions["end"]
     width = clean.shape[1]
     same = clean == clean.gather(1, end[:, None])
     same &= torch.arange(width)[None] < end[:, None]

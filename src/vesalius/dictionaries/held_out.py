@@ -43,7 +43,7 @@ def models_of(source: Source) -> dict[str, Any]:
         models, context = source.models, source.context
     else:
         return {}
-    return {"models": list(models), "beginning": dict(source.beginning), "context": context}
+    return {"models": list(models), "bos": dict(source.bos), "context": context}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,6 @@
 
 from vesalius.inputs.pairs import LOGITS, Pairs
 from vesalius.inputs.raw import Inputs, Raw
-from vesalius.inputs.tokens import Tokens, check_landmarks, pad_rows
+from vesalius.inputs.tokens import Tokens, check_named_positions, pad_rows
 
-__all__ = ["LOGITS", "Inputs", "Pairs", "Raw", "Tokens", "check_landmarks", "pad_rows"]
+__all__ = ["LOGITS", "Inputs", "Pairs", "Raw", "Tokens", "check_named_positions", "pad_rows"]

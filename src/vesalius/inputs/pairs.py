@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vesalius.errors import InputError, NotFiniteError, PairsError, UnknownNameError
 from vesalius.inputs.raw import Inputs, Raw
-from vesalius.inputs.tokens import Tokens, check_decoder, check_ids, check_landmarks
+from vesalius.inputs.tokens import Tokens, check_decoder, check_ids, check_named_positions
 from vesalius.protocol import content_hash
 from vesalius.site import Site
 
@@ -26,14 +26,14 @@ class Pairs:
     """Clean and corrupted prompts, aligned position by position; or images, or other floats a network takes.
 
     clean, corrupted: [example, pos] int64, right-padded; or floats [example, ...], such as images, whose answer and
-    distractor are classes (lengths, landmarks and decoder are for prompts only). answer, distractor: [example] token
-    ids: right and wrong continuation of the clean prompt. lengths: [example] real tokens. read: [example] position
-    where the metric reads; default the last real token (of logits [example, class] there is only one). groups: name ->
-    one label per example (template, names, ...): prompts that share a label are not independent. splits: one split name
-    per example. corruption: what was done to the clean prompts. beginning: what the prompts begin with ("<bos>" token
-    text, or "none"). landmarks: name -> [example] or [example, n] positions, -1 for none; interventions can name them.
-    decoder: [example, pos], what the decoder of an encoder-decoder model is given; the metric then reads its last
-    position.
+    distractor are classes (lengths, named_positions and decoder are for prompts only). answer, distractor: [example]
+    token ids: right and wrong continuation of the clean prompt. lengths: [example] real tokens. read: [example]
+    position where the metric reads; default the last real token (of logits [example, class] there is only one).
+    groups: name -> one label per example (template, names, ...): prompts that share a label are not independent.
+    splits: one split name per example. corruption: what was done to the clean prompts. bos: text of the token that
+    prompts begin with, or "none". named_positions: name -> [example] or [example, n] positions, -1 for none;
+    interventions can name them. decoder: [example, pos], what the decoder of an encoder-decoder model is given; the
+    metric then reads its last position.
 
     Raises PairsError naming the pair when the two prompts differ in length or not at all, when answer equals
     distractor, or when a label is missing. Raises NotFiniteError for floats that hold NaN or infinity.
@@ -49,8 +49,8 @@ class Pairs:
     splits: tuple[str, ...] = ()
     corruption: str = "corrupted"
     task: str = ""
-    beginning: str = ""
-    landmarks: Mapping[str, Int[Tensor, example * n]] = field(default_factory=dict)
+    bos: str = ""
+    named_positions: Mapping[str, Int[Tensor, example * n]] = field(default_factory=dict)
     decoder: Int[Tensor, "example decoder_pos"] | None = None
 
     def __post_init__(self) -> None:
@@ -62,8 +62,8 @@ class Pairs:
                 "pairs must be aligned position by position, with equal lengths"
             )
         n, width = self.clean.shape[0], 1 if self.raw else self.clean.shape[1]
-        if self.raw and (self.landmarks or self.decoder is not None):
-            raise PairsError("landmarks and decoder are for prompts; these pairs hold floats")
+        if self.raw and (self.named_positions or self.decoder is not None):
+            raise PairsError("named_positions and decoder are for prompts; these pairs hold floats")
         if self.lengths is None:
             object.__setattr__(self, "lengths", torch.full((n,), width))
         if self.read is None:
@@ -71,7 +71,7 @@ class Pairs:
             object.__setattr__(self, "read", self.size - (2 if self.raw else 1))
         self._check_rows(n, width)
         check_decoder(self.decoder, n)
-        check_landmarks(self.landmarks, self.size)
+        check_named_positions(self.named_positions, self.size)
 
     def _check_rows(self, n: int, width: int) -> None:
         for name in ("answer", "distractor", "lengths", "read"):
@@ -99,7 +99,7 @@ class Pairs:
             f"{list(self.clean.shape[1:])}" if self.raw else f"{int(self.size.min())} to {int(self.size.max())} tokens"
         )
         splits = ", ".join(f"{count} {name}" for name, count in Counter(self.splits).items())
-        kept = {"groups": list(self.groups), "landmarks": list(self.landmarks)}
+        kept = {"groups": list(self.groups), "named_positions": list(self.named_positions)}
         told = "".join(f"; {name} {', '.join(names)}" for name, names in kept.items() if names)
         task = f"{self.task}, " if self.task else ""
         return f"Pairs({task}{len(self)} of {what}, {self.corruption}{f'; {splits}' if splits else ''}{told})"
@@ -149,7 +149,7 @@ class Pairs:
         if self.raw:
             raise InputError(f"{self!r} holds floats and no prompts; this takes prompts (vs.sweep takes both)")
         real = self.real
-        return Tokens(getattr(self, which), None if bool(real.all()) else real, self.decoder, self.landmarks)
+        return Tokens(getattr(self, which), None if bool(real.all()) else real, self.decoder, self.named_positions)
 
     @property
     def split_names(self) -> tuple[str, ...]:
@@ -175,7 +175,7 @@ class Pairs:
             read=self.at[index],
             groups={name: pick(labels) for name, labels in self.groups.items()},
             splits=pick(self.splits) if self.splits else (),
-            landmarks={name: at[index] for name, at in self.landmarks.items()},
+            named_positions={name: at[index] for name, at in self.named_positions.items()},
             decoder=None if self.decoder is None else self.decoder[index],
         )
 

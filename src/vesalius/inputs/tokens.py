@@ -24,16 +24,16 @@ class Tokens:
     """Token ids with the mask of real tokens.
 
     ids: [batch, pos], int64. mask: [batch, pos], True on real tokens; default all real. decoder: [batch, pos], what the
-    decoder of an encoder-decoder model is given; default its start token. landmarks: name -> [batch] or [batch, n]
-    numbers of tokens in each prompt's own sequence, -1 for none: positions that interventions can name.
+    decoder of an encoder-decoder model is given; default its start token. named_positions: name -> [batch] or
+    [batch, n] numbers of tokens in each prompt's own sequence, -1 for none: positions that interventions can name.
 
-    Raises InputError for shapes that do not fit and for a landmark outside the prompts.
+    Raises InputError for shapes that do not fit and for a named position outside the prompts.
     """
 
     ids: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"] | None = None
     decoder: Int[Tensor, "batch decoder_pos"] | None = None
-    landmarks: Mapping[str, Int[Tensor, batch * n]] = field(default_factory=dict)
+    named_positions: Mapping[str, Int[Tensor, batch * n]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_ids("ids", self.ids)
@@ -42,7 +42,7 @@ class Tokens:
                 f"mask has shape {tuple(self.mask.shape)}, ids {tuple(self.ids.shape)}; they must be equal"
             )
         check_decoder(self.decoder, len(self.ids))
-        check_landmarks(self.landmarks, self.lengths)
+        check_named_positions(self.named_positions, self.lengths)
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -51,7 +51,7 @@ class Tokens:
         width, some = self.ids.shape[1], self.lengths
         span = f"{width}" if bool((some == width).all()) else f"{int(some.min())} to {width}"
         decoder = "" if self.decoder is None else f", decoder {list(self.decoder.shape)}"
-        marks = f", landmarks {', '.join(self.landmarks)}" if self.landmarks else ""
+        marks = f", named_positions {', '.join(self.named_positions)}" if self.named_positions else ""
         return f"Tokens({len(self)} prompts of {span} tokens{decoder}{marks})"
 
     @property
@@ -75,7 +75,7 @@ class Tokens:
             self.ids[rows, :width],
             None if self.mask is None else self.mask[rows, :width],
             None if self.decoder is None else self.decoder[rows],
-            {name: at[rows] for name, at in self.landmarks.items()},
+            {name: at[rows] for name, at in self.named_positions.items()},
         )
 
     @classmethod
@@ -99,20 +99,20 @@ def check_decoder(ids: Tensor | None, batch: int) -> None:
         raise InputError(f"decoder has {len(ids)} rows for {batch} prompts")
 
 
-def check_landmarks(landmarks: Mapping[str, Tensor], lengths: Int[Tensor, " batch"]) -> None:
-    """Raises InputError for a landmark that is not int64 [batch] or [batch, n], or lies outside a prompt."""
-    for name, at in landmarks.items():
+def check_named_positions(named_positions: Mapping[str, Tensor], lengths: Int[Tensor, " batch"]) -> None:
+    """Raises InputError for a named position that is not int64 [batch] or [batch, n], or lies outside a prompt."""
+    for name, at in named_positions.items():
         if at.dtype != torch.long or at.ndim not in (1, 2) or len(at) != len(lengths):
             raise InputError(
-                f"landmark {name!r} must be int64 [{len(lengths)}] or [{len(lengths)}, n]; got {at.dtype} "
+                f"named position {name!r} must be int64 [{len(lengths)}] or [{len(lengths)}, n]; got {at.dtype} "
                 f"{tuple(at.shape)}"
             )
         outside = (at < -1) | (at >= lengths.to(at.device).view(-1, *[1] * (at.ndim - 1)))
         if bool(outside.any()):
             row = int(outside.nonzero()[0, 0])
             raise InputError(
-                f"landmark {name!r} of prompt {row} is {at[row].tolist()}, but the prompt has {int(lengths[row])} "
-                "tokens, numbered from 0 (-1: none)"
+                f"named position {name!r} of prompt {row} is {at[row].tolist()}, but the prompt has "
+                f"{int(lengths[row])} tokens, numbered from 0 (-1: none)"
             )
 
 

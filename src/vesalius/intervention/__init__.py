@@ -14,7 +14,7 @@ from vesalius.intervention.basic import Ablate, Freeze, Interchange, Patch, Stee
 from vesalius.intervention.diagnostic import off_distribution
 from vesalius.intervention.edits import Noise, Project, Replace
 from vesalius.intervention.form import Recorded, Source, digest
-from vesalius.intervention.place import Landmarks, Place, Positions, mask_of, token_axis
+from vesalius.intervention.place import NamedPositions, Place, Positions, mask_of, token_axis
 from vesalius.intervention.protocol import Intervention, Reader, apply
 from vesalius.intervention.stored import from_json, load, save, tensors_of
 
@@ -23,7 +23,7 @@ __all__ = [
     "Freeze",
     "Interchange",
     "Intervention",
-    "Landmarks",
+    "NamedPositions",
     "Noise",
     "Patch",
     "Place",

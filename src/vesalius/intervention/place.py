@@ -14,7 +14,7 @@ from vesalius.parts import Part
 from vesalius.site import ATTENTION, Site
 
 Positions = int | str | Sequence[int | str] | Tensor | None
-Landmarks = Mapping[str, Tensor]
+NamedPositions = Mapping[str, Tensor]
 ALWAYS = ("first", "last")
 """Positions that every prompt has: its first and its last real token."""
 
@@ -25,15 +25,15 @@ class Place:
 
     real: [batch, pos], True on real tokens. index: [batch, pos], the number each token has in its own sequence; None in
     an ordinary run, where it is the column. While a model generates, later columns are later tokens. chosen:
-    [batch, pos], the columns that are edited; None is all. landmarks: name -> [batch] or [batch, n] numbers of tokens
-    in each prompt's own sequence, -1 for none. keys: [batch, key], the number of every token that attention may see
+    [batch, pos], the columns that are edited; None is all. named_positions: name -> [batch] or [batch, n] numbers of
+    tokens in each prompt's own sequence, -1 for none. keys: [batch, key], the number of every token that attention may see
     while a model generates; a number past all is padding.
     """
 
     real: Bool[Tensor, "batch pos"]
     index: Int[Tensor, "batch pos"] | None = None
     chosen: Bool[Tensor, "batch pos"] | None = None
-    landmarks: Landmarks = field(default_factory=dict)
+    named_positions: NamedPositions = field(default_factory=dict)
     keys: Int[Tensor, "batch key"] | None = None
 
     def here(self, values: Tensor, part: Part, whole: Tensor) -> Tensor:
@@ -79,12 +79,12 @@ def token_axis(site: Site) -> int:
 
 
 def mask_of(
-    positions: Positions, real: Bool[Tensor, "batch pos"], landmarks: Landmarks | None = None
+    positions: Positions, real: Bool[Tensor, "batch pos"], named_positions: NamedPositions | None = None
 ) -> Bool[Tensor, "batch pos"] | None:
     """Positions as a mask: None all, int or list the same everywhere, [batch] one each, bool [batch, pos] a mask.
 
-    A name, or names in the list, stand for landmarks of the prompts; "first" and "last" real token are always there.
-    Raises InputError for a position outside the prompts, and for a negative one that is padding in some prompt,
+    A name, or names in the list, stand for named positions of the prompts; "first" and "last" real token are
+    always there. Raises InputError for a position outside the prompts, and for a negative one that is padding in some prompt,
     UnknownNameError for a name the prompts do not have.
     """
     if positions is None:
@@ -107,20 +107,25 @@ def mask_of(
     chosen[:, numbers] = True
     for name in listed:
         if isinstance(name, str):
-            chosen |= named_mask(name, real, landmarks or {})
+            chosen |= named_mask(name, real, named_positions or {})
     return chosen
 
 
-def named_mask(name: str, real: Bool[Tensor, "batch pos"], landmarks: Landmarks) -> Bool[Tensor, "batch pos"]:
-    """Where a landmark lies, prompt by prompt; a prompt without it has no True. Raises UnknownNameError."""
+def named_mask(
+    name: str, real: Bool[Tensor, "batch pos"], named_positions: NamedPositions
+) -> Bool[Tensor, "batch pos"]:
+    """Where a named position lies, prompt by prompt; a prompt without it has no True. Raises UnknownNameError."""
     number = real.long().cumsum(1) - 1  # of each token in its own sequence
-    if name not in landmarks and name in ALWAYS:
+    if name not in named_positions and name in ALWAYS:
         return real & (number == (0 if name == "first" else real.sum(1, keepdim=True) - 1))
-    if name not in landmarks:
+    if name not in named_positions:
         raise UnknownNameError(
-            "position", name, [*landmarks, *ALWAYS], "Name your own: Tokens(ids, landmarks={name: numbers})."
+            "position",
+            name,
+            [*named_positions, *ALWAYS],
+            "Name your own: Tokens(ids, named_positions={name: numbers}).",
         )
-    wanted = landmarks[name].to(real.device).view(len(real), 1, -1)
+    wanted = named_positions[name].to(real.device).view(len(real), 1, -1)
     return real & (number[:, :, None] == wanted).any(2)
 
 

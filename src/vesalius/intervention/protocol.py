@@ -51,7 +51,7 @@ def apply(intervention: Intervention, whole: Tensor, place: Place) -> Tensor:
     part = intervention.part
     chosen = place.chosen
     if chosen is None:
-        chosen = mask_of(intervention.positions, place.real, place.landmarks)
+        chosen = mask_of(intervention.positions, place.real, place.named_positions)
     with _own_precision(whole):
         present = part.read(whole)
         new = intervention.value(whole, replace(place, chosen=chosen))

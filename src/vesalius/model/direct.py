@@ -55,7 +55,7 @@ class Frozen:
 
 def frozen_norm(model: Model, final: Float[Tensor, "example d_model"], answer: Tensor, distractor: Tensor) -> Frozen:
     """Direction of the logit difference answer - distractor through the final norm frozen at `final`."""
-    adapter, _ = model.described
+    adapter, _ = model.architecture
     norm = submodule(model.module, adapter.final_norm)
     difference = (model.W_U[answer] - model.W_U[distractor]).to(final)
     weighted = difference * gain(adapter.norm, norm).to(final)
@@ -77,7 +77,7 @@ def direct_effects(model: Model, pairs: Pairs, tokens: Tokens) -> Direct:
     counted with that norm frozen too. Raises InputError for a model whose logits are no such sum (BERT's norms
     stand between).
     """
-    adapter, layout = model.described
+    adapter, layout = model.architecture
     if not adapter.direct:
         raise InputError(
             f"{model.name} has no direct effects: the {adapter.family} family's logits are not the unembedding of the "

@@ -21,7 +21,7 @@ from torch import Tensor
 from vesalius.activations import Activations
 from vesalius.errors import InputError, NotFiniteError
 from vesalius.inputs import Tokens
-from vesalius.intervention import Intervention, Landmarks, Place, Positions, mask_of
+from vesalius.intervention import Intervention, NamedPositions, Place, Positions, mask_of
 from vesalius.site import ATTENTION, Site
 
 
@@ -116,7 +116,7 @@ def generated(forward: Pass, prompts: Tokens, edits: Sequence[Intervention], ste
     if steps < 1:
         raise InputError(f"max_new_tokens must be at least 1; got {steps}")
     rows = [row[real].tolist() for row, real in zip(prompts.ids, prompts.real, strict=True)]
-    masks = [edited_tokens(edit.positions, prompts.lengths, steps, prompts.landmarks) for edit in edits]
+    masks = [edited_tokens(edit.positions, prompts.lengths, steps, prompts.named_positions) for edit in edits]
     prompts = Tokens.from_rows(rows)
     written = _write(forward, _left_padded(prompts), masks, steps, choice)
     return _result(written, rows, prompts, steps, choice.stop)
@@ -134,7 +134,7 @@ def decoded(forward: Decode, prompts: Tokens, edits: Sequence[Intervention], ste
     given, pick = prompts.decoder.shape[1], choice.picker(len(prompts))
     spans = torch.full((len(prompts),), given)
     masks = [
-        mask_of(edit.positions, prompts.real, prompts.landmarks)
+        mask_of(edit.positions, prompts.real, prompts.named_positions)
         if edit.part.site.of_encoder
         else edited_tokens(edit.positions, spans, steps)
         for edit in edits
@@ -162,7 +162,7 @@ def _decoder_place(tokens: Tokens, site: Site, mask: Tensor | None) -> Place:
     """The tokens that a site of a stack counts, in a pass with what is written so far."""
     real = tokens.real_at(site)
     if site.of_encoder:
-        return Place(real, chosen=mask, landmarks=tokens.landmarks)
+        return Place(real, chosen=mask, named_positions=tokens.named_positions)
     number = torch.arange(real.shape[1]).expand_as(real)
     keys = torch.arange(tokens.ids.shape[1]).expand_as(tokens.ids) if site.cross else number
     return Place(real, number, None if mask is None else mask[:, : real.shape[1]], keys=keys)
@@ -214,7 +214,7 @@ def _refuse_nan(logits: Tensor, number: int) -> None:
 
 
 def edited_tokens(
-    positions: Positions, lengths: Int[Tensor, " batch"], steps: int, landmarks: Landmarks | None = None
+    positions: Positions, lengths: Int[Tensor, " batch"], steps: int, named_positions: NamedPositions | None = None
 ) -> Bool[Tensor, "batch token"]:
     """Positions as a mask over prompt and new tokens, without the last new one, which is never run.
 
@@ -252,7 +252,7 @@ def edited_tokens(
     names = [position for position in _listed(positions) if isinstance(position, str)]
     numbers = [position for position in _listed(positions) if not isinstance(position, str)]
     # Names are the prompts'; numbers count on into what is written.
-    named, counted = mask_of(names, prompt, landmarks), mask_of(numbers, run)
+    named, counted = mask_of(names, prompt, named_positions), mask_of(numbers, run)
     assert named is not None
     assert counted is not None
     return named | (counted & run)

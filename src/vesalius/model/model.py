@@ -72,7 +72,7 @@ class Model:
         return digest.hexdigest()
 
     @property
-    def described(self) -> tuple[Adapter, Layout]:
+    def architecture(self) -> tuple[Adapter, Layout]:
         """Adapter and sizes. Raises InputError for a model without adapter."""
         if self.adapter is None or self.layout is None:
             raise InputError(f"{self.name} has no adapter: only module:<path>|in and |out sites exist. Pass adapter=.")
@@ -105,15 +105,15 @@ class Model:
 
     def layer(self, number: int, stack: str = "") -> nn.Module:
         """The module of one layer; of an encoder-decoder's "encoder" or "decoder" stack."""
-        adapter, layers = self.described[0], self.described[0].stack(stack).layers
+        adapter, layers = self.architecture[0], self.architecture[0].stack(stack).layers
         return submodule(self.module, layers if adapter.shared else f"{layers}.{number}")
 
     def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:  # noqa: N802
         """Output projection of each head. In a model with a norm after attention, what comes before that norm."""
-        return self._heads_of(submodule(self.layer(layer), self.described[0].o_proj))
+        return self._heads_of(submodule(self.layer(layer), self.architecture[0].o_proj))
 
     def _heads_of(self, projection: nn.Module) -> Float[Tensor, "head d_head d_model"]:
-        layout = self.described[1]
+        layout = self.architecture[1]
         weight = weight_of(projection)
         # Linear keeps [out, in]; GPT-2's Conv1D keeps [in, out].
         rows = weight.T if isinstance(projection, nn.Linear) else weight
@@ -124,7 +124,7 @@ class Model:
         assert site.layer is not None
         if not site.stack:
             return self.head_writes(site.layer, z)
-        stack = self.described[0].stack(site.stack)
+        stack = self.architecture[0].stack(site.stack)
         projection = submodule(self.layer(site.layer, site.stack), stack.cross_o_proj if site.cross else stack.o_proj)
         return torch.einsum("...hd,hdm->...hm", z, self._heads_of(projection).to(z))
 
@@ -134,7 +134,7 @@ class Model:
         The sum over heads is attn_out less the output projection's bias. With a norm after attention its scale is
         held at the value it has for this z, which makes the shares exact.
         """
-        adapter, _ = self.described
+        adapter, _ = self.architecture
         writes = torch.einsum("...hd,hdm->...hm", z, self.W_O(layer).to(z))
         if not adapter.attn_norm:
             return writes
@@ -146,17 +146,17 @@ class Model:
     @property
     def W_U(self) -> Float[Tensor, "vocab d_model"]:  # noqa: N802
         """Unembedding."""
-        adapter, _ = self.described
+        adapter, _ = self.architecture
         return weight_of(submodule(self.module, adapter.unembed))
 
-    def tokens(self, texts: str | Sequence[str], beginning: str = "none") -> Tokens:
-        """Tokens of texts. beginning: a token's text put first ("<bos>"), or "none".
+    def tokens(self, texts: str | Sequence[str], bos: str = "none") -> Tokens:
+        """Tokens of texts. bos: a token's text put first ("<bos>"), or "none".
 
         Raises InputError without tokenizer, or for an empty text.
         """
         if self.tokenizer is None:
             raise InputError(f"{self.name} has no tokenizer: pass token ids, or vs.Model(net, tokenizer=...)")
-        first = [] if beginning == "none" else [self.tokenizer.convert_tokens_to_ids(beginning)]
+        first = [] if bos == "none" else [self.tokenizer.convert_tokens_to_ids(bos)]
         listed = [texts] if isinstance(texts, str) else list(texts)
         return Tokens.from_rows([first + self.tokenizer.encode(text, add_special_tokens=False) for text in listed])
 
@@ -251,7 +251,7 @@ class Model:
         places: Sequence[Place],
     ) -> Step:
         """One pass of a generation: tokens after those whose keys and values are in the cache."""
-        adapter, here = self.described[0], real[:, -ids.shape[1] :]
+        adapter, here = self.architecture[0], real[:, -ids.shape[1] :]
         call: dict[str, Any] = {**self.token_call(Tokens(ids)), "use_cache": True, "past_key_values": cache}
         if not bool(real.all()):
             call["attention_mask"] = real.long().to(self.device)
@@ -287,7 +287,7 @@ class Model:
         if site.kind == "module":
             submodule(self.module, site.module)
             return
-        adapter, layout = self.described
+        adapter, layout = self.architecture
         n_layers = layout.layers_of(site.stack)
         if site.layer is not None and site.layer >= n_layers and site.stack in adapter.stack_names:
             raise InputError(f"{site}: {self.name} has {n_layers} layers, numbered from 0")
@@ -305,7 +305,7 @@ class Model:
 
     def token_call(self, tokens: Tokens) -> dict[str, Any]:
         """Keyword arguments the wrapped module is called with for these tokens."""
-        _ = self.described
+        _ = self.architecture
         return self._caller.of_tokens(tokens)
 
     def begun(self, tokens: Tokens) -> Tokens:

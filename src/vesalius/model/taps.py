@@ -277,13 +277,13 @@ class Recorder:
         return self._tokens is not None or bool(self._places)
 
     def _place(self, site: Site, tensor: Tensor) -> Place:
-        """All tokens; landmarks are the prompts', not a decoder's."""
+        """All tokens; named positions are the prompts', not a decoder's."""
         if self._tokens is None:
             shape = tensor.shape[:2] if tensor.ndim > 1 else (tensor.shape[0], 1)
             return Place(torch.ones(shape, dtype=torch.bool, device=tensor.device))
         real = self._tokens.real_at(site).to(tensor.device)
         inside = self._tokens.decoder is None or site.of_encoder
-        return Place(real, landmarks=self._tokens.landmarks if inside else {})
+        return Place(real, named_positions=self._tokens.named_positions if inside else {})
 
     def _real_at(self, site: Site) -> Tensor | None:
         return None if self._tokens is None else self._tokens.real_at(site)

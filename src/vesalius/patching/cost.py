@@ -49,5 +49,5 @@ def estimate(record: Record, variants: Sequence[Variant], donor: Donor, ends: In
 
 def work(record: Record, rows: Rows) -> float:
     """Layers and positions that rows go through, in whole forwards of a prompt of mean length."""
-    n_layers = record.model.described[1].n_layers
+    n_layers = record.model.architecture[1].n_layers
     return float((rows.sizes * (n_layers - rows.layer)).sum() / (record.lengths.float().mean() * n_layers))

@@ -106,6 +106,6 @@ def held_of(given: Sequence[Intervention], tokens: Tokens) -> tuple[Held, ...]:
             )
         what = what_of(edit.part)
         place_of(what)
-        mask = mask_of(edit.positions, tokens.real, tokens.landmarks)
+        mask = mask_of(edit.positions, tokens.real, tokens.named_positions)
         found.append(Held(what, tokens.real if mask is None else mask & tokens.real))
     return tuple(found)

@@ -20,7 +20,7 @@ _STREAMS, _INNER = 8, 3
 def bytes_per_token(model: Model) -> int:
     """Bytes that one live token of a batch takes at the peak, float32: one layer's tensors, and its share of the keys
     and values that are copied for its row."""
-    layout = model.described[1]
+    layout = model.architecture[1]
     widths = [module.out_features for module in model.layer(0).modules() if isinstance(module, nn.Linear)]
     inner = max(widths, default=4 * layout.d_model)
     keys = 2 * KEYS_PER_TOKEN * layout.n_kv_heads * layout.d_head

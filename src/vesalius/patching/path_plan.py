@@ -80,7 +80,7 @@ def sending(model: Model, given: str | Site | Sequence[str | Site], each: str | 
             raise InputError(f"{site} does not send; senders are {', '.join(SENDERS)}")
     if not found:
         raise InputError("path patching needs at least one sender")
-    n_heads = model.described[1].n_heads
+    n_heads = model.architecture[1].n_heads
     split = [[site[h] for h in range(n_heads)] if each and site.kind == "z" and site.index is None else [site]
              for site in found]  # fmt: skip
     return [site for group in split for site in group]
@@ -91,7 +91,7 @@ def plain_path(base: Record, other: Record, donor: Donor, paths: Paths, sender: 
 
     Logits [example, pos, vocab] of the last run, and the last layer's output [example, pos, d_model] of step 2.
     """
-    model, n_layers = base.model, base.model.described[1].n_layers
+    model, n_layers = base.model, base.model.architecture[1].n_layers
     pos = torch.arange(base.tokens.ids.shape[1])
     live = (pos >= donor.first[:, None]) & base.tokens.real
     held = [Patch(site, source=base.at(site), positions=live) for site in paths.frozen(sender, n_layers)]

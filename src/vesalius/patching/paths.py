@@ -81,14 +81,14 @@ def path_patching(
     disagrees, NotFiniteError for a metric that is not finite.
     """
     paths = Paths(receiving(model, receivers), freeze_mlps, freeze_norm)
-    if paths.to_logits and freeze_norm and not model.described[0].direct:
+    if paths.to_logits and freeze_norm and not model.architecture[0].direct:
         raise InputError(f"{model.name} has no direct effects with frozen norms; pass freeze_norm=False")
     names = sending(model, senders, each)
     if metric.needs.positions != "read":
         raise InputError(f"{metric.name} reads every position; path patching takes metrics of the read position")
     if base not in PROMPTS:
         raise UnknownNameError("base", base, PROMPTS)
-    n_layers = model.described[1].n_layers
+    n_layers = model.architecture[1].n_layers
     kept = [Site(kind, layer) for kind in ("z", "mlp_out") for layer in range(n_layers)]
     kept += [normal(site)[0] for site in names if site.kind == "attn_out"]
     other = PROMPTS[1 - PROMPTS.index(base)]
@@ -180,7 +180,7 @@ class _Work:
             yield sender, Rows(example, layer[sender], self.donor.first[example], self.pairs.at[example] + 1)
 
     def _cost(self, rows: Rows) -> float:
-        n_layers = self.base.model.described[1].n_layers
+        n_layers = self.base.model.architecture[1].n_layers
         layers = n_layers - rows.layer
         if not self.paths.to_logits:
             layers = layers + n_layers - min(site.layer or 0 for site in self.paths.receivers)
@@ -201,7 +201,7 @@ class _Work:
     def _listen(self, senders: Sequence[Site], rows: Rows) -> tuple[dict[Site, Tensor], Tensor]:
         """Step 2: receivers' whole sites [row, pos, ...], and the last layer's output at the read position."""
         model, flat = self.base.model, Flat(rows)
-        adapter, layout = model.described
+        adapter, layout = model.architecture
         wanted = dict.fromkeys(site.whole for site in self.paths.receivers if site != LOGITS)
         heard: dict[Site, Tensor] = {}
 
@@ -222,7 +222,7 @@ class _Work:
 
     def _muted(self, senders: Sequence[Site], rows: Rows) -> Edits:
         """The senders' source values, and everything else at the base run."""
-        n_layers = self.base.model.described[1].n_layers
+        n_layers = self.base.model.architecture[1].n_layers
         own: dict[tuple[Site, int], list[int]] = {}
         held: dict[Site, list[int]] = {}
         for row, sender in enumerate(senders):
@@ -248,7 +248,7 @@ class _Work:
         self, hidden: Float[Tensor, "row d_model"], example: Int[Tensor, " row"], at_end: Tensor
     ) -> Float[Tensor, " row"]:
         """Metric with the final norm's scale held at the base run."""
-        adapter, _ = self.base.model.described
+        adapter, _ = self.base.model.architecture
         norm = submodule(self.base.model.module, adapter.final_norm)
         change = hidden - at_end[example]
         if adapter.norm == "layer":
@@ -265,7 +265,7 @@ class _Work:
     def _chosen_logits(self, normed: Tensor, example: Tensor) -> Tensor:
         """Logits of the tokens the metric reads [row, token]."""
         model = self.base.model
-        adapter, _ = model.described
+        adapter, _ = model.architecture
         unembed, tokens = submodule(model.module, adapter.unembed), self.metric.tokens(self.pairs)
         logits = unembed(normed) if tokens is None else _some_logits(unembed, normed, tokens[example])
         return capped(logits, getattr(model.module.config, adapter.cap) if adapter.cap else None)

@@ -114,7 +114,7 @@ def _check_steered(whats: Sequence[What], each: str | None) -> None:
 
 
 def _heads(model: Model, site: Site) -> int:
-    layout = model.described[1]
+    layout = model.architecture[1]
     return layout.n_kv_heads if "kv_head" in site.axes else layout.n_heads
 
 

@@ -170,7 +170,7 @@ def record(model: Model, inputs: Inputs, sites: Sequence[Site] = (), given: Sequ
     reason = _never_replayed(model)
     if reason:
         return _plain(model, tokens, sites, reason, given)
-    adapter, layout = model.described
+    adapter, layout = model.architecture
     calls: dict[int, dict[str, Any]] = {}
     entered: dict[int, Tensor] = {}
     keeper = _Keeper(tokens.lengths)
@@ -213,7 +213,7 @@ def _never_replayed(model: Model) -> str:
 def _plain(model: Model, inputs: Inputs, sites: Sequence[Site], reason: str, given: Sequence[Intervention]) -> Record:
     """A record of an ordinary run, for a model whose layers cannot be replayed."""
     one = model.adapter is not None and model.adapter.stack_names == ("",)
-    n_layers = model.described[1].n_layers if one else 0
+    n_layers = model.architecture[1].n_layers if one else 0
     stream = [*(Site("resid_pre", n) for n in range(n_layers)), *(Site("resid_post", n - 1) for n in [n_layers] if n)]
     held_already = ("resid_pre", "resid_post") if one else ()
     asked = [*stream, *(site.whole for site in sites if site.kind not in held_already)]

@@ -145,7 +145,7 @@ class Replay:
         self._flat = Flat(rows)
         self._edits = edits
         self._seen: dict[Site, list[Tensor]] = {site.whole: [] for site in watch}
-        self._layout = self._model.described[1]
+        self._layout = self._model.architecture[1]
         self._spared = Spared(self._model, self._flat, edits, [*self._seen, *heard])
 
     def run(self) -> tuple[Tensor, dict[Site, Tensor]]:
@@ -177,7 +177,7 @@ class Replay:
         return out[0] if isinstance(out, tuple) else out
 
     def _arguments(self, layer: int, tokens: int) -> dict[str, Any]:
-        rules = self._model.described[0].replay
+        rules = self._model.architecture[0].replay
         pos = self._flat.pos_of[:tokens]
         example = self._flat.rows.example[self._flat.row_of[:tokens]]
         built: dict[str, Any] = {}
@@ -189,7 +189,7 @@ class Replay:
         return built
 
     def _taps(self) -> list[Tap]:
-        adapter = self._model.described[0]
+        adapter = self._model.architecture[0]
         kinds = {site for site in [*self._edits.sites, *self._seen] if site.kind not in ("resid_pre", "pattern")}
         taps = []
         for site in sorted(kinds, key=lambda site: site.order):
@@ -202,7 +202,7 @@ class Replay:
         return taps
 
     def _visitor(self, site: Site) -> Any:
-        access = self._model.described[0].sites[site.kind]
+        access = self._model.architecture[0].sites[site.kind]
 
         def visit(tensor: Tensor) -> Tensor | None:
             here = split_heads(tensor, access, self._layout)

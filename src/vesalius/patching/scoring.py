@@ -41,7 +41,7 @@ def score(
 
 
 def _logits(record: Record, hidden: Tensor, tokens: Tensor | None) -> Tensor:
-    adapter, _ = record.model.described
+    adapter, _ = record.model.architecture
     unembed = submodule(record.model.module, adapter.unembed)
     with torch.no_grad():
         normed = submodule(record.model.module, adapter.final_norm)(hidden)

@@ -29,7 +29,7 @@ class Spared:
     """Tokens that each layer's MLP and attention have to compute, in one batch of rows."""
 
     def __init__(self, model: Model, flat: Flat, edits: Edits, watch: Iterable[Site]) -> None:
-        adapter, self._layout = model.described
+        adapter, self._layout = model.architecture
         self._model, self._flat = model, flat
         seen = {*watch, *edits.sites}
         # A mixture's router counts its tokens, and some cannot count none.
@@ -57,7 +57,7 @@ class Spared:
 
     def taps(self) -> list[Tap]:
         """Gathering at inputs, spreading at outputs; to be installed before the edits' own taps."""
-        adapter = self._model.described[0]
+        adapter = self._model.architecture[0]
         taps: list[Tap] = []
         for layer in sorted({*self._mlp, *([] if self._last is None else [self._last])}):
             block = self._model.layer(layer)

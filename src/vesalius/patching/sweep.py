@@ -234,7 +234,7 @@ def _recorded(
 
 
 def _check_labels(run: Record, pairs: Pairs) -> None:
-    size = run.logits.shape[-1] if run.logits is not None else run.model.described[1].vocab
+    size = run.logits.shape[-1] if run.logits is not None else run.model.architecture[1].vocab
     for name in ("answer", "distractor"):
         highest = int(getattr(pairs, name).max())
         if highest >= size:

@@ -115,7 +115,7 @@ def causal_tracing(
 
 
 def _subject(subject: Positions, tokens: Tokens) -> Bool[Tensor, "example pos"]:
-    mask = mask_of(subject, tokens.real, tokens.landmarks)
+    mask = mask_of(subject, tokens.real, tokens.named_positions)
     mask = tokens.real if mask is None else mask & tokens.real
     if not bool(mask.any(1).all()):
         raise InputError(
@@ -126,7 +126,7 @@ def _subject(subject: Positions, tokens: Tokens) -> Bool[Tensor, "example pos"]:
 
 def _windows(model: Model, kind: str, window: int) -> list[tuple[Site, ...]]:
     """The sites restored together, for each layer."""
-    n_layers, width = model.described[1].n_layers, 1 if kind == "resid_post" else window
+    n_layers, width = model.architecture[1].n_layers, 1 if kind == "resid_post" else window
     ranges = [range(max(0, n - width // 2), min(n_layers, n - width // 2 + width)) for n in range(n_layers)]
     return [tuple(Site(kind, layer) for layer in layers) for layers in ranges]
 

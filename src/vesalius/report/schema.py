@@ -48,7 +48,7 @@ QUESTION = Record(
         "name": _text("name of the task, or of the file with your own pairs"),
         "text": _text("the question in words"),
         "corruptions": Items(_text(""), "names of the corruptions, the first is the main one"),
-        "beginning": _text('token text put before every prompt, or "none"'),
+        "bos": _text('token text put before every prompt, or "none"'),
         "n": Record({"discovery": _whole("pairs"), "validation": _whole("pairs")}, "prompt pairs per split"),
         "seed": _whole("seed of everything random"),
         "prompts": Record(

@@ -25,7 +25,7 @@ class Question:
     name: str
     text: str
     corruptions: Mapping[str, Pairs]
-    beginning: str = "none"
+    bos: str = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class Question:
         return {"name": self.name, "seed": self.seed, "pairs": {k: v.content_hash for k, v in self.corruptions.items()}}
 
 
-def question_for(what: str, model: Model, *, n: int = 32, seed: int = 0, beginning: str = "auto") -> Question:
+def question_for(what: str, model: Model, *, n: int = 32, seed: int = 0, bos: str = "auto") -> Question:
     """A built-in question by name, or the user's own pairs by path.
 
     Raises UnknownNameError for a name that is neither, TokenizerError for tokens that the model does not have, and the
@@ -69,19 +69,19 @@ def question_for(what: str, model: Model, *, n: int = 32, seed: int = 0, beginni
     check_question(what)
     if what in TASKS:
         built = task_named(what)
-        made = {c: built.build(model, n=n, seed=seed, corruption=c, beginning=beginning) for c in built.corruptions}
+        made = {c: built.build(model, n=n, seed=seed, corruption=c, bos=bos) for c in built.corruptions}
         pairs = {c: sampling_groups(_within(model, p)) for c, p in made.items()}
-        return Question(what, built.question, pairs, next(iter(pairs.values())).beginning, seed)
-    own = sampling_groups(_within(model, load_pairs(what, model, beginning=beginning)))
+        return Question(what, built.question, pairs, next(iter(pairs.values())).bos, seed)
+    own = sampling_groups(_within(model, load_pairs(what, model, bos=bos)))
     name = Path(what).stem
     return Question(
-        name, f"How does the model choose its answers in {Path(what).name}?", {own.corruption: own}, own.beginning, seed
+        name, f"How does the model choose its answers in {Path(what).name}?", {own.corruption: own}, own.bos, seed
     )
 
 
 def _within(model: Model, pairs: Pairs) -> Pairs:
     """The pairs, if the model has all their tokens."""
-    vocab = model.described[1].vocab
+    vocab = model.architecture[1].vocab
     largest = max(int(ids.max()) for ids in (pairs.clean, pairs.corrupted, pairs.answer, pairs.distractor))
     if largest >= vocab:
         raise TokenizerError(
@@ -140,8 +140,8 @@ def example_texts(question: Question, model: Model) -> dict[str, str]:
 
     pairs = {name: p.split(SPLITS[0]) for name, p in question.corruptions.items()}
     first = pairs[question.main]
-    # The beginning token is told apart from the text; it is the same in every prompt.
-    words = slice(0 if question.beginning in ("", "none") else 1, int(first.size[0]))
+    # The bos token is told apart from the text; it is the same in every prompt.
+    words = slice(0 if question.bos in ("", "none") else 1, int(first.size[0]))
     shown = {name: text(p.corrupted[0, words]) for name, p in pairs.items()}
     return {
         "clean": text(first.clean[0, words]),

@@ -64,13 +64,13 @@ def _question(study: Study) -> dict[str, Any]:
     question = study.question
     return {
         "name": question.name, "text": question.text, "corruptions": list(question.corruptions),
-        "beginning": question.beginning, "n": question.sizes, "seed": question.seed,
+        "bos": question.bos, "n": question.sizes, "seed": question.seed,
         "prompts": example_texts(question, study.model),
     }  # fmt: skip
 
 
 def _model(study: Study) -> dict[str, Any]:
-    _, layout = study.model.described
+    _, layout = study.model.architecture
     return {
         "name": study.model.name, "hash": study.model.content_hash, "layers": layout.n_layers, "heads": layout.n_heads,
         "parameters": sum(p.numel() for p in study.model.module.parameters()), "note": study.model.note,

@@ -134,5 +134,5 @@ def _pairs(rows: Sequence[_Row], number: int, corruption: str) -> Pairs:
         splits=tuple(row.split for row in rows),
         corruption=corruption,
         task="planted induction",
-        beginning="none",
+        bos="none",
     )

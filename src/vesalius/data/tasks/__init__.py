@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vesalius.data.positions import Positions, landmarks
+from vesalius.data.positions import Positions, named_positions
 from vesalius.data.tasks import capitals as _capitals
 from vesalius.data.tasks import gendered_pronoun as _gendered_pronoun
 from vesalius.data.tasks import induction as _induction
 from vesalius.data.tasks import ioi as _ioi
 from vesalius.data.tasks import sva as _sva
-from vesalius.data.tasks.base import HasTokenizer, Row, beginning_token, build_pairs
+from vesalius.data.tasks.base import HasTokenizer, Row, bos_token, build_pairs
 from vesalius.errors import UnknownNameError
 from vesalius.inputs import Pairs
 
@@ -26,7 +26,7 @@ __all__ = [
     "HasTokenizer",
     "Row",
     "Task",
-    "beginning_token",
+    "bos_token",
     "build_pairs",
     "capitals",
     "gendered_pronoun",
@@ -41,7 +41,7 @@ __all__ = [
 class Task:
     """A built-in question.
 
-    build(model, n=, seed=, corruption=, beginning=) -> Pairs with the splits "discovery" and "validation".
+    build(model, n=, seed=, corruption=, bos=) -> Pairs with the splits "discovery" and "validation".
     corruptions: what `corruption` may be, the default first. positions: named positions [example] of given pairs.
     """
 
@@ -49,7 +49,7 @@ class Task:
     question: str
     build: Callable[..., Pairs]
     corruptions: tuple[str, ...]
-    positions: Callable[[Pairs], dict[str, Positions]] = landmarks
+    positions: Callable[[Pairs], dict[str, Positions]] = named_positions
 
 
 TASKS = {
@@ -73,7 +73,7 @@ TASKS = {
             "How does the model decide which of two names receives the object?",
             ioi,
             _ioi.CORRUPTIONS,
-            _ioi.named_positions,
+            _ioi.ioi_positions,
         ),
         Task(
             "sva",

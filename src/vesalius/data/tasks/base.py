@@ -1,4 +1,4 @@
-"""What all tasks share: rows of text made into checked Pairs, the beginning-of-text policy, balanced draws.
+"""What all tasks share: rows of text made into checked Pairs, the bos-of-text policy, balanced draws.
 
 A task writes `Row`s (text and labels) and `build_pairs` turns them into token ids, refusing whatever would make a
 patching experiment meaningless: answers of several tokens, prompts that do not line up, edits in the wrong places.
@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from vesalius.data.positions import landmarks
+from vesalius.data.positions import named_positions
 from vesalius.errors import InputError, PairsError, TokenizerError, UnknownNameError
 from vesalius.inputs import Pairs, pad_rows
 
@@ -53,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One pair as token ids, without the beginning token."""
+    """One pair as token ids, without the bos token."""
 
     clean: Sequence[int]
     corrupted: Sequence[int]
@@ -91,22 +91,22 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(sorted(known, key=tokenizer.convert_tokens_to_ids))
 
 
-def beginning_token(tokenizer: Any, beginning: str = "auto") -> str:
+def bos_token(tokenizer: Any, bos: str = "auto") -> str:
     """The token put before every prompt, or "none".
 
     "auto": the tokenizer's bos token, else its eos token, else `<|endoftext|>`, else none; chat markers are passed
     over. "none": nothing. Otherwise the text of a special token. Raises TokenizerError for a token that is not one.
     """
     special = special_tokens(tokenizer)
-    if beginning == "auto":
+    if bos == "auto":
         candidates = (tokenizer.bos_token, tokenizer.eos_token, DOCUMENT_SEPARATOR)
         return next((token for token in candidates if token in special and token not in CHAT_MARKERS), "none")
-    if beginning != "none" and beginning not in special:
+    if bos != "none" and bos not in special:
         raise TokenizerError(
-            f"beginning {beginning!r} is not a special token of this tokenizer. It has: "
+            f"bos {bos!r} is not a special token of this tokenizer. It has: "
             f"{', '.join(special) or '(none)'}. Give one of these, 'auto' or 'none'"
         )
-    return beginning
+    return bos
 
 
 def continuation(tokenizer: Any, text: str, more: str, before: Sequence[int] | None = None) -> list[int] | None:
@@ -175,7 +175,7 @@ def build_pairs(
     rows: Sequence[Row],
     tokenizer: Any,
     *,
-    beginning: str = "auto",
+    bos: str = "auto",
     corruption: str = "corrupted",
     task: str = "",
 ) -> Pairs:
@@ -183,20 +183,20 @@ def build_pairs(
 
     rows carry all the same groups, and either all or none a split. The metric reads at the last token.
     Raises InputError (empty or non-text field), PairsError (prompts that do not line up) or TokenizerError (answer of
-    several tokens, unknown beginning), naming the row.
+    several tokens, unknown bos), naming the row.
     """
     encoded = [encode_row(tokenizer, row, row.where or f"pair {i}") for i, row in enumerate(rows)]
-    return assemble(encoded, tokenizer, beginning=beginning, corruption=corruption, task=task)
+    return assemble(encoded, tokenizer, bos=bos, corruption=corruption, task=task)
 
 
-def assemble(rows: Sequence[Encoded], tokenizer: Any, *, beginning: str, corruption: str, task: str) -> Pairs:
-    """Pairs from rows of token ids, the beginning token put in front, with the landmarks that any pair has.
+def assemble(rows: Sequence[Encoded], tokenizer: Any, *, bos: str, corruption: str, task: str) -> Pairs:
+    """Pairs from rows of token ids, the bos token put in front, with the named_positions that any pair has.
 
     Raises InputError for no rows.
     """
     if not rows:
         raise InputError("no pairs: give at least one row")
-    first = beginning_token(tokenizer, beginning)
+    first = bos_token(tokenizer, bos)
     head = [] if first == "none" else [int(tokenizer.convert_tokens_to_ids(first))]
     pad = tokenizer.pad_token_id or 0
     clean, lengths = pad_rows([[*head, *row.clean] for row in rows], pad)
@@ -212,9 +212,9 @@ def assemble(rows: Sequence[Encoded], tokenizer: Any, *, beginning: str, corrupt
         splits=splits if all(splits) else (),
         corruption=corruption,
         task=task,
-        beginning=first,
+        bos=first,
     )
-    return replace(pairs, landmarks=landmarks(pairs, tokenizer))
+    return replace(pairs, named_positions=named_positions(pairs, tokenizer))
 
 
 def check_request(n: int, maximum: int, task: str, corruption: str, known: Sequence[str]) -> None:

@@ -74,9 +74,7 @@ CAPITALS: Mapping[str, Mapping[str, str]] = {
 }  # fmt: skip
 
 
-def capitals(
-    model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "country", beginning: str = "auto"
-) -> Pairs:
+def capitals(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "country", bos: str = "auto") -> Pairs:
     """n pairs in each of the splits "discovery" and "validation", which share no frame and no country.
 
     The corrupted prompt names another country of the split with as many tokens; its capital is the distractor.
@@ -89,7 +87,7 @@ def capitals(
     maximum = min(len(FRAMES[split]) * len(partners[split]) for split in SPLITS)
     check_request(n, maximum, "capitals", corruption, CORRUPTIONS)
     rows = [row for split in SPLITS for row in _rows(split, partners[split], n, seed)]
-    return build_pairs(rows, tokenizer, beginning=beginning, corruption=corruption, task="capitals")
+    return build_pairs(rows, tokenizer, bos=bos, corruption=corruption, task="capitals")
 
 
 def _partners(tokenizer: object, split: str) -> dict[str, tuple[str, ...]]:

@@ -76,7 +76,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 
 def gendered_pronoun(
-    model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "name", beginning: str = "auto"
+    model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "name", bos: str = "auto"
 ) -> Pairs:
     """n pairs in each of the splits "discovery" and "validation", which share no frame and no name.
 
@@ -93,7 +93,7 @@ def gendered_pronoun(
     maximum = min(2 * len(FRAMES[s]) * min(len(names[s][g]) for g in PRONOUNS) for s in SPLITS)
     check_request(n, maximum, "gendered_pronoun", corruption, CORRUPTIONS)
     rows = [row for split in SPLITS for row in _rows(split, names[split], n, seed)]
-    return build_pairs(rows, tokenizer, beginning=beginning, corruption=corruption, task="gendered_pronoun")
+    return build_pairs(rows, tokenizer, bos=bos, corruption=corruption, task="gendered_pronoun")
 
 
 def _rows(split: str, names: Mapping[str, Sequence[str]], n: int, seed: int) -> list[Row]:

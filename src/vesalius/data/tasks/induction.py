@@ -54,13 +54,13 @@ def induction(
     n: int = 32,
     seed: int = 0,
     corruption: str = "token",
-    beginning: str = "auto",
+    bos: str = "auto",
     length: int = 40,
 ) -> Pairs:
     """n pairs in each of the splits "discovery" and "validation", which share no word and no period.
 
     A prompt is P different random words and the first k of them again, 2 <= k < P; the answer is word k + 1. P goes
-    from 8 to length - 2, even periods in discovery and odd ones in validation; P + k <= length (the beginning token
+    from 8 to length - 2, even periods in discovery and odd ones in validation; P + k <= length (the bos token
     comes on top). corrupted: the answer's one earlier occurrence is another word, the distractor. groups: "template"
     ("period P").
 
@@ -73,7 +73,7 @@ def induction(
     maximum = min(len(periods[split]) * perm(len(ids[split]), min(periods[split])) for split in SPLITS)
     check_request(n, maximum, "induction", corruption, CORRUPTIONS)
     rows = [row for split in SPLITS for row in _rows(split, periods[split], ids[split], n, seed, length)]
-    return assemble(rows, tokenizer, beginning=beginning, corruption=corruption, task="induction")
+    return assemble(rows, tokenizer, bos=bos, corruption=corruption, task="induction")
 
 
 def _periods(parity: int, length: int) -> list[int]:

@@ -13,7 +13,7 @@ from itertools import cycle
 
 import torch
 
-from vesalius.data.positions import Positions, landmarks
+from vesalius.data.positions import Positions, named_positions
 from vesalius.data.tasks.base import (
     SPLITS,
     HasTokenizer,
@@ -110,7 +110,7 @@ class Scene:
         return self.frame.format(A=first, B=second, S=s2, place=self.place, object=self.object)
 
 
-def ioi(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "swap", beginning: str = "auto") -> Pairs:
+def ioi(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "swap", bos: str = "auto") -> Pairs:
     """n pairs in each of the splits "discovery" and "validation", which share no frame, name, place or object.
 
     "After Anna and Paul finished lunch at the market, Paul handed the ticket to" -> " Anna" (distractor " Paul").
@@ -127,8 +127,8 @@ def ioi(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "swap
     maximum = min(2 * len(FRAMES[split]) * len(names[split]) * (len(names[split]) - 1) for split in SPLITS)
     check_request(n, maximum, "ioi", corruption, CORRUPTIONS)
     rows = [row for split in SPLITS for row in _rows(split, names[split], n, seed, corruption)]
-    pairs = build_pairs(rows, tokenizer, beginning=beginning, corruption=corruption, task="ioi")
-    return replace(pairs, landmarks={**pairs.landmarks, **named_positions(pairs)})
+    pairs = build_pairs(rows, tokenizer, bos=bos, corruption=corruption, task="ioi")
+    return replace(pairs, named_positions={**pairs.named_positions, **ioi_positions(pairs)})
 
 
 def _rows(split: str, names: Sequence[str], n: int, seed: int, corruption: str) -> list[Row]:
@@ -182,9 +182,9 @@ def _two_names(rota: Rota[str], together: Counter[frozenset[str]], used: set[tup
     return io, s
 
 
-def named_positions(pairs: Pairs) -> dict[str, Positions]:
+def ioi_positions(pairs: Pairs) -> dict[str, Positions]:
     """Positions [example] in the clean prompt: "io", "s1", "s1_next" (after S1), "s2", "end"; -1: none."""
-    found = landmarks(pairs)
+    found = named_positions(pairs)
     s1 = found["distractor_first"]
     return {
         "io": found["answer"],

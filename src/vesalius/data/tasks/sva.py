@@ -73,7 +73,7 @@ NOUNS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def sva(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "number", beginning: str = "auto") -> Pairs:
+def sva(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "number", bos: str = "auto") -> Pairs:
     """n pairs in each of the splits "discovery" and "validation", which share no frame and no noun.
 
     The subject's number is flipped in the corrupted prompt, the other noun stays. The clean subject is singular as
@@ -87,7 +87,7 @@ def sva(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "numb
     maximum = min(4 * len(FRAMES[split]) * len(nouns[split]) for split in SPLITS)
     check_request(n, maximum, "sva", corruption, CORRUPTIONS)
     rows = [row for split in SPLITS for row in _rows(split, nouns[split], n, seed)]
-    return build_pairs(rows, tokenizer, beginning=beginning, corruption=corruption, task="sva")
+    return build_pairs(rows, tokenizer, bos=bos, corruption=corruption, task="sva")
 
 
 def _nouns(tokenizer: object, split: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ class AttentionSink:
         return is_head(component)
 
     def fit(self, context: Context, component: Site) -> RoleFit | None:
-        if bool((context.bench.landmarks["end"] < 1).any()):
+        if bool((context.bench.named_positions["end"] < 1).any()):
             return None
         seen = looks(context, component, "end", "first", "others", at_least=RESTS)
         return role_fit(context, component, self.name, [seen, quiet(context, component), matters(context, component)])

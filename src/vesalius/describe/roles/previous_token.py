@@ -21,7 +21,7 @@ class PreviousToken:
         return is_head(component)
 
     def fit(self, context: Context, component: Site) -> RoleFit | None:
-        if bool((context.bench.landmarks["end"] < FIRST_QUERY).any()):
+        if bool((context.bench.named_positions["end"] < FIRST_QUERY).any()):
             return None
         seen = looks(context, component, "every", "previous", "two back", at_least=MOSTLY)
         return role_fit(context, component, self.name, [seen, matters(context, component)])

@@ -68,7 +68,7 @@ def baselines(coder: Coder, fit: tuple[Rows, Rows], l0: float, seed: int) -> lis
     """The baselines that this dictionary can be compared with, in the order of `WORDS`.
 
     fit: rows of inputs and outputs that are not measured on. l0: numbers per row. A dictionary of several sites has no
-    baseline; a transcoder has the linear map and, if its configuration is known, its own beginning.
+    baseline; a transcoder has the linear map and, if its configuration is known, its own bos.
     """
     if len(fit[0]) != 1 or len(fit[1]) != 1:
         return []

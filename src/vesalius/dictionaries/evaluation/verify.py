@@ -1,6 +1,6 @@
 """`verify`: whether a dictionary does on a model what its file says: a misreading is an error, and no bad number.
 
-A dictionary whose activation function, orientation, scale of inputs, place or beginning of text is misread still gives
+A dictionary whose activation function, orientation, scale of inputs, place or bos token is misread still gives
 numbers. On a few thousand tokens it is compared with what its file claims, with the mean activation, and with itself
 under the misreadings that are known to happen: one that does far better is what the file should have said.
 """
@@ -90,7 +90,7 @@ def verify(
     (prepend_bos; default: yes). Raises FileFormatError saying what does not fit, and which other reading would: sites
     or widths that the model does not have, more or fewer latents active than claimed by a factor of two, an error no
     smaller than that of the mean activation, a loss in the model no smaller than the mean activation's, or less than
-    half of the error with another activation function, input scale, bias or beginning, four fifths at another site.
+    half of the error with another activation function, input scale, bias or bos, four fifths at another site.
     """
     for site in (*coder.in_sites, *coder.out_sites):
         if known_site(site).tag:
@@ -169,8 +169,8 @@ class _Work:
 
     def __post_init__(self) -> None:
         claim = str(_told(self.coder, "prepend_bos")).lower()
-        self.beginnings = ("none", "auto") if claim == "false" else ("auto", "none")
-        self.store = self._store(self.beginnings[0], (*self._own, *self._near))
+        self.bos = ("none", "auto") if claim == "false" else ("auto", "none")
+        self.store = self._store(self.bos[0], (*self._own, *self._near))
         self.sample = self._sample(self.store, self.coder.in_sites, self.coder.out_sites)
 
     @property
@@ -196,11 +196,11 @@ class _Work:
     def _alone(self) -> bool:
         return len(self._own) == 1
 
-    def _store(self, beginning: str, sites: Sequence[Site]) -> ActivationStore:
+    def _store(self, bos: str, sites: Sequence[Site]) -> ActivationStore:
         try:
             store = harvest(
-                self.model, self.texts, sites=list(sites), out=self.folder / beginning, tokens=self.tokens,
-                context=self.context, beginning=beginning, sink=silent,
+                self.model, self.texts, sites=list(sites), out=self.folder / bos, tokens=self.tokens,
+                context=self.context, bos=bos, sink=silent,
             )  # fmt: skip
         except InputError as error:
             raise FileFormatError(f"{self.coder!r} does not fit {self.model.name}: {error}") from error
@@ -244,10 +244,10 @@ class _Work:
                 found = _reading(f"activations of {site}", OfCoder(self.coder), there)
                 yield replace(found, enough=NEARER)
         if self.model.tokenizer is not None:
-            beginning = self.beginnings[1]
-            other = self._sample(self._store(beginning, self._own), self.coder.in_sites, self.coder.out_sites)
-            words = "no token" if beginning == "none" else "a token"
-            yield _reading(f"{words} at the beginning of contexts", OfCoder(self.coder), other)
+            bos = self.bos[1]
+            other = self._sample(self._store(bos, self._own), self.coder.in_sites, self.coder.out_sites)
+            words = "no token" if bos == "none" else "a token"
+            yield _reading(f"{words} at the start of contexts", OfCoder(self.coder), other)
 
 
 def _widths(coder: Coder) -> dict[Site, int]:

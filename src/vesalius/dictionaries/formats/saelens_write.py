@@ -97,8 +97,8 @@ def _origin(given: Dictionary) -> dict[str, Any]:
     """What a dictionary that was trained here knows of the text it is for."""
     about = given.about
     model = {"model_name": about["models"][0]["name"]} if about.get("models") else {}
-    beginning, context = about.get("beginning"), about.get("context")
-    begins = {"prepend_bos": beginning.get("id") is not None} if isinstance(beginning, dict) else {}
+    bos, context = about.get("bos"), about.get("context")
+    begins = {"prepend_bos": bos.get("id") is not None} if isinstance(bos, dict) else {}
     ends = {name: about["summary"][name] for name in ("l0", "fvu") if name in about.get("summary", {})}
     return {**model, **begins, **ends, **({"context_size": context} if context else {})}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vesalius.data import Labelled
 from vesalius.data.forward import captured
 from vesalius.data.outliers import MAX_NORM
-from vesalius.data.packing import Tally, beginning_for, tokenized
+from vesalius.data.packing import Tally, bos_for, tokenized
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Tokens
@@ -77,22 +77,22 @@ class Readings:
 @torch.no_grad()
 def read_concept(
     coders: Dictionary | Sequence[Dictionary], concept: Labelled, model: Model, *, at: At = "mean", context: int = 128,
-    beginning: str = "auto", test: float = 0.25, seed: int = 0, batch_tokens: int = 2048, sink: Sink | None = None,
+    bos: str = "auto", test: float = 0.25, seed: int = 0, batch_tokens: int = 2048, sink: Sink | None = None,
 ) -> Readings:  # fmt: skip
     """Run a model over the texts of a concept and read a dictionary, or several trained alike, at its site.
 
     at: "mean" over the tokens of a text, as SAEBench's sparse probing does, or the "last" token. A first token is put
-    before each text (`beginning`, as in `harvest`) and not read; nor are norm outliers, which no dictionary was trained
+    before each text (`bos`, as in `harvest`) and not read; nor are norm outliers, which no dictionary was trained
     on. context: tokens at most; longer texts are cut for a mean, and refused for the last token.
 
     Raises InputError for dictionaries of several or other sites, and for texts that are too long or have no token to
-    read; TokenizerError for a beginning that is no token of this model.
+    read; TokenizerError for a bos token that is no token of this model.
     """
     listed = (coders,) if isinstance(coders, Dictionary) else tuple(coders)
     site = _one_site(listed)
     if at not in AT:
         raise UnknownNameError("place to read at", str(at), AT)
-    ids = _ids(model, concept, beginning, context, cut=at == "mean")
+    ids = _ids(model, concept, bos, context, cut=at == "mean")
     rows = np.zeros((len(ids), listed[0].in_widths[0]))
     latents = tuple(np.zeros((len(ids), coder.n_latents), dtype=np.float32) for coder in listed)
     with computing(), shown(sink) as told:
@@ -118,9 +118,9 @@ def _one_site(coders: Sequence[Dictionary]) -> Site:
     return coders[0].in_sites[0]
 
 
-def _ids(model: Model, concept: Labelled, beginning: str, context: int, cut: bool) -> list[list[int]]:
-    """Token ids of every text, the beginning in front."""
-    first = beginning_for(model.tokenizer, beginning, False)
+def _ids(model: Model, concept: Labelled, bos: str, context: int, cut: bool) -> list[list[int]]:
+    """Token ids of every text, the bos token in front."""
+    first = bos_for(model.tokenizer, bos, False)
     head = [] if first.id is None else [first.id]
     found = []
     for number, ids in enumerate(tokenized(concept.texts, model.tokenizer, Tally())):

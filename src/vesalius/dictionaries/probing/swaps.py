@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vesalius.data import Entities
 from vesalius.data.forward import captured
-from vesalius.data.packing import beginning_for
+from vesalius.data.packing import bos_for
 from vesalius.errors import InputError
 from vesalius.inputs import Tokens
 from vesalius.intervention import Replace
@@ -122,8 +122,8 @@ def _known(model: Model, entities: Entities, attribute: str, few: Sequence[tuple
 
 
 def _tokens(model: Model, template: str, entity: str) -> tuple[tuple[int, ...], int] | None:
-    """Token ids with the beginning in front, and where the entity ends; None where its end is inside a token."""
-    first = beginning_for(model.tokenizer, "auto", False)
+    """Token ids with the bos token in front, and where the entity ends; None where its end is inside a token."""
+    first = bos_for(model.tokenizer, "auto", False)
     head = [] if first.id is None else [first.id]
     encode = lambda text: model.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     before, whole = encode(template[: template.index("%s")] + entity), encode(template.replace("%s", entity))

@@ -67,7 +67,7 @@ def train(
 def _trained(
     data: Any, config: TrainConfig, where: Path | None, device: torch.device | str, board: bool, sink: Sink
 ) -> Coder:
-    """A dictionary, from its folder, its checkpoints or the beginning."""
+    """A dictionary, from its folder, its checkpoints or the bos."""
     given = as_source(data)
     source = for_training(given, config.held_out)
     wiring = wire(source, config, paired=isinstance(data, tuple | list))

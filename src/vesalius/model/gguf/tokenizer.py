@@ -33,7 +33,7 @@ SPACE = "▁"
 def read_tokenizer(file: GgufFile) -> transformers.PreTrainedTokenizerFast | None:
     """The tokenizer in the metadata, or None when the file holds none.
 
-    Control tokens become special tokens; a beginning or end token is added to a text only if the file asks for it.
+    Control tokens become special tokens; a bos or end token is added to a text only if the file asks for it.
     Raises UnknownNameError for a kind of tokenizer or a pre-tokenizer that is not known, FileFormatError when corrupt.
     """
     fields = file.fields
@@ -140,7 +140,7 @@ def _added(token: str, *, special: bool) -> tokenizers.AddedToken:
 
 
 def _frame(special: Mapping[str, int], tokens: Sequence[str], fields: Mapping[str, Any]) -> Any:
-    """The template that puts the beginning and end token around a text, as far as the file asks for it."""
+    """The template that puts the bos and end token around a text, as far as the file asks for it."""
     asked = [role for role in ("bos", "eos") if fields.get(f"tokenizer.ggml.add_{role}_token", False)]
     around = {role: (tokens[special[role]], special[role]) for role in asked if role in special}
     first, last = ([around[role][0]] if role in around else [] for role in ("bos", "eos"))

@@ -360,7 +360,7 @@ def test_the_one_inhibition_head_turns_the_mover_as_far_as_the_whole_corruption_
     torch.testing.assert_close(shift("denoising"), whole / 2, atol=0.02, rtol=0.01)
 
 
-# --- Prompts that lack named positions, and wrong input ----------------------------------------------------------------
+# --- Prompts that lack named positions, and wrong input ----------------------------------------------------
 
 
 def test_tasks_without_named_positions_are_described_by_the_roles_that_need_none() -> None:

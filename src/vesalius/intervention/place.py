@@ -26,8 +26,8 @@ class Place:
     real: [batch, pos], True on real tokens. index: [batch, pos], the number each token has in its own sequence; None in
     an ordinary run, where it is the column. While a model generates, later columns are later tokens. chosen:
     [batch, pos], the columns that are edited; None is all. named_positions: name -> [batch] or [batch, n] numbers of
-    tokens in each prompt's own sequence, -1 for none. keys: [batch, key], the number of every token that attention may see
-    while a model generates; a number past all is padding.
+    tokens in each prompt's own sequence, -1 for none. keys: [batch, key], the number of every token that attention may
+    see while a model generates; a number past all is padding.
     """
 
     real: Bool[Tensor, "batch pos"]
@@ -84,8 +84,8 @@ def mask_of(
     """Positions as a mask: None all, int or list the same everywhere, [batch] one each, bool [batch, pos] a mask.
 
     A name, or names in the list, stand for named positions of the prompts; "first" and "last" real token are
-    always there. Raises InputError for a position outside the prompts, and for a negative one that is padding in some prompt,
-    UnknownNameError for a name the prompts do not have.
+    always there. Raises InputError for a position outside the prompts, and for a negative one that is padding in some
+    prompt, UnknownNameError for a name the prompts do not have.
     """
     if positions is None:
         return None

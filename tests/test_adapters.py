@@ -15,6 +15,7 @@ import tiny
 import vesalius as vs
 from families import FAMILIES, Family
 from vesalius.adapters import KNOWN, adapter_for
+from vesalius.adapters.understood import check_config
 from vesalius.errors import InputError, UnknownArchitectureError
 from vesalius.model.direct import direct_effects
 
@@ -442,9 +443,9 @@ def test_a_field_nobody_knows_is_refused_by_name_and_value(family: Family) -> No
 def test_a_declared_field_that_is_not_understood_is_refused_unless_at_its_default() -> None:
     adapter = next(adapter for adapter in KNOWN if adapter.family == "llama")
     unaware = replace(adapter, understood=adapter.understood - {"mlp_bias"})
-    unaware.check(FAMILIES["llama"].build())
+    check_config(unaware, FAMILIES["llama"].build())
     with pytest.raises(UnknownArchitectureError, match=r"LlamaForCausalLM has config.mlp_bias=True"):
-        unaware.check(FAMILIES["llama"].build(mlp_bias=True))
+        check_config(unaware, FAMILIES["llama"].build(mlp_bias=True))
 
 
 def test_fields_of_files_and_training_are_let_through() -> None:

@@ -17,7 +17,7 @@ import families
 import tiny
 import vesalius as vs
 from families import FAMILIES
-from vesalius.adapters.weights import device_of, parameter, spread, weight_of
+from vesalius.adapters.base import device_of, parameter, spread, weight_of
 from vesalius.errors import InputError
 from vesalius.jobs import Event
 from vesalius.model.direct import direct_effects

@@ -21,6 +21,7 @@ from vesalius.adapters.phi import PHI
 from vesalius.adapters.phi3 import PHI3
 from vesalius.adapters.qwen import QWEN2, QWEN3
 from vesalius.adapters.t5 import T5
+from vesalius.adapters.understood import check_config
 from vesalius.adapters.vit import VIT
 from vesalius.errors import UnknownArchitectureError
 
@@ -43,7 +44,7 @@ def adapter_for(module: nn.Module) -> Adapter | None:
     refusals = []
     for adapter in fitting:
         try:
-            adapter.check(module)
+            check_config(adapter, module)
         except UnknownArchitectureError as refusal:
             refusals.append(refusal)
         else:

@@ -1,6 +1,8 @@
-"""What an adapter is: data that says where a model family keeps its tensors. No forward pass is written here.
+"""What an adapter is, and how a module's tensors are read by it.
 
-A new family is one file with one `Adapter` value and a parity test.
+An adapter is data that says where a model family keeps its tensors; no forward pass is written in it. A new family is
+one file with one `Adapter` value and a parity test. The functions below the data are all that the rest of the package
+needs to know about a `transformers` module: its submodules, heads, weights, norms and experts.
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from vesalius.adapters.understood import strange_field
-from vesalius.errors import InputError, UnknownArchitectureError
+from vesalius.errors import InputError
 
 Side = Literal["in", "out"]
 Replay = Literal["drop", "false", "positions", "rotary"]
@@ -33,7 +36,8 @@ class Access:
     fused: Literal["blocks", "groups"] = "blocks"
     """blocks: all queries, all keys, all values. groups: per key-value head its queries, its key, its value."""
     delta: str = ""
-    """The tensor is a sum no module returns: read here, written by adding the change at this path's output."""
+    """For a sum that no module returns (resid_mid): it is read here, and written by adding the change to the output of
+    the module at this path."""
     flat: bool = False
     """The module sees [batch * pos, ...]."""
 
@@ -53,7 +57,7 @@ class Layout:
     n_decoder_layers: int = 0
     """Layers of an encoder-decoder's decoder; n_layers are its encoder's."""
     start: int | None = None
-    """Token that an encoder-decoder's decoder begins with."""
+    """First token of an encoder-decoder's decoder."""
 
     def layers_of(self, stack: str) -> int:
         return self.n_decoder_layers if stack == "decoder" else self.n_layers
@@ -114,7 +118,8 @@ class Adapter:
     causal: bool = True
     """No position reads a later one."""
     direct: bool = True
-    """Logits of prompts are the unembedding of the normed sum of all that was written: direct effects are exact."""
+    """A prompt's logits are the unembedding of the normed residual stream, and that is the sum of what its components
+    wrote: direct effects are exact."""
     positions: bool = True
     """The module takes position_ids."""
     call: Mapping[str, Any] = field(default_factory=lambda: {"use_cache": False})
@@ -153,34 +158,6 @@ class Adapter:
             raise InputError(f"the config of {type(module).__name__} lacks {', '.join(missing)}")
         return Layout(**{name: int(value) for name, value in read.items() if value is not None})
 
-    def check(self, module: nn.Module) -> None:
-        """Refuse a config this adapter does not understand, naming the field and its value.
-
-        Raises UnknownArchitectureError: for a value outside `accepts`, for a field that differs from the one it must
-        equal, and for any other field that is not understood and not at its default.
-        """
-        config, name = module.config, type(module).__name__
-        known_names = {*self.understood, *self.accepts, *self.same, *self.config.values(), self.cap}
-        found = strange_field(config, known_names)
-        if found is not None:
-            raise UnknownArchitectureError(
-                f"{name} has config.{found[0]}={found[1]!r}, a field that the {self.family} adapter does not "
-                f"understand. If it changes nothing in the forward pass, say so: vs.Model(net, adapter=adapter) takes "
-                f"an adapter without this check"
-            )
-        for one, other in self.same.items():
-            if getattr(config, one, None) != getattr(config, other, None):
-                raise UnknownArchitectureError(
-                    f"{name} has config.{one}={getattr(config, one, None)!r}; the {self.family} adapter understands "
-                    f"only the value of config.{other}, {getattr(config, other, None)!r}"
-                )
-        for field_name, known in self.accepts.items():
-            value = getattr(config, field_name, known[0])
-            if value not in known:
-                raise UnknownArchitectureError(
-                    f"{name} has config.{field_name}={value!r}; the {self.family} adapter understands {known}"
-                )
-
 
 def submodule(root: nn.Module, path: str) -> nn.Module:
     """Module at a dotted path; "" is the root. Raises InputError naming the first part that is missing."""
@@ -200,3 +177,145 @@ def submodule(root: nn.Module, path: str) -> nn.Module:
             raise InputError(f"no module {part!r} in {done} (asked for {path!r}); its children: {known}")
         here = child
     return here
+
+
+# --- heads: from a module's tensor to a site's and back
+
+
+def split_heads(tensor: Tensor, access: Access, layout: Layout, batch: int = 1) -> Tensor:
+    """A module's tensor as the site names it: its part of the last axis, with a head axis when there is one.
+
+    batch: examples in the run; for modules that see [batch * pos, ...].
+    """
+    if access.flat:
+        tensor = tensor.unflatten(0, (batch, -1))
+    if access.part:
+        tensor = _pieces(tensor, access, layout)["qkv".index(access.part)]
+    if not access.heads:
+        return tensor
+    heads = layout.n_heads if access.heads == "head" else layout.n_kv_heads
+    return tensor.unflatten(-1, (heads, -1))
+
+
+def join_heads(whole: Tensor, site_tensor: Tensor, access: Access, layout: Layout) -> Tensor:
+    """Inverse of `split_heads`: the module's tensor with the site's new value in its place."""
+    value = site_tensor.flatten(-2) if access.heads else site_tensor
+    if access.part:
+        pieces = _pieces(whole.unflatten(0, (len(value), -1)) if access.flat else whole, access, layout)
+        pieces["qkv".index(access.part)] = value
+        value = _fused(pieces, access, layout)
+    return value.flatten(0, 1) if access.flat else value
+
+
+def _pieces(tensor: Tensor, access: Access, layout: Layout) -> list[Tensor]:
+    """Queries, keys and values of a fused projection, heads joined."""
+    depth, keys = layout.d_head, layout.n_kv_heads
+    if access.fused == "blocks":
+        return list(tensor.split([layout.n_heads * depth, keys * depth, keys * depth], -1))
+    # GPT-NeoX and Bloom interleave: for each key-value head its queries, its key, its value.
+    groups = tensor.unflatten(-1, (keys, -1, depth))
+    return [groups[..., :-2, :].flatten(-3), groups[..., -2, :].flatten(-2), groups[..., -1, :].flatten(-2)]
+
+
+def _fused(pieces: list[Tensor], access: Access, layout: Layout) -> Tensor:
+    """Inverse of `_pieces`."""
+    if access.fused == "blocks":
+        return torch.cat(pieces, -1)
+    groups = [piece.unflatten(-1, (layout.n_kv_heads, -1, layout.d_head)) for piece in pieces]
+    return torch.cat(groups, -2).flatten(-3)
+
+
+# --- weights
+#
+# A model spread with device_map (accelerate) may keep weights on disk or in another memory and put them in place only
+# for the length of a call. Between calls such a parameter is on the meta device: it has a shape and no values.
+
+
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
+    """A parameter's values, without graph. Raises InputError when the module has none of this name, or no values."""
+    found = parameter(module, name)
+    if found is None:
+        raise InputError(f"a {type(module).__name__} has no {name}")
+    return found
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter's or buffer's values, without graph; None when there is none of this name."""
+    value = getattr(module, name, None)
+    if not isinstance(value, Tensor):
+        return None
+    if not value.is_meta:
+        return value.detach()
+    for hook in _accelerate_hooks(module):
+        offloaded = getattr(hook, "weights_map", None)
+        if offloaded is not None:
+            return torch.as_tensor(offloaded[name]).detach()
+    raise InputError(f"{name} of a {type(module).__name__} is on the meta device and has no values; load the weights")
+
+
+def device_of(root: nn.Module) -> torch.device:
+    """Where a model's inputs go: where its first weights are, or are put for a call."""
+    for weight in root.parameters():
+        if not weight.is_meta:
+            return weight.device
+    for module in root.modules():
+        for hook in _accelerate_hooks(module):
+            where = getattr(hook, "execution_device", None)
+            if where is not None:
+                return torch.device(where)
+    return torch.device("cpu")
+
+
+def spread(root: nn.Module) -> bool:
+    """Whether the weights are on several devices, or are put in place call by call."""
+    devices = {weight.device for weight in root.parameters()}
+    return len(devices) > 1 or torch.device("meta") in devices
+
+
+def _accelerate_hooks(module: nn.Module) -> list[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    return list(getattr(hook, "hooks", [hook])) if hook is not None else []
+
+
+# --- norms: with the scale held at one run's value, a norm is linear in its input
+
+
+def gain(kind: Norm, norm: nn.Module) -> Float[Tensor, " d_model"]:
+    """The norm's weight: what the normalised vector is multiplied by."""
+    weight = weight_of(norm)
+    return 1 + weight if kind == "rms_plus_one" else weight
+
+
+def frozen_scale(kind: Norm, norm: nn.Module, at: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any 1"]:
+    """What a norm multiplies its input `at` by: one over its root mean square (centred first, for LayerNorm)."""
+    if kind == "layer":
+        at = at - at.mean(-1, keepdim=True)
+    # Llama's norms call it variance_epsilon, Gemma's and PyTorch's eps.
+    epsilon = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-5)))
+    return (at.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
+
+
+# --- mixtures of experts
+
+
+def rerouted(gate: nn.Module, logits: Float[Tensor, "token expert"]) -> tuple[Tensor, Tensor, Tensor]:
+    """What a router returns for these logits: (logits, weights [token, k], experts [token, k]).
+
+    Softmax, the k largest, and these divided by their sum where the router does that (Mixtral always does).
+    """
+    probabilities = torch.softmax(logits.float(), dim=-1)
+    weights, experts = torch.topk(probabilities, int(gate.top_k), dim=-1)  # type: ignore[arg-type]
+    if getattr(gate, "norm_topk_prob", True):
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    # Mixtral keeps float32 weights; the others cast them back.
+    return logits, weights.to(logits.dtype) if hasattr(gate, "norm_topk_prob") else weights, experts
+
+
+def contributions(
+    experts: nn.Module, hidden: Float[Tensor, "token d_model"], chosen: Int[Tensor, "token k"], weights: Tensor
+) -> Float[Tensor, "token expert d_model"]:
+    """What each expert adds, from the experts' own forward with the other experts' weights at zero."""
+    count = int(experts.num_experts)  # type: ignore[arg-type]
+    # forward, not a call: hooks on the experts must not see these passes.
+    each = [experts.forward(hidden, chosen, weights * (chosen == expert)) for expert in range(count)]
+    return torch.stack(each, 1)

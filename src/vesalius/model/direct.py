@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vesalius.adapters import submodule
-from vesalius.adapters.norms import frozen_scale, gain
-from vesalius.adapters.weights import parameter
+from vesalius.adapters.base import frozen_scale, gain, parameter
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Pairs, Tokens
 from vesalius.model import Model

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from vesalius.activations import Activations, Run
 from vesalius.adapters import Adapter, Layout, Stack, adapter_for, submodule
-from vesalius.adapters.norms import frozen_scale, gain
-from vesalius.adapters.weights import device_of, parameter, weight_of
+from vesalius.adapters.base import device_of, frozen_scale, gain, parameter, weight_of
 from vesalius.errors import InputError
 from vesalius.inputs import Tokens
 from vesalius.intervention import Intervention, Place

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from vesalius.activations import refuse_nonfinite
 from vesalius.adapters import Access, Adapter, Layout, Stack, submodule
-from vesalius.adapters.heads import join_heads, split_heads
-from vesalius.adapters.routing import contributions, rerouted
+from vesalius.adapters.base import contributions, join_heads, rerouted, split_heads
 from vesalius.errors import InterventionError, UnknownNameError
 from vesalius.inputs import Tokens
 from vesalius.intervention import Intervention, Place, Reader, Recorded, apply, off_distribution

@@ -22,9 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vesalius.adapters import submodule
-from vesalius.adapters.heads import split_heads
-from vesalius.adapters.norms import frozen_scale, gain
-from vesalius.adapters.weights import parameter, weight_of
+from vesalius.adapters.base import frozen_scale, gain, parameter, split_heads, weight_of
 from vesalius.errors import InputError, NotFiniteError, SelfCheckError, UnknownNameError
 from vesalius.inputs import Pairs
 from vesalius.jobs import Event, Sink

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from vesalius.adapters.weights import spread
+from vesalius.adapters.base import spread
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Inputs, Raw, Tokens
 from vesalius.intervention import Intervention

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vesalius.adapters import submodule
-from vesalius.adapters.heads import join_heads, split_heads
+from vesalius.adapters.base import join_heads, split_heads
 from vesalius.errors import InterventionError
 from vesalius.model.attention import attending, capped, weighted
 from vesalius.model.hooks import Tap, tapped

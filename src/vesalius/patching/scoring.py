@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vesalius.adapters import submodule
-from vesalius.adapters.weights import parameter, weight_of
+from vesalius.adapters.base import parameter, weight_of
 from vesalius.errors import NotFiniteError
 from vesalius.inputs import Pairs
 from vesalius.metric import Metric, wide

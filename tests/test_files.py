@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from vesalius.data import load_pairs
+from vesalius.data.files import subsample
+from vesalius.data.tasks.base import SPLITS
 from vesalius.errors import FileFormatError, InputError, PairsError, TokenizerError, UnknownNameError
 
 NAMES = ("Anna", "Paul", "Mary", "John", "Kate", "Tom", "Lucy", "Mark")
@@ -54,12 +57,14 @@ def record(i: int, **fields: Any) -> dict[str, Any]:
 RECORDS = [record(i) for i in range(16)]
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> Path:
-    if path.suffix == ".csv":
+def write(path: Path, records: list[dict[str, Any]], delimiter: str = ",") -> Path:
+    if path.suffix in (".csv", ".tsv"):
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(records[0]))
+            writer = csv.DictWriter(file, list(records[0]), delimiter="\t" if path.suffix == ".tsv" else delimiter)
             writer.writeheader()
             writer.writerows(records)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records, indent=1), encoding="utf-8")
     else:
         path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return path
@@ -86,9 +91,30 @@ def test_a_file_gives_back_its_prompts_answers_and_groups(tmp_path: Path, suffix
     assert (pairs.task, pairs.corruption, pairs.bos) == ("mine", "corrupted", "<|endoftext|>")
 
 
-def test_jsonl_and_csv_give_equal_pairs(tmp_path: Path) -> None:
-    one, two = (load_pairs(write(tmp_path / f"p{s}", RECORDS), MODEL) for s in (".jsonl", ".csv"))
-    assert one.content_hash == two.content_hash
+def test_all_formats_give_equal_pairs(tmp_path: Path) -> None:
+    found = {
+        load_pairs(write(tmp_path / f"p{s}", RECORDS), MODEL).content_hash for s in (".jsonl", ".json", ".csv", ".tsv")
+    }
+    for delimiter in (";", "\t"):
+        found.add(load_pairs(write(tmp_path / "p.csv", RECORDS, delimiter), MODEL).content_hash)
+    assert len(found) == 1
+
+
+def test_the_delimiter_is_found_in_the_header_whatever_the_cells_hold(tmp_path: Path) -> None:
+    records = [
+        {**r, "clean": f"{r['clean']}, and; it, to", "corrupted": f"{r['corrupted']}, and; it, to"} for r in RECORDS
+    ]
+    for delimiter in (",", ";", "\t"):
+        path = write(tmp_path / "p.csv", records, delimiter)
+        pairs = load_pairs(path, MODEL, bos="none")
+        assert MODEL.tokenizer.decode(pairs.clean[3, : int(pairs.size[3])]) == records[3]["clean"]
+
+
+def test_names_of_columns_may_be_spaced_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.csv", RECORDS, ";")
+    header, _, rows = path.read_text().partition("\n")
+    path.write_text(header.replace(";", " ; ") + "\n" + rows)
+    assert len(load_pairs(path, MODEL)) == 16
 
 
 def test_a_byte_order_mark_and_empty_lines_are_no_obstacle(tmp_path: Path) -> None:
@@ -139,7 +165,8 @@ def test_given_splits_are_kept(tmp_path: Path) -> None:
 
 
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.csv", [{**r, "split": "test"} for r in RECORDS])
+    given = ["test", *["discovery", "validation"] * 8]
+    path = write(tmp_path / "p.csv", [{**r, "split": s} for r, s in zip(RECORDS, given, strict=False)])
     with pytest.raises(UnknownNameError, match=r"unknown split \(p.csv, line 2\) 'test'; known: discovery, validation"):
         load_pairs(path, MODEL)
 
@@ -204,7 +231,9 @@ def test_files_that_cannot_be_pairs_are_refused_by_name(tmp_path: Path, monkeypa
     with pytest.raises(FileFormatError, match=f"{tmp_path}/dir.jsonl is a directory"):
         load_pairs("dir.jsonl", MODEL)
     write(tmp_path / "pairs.txt", RECORDS)
-    with pytest.raises(FileFormatError, match=r"pairs.txt ends in '.txt'; pairs are read from .jsonl or .csv"):
+    with pytest.raises(
+        FileFormatError, match=r"pairs.txt ends in '.txt'; pairs are read from .jsonl, .json, .csv or .tsv"
+    ):
         load_pairs("pairs.txt", MODEL)
 
 
@@ -230,7 +259,20 @@ def test_a_pickle_is_refused_unopened(tmp_path: Path, suffix: str) -> None:
         ("p.jsonl", b'["a", "b"]\n', "p.jsonl, line 1 is not a JSON object"),
         ("p.jsonl", b'{"clean": "a", "text": "b"}\n', "lacks corrupted, .*Found: clean, text. Needed: clean,"),
         ("p.csv", b"clean,answer\na,b\n", "lacks corrupted, distractor. Found: clean, answer"),
-        ("p.csv", b"clean,corrupted,answer,distractor\na,b,c,d,e\n", "line 2 has more fields than the header"),
+        ("p.csv", b"clean,corrupted,answer,distractor\na,b,c,d,e\n", "2 has more fields .* quote text with commas"),
+        ("p.csv", b"clean;corrupted;answer;distractor\na;b;c;d;e\n", "2 has more fields .* quote text with semicolons"),
+        ("p.tsv", b"clean\tcorrupted\nb\n", "lacks answer, distractor. Found: clean, corrupted. Needed"),
+        ("p.json", b"", "p.json is empty"),
+        ("p.json", b" [ ] ", "p.json is empty"),
+        ("p.json", b'{"clean": "a"}', "p.json is not a JSON array of objects with clean, .*from a .jsonl file"),
+        ("p.json", b'[{"clean": "a"},\n\n "b"]', "p.json, line 3 is not a JSON object with clean"),
+        ("p.json", b'[{"clean": "a"},\n {"clean": }]', "p.json, line 2 is not JSON"),
+        ("p.json", b'[{"clean": "a"}\n {"clean": "b"}]', "p.json, line 2 is not JSON .Expecting ',' delimiter"),
+        ("p.json", b'[{"clean": "a"}', "p.json, line 1 is not JSON"),
+        ("p.json", b'[{"clean": "a"}]\n[]', "p.json, line 2 is not JSON .Extra data"),
+        ("p.json", b'[{"clean": "a"},\n{"clean": "b", "corrupted": "c", "answer": 1, "distractor": "d", "group": "g"}]',
+         "2 of 2 pairs cannot be used\n  p.json, line 1 has no corrupted\n  p.json, line 2: answer must be text"),
+        ("p.jsonl", b"[{}]", "line 1 is not a JSON object .*an array of objects is read from a .json file"),
         ("p.csv", b'clean,corrupted,answer,distractor\na,"b\n', "p.csv, line 2 is not CSV"),
         ("p.csv", b"clean,corrupted,answer,distractor,names\na,b\n", "line 2: group names is empty"),
         ("p.jsonl", b'{"clean": "caf\xe9"}\n', r"p.jsonl is not UTF-8 text \(byte 14"),
@@ -262,6 +304,68 @@ def test_a_row_that_is_no_pair_is_refused_with_its_line(
     records = [record(1, **fields) if i == 1 else r for i, r in enumerate(RECORDS)]
     with pytest.raises(error, match=message):
         load_pairs(write(tmp_path / "p.jsonl", records), MODEL)
+
+
+def test_bad_pairs_are_listed_at_once(tmp_path: Path) -> None:
+    records = [{**r, "answer": " Anna Paul"} if i in (1, 4) else r for i, r in enumerate(RECORDS)]
+    with pytest.raises(
+        TokenizerError, match=r"(?s)^p.jsonl: 2 of 16 pairs cannot be used\n  p.jsonl, line 2: .*, line 5:"
+    ):
+        load_pairs(write(tmp_path / "p.jsonl", records), MODEL)
+    mixed = [{**r, "clean": ""} if i == 2 else r for i, r in enumerate(records)]
+    with pytest.raises(
+        InputError, match=r"(?s)3 of 16 pairs.*line 3: answer .*line 4: clean is empty\n.*line 6: answer"
+    ):
+        load_pairs(write(tmp_path / "p.csv", mixed), MODEL)
+
+
+def test_of_many_bad_pairs_ten_are_listed_and_all_are_counted(tmp_path: Path) -> None:
+    records = [{**r, "distractor": r["answer"]} if i else r for i, r in enumerate(RECORDS)]
+    with pytest.raises(PairsError, match="15 of 16 pairs cannot be used") as refusal:
+        load_pairs(write(tmp_path / "p.jsonl", records), MODEL)
+    lines = str(refusal.value).splitlines()
+    assert [line.split(":")[0].strip() for line in lines[1:11]] == [f"p.jsonl, line {n}" for n in range(2, 12)]
+    assert lines[11:] == ["  ... and 5 more"]
+
+
+# --- some of the pairs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 4, 5, 8])
+def test_a_subsample_has_n_pairs_of_each_split_in_whole_groups_where_they_fit(tmp_path: Path, n: int) -> None:
+    pairs = load_pairs(write(tmp_path / "p.jsonl", RECORDS), MODEL)
+    some = subsample(pairs, n, seed=3)
+    assert Counter(some.splits) == {"discovery": n, "validation": n}
+    assert set(some.example_hashes) <= set(pairs.example_hashes)
+    order = [pairs.example_hashes.index(one) for one in some.example_hashes]
+    assert order == sorted(order)
+    for split in SPLITS:
+        whole = Counter(pairs.split(split).groups["template"])
+        partial = [name for name, count in Counter(some.split(split).groups["template"]).items() if count < whole[name]]
+        assert len(partial) == (1 if n % 4 else 0)
+
+
+def test_a_subsample_is_drawn_by_seed(tmp_path: Path) -> None:
+    pairs = load_pairs(write(tmp_path / "p.jsonl", RECORDS), MODEL)
+    drawn = {subsample(pairs, 4, seed).content_hash for seed in range(8)}
+    assert len(drawn) > 1
+    assert subsample(pairs, 4, 1).content_hash == subsample(pairs, 4, 1).content_hash
+    assert subsample(pairs, 8, 1).content_hash == pairs.content_hash
+
+
+def test_a_subsample_of_pairs_without_groups_or_splits(tmp_path: Path) -> None:
+    pairs = load_pairs(write(tmp_path / "p.jsonl", RECORDS), MODEL)
+    bare = replace(pairs, groups={}, splits=())
+    assert len(subsample(bare, 5)) == 5
+    with pytest.raises(InputError, match="n is 17, but there are only 16 pairs; give a smaller n"):
+        subsample(bare, 17)
+    with pytest.raises(InputError, match=r"n is 9, but the (discovery|validation) split has only 8 pairs"):
+        subsample(pairs, 9)
+    with pytest.raises(InputError, match="n is 0; give at least one"):
+        subsample(pairs, 0)
+
+
+# --- what is refused in a row -----------------------------------------------------------------------------------
 
 
 def test_a_missing_field_in_one_line_is_refused(tmp_path: Path) -> None:

@@ -65,6 +65,24 @@ def test_files_of_both_kinds_say_the_same(tmp_path: Path) -> None:
     assert (one.name, one.groups[3], one.labels[3]) == ("a", "g1", "1")
 
 
+def test_arrays_and_other_delimiters_say_the_same(tmp_path: Path) -> None:
+    rows = [{"text": f"a, {number}", "label": str(number % 2)} for number in range(12)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    cells = [("text", "label"), *((row["text"], row["label"]) for row in rows)]
+    (tmp_path / "b.csv").write_text("\n".join(map(";".join, cells)))
+    (tmp_path / "c.tsv").write_text("\n".join(map("\t".join, cells)))
+    assert len({load_labelled(tmp_path / name).content_hash for name in ("a.json", "b.csv", "c.tsv")}) == 1
+
+
+def test_bad_rows_are_listed_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "a", "label": " " if n % 2 else 1.5}) for n in range(4)))
+    with pytest.raises(
+        InputError, match=r"(?s)a.jsonl: 4 of 4 texts cannot be used\n.*line 1: label must.*line 2: label is"
+    ):
+        load_labelled(path)
+
+
 def test_columns_are_named(tmp_path: Path) -> None:
     path = tmp_path / "cities.csv"
     path.write_text("statement,true,city,male\n" + "\n".join(f"s{n},{n % 2},c{n},{n % 3 > 0:d}" for n in range(12)))

@@ -1,4 +1,4 @@
-"""The user's own pairs, from a .jsonl or .csv file."""
+"""The user's own pairs: read from a file, divided into splits, and some of them drawn."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vesalius.data.tables import read_table, text_of
-from vesalius.data.tasks.base import SPLITS, HasTokenizer, Row, build_pairs, tokenizer_of
+import torch
+
+from vesalius.data.tables import read_each, read_table, text_of
+from vesalius.data.tasks.base import SPLITS, Encoded, HasTokenizer, Row, assemble, encode_row, tokenizer_of
 from vesalius.errors import FileFormatError, InputError, PairsError, UnknownNameError
 from vesalius.inputs import Pairs
+from vesalius.seeds import generator_for
 
 NEEDED = ("clean", "corrupted", "answer", "distractor")
 GROUP_COLUMNS = ("template", "names", "group")
@@ -27,17 +30,18 @@ def load_pairs(
     corruption: str = "corrupted",
     groups: Sequence[str] | None = None,
 ) -> Pairs:
-    """Pairs from a file with one pair a line (.jsonl) or row (.csv, with a header).
+    """Pairs from a file: one a line (.jsonl), an array of them (.json), or a row each (.csv or .tsv, with a header).
 
-    Columns: clean, corrupted, answer, distractor; answer and distractor with the leading space they have after the
-    prompt. Groups: the columns listed in `groups`, or else all named template, names, group or group_*; without any, a
-    warning that intervals assume independent prompts. split: "discovery" or "validation"; without it, whole groups
-    (of template, else of the first group column, else equal clean prompts) are divided, about half of the pairs each,
-    by the hash of their label: the same file gives the same splits, in whatever order its rows stand.
+    The delimiter of a .csv file may be a comma, a semicolon or a tab. Columns: clean, corrupted, answer, distractor;
+    answer and distractor with the leading space they have after the prompt. Groups: the columns listed in `groups`, or
+    else all named template, names, group or group_*; without any, a warning that intervals assume independent prompts.
+    split: "discovery" or "validation"; without it, whole groups (of template, else of the first group column, else
+    equal clean prompts) are divided, about half of the pairs each, by the hash of their label: the same file gives the
+    same splits, whatever the order of its rows.
 
-    bos and errors about tokens: as in `build_pairs`. Raises FileFormatError for a file that cannot be read or
-    lacks columns, PairsError when there is too little to divide or splits share a prompt, TokenizerError when the
-    model has no tokenizer.
+    bos: as in `build_pairs`. Raises FileFormatError for a file that cannot be read or lacks columns, PairsError when
+    there is too little to divide or splits share a prompt, TokenizerError when the model has no tokenizer, and for
+    rows that are no pairs the errors of `build_pairs`: of one bad row its own, of several one error that lists them.
     """
     tokenizer = tokenizer_of(model)
     path = Path(path)
@@ -47,10 +51,49 @@ def load_pairs(
     chosen = list(groups) if groups else [name for name in columns if _is_group(name)]
     if not chosen:
         _warn_no_groups(path, columns)
-    rows = [_row(path, line, record, chosen, "split" in columns) for line, record in records]
-    rows = _with_splits(path, rows, chosen, given="split" in columns)
+
+    def read(numbered: tuple[int, Mapping[str, object]]) -> tuple[Row, Encoded]:
+        row = _row(path, *numbered, chosen, "split" in columns)
+        return row, encode_row(tokenizer, row, row.where)
+
+    pairs = read_each(records, read, path.name, "pairs")
+    rows = _with_splits(path, [row for row, _ in pairs], chosen, given="split" in columns)
     _warn_no_space(path, rows)
-    return build_pairs(rows, tokenizer, bos=bos, corruption=corruption, task=path.stem)
+    encoded = [replace(ids, split=row.split) for row, (_, ids) in zip(rows, pairs, strict=True)]
+    return assemble(encoded, tokenizer, bos=bos, corruption=corruption, task=path.stem)
+
+
+def subsample(pairs: Pairs, n: int, seed: int = 0) -> Pairs:
+    """n pairs of each split, in their order; of pairs without splits n in all.
+
+    Whole groups (of template, else of the first kind of group, else equal clean prompts) are drawn by seed as long as
+    they fit; what is then missing comes from one more group. Raises InputError when a split has fewer than n pairs.
+    """
+    if n < 1:
+        raise InputError(f"n is {n}; give at least one pair")
+    by = "template" if "template" in pairs.groups else next(iter(pairs.groups), None)
+    labels = pairs.groups[by] if by else pairs.example_hashes
+    # split -> label -> numbers of its pairs
+    grouped: dict[str, dict[str, list[int]]] = {}
+    for number, (split, label) in enumerate(zip(pairs.splits or ("",) * len(pairs), labels, strict=True)):
+        grouped.setdefault(split, {}).setdefault(label, []).append(number)
+    drawn: list[int] = []
+    for split, groups in grouped.items():
+        size = sum(map(len, groups.values()))
+        if size < n:
+            where = f"the {split} split has" if split else "there are"
+            raise InputError(f"n is {n}, but {where} only {size} pairs; give a smaller n")
+        drawn += _draw(list(groups.values()), n, generator_for("subsample", split, seed))
+    return pairs.subset(sorted(drawn))
+
+
+def _draw(groups: Sequence[Sequence[int]], n: int, generator: torch.Generator) -> list[int]:
+    """n of the numbers: whole groups in random order while they fit, then part of the first that did not."""
+    taken: list[int] = []
+    left: list[int] = []
+    for group in torch.randperm(len(groups), generator=generator).tolist():
+        (taken if len(taken) + len(groups[group]) <= n else left).extend(groups[group])
+    return taken + left[: n - len(taken)]
 
 
 def _is_group(column: str) -> bool:

@@ -1,4 +1,4 @@
-"""Labelled: texts with a label each, the form in which a concept is handed over; halves that share no group."""
+"""Labelled: texts with a label each, the form in which a concept is given; parts of them that share no group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vesalius.data.tables import read_table, text_of
+from vesalius.data.tables import read_each, read_table, text_of
 from vesalius.errors import FileFormatError, InputError
 from vesalius.protocol import content_hash
 from vesalius.seeds import generator_for
@@ -51,9 +51,9 @@ class Labelled:
             raise InputError(f"{self.name}: text {empty[0]} is empty; drop it")
         counts = Counter(self.labels)
         if len(counts) < 2 or min(counts.values()) < LEAST:
-            told = ", ".join(f"{label} {count}" for label, count in sorted(counts.items()))
+            found = ", ".join(f"{label} {count}" for label, count in sorted(counts.items()))
             raise InputError(
-                f"{self.name}: at least two labels are needed, with {LEAST} texts each; got {told or 'none'}"
+                f"{self.name}: at least two labels are needed, with {LEAST} texts each; got {found or 'none'}"
             )
 
     def __len__(self) -> int:
@@ -79,18 +79,17 @@ class Labelled:
         return np.array([own == label for own in self.labels])
 
     def halves(self, test: float = 0.25, seed: int = 0) -> tuple[Numbers, Numbers]:
-        """Numbers of the texts for training, and of about this share for testing, in order; whole groups in each.
+        """Numbers of the texts for training, and of those for testing (about this share), in order; by whole groups.
 
-        Groups go where their labels are wanted most, so that both have labels, and marks with each,
-        in like proportion. Raises InputError
-        when a label is missing in one of the two.
+        Both get labels, and marks within each label, in about equal proportion. Raises InputError for a share outside
+        (0, 1), and when a label is missing in one of the two.
         """
         if not 0 < test < 1:
             raise InputError(f"test is a share of the texts, between 0 and 1; got {test}")
         strata = [f"{label}\0{mark}" for label, mark in zip(self.labels, self.marks or self.labels, strict=True)]
-        held = _tested(self.groups, strata, test, seed)
+        held_out = _test_groups(self.groups, strata, test, seed)
         training, testing = (
-            np.flatnonzero(np.array([group in held for group in self.groups]) == side) for side in (0, 1)
+            np.flatnonzero(np.array([group in held_out for group in self.groups]) == side) for side in (0, 1)
         )
         for numbers in (training, testing):
             missing = set(self.classes) - {self.labels[number] for number in numbers}
@@ -102,10 +101,13 @@ class Labelled:
 def load_labelled(
     path: str | Path, *, text: str = "text", label: str = "label", group: str | None = None, mark: str | None = None
 ) -> Labelled:
-    """Texts and labels from a .jsonl file, or a .csv file with a header, by the names of their columns.
+    """Texts and labels by the names of their columns, from a .jsonl, .json (array), .csv or .tsv file with a header.
 
-    group: column of what texts share; default the column "group", if there is one. mark: column of a second label.
-    Raises FileFormatError for a file that cannot be read or lacks a column, InputError as `Labelled`.
+    The delimiter of a .csv file may be a comma, a semicolon or a tab. group: column of what texts share; default the
+    column "group", if there is one. mark: column of a second label.
+
+    Raises FileFormatError for a file that cannot be read or lacks a column, InputError as `Labelled`; several bad rows
+    are listed in one error.
     """
     where = Path(path)
     wanted = [text, label, *filter(None, (group, mark))]
@@ -117,9 +119,17 @@ def load_labelled(
             f"{where.name} lacks {', '.join(missing)}. Found: {', '.join(map(str, known))}. Name them: text=, label="
         )
     by = group or (GROUP if GROUP in known else None)
-    column = lambda name: tuple(_cell(record, name, f"{where.name}, line {line}") for line, record in records)  # noqa: E731
-    texts = tuple(text_of(record, text, f"{where.name}, line {line}") for line, record in records)
-    return Labelled(where.stem, texts, column(label), column(by) if by else (), column(mark) if mark else ())
+    cells = [label, *filter(None, (by, mark))]
+
+    def read(numbered: tuple[int, Mapping[str, object]]) -> list[str]:
+        line, record = numbered
+        here = f"{where.name}, line {line}"
+        return [text_of(record, text, here), *(_cell(record, name, here) for name in cells)]
+
+    rows = read_each(records, read, where.name, "texts")
+    texts, labels, *others = zip(*rows, strict=True)
+    groups = others.pop(0) if by else ()
+    return Labelled(where.stem, texts, labels, groups, others.pop(0) if mark else ())
 
 
 def _cell(record: Mapping[str, object], name: str, where: str) -> str:
@@ -133,20 +143,18 @@ def _cell(record: Mapping[str, object], name: str, where: str) -> str:
     return found
 
 
-def _tested(groups: Sequence[str], labels: Sequence[str], share: float, seed: int) -> set[Hashable]:
-    """Groups for testing: in random order, each that brings the labels nearer to the share wanted of them."""
+def _test_groups(groups: Sequence[str], labels: Sequence[str], share: float, seed: int) -> set[Hashable]:
+    """Groups for testing: in random order, each one that brings the labels' counts nearer to their target."""
     counts: dict[str, Counter[str]] = {}
     for group, label in zip(groups, labels, strict=True):
         counts.setdefault(group, Counter())[label] += 1
-    wanted = {label: share * count for label, count in Counter(labels).items()}
-    names, held, have = sorted(counts), set[Hashable](), Counter[str]()
-    for place in _order(len(names), seed):
+    target = {label: share * count for label, count in Counter(labels).items()}
+    names, chosen, have = sorted(counts), set[Hashable](), Counter[str]()
+    for place in torch.randperm(len(names), generator=generator_for("labelled", seed)).tolist():
         own = counts[names[place]]
-        if sum((wanted[label] - have[label] - n / 2) * n / wanted[label] for label, n in own.items()) > 0:
-            held.add(names[place])
+        # How much the sum over labels of (count - target)^2 / target falls when this group is added, halved.
+        gain = sum((target[label] - have[label] - n / 2) * n / target[label] for label, n in own.items())
+        if gain > 0:
+            chosen.add(names[place])
             have.update(own)
-    return held
-
-
-def _order(n: int, seed: int) -> list[int]:
-    return [int(place) for place in torch.randperm(n, generator=generator_for("labelled", seed))]
+    return chosen

@@ -14,6 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from vesalius.data.positions import named_positions
+from vesalius.data.tables import read_each
 from vesalius.errors import InputError, PairsError, TokenizerError, UnknownNameError
 from vesalius.inputs import Pairs, pad_rows
 
@@ -183,9 +184,14 @@ def build_pairs(
 
     rows carry all the same groups, and either all or none a split. The metric reads at the last token.
     Raises InputError (empty or non-text field), PairsError (prompts that do not line up) or TokenizerError (answer of
-    several tokens, unknown bos), naming the row.
+    several tokens, unknown bos), naming the row; several bad rows are listed in one error.
     """
-    encoded = [encode_row(tokenizer, row, row.where or f"pair {i}") for i, row in enumerate(rows)]
+    encoded = read_each(
+        enumerate(rows),
+        lambda item: encode_row(tokenizer, item[1], item[1].where or f"pair {item[0]}"),
+        "rows",
+        "pairs",
+    )
     return assemble(encoded, tokenizer, bos=bos, corruption=corruption, task=task)
 
 

@@ -384,7 +384,7 @@ def test_bad_input_gets_one_message_and_nothing_is_written(
     case: str, run: Callable[..., Done], model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VESALIUS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("vesalius.model.loading.front._hub_answers", lambda: False)
+    monkeypatch.setattr("vesalius.model.loading.lookup._hub_answers", lambda: False)
     given, message = BAD[case]
     arguments, out = given(model, pairs, tmp_path), tmp_path / "out"
     random_sets = () if "--random-sets" in arguments else FAST[:2]

@@ -32,7 +32,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vesalius.model.loading.front._hub_answers", lambda: False)
+    monkeypatch.setattr("vesalius.model.loading.lookup._hub_answers", lambda: False)
 
 
 # --- a GGUF file
@@ -124,7 +124,7 @@ def test_hub_that_answers_no_is_quoted(monkeypatch) -> None:
     def absent(name: str, **options: object) -> None:
         raise OSError(f"{name} is not a valid model identifier\nlong advice")
 
-    monkeypatch.setattr("vesalius.model.loading.front._hub_answers", lambda: True)
+    monkeypatch.setattr("vesalius.model.loading.lookup._hub_answers", lambda: True)
     monkeypatch.setattr("transformers.PreTrainedConfig.get_config_dict", absent)
     message = refused("nobody/no-model", InputError)
     assert "could not be had from the hub (nobody/no-model is not a valid model identifier)" in message

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
-from vesalius.model.model import Model
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vesalius.model.model import Model as Model
 
 __all__ = ["Model"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late and at this one edge: the command line looks a model's name up (model.loading) before it imports torch.
+    if name == "Model":
+        return import_module("vesalius.model.model").Model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,21 @@
-"""The front door: a name becomes a `Model`."""
+"""From a name to a `Model`."""
 
 from __future__ import annotations
 
-from vesalius.model.loading.front import DEMO, load
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["DEMO", "load"]
+from vesalius.model.loading.lookup import DEMO, look_up
+
+if TYPE_CHECKING:
+    from vesalius.model.loading.pretrained import checked_device as checked_device
+    from vesalius.model.loading.pretrained import load as load
+
+__all__ = ["DEMO", "checked_device", "load", "look_up"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late and at this one edge: looking a name up needs neither torch nor transformers, which take seconds to import.
+    if name in ("checked_device", "load"):
+        return getattr(import_module("vesalius.model.loading.pretrained"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vesalius.model.gguf.architecture import ARCHITECTURES
-from vesalius.model.gguf.folder import convert_gguf
+from vesalius.model.gguf.convert import convert_gguf
 from vesalius.model.gguf.tokenizer import read_tokenizer
 
 __all__ = ["ARCHITECTURES", "convert_gguf", "read_tokenizer"]

@@ -1,16 +1,29 @@
-"""What a GGUF architecture is in transformers: its config, and where each tensor goes. One value each, as data."""
+"""What a GGUF architecture is in transformers: its config, and where each tensor goes. One architecture, one value."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import transformers
 
 from vesalius.errors import FileFormatError, UnknownArchitectureError
-from vesalius.model.gguf.fields import SHARED, refuse_unknown, sizes
-from vesalius.model.gguf.file import GgufFile
+from vesalius.model.gguf.file import GgufFile, special_ids, vocabulary
+
+# Fields that change no computation, or whose meaning is the same everywhere.
+SHARED = frozenset(
+    ["block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
+     "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+     "rope.freq_base", "rope.dimension_count", "vocab_size", "rope.scaling.finetuned",
+     "rope.scaling.original_context_length"]
+)  # fmt: skip
+# Fields that change the computation, with the value at which they do not.
+_NEUTRAL: Mapping[str, object] = {
+    "rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scaling.attn_factor": 1.0, "expert_count": 0,
+    "expert_used_count": 0, "attention.causal": True, "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,7 +36,7 @@ class Entry:
     heads: int = 0
     """Rows are stored in llama.cpp's rotary order for this many heads."""
     minus: float = 0.0
-    """What the file has added to every value: llama.cpp stores Gemma's norms as 1 + weight."""
+    """Subtracted from every value: llama.cpp stores Gemma's norms as 1 + weight."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,7 @@ class Architecture:
 
     name: str
     config: str
-    """Class of the transformers config; by name, because transformers loads for seconds at the first class."""
+    """Class of the transformers config; by name, because the first class of transformers takes seconds to import."""
     model: str
     """Class of the transformers model."""
     understood: frozenset[str]
@@ -74,8 +87,13 @@ def _llama_settings(file: GgufFile, _sizes: Mapping[str, Any]) -> dict[str, Any]
 
 
 LLAMA = Architecture(
-    "llama", "LlamaConfig", "LlamaForCausalLM", SHARED, _llama_settings, _llama_layer
-)  # fmt: skip
+    name="llama",
+    config="LlamaConfig",
+    model="LlamaForCausalLM",
+    understood=SHARED,
+    settings=_llama_settings,
+    layer=_llama_layer,
+)
 
 _GEMMA3_NORMS = {
     "attn_norm": "input_layernorm",
@@ -85,6 +103,7 @@ _GEMMA3_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+# Of all sizes only the 27B scales its queries by d_model / n_heads instead of d_head; the file does not say so.
 _LAYERS_OF_27B = 62
 
 
@@ -114,10 +133,14 @@ def _gemma3_settings(file: GgufFile, sizes: Mapping[str, Any]) -> dict[str, Any]
 
 
 GEMMA3 = Architecture(
-    "gemma3", "Gemma3TextConfig", "Gemma3ForCausalLM",
-    SHARED | {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"},
-    _gemma3_settings, _gemma3_layer, norm_offset=1.0,
-)  # fmt: skip
+    name="gemma3",
+    config="Gemma3TextConfig",
+    model="Gemma3ForCausalLM",
+    understood=SHARED | {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"},
+    settings=_gemma3_settings,
+    layer=_gemma3_layer,
+    norm_offset=1.0,
+)
 ARCHITECTURES: Mapping[str, Architecture] = {known.name: known for known in (GEMMA3, LLAMA)}
 """GGUF architectures that can be converted."""
 
@@ -132,33 +155,86 @@ def architecture_of(file: GgufFile) -> Architecture:
         )
     if file.fields.get("general.type", "model") != "model":
         raise FileFormatError(f"{file.path} holds a {file.fields['general.type']!r}, not a whole model.")
-    refuse_unknown(file, name, ARCHITECTURES[name].understood)
+    _refuse_unknown(file, name, ARCHITECTURES[name].understood)
     return ARCHITECTURES[name]
+
+
+def _refuse_unknown(file: GgufFile, architecture: str, understood: Collection[str]) -> None:
+    """Raises FileFormatError for a field that is neither understood nor at the value where it changes nothing."""
+    for key, value in file.fields.items():
+        name = key.removeprefix(f"{architecture}.")
+        if name != key and name not in understood and not (name in _NEUTRAL and value == _NEUTRAL[name]):
+            raise FileFormatError(
+                f"{file.path}: metadata field {key} = {value!r} changes the computation in a way the conversion does "
+                "not know. Load the safetensors version of the model instead."
+            )
 
 
 def config_of(file: GgufFile, architecture: Architecture) -> Any:
     """The transformers configuration that the metadata describe."""
-    found = sizes(file, architecture.name)
+    found = _sizes(file, architecture.name)
     more = architecture.settings(file, found)
     try:
         return getattr(transformers, architecture.config)(**found, **more, architectures=[architecture.model])
     except (ValueError, TypeError) as error:
         raise FileFormatError(
-            f"{file.path}: its metadata do not describe a {architecture.name} model: {error}"
+            f"{file.path}: its metadata does not describe a {architecture.name} model: {error}"
         ) from error
+
+
+def _sizes(file: GgufFile, architecture: str) -> dict[str, object]:
+    """The fields of a transformers config that all architectures have."""
+    at = f"{architecture}."
+    heads, width = file.whole(at + "attention.head_count"), file.whole(at + "embedding_length")
+    kv_heads = file.whole(at + "attention.head_count_kv", heads)
+    d_head = file.whole(at + "attention.key_length", width // heads)
+    _check_heads(file, at, heads, kv_heads, d_head)
+    size = vocabulary(file)
+    roles = {f"{role}_token_id": None for role in ("bos", "eos", "pad")}
+    ids = {f"{role}_token_id": index for role, index in special_ids(file, size).items() if role != "unk"}
+    return {
+        "vocab_size": size,
+        "hidden_size": width,
+        "intermediate_size": file.whole(at + "feed_forward_length"),
+        "num_hidden_layers": file.whole(at + "block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": d_head,
+        "max_position_embeddings": file.whole(at + "context_length"),
+        # The field is a float32; its shortest decimal form (1e-05) is the number that was meant.
+        "rms_norm_eps": float(str(np.float32(file.number(at + "attention.layer_norm_rms_epsilon")))),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "dtype": "float32",
+        **roles,
+        **ids,
+    }
+
+
+def _check_heads(file: GgufFile, at: str, heads: int, kv_heads: int, d_head: int) -> None:
+    if heads % kv_heads or d_head % 2:
+        raise FileFormatError(
+            f"{file.path}: {heads} query heads, {kv_heads} key-value heads and head size {d_head} do not fit together."
+        )
+    for key in (at + "rope.dimension_count", at + "attention.value_length"):
+        if file.whole(key, d_head) != d_head:
+            raise FileFormatError(
+                f"{file.path}: {key} = {file.fields[key]} differs from the head size {d_head}; the conversion does not "
+                "know such a model. Load its safetensors version instead."
+            )
 
 
 def plan(file: GgufFile, architecture: Architecture, config: Any) -> list[Entry]:
     """What to write, after checking that the file holds exactly these tensors in these shapes."""
     found = []
-    for entry in _entries(architecture, config):  # stops at the first missing one, however many layers are promised
+    # A damaged file may promise billions of layers: the loop stops at the first tensor that is missing.
+    for entry in _entries(architecture, config):
         tensor = file.tensors.get(entry.source)
         if tensor is None:
             raise FileFormatError(f"{file.path} lacks tensor {entry.source}; it is not a whole model.")
         shape = tuple(int(size) for size in reversed(tensor.shape))
         if shape != entry.shape:
             raise FileFormatError(
-                f"{file.path}: tensor {entry.source} has shape {shape}, its metadata say {entry.shape}."
+                f"{file.path}: tensor {entry.source} has shape {shape}, its metadata says {entry.shape}."
             )
         found.append(entry)
     extra = sorted(set(file.tensors) - {entry.source for entry in found})

@@ -12,7 +12,10 @@ import numpy as np
 
 from vesalius.errors import FileFormatError, InputError, NotFiniteError
 
-_LONGEST_ARRAY = 1 << 22  # no real metadata array is longer; a flipped bit must not make us read for hours
+# Roles of special tokens in transformers, and GGUF's words for them.
+_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+# No real metadata array is longer; one flipped bit in a length must not make us read for hours.
+_LONGEST_ARRAY = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def _gguf() -> Any:
 
 
 def _bounded_reader(gguf: Any) -> Any:
-    """The package's reader, made to stop at the end of the file: by itself it reads on through emptiness."""
+    """The package's reader, made to stop at the end of the file: by itself it goes on and returns empty arrays."""
 
     class Bounded(gguf.GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
@@ -110,3 +113,25 @@ def read_gguf(path: Path) -> GgufFile:
             f"{path} is one of {fields['split.count']} parts; join them with llama-gguf-split --merge."
         )
     return GgufFile(path, fields, {tensor.name: tensor for tensor in reader.tensors})
+
+
+def special_ids(file: GgufFile, size: int) -> dict[str, int]:
+    """Token id of each special role (bos, eos, unk, pad) that the file fills, in a vocabulary of this size."""
+    found = {}
+    for role, word in _ROLES.items():
+        key = f"tokenizer.ggml.{word}_token_id"
+        index = file.fields.get(key)
+        if index is None:
+            continue
+        if not isinstance(index, int) or not 0 <= index < size:
+            raise FileFormatError(f"{file.path}: {key} = {index!r} is outside the vocabulary of {size}.")
+        found[role] = index
+    return found
+
+
+def vocabulary(file: GgufFile) -> int:
+    """Rows of the embedding. Raises FileFormatError when there is none."""
+    table = file.tensors.get("token_embd.weight")
+    if table is None or len(table.shape) != 2:
+        raise FileFormatError(f"{file.path} lacks a matrix token_embd.weight; it is not a whole model.")
+    return int(table.shape[-1])

@@ -10,8 +10,7 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from vesalius.errors import FileFormatError, UnknownNameError
-from vesalius.model.gguf.fields import special_ids, vocabulary
-from vesalius.model.gguf.file import GgufFile
+from vesalius.model.gguf.file import GgufFile, special_ids, vocabulary
 
 PRE_TOKENIZERS: Mapping[str, Callable[[], Any]] = {
     "smollm": lambda: pre_tokenizers.Sequence(

@@ -14,19 +14,22 @@ from typing import Annotated
 
 import typer
 
-from vesalius.cli import calibrating, harvesting, judging, ledgers, sites, studying, training
+from vesalius.cli import calibrating, checks, harvesting, judging, ledgers, sites, studying, training
 from vesalius.cli.process import settle
 from vesalius.cli.screen import console, fail, warn
 from vesalius.errors import VesaliusError
+from vesalius.jobs.paths import check_file, check_writable
+from vesalius.model.loading import DEMO, look_up
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
     help="Take a trained network apart, say what each part does, and test every statement.",
-)  # fmt: skip
+)
 app.add_typer(ledgers.app, name="ledger")
 
 USAGE, INTERRUPTED = 2, 130
-DEMO = "smollm2-135m-instruct"
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="Demo alias, local folder, .gguf file, or transformers id.")
 ]
@@ -35,15 +38,15 @@ ModelOption = Annotated[
 def main() -> None:
     """Entry point: turns errors into one message and an exit code."""
     settle()
-    shown, warnings.showwarning = warnings.showwarning, warn  # type: ignore[assignment]
+    before, warnings.showwarning = warnings.showwarning, warn  # type: ignore[assignment]
     try:
         raise SystemExit(_run())
     finally:
-        warnings.showwarning = shown
+        warnings.showwarning = before
 
 
 def _run() -> int:
-    """The exit code of a command; errors that are no bugs are told in one message."""
+    """The exit code of a command; an error that is not a bug becomes one message."""
     try:
         code = app(prog_name="vesalius", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
@@ -70,11 +73,14 @@ def study(
     question: Annotated[
         str,
         typer.Argument(
-            help="ioi, sva, capitals, induction, gendered_pronoun, or a .jsonl/.csv file of your own pairs."
+            help="ioi, sva, capitals, induction, gendered_pronoun, or your own pairs: a .jsonl, .json, .csv, .tsv file."
         ),
     ],
     model: ModelOption = DEMO,
-    n: Annotated[int, typer.Option("--n", help="Prompt pairs per split, for built-in questions.")] = 32,
+    n: Annotated[
+        int | None,
+        typer.Option("--n", help="Prompt pairs per split; default 32, of your own pairs all that there are."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     out: Annotated[
         Path | None,
@@ -93,10 +99,17 @@ def study(
 ) -> int:
     """From a question to tested claims: circuit, descriptions, verdicts on fresh data, and a report."""
     request = studying.Request(
-        question=question, model=model, n=n, seed=seed, out=out, control=control, past_gate=past_gate,
+        question=question,
+        model=model,
+        n=n,
+        seed=seed,
+        out=out,
+        control=control,
+        past_gate=past_gate,
         bos=bos,
-        random_sets=random_sets, command=shlex.join(["vesalius", *sys.argv[1:]]),
-    )  # fmt: skip
+        random_sets=random_sets,
+        command=_command_line(),
+    )
     return studying.study(request)
 
 
@@ -105,6 +118,7 @@ def list_sites(
     model: Annotated[str, typer.Argument(help="Demo alias, local folder, .gguf file, or transformers id.")] = DEMO,
 ) -> None:
     """The model's sites with their shapes: what can be read and edited."""
+    look_up(model)
     sites.show(model)
 
 
@@ -138,9 +152,21 @@ def harvest(
 ) -> None:
     """Activations of a model over texts, for training on; the model is run only up to the last site."""
     request = harvesting.Request(
-        texts=texts, models=model or [DEMO], sites=site, out=out, tokens=tokens, context=context, dtype=dtype,
-        compute=compute, bos=bos, keep_bos=keep_bos, max_norm=max_norm, column=column,
-    )  # fmt: skip
+        texts=texts,
+        models=model or [DEMO],
+        sites=site,
+        out=out,
+        tokens=tokens,
+        context=context,
+        dtype=dtype,
+        compute=compute,
+        bos=bos,
+        keep_bos=keep_bos,
+        max_norm=max_norm,
+        column=column,
+    )
+    checks.harvest(texts, request.models, site, dtype, compute, tokens)
+    check_writable(out)
     harvesting.harvest(request)
 
 
@@ -204,18 +230,21 @@ def train(
     Options marked repeatable can be given several times: every combination is trained, on one harvest. Under torchrun
     one dictionary is trained on several processes.
     """
+    # Option beside field of TrainConfig.
     fields = {
         "kind": kind, "n_latents": latents, "k": k, "steps": steps, "batch_size": batch, "lr": lr, "seed": seed,
         "coder": coder, "in_sites": in_site, "out_sites": out_site, "sparsity": sparsity, "skip": skip,
-        "precision": precision, "dead_after": dead_after, "checkpoint_every": checkpoint_every,
-        "held_out": held_out,
+        "precision": precision, "dead_after": dead_after, "checkpoint_every": checkpoint_every, "held_out": held_out,
     }  # fmt: skip
-    wanted = harvesting.Request(
-        texts=texts, models=[model], sites=site or [], out=None, tokens=tokens, context=context, dtype="float32",
-        compute=compute, bos="auto", keep_bos=False, max_norm=10.0, column="text",
-    )  # fmt: skip
-    command = shlex.join(["vesalius", *sys.argv[1:]])
-    training.train(training.Request(store, out, device, fields, wanted, jobs, tensorboard, command))
+    harvest = harvesting.Request(texts, [model], site or [], None, tokens, context, compute=compute)
+    request = training.Request(store, out, device, fields, harvest, jobs, tensorboard, _command_line())
+    checks.training(fields, device)
+    check_writable(out or Path("runs"))
+    if store is None:
+        checks.harvest(texts, [model], harvest.sites, "float32", compute, tokens)
+    else:
+        checks.store(store)
+    training.train(request)
 
 
 @app.command()
@@ -243,10 +272,29 @@ def quality(
 ) -> None:
     """How good a dictionary is, on documents it was not trained on, beside what it has to beat."""
     request = judging.Request(
-        dictionary=dictionary, store=store, model=model, others=other or [], out=out, rows=rows, contexts=contexts,
-        concepts=concepts or [], text=text, label=label, mark=mark, seed=seed,
-        command=shlex.join(["vesalius", *sys.argv[1:]]),
-    )  # fmt: skip
+        dictionary=dictionary,
+        store=store,
+        model=model,
+        others=other or [],
+        out=out,
+        rows=rows,
+        contexts=contexts,
+        concepts=concepts or [],
+        text=text,
+        label=label,
+        mark=mark,
+        seed=seed,
+        command=_command_line(),
+    )
+    request.check()
+    for path in (dictionary, *request.others):
+        checks.dictionary(path)
+    checks.store(store)
+    if model is not None:
+        look_up(model)
+    for path in request.concepts:
+        check_file(path, checks.TABLES, "labelled texts")
+    check_writable(request.folder)
     judging.quality(request)
 
 
@@ -257,4 +305,11 @@ def calibrate(
     seeds: Annotated[int, typer.Option(help="Random networks; up to 40 planted ones go with them.")] = 100,
 ) -> None:
     """How often each validator supports a claim about noise, and how often it finds what is planted."""
+    if json is not None:
+        check_writable(json.parent, "--json")
     calibrating.run(seeds=seeds, quick=quick, json=json)
+
+
+def _command_line() -> str:
+    """What was typed, for a reader who wants to run it again."""
+    return shlex.join(["vesalius", *sys.argv[1:]])

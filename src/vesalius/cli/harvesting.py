@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import vesalius as vs
+from vesalius.cli.checks import COMPUTE, TAGGED
 from vesalius.cli.screen import Screen, bars, say
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.jobs import Sink
 from vesalius.site import Site
-
-_TAGGED = re.compile(r"([A-Za-z][A-Za-z0-9_]*)=(.+)")
-COMPUTE = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -28,12 +25,12 @@ class Request:
     out: Path | None
     tokens: int | None
     context: int
-    dtype: str
-    compute: str
-    bos: str
-    keep_bos: bool
-    max_norm: float
-    column: str
+    dtype: str = "float32"
+    compute: str = "float32"
+    bos: str = "auto"
+    keep_bos: bool = False
+    max_norm: float = 10.0
+    column: str = "text"
 
     def check(self) -> None:
         """Refuse what cannot be done before a model is loaded."""
@@ -72,11 +69,11 @@ def harvested(request: Request, model: Any, out: Path, sink: Sink) -> vs.data.Ac
 
 def loaded(names: Sequence[str], sink: Sink) -> Any:
     """One model, or several by their tags: `tag=name`, else a, b, c in the order given. Raises InputError."""
-    if len(names) == 1 and _TAGGED.fullmatch(names[0]) is None:
+    if len(names) == 1 and TAGGED.fullmatch(names[0]) is None:
         return vs.load(names[0], sink=sink)
     found: dict[str, str] = {}
     for number, name in enumerate(names):
-        tagged = _TAGGED.fullmatch(name)
+        tagged = TAGGED.fullmatch(name)
         tag, where = (tagged[1], tagged[2]) if tagged else (chr(ord("a") + number), name)
         if tag in found:
             raise InputError(f"two models have the tag {tag!r}; write --model TAG=NAME for each")

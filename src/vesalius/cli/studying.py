@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vesalius as vs
+from vesalius.cli import checks
 from vesalius.cli.screen import Screen, bars, note, say
-from vesalius.errors import InputError, UnknownNameError
+from vesalius.errors import InputError
+from vesalius.jobs.paths import check_writable
+from vesalius.model.loading import look_up
 
 if TYPE_CHECKING:
     from vesalius.model import Model
@@ -29,7 +31,8 @@ class Request:
 
     question: str
     model: str
-    n: int
+    n: int | None
+    """Prompt pairs per split; None is the default of a built-in question, or all of the user's own."""
     seed: int
     out: Path | None
     control: str | None
@@ -40,24 +43,14 @@ class Request:
 
     def check(self) -> None:
         """Refuse what cannot be done before anything heavy is loaded."""
-        if self.control is not None and self.control not in CONTROLS:
-            raise UnknownNameError("control", self.control, CONTROLS)
-        if self.n < 1:
-            raise InputError(f"--n must be positive; got {self.n}")
+        checks.one_of("control", [] if self.control is None else [self.control], CONTROLS)
+        checks.at_least("--n", self.n, 1)
+        checks.at_least("--random-sets", self.random_sets, checks.FEWEST_SETS)
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed must lie between 0 and 2**63 - 1; got {self.seed}")
-        vs.studies.check_question(self.question)
-        self.options()
-        self._check_folder()
-
-    def _check_folder(self) -> None:
-        folder = self.folder.absolute()
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise InputError(
-                f"cannot write to {self.folder}: {folder} is no folder that can be written; give another --out"
-            )
+        checks.question(self.question)
+        check_writable(self.folder)
+        look_up(self.model)
 
     @property
     def folder(self) -> Path:
@@ -65,9 +58,9 @@ class Request:
         return self.out or Path("runs") / (name if self.control is None else f"{name}-{self.control}")
 
     def options(self, **changes: Any) -> Options:
-        """The study's knobs. Raises InputError for those that are out of range."""
-        asked = {"seed": self.seed, "random_sets": self.random_sets, "past_gate": self.past_gate}
-        return vs.studies.Options(**{**asked, **changes})
+        """The study's options, with changes. Raises InputError for those that are out of range."""
+        given = {"seed": self.seed, "random_sets": self.random_sets, "past_gate": self.past_gate}
+        return vs.studies.Options(**{**given, **changes})
 
 
 def study(request: Request) -> int:
@@ -76,7 +69,7 @@ def study(request: Request) -> int:
     with bars() as progress:
         screen = Screen(progress)
         model = vs.load(request.model, sink=screen)
-        question = vs.studies.question_for(request.question, model, n=request.n, seed=request.seed, bos=request.bos)
+        question = _question(request, model)
         note(_announcement(model, question))
         run = _plain_study if request.control is None else _control_study
         summary = run(request, model, question, screen)
@@ -85,6 +78,19 @@ def study(request: Request) -> int:
         say(sentence)
     say(str(report))
     return 1 if summary["stopped"] else 0
+
+
+def _question(request: Request, model: Model) -> Question:
+    """The question's pairs; of the user's own as many as were asked for."""
+    how: dict[str, Any] = {"seed": request.seed, "bos": request.bos}
+    if request.n is not None and request.question in checks.QUESTIONS:
+        how["n"] = request.n
+    question = vs.studies.question_for(request.question, model, **how)
+    if request.n is None or request.question in checks.QUESTIONS:
+        return question
+    # Every corruption has the same clean prompts and labels, so that the same rows are drawn of each.
+    some = {name: vs.data.files.subsample(p, request.n, request.seed) for name, p in question.corruptions.items()}
+    return replace(question, corruptions=some)
 
 
 def _announcement(model: Model, question: Question) -> str:
@@ -113,9 +119,14 @@ def _control_study(request: Request, model: Model, question: Question, screen: S
 
 
 def _studied(
-    request: Request, model: Model, question: Question, screen: Screen, out: Path, options: Options,
+    request: Request,
+    model: Model,
+    question: Question,
+    screen: Screen,
+    out: Path,
+    options: Options,
     on_control: list[dict[str, Any]] | None = None,
-) -> tuple[Study, dict[str, Any]]:  # fmt: skip
+) -> tuple[Study, dict[str, Any]]:
     done = vs.studies.run_study(question, model, out=out, options=options, sink=screen)
     summary = vs.studies.summarise(done, command=request.command, timings=timings(screen, done), on_control=on_control)
     return done, summary

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from vesalius.errors import FileFormatError, InputError
+from vesalius.jobs.paths import check_file
 
 R = TypeVar("R")
 T = TypeVar("T")
 Records = list[tuple[int, Mapping[str, object]]]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
-PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 MOST_LISTED = 10
 """How many bad records one error describes."""
@@ -30,7 +30,7 @@ def read_table(path: Path, things: str, thing: str, needed: Sequence[str]) -> Re
 
     Raises FileFormatError for a file that is missing, empty, a pickle, not UTF-8, or in none of these formats.
     """
-    check_table_path(path, things)
+    check_file(path, SUFFIXES, things)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -47,23 +47,6 @@ def read_table(path: Path, things: str, thing: str, needed: Sequence[str]) -> Re
     if not records:
         raise FileFormatError(f"{path.absolute()} is empty: it needs one {thing} a line, with {', '.join(needed)}")
     return records
-
-
-def check_table_path(path: Path, things: str) -> None:
-    """Raises FileFormatError for a path that cannot be a table: missing, a directory, a pickle, another suffix."""
-    where, suffix = path.absolute(), path.suffix.lower()
-    if path.is_dir():
-        raise FileFormatError(f"{where} is a directory; give the {_listed(SUFFIXES)} file in it")
-    if not path.exists():
-        raise FileFormatError(f"there is no file {where}")
-    if suffix in PICKLES:
-        raise FileFormatError(
-            f"{where}: pickled files can run code when they are opened and are refused; save as .jsonl"
-        )
-    if suffix not in SUFFIXES:
-        raise FileFormatError(
-            f"{where} ends in {path.suffix or 'nothing'!r}; {things} are read from {_listed(SUFFIXES)}"
-        )
 
 
 def read_each(records: Iterable[R], read: Callable[[R], T], where: str, things: str) -> list[T]:
@@ -103,10 +86,6 @@ def text_of(record: Mapping[str, object], name: str, where: str) -> str:
     if not isinstance(value, str):
         raise InputError(f"{where}: {name} must be text, got {value!r} ({type(value).__name__})")
     return value
-
-
-def _listed(suffixes: Sequence[str]) -> str:
-    return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
 
 
 def _read_json_lines(path: Path, text: str, needed: Sequence[str]) -> Records:

@@ -493,7 +493,7 @@ def test_sites_that_are_not_there_are_refused(model: vs.Model, tokens: vs.Tokens
 
 
 def test_what_an_encoder_decoder_cannot_do_is_refused(model: vs.Model, tokens: vs.Tokens) -> None:
-    with pytest.raises(InputError, match=r"LlamaForCausalLM has no decoder apart, so Tokens\(decoder=...\)"):
+    with pytest.raises(InputError, match=r"LlamaForCausalLM is no encoder-decoder, so Tokens\(decoder=...\)"):
         tiny.model("llama").run(tokens)
     with pytest.raises(InputError, match="decoder has 2 rows for 4 prompts"):
         replace(tokens, decoder=DECODER[:2])

@@ -17,7 +17,7 @@ from vesalius.dictionaries import Dictionary
 from vesalius.dictionaries.training.metrics import _masked
 from vesalius.errors import FileFormatError
 from vesalius.jobs import Event
-from vesalius.jobs.progress import Drawn, bars
+from vesalius.jobs.progress import DrawingSink, bars
 
 CONFIG = vs.TrainConfig(n_latents=24, k=3, steps=20, batch_size=64, checkpoint_every=5, held_out=0.3)
 TEXTS = [f"the hens and the fox said {number} " * 6 for number in range(24)]
@@ -46,7 +46,7 @@ def test_harvest_train_and_quality_show_their_cost_unless_told_to_be_silent(
 def test_a_bar_says_what_its_last_step_said() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=160)
     progress = bars(console)
-    draw = Drawn(progress)
+    draw = DrawingSink(progress)
     draw(Event("start", "train", 0, 5))
     draw(Event("advance", "train", 2, 5, "fvu 0.25 [x]"))
     draw(Event("note", "train", message="beside it"))

@@ -139,10 +139,10 @@ def test_a_star_stands_for_one_name_and_two_for_any_number() -> None:
     [
         ("module:lstm|out.2", r"this module returns a tuple of 2, which has no item '2'"),
         ("module:lstm|out.hidden", r"this module returns a tuple of 2, which has no item 'hidden'"),
-        ("module:lstm|out.1", r"the item named of what this module returns is a tuple of 2, not a tensor"),
-        ("module:lstm|out.0.1", r"this module returns Tensor, which has no item '1'"),
+        ("module:lstm|out.1", r"that item of what this module returns is a tuple of 2, not a tensor"),
+        ("module:lstm|out.0.1", r"this module returns a Tensor, which has no item '1'"),
         ("module:lstm|in.1", r"this module was called with a tuple of 1, which has no item '1'"),
-        ("module:lstm|in.mask", r"this module was called with a mapping of nothing, which has no item 'mask'"),
+        ("module:lstm|in.mask", r"this module was called with an empty mapping, which has no item 'mask'"),
     ],
 )
 def test_an_item_that_is_not_there_says_what_is(reader: vs.Model, name: str, message: str) -> None:

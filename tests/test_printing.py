@@ -29,6 +29,8 @@ def test_values_print_on_one_short_line(model: vs.Model) -> None:
     assert repr(vs.Direction(SITE, torch.ones(48), "warm")) == "Direction('warm' at layers.1.resid_post, width 48)"
     assert repr(vs.Subspace(SITE, torch.eye(48)[:3])) == "Subspace(layers.1.resid_post, rank 3, width 48)"
     assert repr(tokens) == "Tokens(6 prompts of 6 to 9 tokens)"
+    padded = vs.Tokens(torch.nn.functional.pad(tokens.ids, (0, 4)), torch.nn.functional.pad(tokens.real, (0, 4)))
+    assert repr(padded) == repr(tokens)
     assert repr(pairs) == "Pairs(6 of 6 to 9 tokens, corrupted)"
     assert repr(run) == "Run(logits [6, 9, 61], Activations(layers.1.z [6, 9, 6, 8]), 1 interventions)"
     assert repr(vs.logit_diff) == "Metric(logit_diff, logits)"

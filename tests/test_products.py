@@ -155,7 +155,7 @@ def test_graphs_and_other_dtypes_pass_by_untouched() -> None:
         assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
         out = short(x.bfloat16())
     assert out.requires_grad
-    assert not halves._laid_out._held
+    assert not halves._laid_out._cache
 
 
 @pytest.mark.parametrize("rows", [1, 9, 700])

@@ -276,7 +276,7 @@ def test_what_are_no_pairs_of_images_is_refused() -> None:
         vs.Pairs(clean=images, corrupted=images / 0, **ANSWERS)
     with pytest.raises(PairsError, match="named_positions and decoder are for prompts"):
         vs.Pairs(clean=images, corrupted=-images, named_positions={"eye": torch.zeros(N, dtype=torch.long)}, **ANSWERS)
-    with pytest.raises(InputError, match=r"inputs that are no tokens must be floats \[example, ...\]"):
+    with pytest.raises(InputError, match=r"inputs that are not tokens must be floats \[example, ...\]"):
         vs.Pairs(clean=images, corrupted=torch.ones(N, 3, 8, 8, dtype=torch.long), **ANSWERS)
 
 

@@ -14,7 +14,7 @@ from vesalius.data import TASKS, Row, bos_token, build_pairs, named_positions, t
 from vesalius.data.tasks import capitals as make_capitals
 from vesalius.data.tasks import induction as make_induction
 from vesalius.data.tasks import ioi as make_ioi
-from vesalius.data.tasks.base import Rota
+from vesalius.data.tasks.base import BalancedSampler
 from vesalius.data.tasks.capitals import CAPITALS
 from vesalius.data.tasks.capitals import FRAMES as CAPITAL_FRAMES
 from vesalius.data.tasks.gendered_pronoun import FRAMES as PRONOUN_FRAMES
@@ -491,7 +491,7 @@ def test_named_positions_with_a_tokenizer_find_a_word_without_its_space() -> Non
 
 
 def test_a_rota_uses_everything_once_before_anything_twice() -> None:
-    rota = Rota("abcde", generator_for("test", 0))
+    rota = BalancedSampler("abcde", generator_for("test", 0))
     assert sorted(rota.draw() for _ in range(5)) == list("abcde")
     assert rota.draw(exclude="abcd") == "e"
     assert rota.draw(only="ab", cost=lambda item: item == "a") == "b"

@@ -71,5 +71,5 @@ def test_the_seed_decides() -> None:
 
 @pytest.mark.parametrize(("n", "hidden", "p", "importance"), [(0, 1, 0.1, None), (2, 1, 0.0, None), (2, 1, 0.1, [1.0])])
 def test_toys_that_cannot_be_are_refused(n: int, hidden: int, p: float, importance: list[float] | None) -> None:
-    with pytest.raises(InputError, match="a toy has features"):
+    with pytest.raises(InputError, match="toy models need at least one feature"):
         toy_models(n, hidden, p, importance=importance)

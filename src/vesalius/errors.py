@@ -1,7 +1,7 @@
 """Exceptions. Every message names what was given and what to do about it.
 
 VesaliusError
-├── InputError               something the user handed over cannot be used (exit code 2 in the CLI)
+├── InputError               something the user gave cannot be used (exit code 2 on the command line)
 │   ├── UnknownNameError     a site, metric, check, mode ... that does not exist; lists the known ones
 │   ├── UnknownArchitectureError
 │   ├── TokenizerError       text and tokenizer do not fit (multi-token answer, wrong tokenizer)
@@ -25,7 +25,7 @@ class VesaliusError(Exception):
 
 
 class InputError(VesaliusError):
-    """Something the user handed over cannot be used."""
+    """Something the user gave cannot be used."""
 
 
 class UnknownNameError(InputError):
@@ -53,7 +53,7 @@ class FileFormatError(InputError):
 
 
 class NotFiniteError(InputError):
-    """NaN or infinity where a number was due."""
+    """NaN or infinity where a finite number is needed."""
 
 
 class InterventionError(VesaliusError):

@@ -45,7 +45,7 @@ class Screen:
     """An event sink that draws bars and remembers when the steps of a study began."""
 
     def __init__(self, progress: Progress) -> None:
-        self._draw = drawing.Drawn(progress)
+        self._draw = drawing.DrawingSink(progress)
         self._marks: list[tuple[str, float]] = []
         self._began = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""Raw: inputs that are no tokens, such as images."""
+"""Raw: inputs that are not tokens, such as images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vesalius.errors import InputError
 from vesalius.inputs.tokens import Tokens
 
 PATCH = 3 * 16 * 16
-"""Numbers of an input that count as one token where memory is bounded: an image patch of 16 by 16."""
+"""Values of an input that count as one token when a batch is limited in size: an image patch of 16 by 16 pixels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Raw:
     def __post_init__(self) -> None:
         if not self.values.is_floating_point() or self.values.ndim < 2 or self.values.numel() == 0:
             raise InputError(
-                f"inputs that are no tokens must be floats [example, ...]; got {self.values.dtype} "
+                f"inputs that are not tokens must be floats [example, ...]; got {self.values.dtype} "
                 f"{tuple(self.values.shape)}"
             )
 
@@ -46,7 +46,7 @@ class Raw:
 
     @property
     def weight(self) -> int:
-        """How many tokens one input counts as, where what runs together is bounded."""
+        """How many tokens one input counts as when a batch is limited in size."""
         return max(1, self.values[0].numel() // PATCH)
 
     def take(self, rows: Int[Tensor, " row"]) -> Raw:
@@ -55,8 +55,8 @@ class Raw:
 
     @cached_property
     def hashes(self) -> tuple[str, ...]:
-        """One per input."""
-        # As bytes: NumPy has no bfloat16.
+        """One hash for each input."""
+        # As bytes, because NumPy has no bfloat16.
         rows = self.values.detach().cpu().contiguous().flatten(1).view(torch.uint8)
         return tuple(hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in rows)
 

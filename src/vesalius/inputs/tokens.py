@@ -23,9 +23,9 @@ from vesalius.site import Site
 class Tokens:
     """Token ids with the mask of real tokens.
 
-    ids: [batch, pos], int64. mask: [batch, pos], True on real tokens; default all real. decoder: [batch, pos], what the
-    decoder of an encoder-decoder model is given; default its start token. named_positions: name -> [batch] or
-    [batch, n] numbers of tokens in each prompt's own sequence, -1 for none: positions that interventions can name.
+    ids: [batch, pos], int64. mask: [batch, pos], True on real tokens; default all real. decoder: [batch, pos], input of
+    an encoder-decoder's decoder; default its start token. named_positions: name -> [batch] or [batch, n] token numbers
+    in each prompt's own sequence, -1 for none: positions that interventions can name.
 
     Raises InputError for shapes that do not fit and for a named position outside the prompts.
     """
@@ -48,11 +48,12 @@ class Tokens:
         return self.ids.shape[0]
 
     def __repr__(self) -> str:
-        width, some = self.ids.shape[1], self.lengths
-        span = f"{width}" if bool((some == width).all()) else f"{int(some.min())} to {width}"
+        # Not the width of the batch, which may be padded further than its longest prompt.
+        shortest, longest = int(self.lengths.min()), int(self.lengths.max())
+        span = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
         decoder = "" if self.decoder is None else f", decoder {list(self.decoder.shape)}"
-        marks = f", named_positions {', '.join(self.named_positions)}" if self.named_positions else ""
-        return f"Tokens({len(self)} prompts of {span} tokens{decoder}{marks})"
+        positions = f", named_positions {', '.join(self.named_positions)}" if self.named_positions else ""
+        return f"Tokens({len(self)} prompts of {span} tokens{decoder}{positions})"
 
     @property
     def real(self) -> Bool[Tensor, "batch pos"]:
@@ -64,13 +65,13 @@ class Tokens:
         return self.real.sum(1)
 
     def real_at(self, site: Site) -> Bool[Tensor, "batch pos"]:
-        """True on the real tokens that a site counts: the decoder's, or the prompts'."""
+        """True on the real tokens at a site: the decoder's, or the prompts'."""
         if self.decoder is None or site.of_encoder:
             return self.real
         return torch.ones_like(self.decoder, dtype=torch.bool)
 
     def take(self, rows: Int[Tensor, " row"], width: int | None = None) -> Tokens:
-        """Some of the prompts, perhaps cut to a width that holds them."""
+        """Some of the prompts, perhaps cut to a width that is enough for them."""
         return Tokens(
             self.ids[rows, :width],
             None if self.mask is None else self.mask[rows, :width],

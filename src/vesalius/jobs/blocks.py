@@ -25,16 +25,17 @@ from vesalius.jobs.progress import Event, Sink, silent, size_in_words
 Arrays = dict[str, NDArray[Any]]
 
 _CHECKSUM = "__checksum__"
-_RESERVED = frozenset({_CHECKSUM, "file", "allow_pickle"})  # the latter are parameters of np.savez
+# The last two are parameters of np.savez, which takes arrays as keywords.
+_RESERVED = frozenset({_CHECKSUM, "file", "allow_pickle"})
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> Path:
-    """Writes a file so that it is there whole or not at all; text as UTF-8. Missing folders are made.
+    """Write a file so that it is there whole or not at all; text as UTF-8. Missing folders are made.
 
-    The data go to a temporary file in the same folder, are forced to disk, and take the name in one step. On failure
-    the old file stays and nothing is left over. Raises InputError naming path and free space when the disk is full,
-    FileFormatError when the path cannot be written.
+    The data goes to a temporary file in the same folder, is forced to disk, and takes the name in one step. On failure
+    the old file stays and no temporary file is left. Raises InputError naming path and free space when the disk is
+    full, FileFormatError when the path cannot be written.
     """
     target = Path(path)
     content = data.encode() if isinstance(data, str) else data
@@ -52,7 +53,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> Path:
 
 
 class Blocks:
-    """Results of a long job, kept block by block, so that an interrupted job goes on where it was.
+    """Results of a long job, stored block by block, so that an interrupted job goes on where it stopped.
 
     folder: where blocks are kept (None: nothing is kept). plan_hash: what the blocks were computed for; a folder that
     holds another plan is refused with InputError. Blocks are plain `.npz` files with a checksum, never pickles.

@@ -1,7 +1,7 @@
 """Folders that are costly to make: made once, used only while every byte is as it was written.
 
-A folder is filled under a temporary name and renamed when it is whole, with a manifest of sizes and hashes. A process
-killed in between leaves a temporary folder that nobody takes for good and that the next one to make something removes.
+A folder is filled under a temporary name and renamed when it is complete, with a manifest of sizes and hashes. A killed
+process leaves a temporary folder, which is never used and which the next process to make something removes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def file_sha256(path: Path) -> str:
 def flaw(folder: Path) -> str:
     """Why a folder may not be used; empty when it holds exactly the files of its manifest, byte for byte.
 
-    Hidden files are left out of account: file browsers write them everywhere.
+    Hidden files are ignored: file browsers write them everywhere.
     """
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -60,7 +60,7 @@ def flaw(folder: Path) -> str:
 def made_folder(
     folder: Path, fill: Callable[[Path], None], *, origin: str, task: str = "make", sink: Sink = silent
 ) -> Path:
-    """`folder`, filled by `fill(empty folder)` unless it is there already and without flaw.
+    """`folder`, filled by `fill(empty folder)` unless it is already there and intact.
 
     origin: what it is made from, for the manifest. task: name of the work, in events. Safe with several processes at
     once: one makes the folder, the others wait for it. Raises InputError when the place cannot be written, and what
@@ -89,9 +89,9 @@ def made_folder(
 
 @contextlib.contextmanager
 def alone(lock: Path, waiting: Callable[[], None]) -> Iterator[bool]:
-    """Only one process at a time, where the system can lock files (yields whether it can).
+    """One process at a time in the `with` block, where the system can lock files; yields whether it can.
 
-    The system lets go of the lock when its holder dies, however it dies.
+    The system releases the lock when the process that holds it dies, however it dies.
     """
     with lock.open("a") as stream:
         yield _locked(stream.fileno(), waiting)
@@ -105,13 +105,14 @@ def _locked(handle: int, waiting: Callable[[], None]) -> bool:
     except BlockingIOError:
         waiting()
         fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError:  # some network drives have no locks
+    except OSError:
+        # Some network drives have no locks.
         return False
     return True
 
 
 def _sweep(root: Path) -> None:
-    """Remove what killed processes left; only under the lock, when nobody else can be at work here."""
+    """Remove what killed processes left; only under the lock, when no other process can be using it."""
     for left in root.glob("*.tmp-*"):
         _remove(left)
 
@@ -140,10 +141,12 @@ def _make(folder: Path, fill: Callable[[Path], None], origin: str) -> None:
 
 def _publish(temporary: Path, folder: Path) -> None:
     try:
-        temporary.replace(folder)  # fails when a folder with files, or a file, is there
+        # Fails when there is a file of that name, or a folder with files in it.
+        temporary.replace(folder)
     except OSError:
+        # Without a lock another process may have been first, and what it made is as good.
         if not flaw(folder):
-            return  # without a lock, another process may have been first; what it made is as good
+            return
         aside = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
         folder.replace(aside)
         temporary.replace(folder)

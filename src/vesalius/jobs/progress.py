@@ -1,8 +1,8 @@
-"""Progress: what long work reports, what it says beforehand that it will cost, and what a terminal shows of it.
+"""Progress: what long work reports, what it expects to cost, and what a terminal shows of it.
 
-Work sends events to a sink and draws nothing itself. `shown` gives the sink that draws: bars while something runs,
-where somebody is watching, and notes (what it will cost, what was run otherwise than planned) as lines, both on
-standard error. `silent` is the sink that draws nothing.
+Work sends events to a sink and draws nothing itself. `shown` gives the sink that draws on standard error: bars while
+something runs, if that is a terminal, and notes (the expected cost, deviations from the plan) as lines. `silent` is the
+sink that draws nothing.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Estimate:
     disk_bytes: int = 0
 
     def describe(self) -> str:
-        """One line for people, such as "about 12 min, 8,640 forward passes, 2.1 GB of memory"."""
+        """One line to read, such as "about 12 min, 8,640 forward passes, 2.1 GB of memory"."""
         parts = [f"about {_duration(self.seconds)}"]
         if self.forwards:
             parts.append(f"{self.forwards:,.0f} forward passes")
@@ -93,15 +93,22 @@ class Estimate:
 
 
 def bars(console: Console) -> Progress:
-    """Bars that go away when their work is done."""
+    """Bars that disappear when their work is done."""
     return Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[told]}"), console=console, transient=True,
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[message]}"),
+        console=console,
+        transient=True,
+    )
 
 
-class Drawn:
-    """A sink that draws events as bars and prints notes as lines."""
+class DrawingSink:
+    """Draws events as bars and prints notes as lines."""
 
     def __init__(self, progress: Progress) -> None:
         self._bars = progress
@@ -112,9 +119,10 @@ class Drawn:
         if event.kind == "note":
             return
         if event.task not in self._tasks:
-            self._tasks[event.task] = self._bars.add_task(escape(event.task), total=event.total, told="")
-        told: dict[str, Any] = {"told": escape(event.message)} if event.message else {}
-        self._bars.update(self._tasks[event.task], completed=event.done, total=event.total, **told)
+            self._tasks[event.task] = self._bars.add_task(escape(event.task), total=event.total, message="")
+        # An event without a message leaves the last one beside the bar.
+        message: dict[str, Any] = {"message": escape(event.message)} if event.message else {}
+        self._bars.update(self._tasks[event.task], completed=event.done, total=event.total, **message)
         if event.kind == "end":
             self._bars.remove_task(self._tasks.pop(event.task))
 
@@ -126,15 +134,16 @@ def shown(sink: Sink | None) -> Iterator[Sink]:
         yield sink
         return
     console = Console(stderr=True)
+    # In a log file bars would be thousands of lines.
     if not console.is_terminal and not console.is_jupyter:
         yield lambda event: _note(console, event)
         return
     with bars(console) as progress:
-        yield Drawn(progress)
+        yield DrawingSink(progress)
 
 
 def _note(console: Console, event: Event) -> None:
-    """Where nobody watches there is nothing to redraw: notes alone."""
+    """Print a note; other events print nothing."""
     if event.kind == "note":
         console.print(f"[dim]{escape(event.message or event.task)}[/]", highlight=False, soft_wrap=True)
 
@@ -148,7 +157,7 @@ def _duration(seconds: float) -> str:
 
 
 def size_in_words(count: float) -> str:
-    """Bytes as people say them, such as "2.1 GB"."""
+    """A number of bytes to read, such as "2.1 GB"."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,7 +1,7 @@
-"""Workers: pieces of work on several threads, each of them single-threaded inside unless told otherwise.
+"""Workers: pieces of work on several threads, in each of which PyTorch uses one thread (or `inside` of them).
 
-Threads of our own instead of PyTorch's: a piece stays in one core's cache from product to product, nobody waits between
-products, and results don't depend on how many threads there are.
+Threads of our own instead of PyTorch's: a piece stays in one core's cache from product to product, no thread waits
+between products, and results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ R = TypeVar("R")
 class Workers:
     """Maps functions over pieces of work, in order. Use in a `with` block.
 
-    n: threads; default as many as PyTorch uses. On one thread, and on other devices than the CPU, no thread is started
-    and PyTorch's own setting is left alone. inside: threads of PyTorch's that each of them uses.
+    n: threads; default as many as PyTorch uses. With one thread, or on a device other than the CPU, none is started
+    and PyTorch's setting stays as it is. inside: threads that PyTorch uses in each of them.
     """
 
     def __init__(self, n: int | None = None, device: torch.device | None = None, inside: int = 1) -> None:
@@ -40,7 +40,7 @@ class Workers:
             for _ in range(self.n):
                 self._pool.submit(lambda: None)
             barrier.wait()
-            # The number is kept per thread, but setting it in one also sets what new threads start with.
+            # PyTorch keeps the number per thread, but setting it in one thread also sets what new threads start with.
             torch.set_num_threads(before)
         return self
 
@@ -66,5 +66,6 @@ class Workers:
 
 def _begin(threads: int, barrier: threading.Barrier) -> None:
     torch.set_num_threads(threads)
-    torch.get_num_threads()  # makes PyTorch take note of this thread's number before others set theirs
+    # Reading the number fixes it for this thread, before the others set theirs.
+    torch.get_num_threads()
     barrier.wait()

@@ -1,8 +1,8 @@
 """Our attention function for `transformers` models: reads and edits scores and patterns, and runs replays.
 
-`transformers` lets a model look its attention function up by name at every call (AttentionInterface). `attending` puts
-ours in place for the length of a `with` block and restores the config, which is shared and would stay changed.
-The arithmetic of `Plain` is that of the eager path: softmax, in float32 or wider, of q k^T * scaling + mask.
+A `transformers` model looks its attention function up by name at every call (AttentionInterface). `attending` puts ours
+in place for the length of a `with` block and then restores the config, which is shared and would otherwise stay
+changed. `Plain` computes what the eager path does: softmax, in float32 or wider, of q k^T * scaling + mask.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vesalius.errors import InterventionError
 
 NAME = "vesalius"
-# Arguments that change the result and that we do not reproduce: refused when given.
+# Arguments that change the result and that are not reproduced here: refused when a model gives them.
 _REFUSED = ("position_bias", "s_aux", "head_mask", "relative_position_bias")
 
 
@@ -45,9 +45,15 @@ _current: ContextVar[Attend | None] = ContextVar("vesalius_attend", default=None
 
 
 def _forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, **options: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
     attend = _current.get()
     if attend is None:
         raise InterventionError("the 'vesalius' attention function was called outside a run; restore the model's own")
@@ -70,6 +76,7 @@ def attending(root: nn.Module, attend: Attend) -> Iterator[None]:
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, eager_mask)
+    # By identity: configs cannot be hashed, and many modules share one.
     configs: dict[int, Any] = {id(m.config): m.config for m in root.modules() if hasattr(m, "config")}
     routed = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
     before = [(config, config._attn_implementation_internal) for config in routed]
@@ -108,8 +115,7 @@ def capped(scores: Tensor, cap: float | None) -> Tensor:
 
 
 class Plain:
-    """Eager attention whose scores and pattern can be visited: visit(kind, module, tensor) -> tensor or None.
-
+    """Eager attention whose scores and pattern can be read and replaced: visit(kind, module, tensor) -> tensor or None.
     A position bias (T5) is added to the scores, as the mask is.
     """
 
@@ -132,6 +138,7 @@ class Plain:
         if options.get("position_bias") is not None:
             scores = scores + options["position_bias"]
         if mask is not None:
+            # As the eager path does: a mask for a cache of fixed size is longer than the keys so far.
             scores = scores + mask[..., : scores.shape[-1]]
         scores = self._seen("scores", module, scores)
         pattern = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)

@@ -1,4 +1,4 @@
-"""How a module is called: arguments from what the user hands over, and the logits among what comes back."""
+"""How a module is called: its arguments from the user's inputs, and the logits among what it returns."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _ENCODING = ("input_ids", "attention_mask", "decoder_input_ids")
 
 @dataclass(frozen=True)
 class Caller:
-    """One model's way of being called. name: for messages."""
+    """How one model is called. name: for messages."""
 
     adapter: Adapter | None
     layout: Layout | None
     name: str
     device: torch.device
     masked: bool = False
-    """A module without adapter takes attention_mask."""
+    """Of a module without adapter: whether it takes attention_mask."""
 
     def arguments(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tokens | None]:
         """Positional and keyword arguments of the module, and the tokens when there are any."""
@@ -58,18 +58,18 @@ class Caller:
         return inputs.values
 
     def begun(self, tokens: Tokens) -> Tokens:
-        """The tokens with what the decoder of an encoder-decoder model is given: its start token, if nothing is said.
+        """The tokens with the decoder's input of an encoder-decoder model; default its start token.
 
         Raises InputError for decoder tokens that the model has no place for.
         """
-        two = self.adapter is not None and bool(self.adapter.stacks)
-        if tokens.decoder is not None and not two:
-            raise InputError(f"{self.name} has no decoder apart, so Tokens(decoder=...) means nothing to it")
-        if tokens.decoder is not None or not two:
+        has_decoder = self.adapter is not None and bool(self.adapter.stacks)
+        if tokens.decoder is not None and not has_decoder:
+            raise InputError(f"{self.name} is no encoder-decoder, so Tokens(decoder=...) means nothing to it")
+        if tokens.decoder is not None or not has_decoder:
             return tokens
         start = None if self.layout is None else self.layout.start
         if start is None:
-            raise InputError(f"{self.name} names no start token: say what its decoder is given, Tokens(decoder=ids)")
+            raise InputError(f"{self.name} names no start token: give its decoder's input, Tokens(decoder=ids)")
         return replace(tokens, decoder=torch.full((len(tokens), 1), start))
 
     def of_tokens(self, tokens: Tokens) -> dict[str, Any]:
@@ -97,8 +97,8 @@ class Caller:
 
 def _from_encoding(inputs: Mapping[str, Any]) -> Tokens:
     """Tokens from what a transformers tokenizer returns as tensors. Raises InputError for what they cannot hold."""
-    strange = sorted(name for name, value in inputs.items() if name not in _ENCODING and not _is_nothing(name, value))
-    if strange or not isinstance(inputs.get("input_ids"), Tensor):
+    unknown = sorted(name for name, value in inputs.items() if name not in _ENCODING and not _is_default(name, value))
+    if unknown or not isinstance(inputs.get("input_ids"), Tensor):
         raise InputError(
             f"a tokenizer's output must hold input_ids as a tensor and may hold {', '.join(_ENCODING[1:])}; got "
             f"{', '.join(map(str, inputs)) or 'nothing'}. Call the tokenizer with return_tensors='pt'"
@@ -107,19 +107,19 @@ def _from_encoding(inputs: Mapping[str, Any]) -> Tokens:
     return Tokens(inputs["input_ids"], None if mask is None else mask.bool(), inputs.get("decoder_input_ids"))
 
 
-def _is_nothing(name: str, value: Any) -> bool:
-    """BERT's tokenizer says that all tokens are of the first segment, which is what the model takes anyway."""
+def _is_default(name: str, value: Any) -> bool:
+    """BERT's tokenizer says that all tokens belong to the first segment, which is what the model assumes anyway."""
     return name == "token_type_ids" and isinstance(value, Tensor) and not bool(value.any())
 
 
 def _plain_arguments(inputs: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A mapping holds keywords, a tuple several arguments, anything else is the only one."""
+    """A mapping holds keywords, a tuple several arguments; anything else is the only argument."""
     if isinstance(inputs, Mapping):
-        return (), {name: _there(value, device) for name, value in inputs.items()}
-    return tuple(_there(value, device) for value in (inputs if isinstance(inputs, tuple) else (inputs,))), {}
+        return (), {name: _on(device, value) for name, value in inputs.items()}
+    return tuple(_on(device, value) for value in (inputs if isinstance(inputs, tuple) else (inputs,))), {}
 
 
-def _there(value: Any, device: torch.device) -> Any:
+def _on(device: torch.device, value: Any) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 

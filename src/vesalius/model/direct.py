@@ -1,9 +1,9 @@
-"""Direct effects: what each component writes straight onto the metric's logits, with the final norm frozen.
+"""Direct effects: what each component adds to the metric's logits by itself, with the final norm frozen.
 
-The residual stream at the read position is the sum of the embeddings and of every head's and MLP's output, so with
-the final norm's scale held at its value in the run, the logit difference is an exact sum over components (Elhage et al.
-2021, "direct logit attribution"). The sum is a test; a component's share says nothing about what it does through later
-layers.
+The residual stream at the read position is the sum of the embeddings and of every head's and MLP's output. With the
+final norm's scale held at its value in the run, the logit difference is therefore an exact sum over components (direct
+logit attribution: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). The tests check the sum. A
+component's share says nothing about its effect through later layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vesalius.site import Site
 
 @dataclass(frozen=True, eq=False)
 class Direct:
-    """contributions: component -> [example], in logits: heads, MLPs, embeddings and `bias` (what no part writes)."""
+    """contributions: component -> [example], in logits: heads, MLPs, embeddings, and `bias` for all biases together."""
 
     contributions: Mapping[str, Float[Tensor, " example"]]
 
@@ -64,23 +64,23 @@ def frozen_norm(model: Model, final: Float[Tensor, "example d_model"], answer: T
     if isinstance(extra, Tensor):
         constant = constant + (extra[answer] - extra[distractor]).detach().to(constant)
     scaled = weighted * frozen_scale(adapter.norm, norm, final)
-    # LayerNorm's centring is linear: it moves onto the direction.
+    # LayerNorm also centres its input, which is linear: centring the direction does the same.
     return Frozen(scaled if adapter.norm != "layer" else scaled - scaled.mean(-1, keepdim=True), constant)
 
 
 def direct_effects(model: Model, pairs: Pairs, tokens: Tokens) -> Direct:
     """Every component's direct contribution to the logit difference of one run. tokens: the prompts to run.
 
-    The contributions sum to the run's logit difference (1e-4); in a model that caps its logits (Gemma 2), to the
-    difference before the cap, which no sum of parts survives. Heads before a norm of their own (Gemma, OLMo 2) are
-    counted with that norm frozen too. Raises InputError for a model whose logits are no such sum (BERT's norms
-    stand between).
+    The contributions sum to the run's logit difference (to 1e-4); in a model that caps its logits (Gemma 2), to the
+    difference before the cap, which is not linear. Where a norm follows attention (Gemma, OLMo 2), heads are counted
+    with that norm frozen as well. Raises InputError for a model whose logits are no such sum (BERT has norms on the
+    residual stream).
     """
     adapter, layout = model.architecture
     if not adapter.direct:
         raise InputError(
-            f"{model.name} has no direct effects: the {adapter.family} family's logits are not the unembedding of the "
-            "normed sum of what its parts wrote at a prompt's position"
+            f"{model.name} has no direct effects: the logits of the {adapter.family} family are not the unembedding of "
+            "the normed sum of what its components wrote at a prompt's position"
         )
     outside = [str(site) for site in model.sites("*") if site.kind in ("embed", "pos_embed")]
     last = f"layers.{layout.n_layers - 1}.resid_post"

@@ -1,9 +1,9 @@
-"""Generation: a model writes tokens, with edits on the prompt and on what it has just written.
+"""Generation: a model writes tokens, with edits on the prompt and on the new tokens.
 
-Tokens are run once and their keys and values kept, so an edit at a position acts when that position is run and its
-consequences stay in the cache; a pass without a cache, with the same edits, gives the same logits. Positions are token
-numbers in each prompt's own sequence, prompt first and new tokens after it, whatever the padding. Inside, prompts are
-padded on the left: a sliding window counts columns, so a prompt's tokens must lie side by side.
+Each token is run once and its keys and values are kept, so an edit at a position acts when that position is run, and
+its consequences stay in the cache; a pass without a cache, with the same edits, gives the same logits. Positions are
+token numbers in each prompt's own sequence, new tokens after the prompt, whatever the padding. Internally prompts are
+padded on the left: a sliding window counts columns, so that the tokens of a prompt have to be adjacent.
 
 An encoder-decoder writes without a cache: each new token is one whole run of both stacks.
 """
@@ -44,17 +44,17 @@ class Pass(Protocol):
 
 @runtime_checkable
 class Decode(Protocol):
-    """Runs an encoder-decoder on prompts and what its decoder is given so far."""
+    """Runs an encoder-decoder on prompts and on the decoder's tokens so far."""
 
     def __call__(self, tokens: Tokens, places: Sequence[Place]) -> Step: ...
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How the next token is chosen: the likeliest, or drawn at a temperature, by a seed.
+    """How the next token is chosen: the most likely one, or one drawn at a temperature, by seed.
 
-    Every prompt has draws of its own, so that what is written for it does not depend on its neighbours.
-    Raises InputError for a negative temperature, or a positive one without seed.
+    Every prompt has a generator of its own, so that its text does not depend on the other prompts of the batch. Raises
+    InputError for a negative temperature, or a positive one without seed.
     """
 
     temperature: float = 0.0
@@ -64,7 +64,7 @@ class Choice:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise InputError(f"temperature must be 0 (the likeliest token) or more; got {self.temperature}")
+            raise InputError(f"temperature must be 0 (the most likely token) or more; got {self.temperature}")
         if self.temperature > 0 and self.seed is None:
             raise InputError("sampling needs seed=, so that the same text can be made again")
 
@@ -76,9 +76,10 @@ class Choice:
         draws = [torch.Generator().manual_seed((self.seed * 1_000_003 + row) % 2**63) for row in range(batch)]
 
         def draw(logits: Tensor) -> Tensor:
-            chances = (logits.double().cpu() / self.temperature).softmax(-1)
-            picked = [torch.multinomial(row, 1, generator=own) for row, own in zip(chances, draws, strict=True)]
-            return torch.cat(picked).to(logits.device)
+            # In double precision on the cpu: the same draws on every device.
+            probabilities = (logits.double().cpu() / self.temperature).softmax(-1)
+            drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(probabilities, draws, strict=True)]
+            return torch.cat(drawn).to(logits.device)
 
         return draw
 
@@ -96,13 +97,13 @@ class Generation:
     activations: Activations
     """Captured sites over prompt and new tokens, by token number; the last new token was never run."""
     diagnostics: tuple[Mapping[str, Any], ...]
-    """One entry per intervention and pass in which it acted, with the number of the pass (0: the prompt)."""
+    """One entry for each intervention and pass in which it acted, with the number of the pass (0: the prompt)."""
     texts: tuple[str, ...] = ()
     """The new tokens as text, when the model has a tokenizer."""
 
     def __repr__(self) -> str:
-        told = f": {', '.join(map(repr, self.texts))}" if self.texts else ""
-        return f"Generation({len(self.new)} prompts, up to {max(map(len, self.new))} new tokens{told})"
+        texts = f": {', '.join(map(repr, self.texts))}" if self.texts else ""
+        return f"Generation({len(self.new)} prompts, up to {max(map(len, self.new))} new tokens{texts})"
 
     def __getitem__(self, key: Site | str) -> Tensor:
         return self.activations[key]
@@ -123,9 +124,9 @@ def generated(forward: Pass, prompts: Tokens, edits: Sequence[Intervention], ste
 
 
 def decoded(forward: Decode, prompts: Tokens, edits: Sequence[Intervention], steps: int, choice: Choice) -> Generation:
-    """Up to `steps` new tokens of an encoder-decoder model, after what its decoder is given (prompts.decoder).
+    """Up to `steps` new tokens of an encoder-decoder model, after its decoder's input (prompts.decoder).
 
-    Every pass is a whole one, encoder and all tokens written so far: edits act in each, at the positions of their
+    Every pass runs the encoder and all of the decoder's tokens so far; edits act in each, at the positions of their
     stack. Raises as `generated`.
     """
     if steps < 1:
@@ -139,7 +140,8 @@ def decoded(forward: Decode, prompts: Tokens, edits: Sequence[Intervention], ste
         else edited_tokens(edit.positions, spans, steps)
         for edit in edits
     ]
-    made, told, logits, unfinished = prompts, [], [], torch.ones(len(prompts), dtype=torch.bool)
+    made, logits, unfinished = prompts, [], torch.ones(len(prompts), dtype=torch.bool)
+    diagnostics: list[Mapping[str, Any]] = []
     for number in range(steps):
         places = [_decoder_place(made, edit.part.site, mask) for edit, mask in zip(edits, masks, strict=True)]
         step, ran = forward(made, places), made
@@ -149,17 +151,17 @@ def decoded(forward: Decode, prompts: Tokens, edits: Sequence[Intervention], ste
         assert made.decoder is not None
         made = replace(made, decoder=torch.cat([made.decoder, chosen[:, None]], 1))
         logits.append(last)
-        told += [{**entry, "pass": number} for entry in step.diagnostics]
+        diagnostics += [{**entry, "pass": number} for entry in step.diagnostics]
         unfinished &= chosen != (-1 if choice.stop is None else choice.stop)
         if not bool(unfinished.any()):
             break
     assert made.decoder is not None
     new = tuple(_until(row, choice.stop) for row in made.decoder[:, given:].tolist())
-    return Generation(made, new, torch.stack(logits, 1), Activations(step.captured, ran), tuple(told))
+    return Generation(made, new, torch.stack(logits, 1), Activations(step.captured, ran), tuple(diagnostics))
 
 
 def _decoder_place(tokens: Tokens, site: Site, mask: Tensor | None) -> Place:
-    """The tokens that a site of a stack counts, in a pass with what is written so far."""
+    """The tokens of a site's stack, in a pass with the decoder's tokens so far."""
     real = tokens.real_at(site)
     if site.of_encoder:
         return Place(real, chosen=mask, named_positions=tokens.named_positions)
@@ -177,13 +179,15 @@ def _left_padded(prompts: Tokens) -> Tokens:
 
 @dataclass(eq=False)
 class _Written:
+    """All passes; of each the token numbers [batch, pos] that it ran, and the tokens [batch] chosen from it."""
+
     passes: list[Step]
     index: list[Tensor]
     chosen: list[Tensor]
 
 
 def _write(forward: Pass, prompts: Tokens, masks: Sequence[Tensor], steps: int, choice: Choice) -> _Written:
-    """prompts: padded on the left. Padding has the token number `nowhere`, past all that is run."""
+    """prompts: padded on the left. Padding gets the token number `nowhere`, behind every token that is run."""
     lengths, pick, width = prompts.lengths, choice.picker(len(prompts)), prompts.ids.shape[1]
     nowhere = width + steps - 1
     ids, real, cache = prompts.ids, prompts.real, None
@@ -216,10 +220,10 @@ def _refuse_nan(logits: Tensor, number: int) -> None:
 def edited_tokens(
     positions: Positions, lengths: Int[Tensor, " batch"], steps: int, named_positions: NamedPositions | None = None
 ) -> Bool[Tensor, "batch token"]:
-    """Positions as a mask over prompt and new tokens, without the last new one, which is never run.
+    """Positions as a mask over prompt and new tokens, except the last new one, which is never run.
 
     A mask may cover the prompts only; "last" is the last token of the prompt. Raises InputError for a position that is
-    never run, or counts from the end.
+    never run, or is counted from the end.
     """
     width, total = int(lengths.max()), int(lengths.max()) + steps - 1
     run = torch.arange(total)[None] < (lengths + steps - 1)[:, None]
@@ -251,7 +255,7 @@ def edited_tokens(
         return mask & run
     names = [position for position in _listed(positions) if isinstance(position, str)]
     numbers = [position for position in _listed(positions) if not isinstance(position, str)]
-    # Names are the prompts'; numbers count on into what is written.
+    # Names belong to the prompts; numbers go on into the new tokens.
     named, counted = mask_of(names, prompt, named_positions), mask_of(numbers, run)
     assert named is not None
     assert counted is not None
@@ -269,13 +273,15 @@ def _result(written: _Written, rows: list[list[int]], prompts: Tokens, steps: in
     nowhere = prompts.ids.shape[1] + steps - 1
     sites = list(written.passes[0].captured)
     cut = {site: _cut(site, _assembled(site, written, nowhere), ran.ids.shape[1]) for site in sites}
-    told = [{**entry, "pass": number} for number, step in enumerate(written.passes) for entry in step.diagnostics]
+    diagnostics = [
+        {**entry, "pass": number} for number, step in enumerate(written.passes) for entry in step.diagnostics
+    ]
     return Generation(
         Tokens.from_rows(full),
         new,
         torch.stack([step.logits for step in written.passes], 1),
         Activations(cut, ran),
-        tuple(told),
+        tuple(diagnostics),
     )
 
 
@@ -288,7 +294,7 @@ def _until(row: list[int], stop: int | None) -> tuple[int, ...]:
 
 
 def _assembled(site: Site, written: _Written, nowhere: int) -> Tensor:
-    """A captured site over all passes, by token number; padding goes to a column past the end."""
+    """A captured site over all passes, by token number; padding goes to one more column at the end, to be cut off."""
     pieces = [step.captured[site] for step in written.passes]
     if site.kind in ATTENTION:
         return _assembled_attention(pieces, written.index, nowhere)
@@ -307,7 +313,7 @@ def _assembled_attention(pieces: Sequence[Tensor], index: Sequence[Tensor], nowh
     keys = torch.empty(batch, 0, dtype=torch.long)
     for piece, query in zip(pieces, index, strict=True):
         keys = torch.cat([keys, query], 1)
-        # A cache with a window holds the last keys only.
+        # The cache of a layer with a sliding window holds the last keys only.
         held = keys[:, -piece.shape[-1] :]
         whole[row, query[:, :, None], held[:, None]] = piece.permute(0, 2, 3, 1)
     return whole.permute(0, 3, 1, 2)

@@ -1,8 +1,8 @@
 """The only place that registers hooks.
 
-A `Tap` names a tensor (module, input or output) and a function of it; a `CallTap` sees a module's whole call, an
-`OutputTap` its arguments and whole output. `tapped` installs them for the length of a `with` block and always removes
-them. Several taps on one tensor share one hook and run in the order given.
+A `Tap` names a tensor (a module's input or output) and a function to call with it; a `CallTap` sees a module's whole
+call, an `OutputTap` its arguments and whole output. `tapped` installs them for the length of a `with` block and always
+removes them. Several taps on one tensor share one hook and run in the order given.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Tap:
 
 @dataclass(frozen=True, eq=False)
 class CallTap:
-    """Call `visit(args, kwargs)` when `module` is called; changes nothing."""
+    """Call `visit(args, kwargs)` when `module` is called; reads only."""
 
     module: nn.Module
     visit: Callable[[tuple[Any, ...], dict[str, Any]], None]
@@ -50,6 +50,7 @@ class OutputTap:
 @contextmanager
 def tapped(taps: Sequence[Tap | OutputTap], calls: Sequence[CallTap] = ()) -> Iterator[None]:
     """Install taps; remove them on success, exception and ctrl-C."""
+    # One hook per tensor: PyTorch runs several in the order of their registration, and taps have an order of their own.
     grouped: dict[tuple[int, str], list[Tap]] = {}
     for tap in taps:
         if isinstance(tap, Tap):
@@ -58,7 +59,7 @@ def tapped(taps: Sequence[Tap | OutputTap], calls: Sequence[CallTap] = ()) -> It
     try:
         for same in grouped.values():
             handles.append(_register(same[0].module, same[0].side, [tap.visit for tap in same]))
-        # After the taps, so that they see the call as it is made.
+        # Registered after the taps, so that they see the call with the taps' edits.
         for call in calls:
             handles.append(call.module.register_forward_pre_hook(_on_call(call), with_kwargs=True))
         for whole in taps:
@@ -129,17 +130,19 @@ def _changed(value: Any, path: list[str], visits: list[Visit], verb: str) -> Any
     """The value with the tensor at a path inside it changed; the same object when it was not."""
     if not path:
         if not isinstance(value, Tensor):
-            raise InterventionError(f"the item named of what this module {verb} is {_told(value)}, not a tensor")
+            raise InterventionError(f"that item of what this module {verb} is {_described(value)}, not a tensor")
         return _through(visits, value)
     key = _key_of(value, path[0], verb)
     changed = _changed(value[key], path[1:], visits, verb)
     if changed is value[key]:
         return value
+    # What the module returned may be kept by others, so it is copied and never changed in place.
     if not isinstance(value, tuple):
-        made = copy(value)
-        made[key] = changed
-        return made
+        copied = copy(value)
+        copied[key] = changed
+        return copied
     items = [changed if number == key else item for number, item in enumerate(value)]
+    # A named tuple takes its items one by one.
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
@@ -148,23 +151,23 @@ def _key_of(value: Any, name: str, verb: str) -> Any:
         return int(name)
     if isinstance(value, Mapping) and name in value:
         return name
-    raise InterventionError(f"this module {verb} {_told(value)}, which has no item {name!r}")
+    raise InterventionError(f"this module {verb} {_described(value)}, which has no item {name!r}")
 
 
-def _told(value: Any) -> str:
+def _described(value: Any) -> str:
     if isinstance(value, Mapping):
-        return f"a mapping of {', '.join(map(str, value)) or 'nothing'}"
-    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
+        return f"a mapping with keys {', '.join(map(str, value))}" if value else "an empty mapping"
+    return f"a {type(value).__name__}{f' of {len(value)}' if isinstance(value, tuple | list) else ''}"
 
 
-def _on_named(visits: list[Visit], output: MutableMapping[str, Any]) -> Any:
+def _on_mapping(visits: list[Visit], output: MutableMapping[str, Any]) -> Any:
     name = next(key for key, value in output.items() if isinstance(value, Tensor))
     changed = _through(visits, output[name])
     if changed is output[name]:
         return None
-    made = copy(output)
-    made[name] = changed
-    return made
+    copied = copy(output)
+    copied[name] = changed
+    return copied
 
 
 def _on_output(visits: list[Visit], output: Any) -> Any:
@@ -179,7 +182,8 @@ def _on_output(visits: list[Visit], output: Any) -> Any:
         rest = (changed, *output[1:])
         return list(rest) if isinstance(output, list) else rest
     if isinstance(output, MutableMapping) and any(isinstance(value, Tensor) for value in output.values()):
-        return _on_named(visits, output)
+        return _on_mapping(visits, output)
     raise InterventionError(
-        f"this module returns {_told(output)} with no tensor first; name the item, module:<path>|out.1 or |out.<name>"
+        f"this module returns {_described(output)} with no tensor first; name the item, module:<path>|out.1 or "
+        "|out.<name>"
     )

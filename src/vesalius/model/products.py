@@ -1,10 +1,9 @@
-"""Matrix products of edited runs: the same float32 arithmetic by the faster library, or bfloat16 when asked for.
+"""Matrix products of edited runs: the same float32 arithmetic by the faster library, or bfloat16 on request.
 
 PyTorch carries two libraries for float32 products on x86 and always takes MKL, which leaves AVX-512 unused on
-processors that are not Intel's. The other, oneDNN, rounds alike (both sum in float32) and is more than twice as
-fast there. Its bfloat16 products gain a fifth when a weight was laid out for it beforehand, and causal attention in
-bfloat16 takes half the time in blocks of queries. Nothing of this touches a module: a mode acts on the calls made
-inside a `with` block.
+processors that are not Intel's. The other, oneDNN, rounds alike (both sum in float32) and is more than twice as fast
+there. Its bfloat16 products gain a fifth when a weight was laid out for it beforehand, and causal attention in bfloat16
+takes half the time in blocks of queries. No module is changed: a mode acts on the calls inside a `with` block.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ def library() -> str:
 
     Raises UnknownNameError for another word in the environment variable.
     """
-    asked = os.environ.get(VARIABLE, "")
-    if asked and asked not in _LIBRARIES:
-        raise UnknownNameError(f"library in {VARIABLE}", asked, _LIBRARIES)
-    if asked:
-        return asked
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted and wanted not in _LIBRARIES:
+        raise UnknownNameError(f"library in {VARIABLE}", wanted, _LIBRARIES)
+    if wanted:
+        return wanted
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
     return "onednn" if wide and "GenuineIntel" not in _vendor() else "mkl"
 
@@ -54,15 +53,15 @@ def _vendor() -> str:
     try:
         return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("vendor_id"))
     except (OSError, StopIteration):
-        # Elsewhere the name tells ("AMD64 Family ..."). Unknown counts as Intel: then nothing changes.
+        # On other systems platform.processor() says "AMD64 Family ...". Unknown counts as Intel: then nothing changes.
         return "AuthenticAMD" if "AMD" in platform.processor() else "GenuineIntel"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [*any, in] times weight [out, in] transposed, plus bias, without a graph; float32 by `library()`."""
     if _suits(x, weight, bias):
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return made
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return product
     return _LINEAR(x, weight, bias)
 
 
@@ -75,7 +74,7 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 @contextmanager
 def computing(compute: str = "float32") -> Iterator[None]:
-    """Linear layers called inside compute like this. float32: exact. bfloat16: factors rounded, results float32.
+    """Linear layers called inside a `with` block compute in float32, or in bfloat16: factors rounded, float32 results.
 
     Raises UnknownNameError for another word.
     """
@@ -94,12 +93,12 @@ class _Linears(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
     def __init__(self, compute: str) -> None:
         super().__init__()
         self._rounds = compute == "bfloat16"
-        self._rounded: _Remade[Tensor] = _Remade()
+        self._rounded: _PerWeight[Tensor] = _PerWeight()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        # Every call of PyTorch inside comes by here: nothing is built for those that pass.
+        # Every call of PyTorch in the block passes here, so nothing is allocated for those that are left alone.
         if func is _LINEAR and not kwargs:
             return self._linear(*args)
         if func is torch.addmm and not kwargs and args[0].ndim == 1:
@@ -109,26 +108,27 @@ class _Linears(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not self._rounds or x.dtype != torch.float32 or torch.is_grad_enabled():
             return linear(x, weight, bias)
-        made = _LINEAR(x.bfloat16(), self._rounded.of(weight, Tensor.bfloat16)).float()
-        return made if bias is None else made + bias
+        product = _LINEAR(x.bfloat16(), self._rounded.of(weight, Tensor.bfloat16)).float()
+        return product if bias is None else product + bias
 
 
-class _Remade(Generic[T]):
-    """What was made of weights, by their address; made anew when a weight was changed since."""
+class _PerWeight(Generic[T]):
+    """Something computed once for each weight, and again when the weight has changed."""
 
     def __init__(self) -> None:
-        # The weight is kept beside what was made of it, so that its address stays its own.
-        self._held: dict[int, tuple[Tensor, int, T]] = {}
+        # The weight is kept as well: while it lives, no other tensor can get its address.
+        self._cache: dict[int, tuple[Tensor, int, T]] = {}
 
-    def of(self, weight: Tensor, make: Callable[[Tensor], T]) -> T:
-        known = self._held.get(weight.data_ptr())
+    def of(self, weight: Tensor, compute: Callable[[Tensor], T]) -> T:
+        known = self._cache.get(weight.data_ptr())
+        # PyTorch counts in-place changes of a tensor in _version.
         if known is None or known[0].shape != weight.shape or known[1] != weight._version:
-            known = self._held[weight.data_ptr()] = weight, weight._version, make(weight.detach())
+            known = self._cache[weight.data_ptr()] = weight, weight._version, compute(weight.detach())
         return known[2]
 
 
 class Half:
-    """A bfloat16 weight [out, in], laid out once for products of about so many rows where that pays."""
+    """A bfloat16 weight [out, in]; where that pays it is laid out once, for products of about this many rows."""
 
     def __init__(self, weight: Tensor, rows: int) -> None:
         self._laid_out = weight.device.type == "cpu" and library() == "onednn"
@@ -138,21 +138,21 @@ class Half:
         """x [*any, in], bfloat16 like the bias, times the weight transposed, plus the bias; without a graph."""
         if not self._laid_out:
             return _LINEAR(x, self._weight, bias)
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, bias, "none", [], "")
-        return made
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, bias, "none", [], "")
+        return product
 
 
 class Halves(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
-    """Bfloat16 modules, without a graph, faster: for `with`, as often as wanted.
+    """A mode in which bfloat16 modules run faster, without a graph; one instance can be entered many times.
 
-    Weights are laid out once for the product, and kept so; causal attention goes by blocks of queries, which never
-    looks at what lies behind a block. Rounding differs from PyTorch's own kernels as theirs do from each other. Does
-    nothing where `library()` is mkl, whose processors have instructions for this.
+    Weights are laid out for the product once and kept; causal attention goes by blocks of queries and skips the keys
+    behind each block. Rounding differs from that of PyTorch's kernels no more than theirs do from each other. Does
+    nothing where `library()` is mkl, since those processors have instructions for bfloat16.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._laid_out: _Remade[Half] = _Remade()
+        self._laid_out: _PerWeight[Half] = _PerWeight()
         self._acts = library() == "onednn"
 
     def __torch_function__(
@@ -182,15 +182,15 @@ def _causal(tensors: Sequence[Tensor], options: Mapping[str, Any]) -> bool:
 
 
 def by_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """Causal attention, softmax(q k^T scale) v, block by block of queries. q: [batch, head, pos, d_head]; k, v: the
-    same, or with fewer heads, each for as many neighbours of q's.
+    """Causal attention, softmax(q k^T scale) v, in blocks of queries.
 
-    scale: default 1 / sqrt(d_head).
+    q: [batch, head, pos, d_head]; k, v: the same, or with fewer heads (grouped-query attention). scale: default
+    1 / sqrt(d_head).
     """
     k, v = (t if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     n, block = q.shape[2], max(_QUERIES, q.shape[2] // 8)
-    # In the order of memory that models bring the heads together in.
-    made = q.new_empty(q.shape[0], n, *q.shape[1::2]).transpose(1, 2)
+    # Laid out as [batch, pos, head, d_head], so that models which join the heads next need no copy.
+    values = q.new_empty(q.shape[0], n, *q.shape[1::2]).transpose(1, 2)
     later = torch.full((block, block), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
     q = q.contiguous() * (q.shape[3] ** -0.5 if scale is None else scale)
     k, v = k.contiguous().transpose(2, 3), v.contiguous()
@@ -198,5 +198,5 @@ def by_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         end = min(start + block, n)
         scores = q[:, :, start:end] @ k[..., :end]
         scores[..., start:] += later[: end - start, : end - start]
-        made[:, :, start:end] = scores.softmax(-1) @ v[:, :, :end]
-    return made
+        values[:, :, start:end] = scores.softmax(-1) @ v[:, :, :end]
+    return values

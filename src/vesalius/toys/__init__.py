@@ -1,4 +1,4 @@
-"""Networks and activations whose mechanism is known: what a method says about them can be marked right or wrong."""
+"""Networks and activations whose mechanism is known: what a method says about them can be checked against the truth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small GPT-2 whose weights are written by hand: "... A B ... D C ... A" is continued with B by four known heads.
+"""A small GPT-2 with hand-written weights: four known heads make it continue "... A B ... D C ... A" with B.
 
 The mechanism is the induction circuit of Elhage et al. 2021 ("A Mathematical Framework for Transformer Circuits",
 "Induction heads"), with a second mover and a mover that works against the answer added:
@@ -8,8 +8,9 @@ The mechanism is the induction circuit of Elhage et al. 2021 ("A Mathematical Fr
     layer 2   name mover            the same, weaker
     layer 2   negative mover        the same, with the opposite sign
 
-The residual stream has four orthogonal subspaces: token, previous token, position, output. All weights, those of the
-planted heads too, carry small random noise, so that no other head or MLP is exactly without effect; none has a task.
+The residual stream has four orthogonal subspaces: token, previous token, position, output. Small random noise is added
+to all weights, those of the planted heads included, so that no other head or MLP has exactly zero effect; none of them
+has a function.
 """
 
 from __future__ import annotations
@@ -36,26 +37,26 @@ PLANTED: Mapping[str, tuple[Site, ...]] = MappingProxyType(
         "negative mover": (Site("z", 2, 0),),
     }
 )
-"""The truth: role -> the heads that have it. Every other head and every MLP has none."""
+"""Ground truth: role -> the heads that have it. No other head and no MLP has a role."""
 
 STRENGTHS: Mapping[Site, float] = MappingProxyType({Site("z", 1, 2): 1.0, Site("z", 2, 3): 0.3, Site("z", 2, 0): -0.4})
-"""What each mover writes, as a multiple of `SIZE`. Without the first, the rest no longer favours the answer."""
+"""What each mover writes, as a multiple of `SIZE`. Without the first, the others together do not favour the answer."""
 
 SIZE = 4.0
 """Norm of every planted vector in the residual stream, so that layer norm scales all prompts alike."""
 SHARPNESS = 11.0
-"""Score by which a planted head's target stands above keys with nothing in common: attention of .99 or so."""
+"""Score of a planted head's target above that of unrelated keys: enough for an attention of about .99."""
 NOISE = 0.03
-"""Standard deviation of the noise on each weight. A head of noise alone writes vectors of norm 0.2 or so."""
+"""Standard deviation of the noise on each weight. A head of noise alone writes vectors of norm about 0.2."""
 READOUT = 2.5
 RANDOM_SCALE = D_MODEL**-0.5
 """Standard deviation of a random model's weights: attention scores and logits of standard deviation about 1."""
 
 
 def planted_induction(seed: int = 0) -> Model:
-    """The network above. seed: the basis of the residual stream, the tokens' codes, the noise; not the mechanism.
+    """The network above. seed: for the basis of the residual stream, the tokens' codes and the noise.
 
-    Takes token ids below `VOCAB`, prompts of up to `POSITIONS` tokens; made for `planted_pairs`.
+    Takes token ids below `VOCAB` and prompts of up to `POSITIONS` tokens; `planted_pairs` makes them.
     """
     generator = torch.Generator().manual_seed(seed)
     module = _network()
@@ -76,10 +77,20 @@ def random_model(seed: int = 0) -> Model:
 
 def _network() -> GPT2LMHeadModel:
     config = GPT2Config(
-        vocab_size=VOCAB, n_positions=POSITIONS, n_embd=D_MODEL, n_layer=LAYERS, n_head=HEADS,
-        tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):  # transformers draws initial weights, which are all replaced
+        vocab_size=VOCAB,
+        n_positions=POSITIONS,
+        n_embd=D_MODEL,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    # transformers draws initial weights from the global generator; they are all replaced, and its state is put back.
+    with torch.random.fork_rng(devices=[]):
         return GPT2LMHeadModel(config).eval()
 
 
@@ -108,7 +119,7 @@ def _set_head(module: GPT2LMHeadModel, part: Site, query: Tensor, key: Tensor, v
     """Add a head's mechanism. query, key, value: directions [k, d_model] it reads, row by row; out: those it writes."""
     assert part.layer is not None and part.index is not None
     attention = module.transformer.h[part.layer].attn
-    # Layer norm sets the norm to sqrt(d_model): the planted vectors present share it.
+    # Layer norm gives its output the norm sqrt(d_model), which the 2 + layer planted vectors present share.
     size = (D_MODEL / (2 + part.layer)) ** 0.5
     sharp = (SHARPNESS * D_HEAD**0.5) ** 0.5 / size
     start = part.index * D_HEAD

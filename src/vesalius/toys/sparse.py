@@ -1,4 +1,4 @@
-"""Rows that are sums of few known directions: what a dictionary should find in them is known."""
+"""Rows that are sums of few known directions: what a dictionary should find in them is known beforehand."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ class SparseRows:
 
 
 def sparse_rows(
-    n: int, width: int = 64, n_features: int = 128, *, active: float = 3.0, features: Tensor | None = None,
+    n: int,
+    width: int = 64,
+    n_features: int = 128,
+    *,
+    active: float = 3.0,
+    features: Tensor | None = None,
     seed: int = 0,
-) -> SparseRows:  # fmt: skip
+) -> SparseRows:
     """n rows in which each feature is present independently, `active` of them on average, with strength .5 to 1.5.
 
     features: unit rows; default random directions, by seed. The same seed and features give the same rows. Raises
@@ -48,11 +53,11 @@ def unit_rows(n: int, width: int, seed: int = 0) -> Float[Tensor, "n width"]:
 
 
 def recovered(directions: Float[Tensor, "latent width"], features: Float[Tensor, "feature width"]) -> Tensor:
-    """Cosine [feature] of each feature to its own direction, matched one to one so that the sum is largest.
+    """Cosine [feature] of each feature with its direction, matched one to one so that the sum is largest.
 
-    A direction serves one feature only; the largest cosine of each, where one may serve several, is no smaller. Neither
-    is 0 for random directions: 128 of them in 64 dimensions have a mean largest cosine of .32. Raises InputError when
-    there are fewer directions than features.
+    Each direction is matched to one feature only, so that these are at most the largest cosines of the features. They
+    are not 0 for random directions: 128 of them in 64 dimensions have a mean largest cosine of .32. Raises InputError
+    when there are fewer directions than features.
     """
     if len(directions) < len(features):
         raise InputError(f"{len(features)} features cannot be matched one to one to {len(directions)} directions")

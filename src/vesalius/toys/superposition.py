@@ -1,7 +1,8 @@
-"""Toy models of superposition (Elhage et al. 2022): sparse features squeezed through fewer dimensions than there are.
+"""Toy models of superposition (Elhage et al. 2022, arXiv:2209.10652): more sparse features than hidden dimensions.
 
-x' = ReLU(W W^T x + b) with W [feature, hidden]; each feature is there with a probability, uniform between 0 and 1. What
-the best W looks like is known: orthogonal where features are dense or few, polytopes where they are sparse.
+x' = ReLU(W W^T x + b) with W [feature, hidden]; each feature is present with some probability, and then uniform between
+0 and 1. What the best W looks like is known: orthogonal where features are dense or few, polytopes where they are
+sparse.
 """
 
 from __future__ import annotations
@@ -42,19 +43,27 @@ class ToyModels:
 
 
 def toy_models(
-    n_features: int, n_hidden: int, probability: float, *, importance: Sequence[float] | None = None,
-    instances: int = 8, steps: int = 2000, lr: float = 1e-2, seed: int = 0,
-) -> ToyModels:  # fmt: skip
-    """Train a toy from several random starts at once, by Adam with a rate that falls to zero.
+    n_features: int,
+    n_hidden: int,
+    probability: float,
+    *,
+    importance: Sequence[float] | None = None,
+    instances: int = 8,
+    steps: int = 2000,
+    lr: float = 1e-2,
+    seed: int = 0,
+) -> ToyModels:
+    """Train a toy model from several random starts at once, by Adam with a learning rate that falls to zero.
 
-    importance: weight of each feature's squared error; default 1 each. With two features the expectation is taken over
-    a grid; with more, over a fresh batch a step. Raises InputError for sizes and probabilities out of range.
+    importance: weight of each feature's squared error; default 1 each. With two features the expected loss is computed
+    on a grid; with more, on a new batch at each step. Raises InputError for sizes and probabilities out of range.
     """
     weights = torch.tensor([1.0] * n_features if importance is None else list(importance))
     if min(n_features, n_hidden, instances, steps) < 1 or not 0 < probability <= 1 or len(weights) != n_features:
         raise InputError(
-            "a toy has features, hidden dimensions, instances and steps, a probability in (0, 1], and importances, one "
-            f"each; got {n_features}, {n_hidden}, {instances}, {steps}, {probability}, {len(weights)} importances"
+            "toy models need at least one feature, hidden dimension, instance and step, a probability in (0, 1] and "
+            f"one importance per feature; got {n_features}, {n_hidden}, {instances}, {steps}, {probability} and "
+            f"{len(weights)} importances"
         )
     generator = torch.Generator().manual_seed(seed)
     W = (torch.randn(instances, n_features, n_hidden, generator=generator) * n_hidden**-0.5).requires_grad_()
@@ -74,14 +83,15 @@ def toy_models(
 
 
 def _grid(p: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Values of two features, [row, 2], and how likely each row is; the same at every step."""
+    """Values of two features, [row, 2], and the probability of each row; the same at every step."""
     points = (torch.arange(GRID) + 0.5) / GRID
     zero = torch.zeros(GRID)
     both = torch.cartesian_prod(points, points)
     x = torch.cat([torch.zeros(1, 2), torch.stack([points, zero], 1), torch.stack([zero, points], 1), both])
+    # Neither feature present, one of them, both.
     counts = torch.tensor([1, 2 * GRID, GRID**2])
-    chances = torch.tensor([(1 - p) ** 2, p * (1 - p) / GRID, p**2 / GRID**2])
-    share = chances.repeat_interleave(counts)
+    probabilities = torch.tensor([(1 - p) ** 2, p * (1 - p) / GRID, p**2 / GRID**2])
+    share = probabilities.repeat_interleave(counts)
     while True:
         yield x, share
 

@@ -54,8 +54,8 @@ class _Row:
 def planted_pairs(n: int = 24, seed: int = 0) -> dict[str, Pairs]:
     """n prompts in each of the splits "discovery" and "validation", under each corruption: name -> Pairs.
 
-    groups: "template" (12 layouts a split) and "names" (12 pairs of tokens a split, each in both orders); the splits
-    share neither, and no answer or distractor token. Raises InputError for n below 2.
+    groups: "template" (12 layouts per split) and "names" (12 pairs of tokens per split, each in both orders); the
+    splits share neither, nor any answer or distractor token. Raises InputError for n below 2.
     """
     if n < 2:
         raise InputError(f"n is {n}; give at least 2 prompts per split")
@@ -69,15 +69,15 @@ def planted_pairs(n: int = 24, seed: int = 0) -> dict[str, Pairs]:
 
 
 def _layouts(generator: torch.Generator) -> list[Layout]:
-    """Layouts for both splits, all different: every one comes with its mirror image, so that order tells nothing."""
+    """Layouts for both splits, all different; each with its mirror image, so that order carries no information."""
     possible = [
         Layout(length, first, other)
         for length in range(SHORTEST, LONGEST + 1)
         for first, other in permutations(range(1, length - 3), 2)
         if other - first >= 3
     ]
-    picked = [possible[int(i)] for i in torch.randperm(len(possible), generator=generator)[:TEMPLATES]]
-    return [twin for one in picked for twin in (one, Layout(one.length, one.other, one.first))]
+    drawn = [possible[int(i)] for i in torch.randperm(len(possible), generator=generator)[:TEMPLATES]]
+    return [twin for one in drawn for twin in (one, Layout(one.length, one.other, one.first))]
 
 
 def _rows(

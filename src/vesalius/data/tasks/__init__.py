@@ -1,4 +1,4 @@
-"""Built-in tasks: questions with prompts of our own, by name."""
+"""Built-in tasks by name: questions with prompts of our own."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ TASKS = {
         Task("capitals", "How does the model recall the capital of a country?", capitals, _capitals.CORRUPTIONS),
         Task(
             "gendered_pronoun",
-            "How does the model decide which pronoun takes up a name?",
+            "How does the model decide which pronoun refers to a name?",
             gendered_pronoun,
             _gendered_pronoun.CORRUPTIONS,
         ),

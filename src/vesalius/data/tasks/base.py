@@ -1,6 +1,6 @@
-"""What all tasks share: rows of text made into checked Pairs, the bos-of-text policy, balanced draws.
+"""What all tasks share: rows of text become checked Pairs, a bos token is put in front, items are drawn in balance.
 
-A task writes `Row`s (text and labels) and `build_pairs` turns them into token ids, refusing whatever would make a
+A task writes `Row`s (text and labels) and `build_pairs` turns them into token ids. It refuses whatever would make a
 patching experiment meaningless: answers of several tokens, prompts that do not line up, edits in the wrong places.
 """
 
@@ -21,14 +21,14 @@ from vesalius.inputs import Pairs, pad_rows
 T = TypeVar("T")
 
 SPLITS = ("discovery", "validation")
-# They open and close a chat turn. A model reads what follows `<|im_start|>` as the name of a role, which is not how a
-# prompt of plain text begins: measured on the demo model, names in first position were lost behind it.
+# They begin and end a chat turn. What follows `<|im_start|>` is the name of a role, so that it must not stand before
+# plain text: on the demo model, names in the first position were no longer recognised behind it.
 CHAT_MARKERS = ("<|im_start|>", "<|im_end|>")
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 
 
 class HasTokenizer(Protocol):
-    """All that a generator needs of a model."""
+    """All that a task needs of a model."""
 
     @property
     def tokenizer(self) -> Any: ...
@@ -76,7 +76,7 @@ def tokenizer_of(model: HasTokenizer) -> Any:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, nothing added in front or behind."""
+    """Token ids of a text, with nothing added before or after."""
     return [int(token) for token in tokenizer.encode(text, add_special_tokens=False)]
 
 
@@ -111,7 +111,7 @@ def bos_token(tokenizer: Any, bos: str = "auto") -> str:
 
 
 def continuation(tokenizer: Any, text: str, more: str, before: Sequence[int] | None = None) -> list[int] | None:
-    """Token ids of `more` as it follows `text` (ids `before`); None when it merges with the text's last token."""
+    """Token ids of `more` where it follows `text` (ids `before`); None when it merges with the text's last token."""
     before, both = list(before or encode(tokenizer, text)), encode(tokenizer, text + more)
     return both[len(before) :] if both[: len(before)] == before else None
 
@@ -196,7 +196,7 @@ def build_pairs(
 
 
 def assemble(rows: Sequence[Encoded], tokenizer: Any, *, bos: str, corruption: str, task: str) -> Pairs:
-    """Pairs from rows of token ids, the bos token put in front, with the named_positions that any pair has.
+    """Pairs from rows of token ids, with the bos token in front and the named positions that any pair has.
 
     Raises InputError for no rows.
     """
@@ -252,7 +252,7 @@ def _is_single(tokenizer: Any, word: str) -> bool:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """A word list written as text."""
+    """A list of words, written as one text."""
     return tuple(text.split())
 
 
@@ -260,8 +260,8 @@ def shuffled(items: Sequence[T], generator: torch.Generator) -> list[T]:
     return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
 
 
-class Rota(Generic[T]):
-    """Draws items so that all are used about equally often, ties broken at random."""
+class BalancedSampler(Generic[T]):
+    """Draws items so that all are used about equally often; ties are broken at random."""
 
     def __init__(self, items: Sequence[T], generator: torch.Generator) -> None:
         self.items = tuple(items)

@@ -1,4 +1,4 @@
-"""A fact looked up: country -> capital. Corrupted: another country, whose capital is the distractor."""
+"""Recall of a fact: country -> capital. Corrupted: another country, whose capital is the distractor."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from itertools import cycle
 
 from vesalius.data.tasks.base import (
     SPLITS,
+    BalancedSampler,
     HasTokenizer,
-    Rota,
     Row,
     build_pairs,
     check_request,
@@ -91,7 +91,7 @@ def capitals(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = 
 
 
 def _partners(tokenizer: object, split: str) -> dict[str, tuple[str, ...]]:
-    """Every usable country with those that can take its place: capitals of one token, as many tokens as the country."""
+    """Every usable country, with those that can replace it: as many tokens, and a capital of a single token."""
     table = CAPITALS[split]
     good = set(single_tokens(tokenizer, list(table.values()), LEAST_COUNTRIES, "capitals"))
     size = {country: _tokens(tokenizer, country) for country, capital in table.items() if capital in good}
@@ -109,7 +109,7 @@ def _tokens(tokenizer: object, country: str) -> int:
 def _rows(split: str, partners: Mapping[str, Sequence[str]], n: int, seed: int) -> list[Row]:
     draw = generator_for("capitals", split, seed)
     table = CAPITALS[split]
-    countries, others = Rota(tuple(partners), draw), Rota(tuple(partners), draw)
+    countries, others = BalancedSampler(tuple(partners), draw), BalancedSampler(tuple(partners), draw)
     seen: defaultdict[str, set[str]] = defaultdict(set)
     rows = []
     for _, frame in zip(range(n), cycle(shuffled(FRAMES[split], draw)), strict=False):

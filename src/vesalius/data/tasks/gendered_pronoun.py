@@ -1,4 +1,4 @@
-"""The pronoun that takes up a name: "So Maria is a really great friend, isn't" -> " she".
+"""The pronoun that refers to a name: "So Maria is a really great friend, isn't" -> " she".
 
 The task is that of Mathwin et al. 2023 ("Identifying a preliminary circuit for predicting gendered pronouns in GPT-2
 small") with several frames in place of one; frames and names are our own.
@@ -12,8 +12,8 @@ from itertools import cycle
 
 from vesalius.data.tasks.base import (
     SPLITS,
+    BalancedSampler,
     HasTokenizer,
-    Rota,
     Row,
     build_pairs,
     check_request,
@@ -99,11 +99,11 @@ def gendered_pronoun(
 def _rows(split: str, names: Mapping[str, Sequence[str]], n: int, seed: int) -> list[Row]:
     draw = generator_for("gendered_pronoun", split, seed)
     frames = shuffled(FRAMES[split], draw)
-    clean, corrupted = ({g: Rota(names[g], draw) for g in PRONOUNS} for _ in range(2))
+    clean, corrupted = ({g: BalancedSampler(names[g], draw) for g in PRONOUNS} for _ in range(2))
     seen: defaultdict[str, set[str]] = defaultdict(set)
     rows = []
     for row, frame in zip(range(n), cycle(frames), strict=False):
-        # neighbouring frames start with different genders, so that genders balance over frames as well as within them
+        # Neighbouring frames start with different genders, so that genders balance over frames as well as within them.
         gender, other = [("female", "male"), ("male", "female")][(row // len(frames) + row % len(frames)) % 2]
         name = clean[gender].draw(exclude=seen[frame])
         seen[frame].add(name)

@@ -16,8 +16,8 @@ import torch
 from vesalius.data.positions import Positions, named_positions
 from vesalius.data.tasks.base import (
     SPLITS,
+    BalancedSampler,
     HasTokenizer,
-    Rota,
     Row,
     build_pairs,
     check_request,
@@ -95,8 +95,8 @@ OBJECTS: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Scene:
-    """One clean prompt before it is written down."""
+class Draft:
+    """What a clean prompt and its corruptions are filled in from."""
 
     frame: str
     order: str
@@ -114,10 +114,10 @@ def ioi(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "swap
     """n pairs in each of the splits "discovery" and "validation", which share no frame, name, place or object.
 
     "After Anna and Paul finished lunch at the market, Paul handed the ticket to" -> " Anna" (distractor " Paul").
-    corruption "swap": S2 becomes IO, which turns the answer round. "abc": all three names become three other names of
-    the split. The clean prompts depend on n and seed only. groups: "template" (the frame), "names" (the two names,
-    without order), "order" ("ABBA": the answer is mentioned first; "BABA": second). Frames and both orders within each
-    are used equally often, names too, and each two names meet as rarely as possible.
+    corruption "swap": S2 becomes IO, which exchanges answer and distractor. "abc": all three names become three other
+    names of the split. The clean prompts depend on n and seed only. groups: "template" (the frame), "names" (the two
+    names, without order), "order" ("ABBA": the answer is mentioned first; "BABA": second). Frames, the two orders
+    within each, and names are used equally often, and the same two names as rarely as possible.
 
     Raises InputError for an n that cannot be made, UnknownNameError for a corruption, TokenizerError for a tokenizer
     with fewer than 24 of a split's names as single tokens.
@@ -132,51 +132,54 @@ def ioi(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "swap
 
 
 def _rows(split: str, names: Sequence[str], n: int, seed: int, corruption: str) -> list[Row]:
-    others = Rota(names, generator_for("ioi", split, seed, "other names"))
-    return [_row(scene, split, corruption, others) for scene in _scenes(split, names, n, seed)]
+    others = BalancedSampler(names, generator_for("ioi", split, seed, "other names"))
+    return [_row(draft, split, corruption, others) for draft in _drafts(split, names, n, seed)]
 
 
-def _row(scene: Scene, split: str, corruption: str, others: Rota[str]) -> Row:
+def _row(draft: Draft, split: str, corruption: str, others: BalancedSampler[str]) -> Row:
     if corruption == "swap":
-        corrupted = scene.write(scene.io, scene.s, scene.io)
+        corrupted = draft.write(draft.io, draft.s, draft.io)
     else:
-        taken = [scene.io, scene.s]
+        taken = [draft.io, draft.s]
         for _ in range(3):
             taken.append(others.draw(exclude=taken))
-        corrupted = scene.write(*taken[2:])
+        corrupted = draft.write(*taken[2:])
     return Row(
-        clean=scene.write(scene.io, scene.s, scene.s),
+        clean=draft.write(draft.io, draft.s, draft.s),
         corrupted=corrupted,
-        answer=f" {scene.io}",
-        distractor=f" {scene.s}",
-        groups={"template": scene.frame.strip(), "names": "|".join(sorted((scene.io, scene.s))), "order": scene.order},
+        answer=f" {draft.io}",
+        distractor=f" {draft.s}",
+        groups={"template": draft.frame.strip(), "names": "|".join(sorted((draft.io, draft.s))), "order": draft.order},
         split=split,
         edits=1 if corruption == "swap" else 3,
     )
 
 
-def _scenes(split: str, names: Sequence[str], n: int, seed: int) -> list[Scene]:
-    """n distinct scenes: frames in turn, each frame in its two orders in turn, names by least use."""
+def _drafts(split: str, names: Sequence[str], n: int, seed: int) -> list[Draft]:
+    """n distinct drafts: frames in turn, each frame in its two orders in turn, the least used names."""
     draw = generator_for("ioi", split, seed, "scenes")
     frames = shuffled(FRAMES[split], draw)
-    rota, places, objects = Rota(names, draw), Rota(PLACES[split], draw), Rota(OBJECTS[split], draw)
+    word_lists = (names, PLACES[split], OBJECTS[split])
+    sampler, places, objects = (BalancedSampler(items, draw) for items in word_lists)
     together: Counter[frozenset[str]] = Counter()
     used: defaultdict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
-    scenes = []
+    drafts = []
     for row, frame in zip(range(n), cycle(frames), strict=False):
-        # neighbouring frames start with different orders, so that orders balance over frames as well as within them
+        # Neighbouring frames start with different orders, so that orders balance over frames as well as within them.
         order = ("ABBA", "BABA")[(row // len(frames) + row % len(frames)) % 2]
-        io, s = _two_names(rota, together, used[frame, order])
-        scenes.append(Scene(frame, order, io, s, places.draw(), objects.draw()))
-    return scenes
+        io, s = _two_names(sampler, together, used[frame, order])
+        drafts.append(Draft(frame, order, io, s, places.draw(), objects.draw()))
+    return drafts
 
 
-def _two_names(rota: Rota[str], together: Counter[frozenset[str]], used: set[tuple[str, str]]) -> tuple[str, str]:
-    """IO and S: seldom used, seldom seen together, not yet used (with this frame and order)."""
-    full = {io for io, count in Counter(io for io, _ in used).items() if count == len(rota.items) - 1}
-    io = rota.draw(exclude=full)
+def _two_names(
+    sampler: BalancedSampler[str], together: Counter[frozenset[str]], used: set[tuple[str, str]]
+) -> tuple[str, str]:
+    """IO and S: the least used, the least often together, and not yet used with this frame and order."""
+    full = {io for io, count in Counter(io for io, _ in used).items() if count == len(sampler.items) - 1}
+    io = sampler.draw(exclude=full)
     met = {io, *(s for first, s in used if first == io)}
-    s = rota.draw(exclude=met, cost=lambda name: together[frozenset((io, name))])
+    s = sampler.draw(exclude=met, cost=lambda name: together[frozenset((io, name))])
     used.add((io, s))
     together[frozenset((io, s))] += 1
     return io, s

@@ -11,8 +11,8 @@ from itertools import cycle
 
 from vesalius.data.tasks.base import (
     SPLITS,
+    BalancedSampler,
     HasTokenizer,
-    Rota,
     Row,
     build_pairs,
     check_request,
@@ -76,8 +76,8 @@ NOUNS: Mapping[str, tuple[str, ...]] = {
 def sva(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "number", bos: str = "auto") -> Pairs:
     """n pairs in each of the splits "discovery" and "validation", which share no frame and no noun.
 
-    The subject's number is flipped in the corrupted prompt, the other noun stays. The clean subject is singular as
-    often as plural, the other noun of the same number as often as not. groups: "template" (the frame), "names" (the
+    The corrupted prompt has the subject in the other number; the other noun stays. Clean subjects are singular as often
+    as plural, and the other noun has the same number as often as not. groups: "template" (the frame), "names" (the
     subject's singular), "other" ("same" or "opposite" number).
 
     Raises InputError for an n that cannot be made, TokenizerError for a tokenizer with too few single-token nouns.
@@ -99,11 +99,11 @@ def _nouns(tokenizer: object, split: str) -> tuple[str, ...]:
 def _rows(split: str, nouns: Sequence[str], n: int, seed: int) -> list[Row]:
     draw = generator_for("sva", split, seed)
     frames = shuffled(FRAMES[split], draw)
-    subjects, others = Rota(nouns, draw), Rota(nouns, draw)
+    subjects, others = BalancedSampler(nouns, draw), BalancedSampler(nouns, draw)
     seen: defaultdict[tuple[str, bool, bool], set[str]] = defaultdict(set)
     rows = []
     for row, (frame, singular, plural) in zip(range(n), cycle(frames), strict=False):
-        # all four kinds of number in turn, within a frame and over frames
+        # The four combinations of the nouns' numbers in turn, within each frame and over frames.
         kind = (row // len(frames) + row % len(frames)) % 4
         many, same = kind % 2 == 1, kind // 2 == 0
         subject = subjects.draw(exclude=seen[frame, many, same])

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from tiny_gguf import tiny_llama, write_gguf
 from vesalius import report
 from vesalius.bench import Bench
 from vesalius.cli import main
+from vesalius.cli.ledgers import STYLES, _cells
+from vesalius.protocol.ledger import Ledger
 
 FAST = ("--random-sets", "4", "--bos", "none")
 LETTERS = "abcdefgijklmnopqrsuvwxyz"
@@ -510,11 +512,13 @@ def test_sites_prints_the_tree_with_shapes(run: Callable[..., Done], model: Path
     done = run("sites", model)
     assert done.code == 0
     assert "tiny (llama): 2 layers" in done.out
-    lines = {line.split()[1]: line for line in done.out.splitlines() if "layers.*." in line}
-    assert "(batch, pos, 4, 16)" in lines["layers.*.z"]
-    assert "(batch, pos, 2, 16)" in lines["layers.*.k"]
-    assert "(batch, pos, 64)" in lines["layers.*.resid_post"]
-    assert "(batch, pos, 96)" in lines["layers.*.mlp_post"]
+    lines = {line.split()[0]: f"{line} " for line in done.out.splitlines() if line.startswith("layers.*.")}
+    assert "batch pos head=4 d_head=16 " in lines["layers.*.z"]
+    assert "batch pos kv_head=2 d_head=16 " in lines["layers.*.k"]
+    assert "batch pos d_model=64 " in lines["layers.*.resid_post"]
+    assert "batch pos d_mlp=96 " in lines["layers.*.mlp_post"]
+    assert " mlp.hook_post " in lines["layers.*.mlp_post"]
+    assert "For reading only, since no module makes it: layers.*.result. Edit z instead." in done.out
 
 
 def test_sites_of_no_model_is_refused(run: Callable[..., Done], tmp_path: Path) -> None:
@@ -534,6 +538,18 @@ def test_a_ledger_is_shown_with_a_verdict_for_every_claim(run: Callable[..., Don
     for outcome in ("SUPPORTED", "REFUTED", "INCONCLUSIVE"):
         shown = sum(line.split("│")[1].strip().startswith(outcome[:6]) for line in done.out.splitlines() if "│" in line)
         assert shown == sum(row["verdict"] == outcome for row in claims)
+
+
+@pytest.mark.parametrize("outcome", ["SUPPORTED", "REFUTED", "NOT SPECIFIC", "INCONCLUSIVE", "SOMETHING NEW"])
+def test_an_outcome_is_shown_in_its_colour_with_its_reason_and_its_p(outcome: str, finished: Path) -> None:
+    with Ledger(finished / "ledger.sqlite", create=False) as ledger:
+        (family,) = ledger.families()
+        verdict = replace(ledger.verdicts(family)[0], p_supported_holm=0.25, p_refuted_holm=0.125)
+    object.__setattr__(verdict, "outcome", outcome)
+    object.__setattr__(verdict, "reason", "n_too_small")
+    shown, *_, p = _cells(family.claims[0], verdict)
+    assert shown == f"[{STYLES.get(outcome, 'bold')}]{outcome}[/]\nn too small"
+    assert p == ("0.12" if outcome in ("REFUTED", "NOT SPECIFIC") else "0.25")
 
 
 def test_a_whole_ledger_verifies(run: Callable[..., Done], finished: Path) -> None:

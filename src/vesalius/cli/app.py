@@ -1,7 +1,9 @@
 """`vesalius study | sites | harvest | train | quality | calibrate | ledger`.
 
 Exit codes: 0 done, 1 the study stopped at its gate, 2 something given cannot be used (the message says what, and what
-to do), 130 interrupted; finished work is kept and the same command goes on from there.
+to do), 130 interrupted; finished work is kept, and the same command goes on from there.
+
+Every command first checks what it can without importing torch, so that a wrong path is answered at once.
 """
 
 from __future__ import annotations
@@ -56,11 +58,11 @@ def _run() -> int:
     except OSError as error:
         return fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except Exception as error:
-        # typer's own usage errors bring a message; anything else is a bug and keeps its traceback.
+        # typer's own usage errors have a method for their message; anything else is a bug and keeps its traceback.
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        # Without arguments the help was shown, and there is no more to say.
+        # Without arguments typer has shown the help, and its message is empty.
         return fail(message()) if message() else USAGE
     # Some versions of typer turn ctrl-C into this code themselves.
     if code == INTERRUPTED:

@@ -1,4 +1,4 @@
-"""How a command's own process uses memory and threads. A library must not decide that; a program may."""
+"""How the process of a command uses memory and threads. A library must not decide that; a program may."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _KEPT = 512 << 20
 
 
 def settle() -> None:
-    """Call first, before PyTorch is loaded.
+    """To be called first, before PyTorch is imported.
 
-    Freed memory is kept for what comes next: glibc would hand large blocks back and take them again page by page, which
-    costs an edited run a quarter of its time. Threads that wait sleep, which costs little on an idle machine and saves
-    half the time on a busy one. What the environment says already stays.
+    Freed memory is kept for the next run: glibc would return large blocks to the system and ask for them again page by
+    page, which costs an edited run a quarter of its time. Waiting threads sleep instead of spinning, which costs little
+    on an idle machine and saves half the time on a busy one. Environment variables that are already set win.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if any(name.startswith("MALLOC_") for name in os.environ):

@@ -22,7 +22,7 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """A line beside the result, on standard error."""
+    """A line that is not part of the result, on standard error."""
     console.print(f"[dim]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
 
@@ -42,7 +42,7 @@ def bars() -> Progress:
 
 
 class Screen:
-    """An event sink that draws bars and remembers when the steps of a study began."""
+    """An event sink that draws bars and remembers when each step of a study began."""
 
     def __init__(self, progress: Progress) -> None:
         self._draw = drawing.DrawingSink(progress)
@@ -55,7 +55,7 @@ class Screen:
         self._draw(event)
 
     def seconds(self, steps: tuple[str, ...]) -> list[dict[str, Any]]:
-        """Wall seconds of each step of a study, in order; of the last one when several were run."""
+        """Wall seconds of each step of a study, in order; of the last study when several were run."""
         marks = [(name, at) for name, at in self._marks if name in steps]
         last = max((number for number, (name, _) in enumerate(marks) if name == steps[0]), default=0)
         began = marks[last:]

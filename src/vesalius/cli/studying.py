@@ -81,7 +81,7 @@ def study(request: Request) -> int:
 
 
 def _question(request: Request, model: Model) -> Question:
-    """The question's pairs; of the user's own as many as were asked for."""
+    """The question with its pairs; of the user's own pairs as many as --n says."""
     how: dict[str, Any] = {"seed": request.seed, "bos": request.bos}
     if request.n is not None and request.question in checks.QUESTIONS:
         how["n"] = request.n
@@ -103,19 +103,20 @@ def _plain_study(request: Request, model: Model, question: Question, screen: Scr
 
 
 def _control_study(request: Request, model: Model, question: Question, screen: Screen) -> dict[str, Any]:
-    """The same study on the re-initialised model, which the trained model's claims are tested on as well.
+    """The same study on the re-initialised model; the trained model's claims are tested on it as well.
 
-    The trained model's own study goes into a folder inside; when it stops at the gate there is nothing to compare with.
+    The trained model's study goes into a subfolder. When it stops at the gate, there is nothing to compare with.
     """
     inside = request.folder / "trained"
     trained, summary = _studied(request, model, question, screen, inside, request.options())
     vs.report.write(summary, inside)
     if trained.stopped:
         return {**summary, "control": request.control}
-    blank = vs.validate.reinitialised(model, request.seed)
+    untrained = vs.validate.reinitialised(model, request.seed)
+    # No untrained model does the task, so that its gate would always stop it.
     options = request.options(past_gate=True, control=request.control)
-    rows = vs.studies.claims_on(trained, blank, request.folder, screen)
-    return _studied(request, blank, question, screen, request.folder, options, rows)[1]
+    rows = vs.studies.claims_on(trained, untrained, request.folder, screen)
+    return _studied(request, untrained, question, screen, request.folder, options, rows)[1]
 
 
 def _studied(
@@ -133,7 +134,7 @@ def _studied(
 
 
 def timings(screen: Screen, done: Study) -> Mapping[str, Any]:
-    """The part of the summary that differs between two runs with one seed."""
+    """The part of the summary that differs between two runs with the same seed."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "steps": screen.seconds(STEPS),

@@ -1,4 +1,4 @@
-"""One model family a file, as data."""
+"""Adapters: one file per model family, as data."""
 
 from __future__ import annotations
 
@@ -27,9 +27,29 @@ from vesalius.errors import UnknownArchitectureError
 
 # Adapters of one class are tried in this order; the first whose config check passes is taken.
 KNOWN: tuple[Adapter, ...] = (
-    ALBERT, BERT, BLOOM, GEMMA2, GEMMA3, GPT2, LLAMA, MISTRAL, MIXTRAL, MODERNBERT, NEOX, NEOX_SERIAL, OLMO2, OLMOE,
-    OPT, PHI, PHI3, QWEN2, QWEN2_MOE, QWEN3, T5, VIT,
-)  # fmt: skip
+    ALBERT,
+    BERT,
+    BLOOM,
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    MODERNBERT,
+    NEOX,
+    NEOX_SERIAL,
+    OLMO2,
+    OLMOE,
+    OPT,
+    PHI,
+    PHI3,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3,
+    T5,
+    VIT,
+)
 
 __all__ = ["KNOWN", "Access", "Adapter", "Layout", "Stack", "adapter_for", "submodule"]
 
@@ -51,6 +71,7 @@ def adapter_for(module: nn.Module) -> Adapter | None:
             return adapter
     if refusals:
         raise refusals[0]
+    # A transformers model of another class. Other modules are used by module paths, without an adapter.
     if hasattr(module, "config") and hasattr(module.config, "model_type"):
         known = ", ".join(sorted({c for adapter in KNOWN for c in adapter.classes}))
         raise UnknownArchitectureError(

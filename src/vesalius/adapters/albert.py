@@ -16,6 +16,7 @@ ALBERT = replace(
     BERT,
     family="albert",
     classes=("AlbertForMaskedLM",),
+    # One module for all layers, so that its path has no number.
     layers="albert.encoder.albert_layer_groups.0.albert_layers.0",
     sites={
         "resid_pre": Access("", "in"),
@@ -35,6 +36,7 @@ ALBERT = replace(
     final_norm="predictions.LayerNorm",
     unembed="predictions.decoder",
     attention="attention",
+    # More groups would be more modules, and which one a layer calls would depend on the config.
     accepts={"num_hidden_groups": (1,), "inner_group_num": (1,), "position_embedding_type": ("absolute",)},
     understood=SIZES
     | {"embedding_size", "type_vocab_size", "down_scale_factor", "gap_size", "net_structure_type", "num_memory_blocks"},

@@ -20,6 +20,7 @@ BERT = Adapter(
         "v": Access("attention.self.value", heads="kv_head"),
         "z": Access("attention.output.dense", "in", heads="head"),
         "attn_out": Access("attention.output.dense"),
+        # The norm after attention stands on the stream: its output goes on.
         "resid_mid": Access("attention"),
         "mlp_in": Access("intermediate", "in"),
         "mlp_post": Access("output.dense", "in"),
@@ -28,6 +29,7 @@ BERT = Adapter(
     },
     outside={"embed": Access("bert.embeddings"), "logits": Access("cls.predictions.decoder")},
     o_proj="attention.output.dense",
+    # A dense layer, an activation and a norm in one module.
     final_norm="cls.predictions.transform",
     unembed="cls.predictions.decoder",
     norm="layer",

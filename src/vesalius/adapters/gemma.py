@@ -20,6 +20,7 @@ GEMMA2 = replace(
     sites={
         **LLAMA.sites,
         "attn_out": Access("post_attention_layernorm"),
+        # In Gemma post_attention_layernorm norms attention's output; Llama has that name for the norm before the MLP.
         "resid_mid": Access("pre_feedforward_layernorm", "in", delta="post_attention_layernorm"),
         "mlp_out": Access("post_feedforward_layernorm"),
     },
@@ -27,9 +28,11 @@ GEMMA2 = replace(
     attn_norm="post_attention_layernorm",
     cap="final_logit_softcapping",
     accepts={"use_bidirectional_attention": (None, False)},
-    understood=SIZES | ROTARY | WINDOWS
+    understood=SIZES
+    | ROTARY
+    | WINDOWS
     | {"hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping", "attention_bias"},
-)  # fmt: skip
+)
 # Gemma 3 reads attn_logit_softcapping nowhere: a value there would be a promise the model does not keep.
 GEMMA3 = replace(
     GEMMA2,

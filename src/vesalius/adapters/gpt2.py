@@ -14,6 +14,7 @@ GPT2 = Adapter(
         "k": Access("attn.c_attn", heads="kv_head", part="k"),
         "v": Access("attn.c_attn", heads="kv_head", part="v"),
         "z": Access("attn.c_proj", "in", heads="head"),
+        # A dropout module, because attn itself returns a tuple; it does nothing in evaluation mode.
         "attn_out": Access("attn.resid_dropout"),
         "resid_mid": Access("ln_2", "in", delta="attn.resid_dropout"),
         "mlp_in": Access("mlp", "in"),

@@ -22,6 +22,7 @@ NEOX = Adapter(
         "v": Access("attention.query_key_value", heads="kv_head", part="v", fused="groups"),
         "z": Access("attention.dense", "in", heads="head"),
         "attn_out": Access("attention.dense"),
+        # No resid_mid: attention and MLP are added to the stream together.
         "mlp_in": Access("mlp", "in"),
         "mlp_post": Access("mlp.dense_4h_to_h", "in"),
         "mlp_out": Access("mlp"),

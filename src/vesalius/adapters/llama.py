@@ -16,6 +16,7 @@ LLAMA = Adapter(
         "v": Access("self_attn.v_proj", heads="kv_head"),
         "z": Access("self_attn.o_proj", "in", heads="head"),
         "attn_out": Access("self_attn.o_proj"),
+        # No module returns this sum, so it is read where the norm before the MLP reads it.
         "resid_mid": Access("post_attention_layernorm", "in", delta="self_attn.o_proj"),
         "mlp_in": Access("mlp", "in"),
         "mlp_post": Access("mlp.down_proj", "in"),

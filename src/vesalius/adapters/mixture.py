@@ -19,6 +19,7 @@ MIXTRAL = replace(
     classes=("MixtralForCausalLM",),
     sites={
         **{kind: access for kind, access in LLAMA.sites.items() if kind != "mlp_post"},
+        # Router and experts get the tokens of the whole batch along one axis.
         "router": Access("mlp.gate", flat=True),
         "expert_out": Access("mlp.experts", flat=True),
     },
@@ -40,8 +41,16 @@ QWEN2_MOE = replace(
     OLMOE,
     family="qwen2_moe",
     classes=("Qwen2MoeForCausalLM",),
+    # Every layer is a mixture; dense layers in between would have other sites.
     accepts={"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
-    understood=SIZES | ROTARY | WINDOWS
-    | {"num_experts_per_tok", "norm_topk_prob", "qkv_bias", "moe_intermediate_size",
-       "shared_expert_intermediate_size"},
-)  # fmt: skip
+    understood=SIZES
+    | ROTARY
+    | WINDOWS
+    | {
+        "num_experts_per_tok",
+        "norm_topk_prob",
+        "qkv_bias",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+    },
+)

@@ -19,6 +19,7 @@ MODERNBERT = Adapter(
         "v": Access("attn.Wqkv", heads="kv_head", part="v"),
         "z": Access("attn.Wo", "in", heads="head"),
         "attn_out": Access("attn.Wo"),
+        # No module returns this sum, so it is read where the norm before the MLP reads it.
         "resid_mid": Access("mlp_norm", "in", delta="attn.Wo"),
         "mlp_in": Access("mlp", "in"),
         "mlp_post": Access("mlp.Wo", "in"),
@@ -42,12 +43,31 @@ MODERNBERT = Adapter(
     },
     attention="attn",
     accepts={"sparse_prediction": (False,)},
-    understood=SIZES | ROTARY | WINDOWS
-    | {"hidden_activation", "initializer_cutoff_factor", "norm_eps", "norm_bias", "attention_bias", "local_attention",
-       "global_attn_every_n_layers", "global_rope_theta", "local_rope_theta", "mlp_bias", "decoder_bias",
-       "classifier_pooling", "classifier_bias", "classifier_activation", "deterministic_flash_attn",
-       "sparse_pred_ignore_index", "reference_compile", "repad_logits_with_grad", "position_embedding_type"},
+    understood=SIZES
+    | ROTARY
+    | WINDOWS
+    | {
+        "hidden_activation",
+        "initializer_cutoff_factor",
+        "norm_eps",
+        "norm_bias",
+        "attention_bias",
+        "local_attention",
+        "global_attn_every_n_layers",
+        "global_rope_theta",
+        "local_rope_theta",
+        "mlp_bias",
+        "decoder_bias",
+        "classifier_pooling",
+        "classifier_bias",
+        "classifier_activation",
+        "deterministic_flash_attn",
+        "sparse_pred_ignore_index",
+        "reference_compile",
+        "repad_logits_with_grad",
+        "position_embedding_type",
+    },
     causal=False,
     call={},
     direct=False,
-)  # fmt: skip
+)

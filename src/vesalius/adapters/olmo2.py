@@ -18,6 +18,7 @@ OLMO2 = replace(
     sites={
         **LLAMA.sites,
         "attn_out": Access("post_attention_layernorm"),
+        # No norm stands before the MLP, so the MLP itself reads the stream.
         "resid_mid": Access("mlp", "in", delta="post_attention_layernorm"),
         "mlp_out": Access("post_feedforward_layernorm"),
     },

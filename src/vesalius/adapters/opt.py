@@ -19,6 +19,7 @@ OPT = Adapter(
         "v": Access("self_attn.v_proj", heads="kv_head"),
         "z": Access("self_attn.out_proj", "in", heads="head"),
         "attn_out": Access("self_attn.out_proj"),
+        # A layer's own norm before its MLP, whatever its name.
         "resid_mid": Access("final_layer_norm", "in", delta="self_attn.out_proj", flat=True),
         "mlp_in": Access("fc1", "in", flat=True),
         "mlp_post": Access("fc2", "in", flat=True),
@@ -54,5 +55,6 @@ OPT = Adapter(
         "_remove_final_layer_norm": (False,),
     },
     understood=SIZES | {"ffn_dim", "enable_bias", "activation_function"},
+    # Otherwise projections stand between the embeddings and the stream.
     same={"word_embed_proj_dim": "hidden_size"},
 )

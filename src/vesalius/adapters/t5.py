@@ -18,6 +18,7 @@ SELF = {
     "v": Access("layer.0.SelfAttention.v", heads="kv_head"),
     "z": Access("layer.0.SelfAttention.o", "in", heads="head"),
     "attn_out": Access("layer.0.SelfAttention.o"),
+    # Blocks return the sum with the residual stream.
     "resid_mid": Access("layer.0"),
     "resid_post": Access(""),
 }
@@ -60,10 +61,21 @@ T5 = Adapter(
         "start": "decoder_start_token_id",
     },
     understood=SIZES
-    | {"d_ff", "relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon",
-       "feed_forward_proj", "dense_act_fn", "is_gated_act", "scale_decoder_outputs", "n_positions"},
+    | {
+        "d_ff",
+        "relative_attention_num_buckets",
+        "relative_attention_max_distance",
+        "layer_norm_epsilon",
+        "feed_forward_proj",
+        "dense_act_fn",
+        "is_gated_act",
+        "scale_decoder_outputs",
+        "n_positions",
+    },
     accepts={"is_decoder": (False,)},
+    # Its encoder reads both ways.
     causal=False,
+    # Its logits are those of the decoder, while a direct effect is of what was written at a prompt's position.
     direct=False,
     positions=False,
     stacks={
@@ -84,4 +96,4 @@ T5 = Adapter(
             cross_attention="layer.1.EncDecAttention",
         ),
     },
-)  # fmt: skip
+)

@@ -35,6 +35,7 @@ VIT = Adapter(
         "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads",
         "d_model": "hidden_size",
+        # Classes take the place of tokens.
         "vocab": "num_labels",
     },
     attention="attention",
@@ -44,4 +45,4 @@ VIT = Adapter(
     call={},
     direct=False,
     input="pixel_values",
-)  # fmt: skip
+)

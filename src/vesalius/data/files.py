@@ -132,6 +132,7 @@ def _label(record: Mapping[str, object], name: str, where: str) -> str:
 
 def _with_splits(path: Path, rows: Sequence[Row], groups: Sequence[str], given: bool) -> list[Row]:
     if given:
+        # Equal clean prompts in both splits would be tested on what was seen.
         _check_disjoint(rows)
         return list(rows)
     by = "template" if "template" in groups else next(iter(groups), None)
@@ -153,6 +154,7 @@ def _divide(sizes: Mapping[str, int]) -> dict[str, str]:
     """Label -> split: labels in the order of their hash, each to the split that holds fewer pairs so far."""
     filled = dict.fromkeys(SPLITS, 0)
     where = {}
+    # The order of the hashes is random, and the same for every order of the file's rows.
     for label in sorted(sizes, key=lambda text: hashlib.sha256(text.encode()).hexdigest()):
         where[label] = min(SPLITS, key=filled.__getitem__)
         filled[where[label]] += sizes[label]

@@ -1,4 +1,4 @@
-"""Named positions of prompts, found from the token ids alone: where the answer stands, where the distractor stands."""
+"""Named positions of prompts, found from the token ids alone: where the answer is, where the distractor is."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def _holds(pairs: Pairs, token: Positions, tokenizer: Any) -> Bool[Tensor, "exam
     found = pairs.clean == token[:, None]
     if tokenizer is None:
         return found
+    # "Anna" at the start of a text and " Anna" elsewhere are two tokens of one word.
     other = {int(t): _respaced(tokenizer, int(t)) for t in token.unique()}
     return found | (pairs.clean == torch.tensor([other[int(t)] for t in token], device=token.device)[:, None])
 
@@ -51,6 +52,7 @@ def _respaced(tokenizer: Any, token: int) -> int:
 
 
 def _first(where: Bool[Tensor, "example pos"]) -> Positions:
+    # argmax gives the first of equal values.
     return torch.where(where.any(1), where.int().argmax(1), -1)
 
 

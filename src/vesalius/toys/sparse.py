@@ -61,6 +61,7 @@ def recovered(directions: Float[Tensor, "latent width"], features: Float[Tensor,
     """
     if len(directions) < len(features):
         raise InputError(f"{len(features)} features cannot be matched one to one to {len(directions)} directions")
+    # A dead latent may have the zero direction, whose cosine is 0.
     norms = directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
     cosines = features / features.norm(dim=1, keepdim=True) @ (directions / norms).T
     rows, columns = linear_sum_assignment(-cosines.cpu().numpy())

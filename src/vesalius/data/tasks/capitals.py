@@ -113,6 +113,7 @@ def _rows(split: str, partners: Mapping[str, Sequence[str]], n: int, seed: int) 
     seen: defaultdict[str, set[str]] = defaultdict(set)
     rows = []
     for _, frame in zip(range(n), cycle(shuffled(FRAMES[split], draw)), strict=False):
+        # Not twice in one frame: the prompt would be the same.
         country = countries.draw(exclude=seen[frame])
         seen[frame].add(country)
         other = others.draw(only=partners[country])

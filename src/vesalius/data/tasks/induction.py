@@ -80,6 +80,7 @@ def _periods(parity: int, length: int) -> list[int]:
     longest = min(len(listed) for listed in WORDS.values()) - 1
     if not SHORTEST_PERIOD + 3 <= length <= longest + LEAST_REPEATED:
         raise InputError(f"length is {length}; give {SHORTEST_PERIOD + 3} to {longest + LEAST_REPEATED} tokens")
+    # Even periods in one split and odd ones in the other, so that they share none.
     return [p for p in range(SHORTEST_PERIOD, length - LEAST_REPEATED + 1) if p % 2 == parity]
 
 
@@ -96,6 +97,7 @@ def _rows(split: str, periods: Sequence[int], ids: Sequence[int], n: int, seed: 
     while len(rows) < n:
         period = next(order)
         again = int(torch.randint(LEAST_REPEATED, min(period - 1, length - period) + 1, (), generator=draw))
+        # One word more than the period: the corrupted prompt has it in place of the answer.
         *first, other = shuffled(ids, draw)[: period + 1]
         clean = (*first, *first[:again])
         if clean in seen:

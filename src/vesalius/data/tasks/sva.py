@@ -106,6 +106,7 @@ def _rows(split: str, nouns: Sequence[str], n: int, seed: int) -> list[Row]:
         # The four combinations of the nouns' numbers in turn, within each frame and over frames.
         kind = (row // len(frames) + row % len(frames)) % 4
         many, same = kind % 2 == 1, kind // 2 == 0
+        # Not twice in one frame with the same numbers: the prompts could be equal.
         subject = subjects.draw(exclude=seen[frame, many, same])
         seen[frame, many, same].add(subject)
         other = others.draw(exclude={subject})

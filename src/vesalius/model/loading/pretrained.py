@@ -38,7 +38,8 @@ from vesalius.model.loading.lookup import (
 from vesalius.model.model import Model
 
 _DEMO_NOTE = "4-bit weights (Q4_1) of an instruct model, as packaged: not the full-precision original"
-_LAYOUT = "v1"  # part of the cache key: raise it when what convert_gguf writes changes
+# Part of the cache's key: to be raised when convert_gguf writes something else.
+_LAYOUT = "v1"
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _CLASSES = frozenset(name for adapter in KNOWN for name in adapter.classes)
 _NOT_CAUSAL = _CLASSES - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -200,7 +201,8 @@ def _read(source: str, name: str, request: _Request, config: Mapping[str, Any], 
             tokenizer = _tokenizer(source, options)
     except MemoryError:
         raise
-    except Exception as error:  # a corrupt file can raise anything in there
+    except Exception as error:
+        # A corrupt file can make transformers raise anything. Hub errors of a hub id are reported by the caller.
         if isinstance(error, InputError) or (isinstance(error, OSError) and not Path(source).is_dir()):
             raise
         raise FileFormatError(f"{source}: transformers cannot load it: {type(error).__name__}: {error}") from error

@@ -1,6 +1,6 @@
-"""What can be told wrong with a command at once: before torch, transformers or a model is loaded, which takes seconds.
+"""Errors in a command that can be found at once: before torch, transformers or a model is loaded, which takes seconds.
 
-The rooms that do the work check everything again, and more. Names listed here are theirs; a test holds them equal.
+The rooms that do the work check everything again, and more. The names listed here are theirs; a test compares them.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def dictionary(path: Path) -> None:
 
 
 def sites(names: Iterable[str]) -> None:
-    """Names of sites; which of them a glob stands for, the model says."""
+    """Names of sites. Globs can be checked against a model only."""
     for name in names:
         if "*" not in name:
             Site.parse(name)
@@ -102,7 +102,7 @@ def training(fields: Mapping[str, Any], where: str) -> None:
 
 
 def device(name: str) -> None:
-    """A device that is there."""
+    """A device that can be used on this machine."""
     kind = name.partition(":")[0]
     if kind not in _DEVICES:
         raise UnknownNameError("device", name, _DEVICES)
@@ -120,13 +120,13 @@ def device(name: str) -> None:
 
 
 def one_of(what: str, values: Iterable[str], known: Sequence[str]) -> None:
-    """Values of an option that takes names. what: for the message, `unknown <what> ...`."""
+    """Values that have to be among the known ones. what: of which kind, for the message."""
     for value in values:
         if value not in known:
             raise UnknownNameError(what, value, known)
 
 
 def at_least(option: str, value: int | None, least: int) -> None:
-    """A number that is not too small."""
+    """A number, if given, that has a lower limit."""
     if value is not None and value < least:
         raise InputError(f"{option} must be at least {least}; got {value}")

@@ -27,7 +27,7 @@ STEPS = ("decompose", "circuit", "describe", "validate")
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked on the command line."""
+    """The arguments of the command."""
 
     question: str
     model: str

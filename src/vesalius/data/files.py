@@ -182,7 +182,7 @@ def _warn_no_groups(path: Path, columns: Sequence[str]) -> None:
 
 
 def _warn_no_space(path: Path, rows: Sequence[Row]) -> None:
-    """Warn of answers that would be glued to the last word of the prompt."""
+    """Warn of answers without a leading space, which would continue the last word of the prompt."""
     glued = [row for row in rows if row.clean[-1:].isalnum() and row.answer[:1].isalpha()]
     if glued:
         warnings.warn(

@@ -148,7 +148,7 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _delimiter(text: str, needed: Sequence[str]) -> str:
-    """The delimiter whose header has most of the needed columns; a comma where they tell nothing."""
+    """The delimiter whose header has most of the needed columns; a comma when there is no difference."""
 
     def found(delimiter: str) -> int:
         header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])

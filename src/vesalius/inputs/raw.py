@@ -41,7 +41,7 @@ class Raw:
 
     @property
     def lengths(self) -> Int[Tensor, " example"]:
-        """One: each input is a whole."""
+        """1 for each: an input counts as a single position."""
         return torch.ones(len(self), dtype=torch.long)
 
     @property

@@ -81,7 +81,7 @@ class Estimate:
     disk_bytes: int = 0
 
     def describe(self) -> str:
-        """One line to read, such as "about 12 min, 8,640 forward passes, 2.1 GB of memory"."""
+        """As one line of text, such as "about 12 min, 8,640 forward passes, 2.1 GB of memory"."""
         parts = [f"about {_duration(self.seconds)}"]
         if self.forwards:
             parts.append(f"{self.forwards:,.0f} forward passes")
@@ -157,7 +157,7 @@ def _duration(seconds: float) -> str:
 
 
 def size_in_words(count: float) -> str:
-    """A number of bytes to read, such as "2.1 GB"."""
+    """A number of bytes as text, such as "2.1 GB"."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -171,7 +171,7 @@ def _refuse_unknown(file: GgufFile, architecture: str, understood: Collection[st
 
 
 def config_of(file: GgufFile, architecture: Architecture) -> Any:
-    """The transformers configuration that the metadata describe."""
+    """The transformers configuration that the metadata describes."""
     found = _sizes(file, architecture.name)
     more = architecture.settings(file, found)
     try:

@@ -116,7 +116,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def special_ids(file: GgufFile, size: int) -> dict[str, int]:
-    """Token id of each special role (bos, eos, unk, pad) that the file fills, in a vocabulary of this size."""
+    """Token id of each special role (bos, eos, unk, pad) that the file defines, in a vocabulary of this size."""
     found = {}
     for role, word in _ROLES.items():
         key = f"tokenizer.ggml.{word}_token_id"

@@ -1,4 +1,4 @@
-"""What the name of a model stands for, and everything that can be told wrong with it without loading torch.
+"""Where the model of a name is, and every error in the name that can be found without importing torch.
 
 The command line asks here first, so that a mistyped path is answered at once; torch and transformers take seconds.
 """
@@ -40,7 +40,7 @@ class Located:
 
 
 def look_up(name: str | Path) -> Located:
-    """What is there under the name of a model.
+    """Where the model of this name is.
 
     Raises InputError when there is nothing, or the demo model is not installed; FileFormatError for a folder that
     lacks its config or weights, or holds them as pickles, and for a file that is not GGUF.
@@ -72,11 +72,11 @@ def look_up(name: str | Path) -> Located:
 def check_hub(name: str) -> None:
     """Raises InputError when the hub cannot be reached; without this a mistyped name waits through 20 s of retries."""
     if not _hub_answers():
-        raise InputError(f"model {name!r} is not on this machine and the hub cannot be reached: {nowhere_local(name)}")
+        raise InputError(f"model {name!r} is not on this machine and the hub cannot be reached: {no_local_model(name)}")
 
 
-def nowhere_local(name: str) -> str:
-    """For errors about a hub id: that no folder has this name either, and what works instead."""
+def no_local_model(name: str) -> str:
+    """For errors about a hub id: that there is no folder of this name either, and what works instead."""
     return f"no folder {_absent(Path(name))} A local folder or a .gguf file works too; the demo model is {DEMO!r}."
 
 
@@ -167,7 +167,7 @@ def _absent(path: Path) -> str:
 
 
 def _in_hub_cache(name: str) -> bool:
-    """Whether the hub's local cache holds anything of a model; if it is whole shows when it is loaded."""
+    """Whether the hub's local cache has a folder for a model; whether that is complete shows when it is loaded."""
     return (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir()
 
 

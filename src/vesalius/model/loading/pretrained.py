@@ -31,7 +31,7 @@ from vesalius.model.loading.lookup import (
     WEIGHTS,
     check_hub,
     look_up,
-    nowhere_local,
+    no_local_model,
     read_json,
     weight_files,
 )
@@ -47,7 +47,7 @@ _NOT_CAUSAL = _CLASSES - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 @dataclass(frozen=True)
 class _Request:
-    """What was asked for, apart from which model. note: what a reader should know about its weights."""
+    """Arguments of `load`, apart from the name. note: what a reader should know about the weights."""
 
     device: torch.device
     dtype: torch.dtype
@@ -130,7 +130,7 @@ def _from_hub(name: str, request: _Request) -> Model:
         return _hub_model(name, request, local=False)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"model {name!r} could not be had from the hub ({reason}): {nowhere_local(name)}") from error
+        raise InputError(f"model {name!r} could not be had from the hub ({reason}): {no_local_model(name)}") from error
 
 
 def _hub_model(name: str, request: _Request, *, local: bool) -> Model:

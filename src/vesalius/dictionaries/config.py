@@ -11,7 +11,7 @@ from vesalius.errors import InputError, UnknownNameError
 
 
 @dataclass(frozen=True)
-class KindFacts:
+class KindDefaults:
     """What a kind does where the config leaves it open."""
 
     sparsity: float
@@ -21,12 +21,12 @@ class KindFacts:
 
 
 KINDS = {
-    "relu": KindFacts(sparsity=2.0, decoder_norm="free", dead="resample"),
-    "gated": KindFacts(sparsity=4.0, decoder_norm="unit", dead="none"),
-    "jumprelu": KindFacts(sparsity=0.5, decoder_norm="unit", dead="auxk"),
-    "topk": KindFacts(sparsity=0.0, decoder_norm="unit", dead="auxk"),
-    "batchtopk": KindFacts(sparsity=0.0, decoder_norm="unit", dead="auxk"),
-    "matryoshka": KindFacts(sparsity=0.0, decoder_norm="unit", dead="auxk"),
+    "relu": KindDefaults(sparsity=2.0, decoder_norm="free", dead="resample"),
+    "gated": KindDefaults(sparsity=4.0, decoder_norm="unit", dead="none"),
+    "jumprelu": KindDefaults(sparsity=0.5, decoder_norm="unit", dead="auxk"),
+    "topk": KindDefaults(sparsity=0.0, decoder_norm="unit", dead="auxk"),
+    "batchtopk": KindDefaults(sparsity=0.0, decoder_norm="unit", dead="auxk"),
+    "matryoshka": KindDefaults(sparsity=0.0, decoder_norm="unit", dead="auxk"),
 }
 CODERS = ("auto", "sae", "transcoder", "crosscoder", "cross_layer")
 PRECISIONS = ("fp32", "bf16-screen", "bf16")
@@ -144,7 +144,7 @@ class TrainConfig:
         return self.kind in ("topk", "batchtopk", "matryoshka")
 
     @property
-    def penalty_coefficient(self) -> float:
+    def sparsity_coefficient(self) -> float:
         """`sparsity`, or the kind's own."""
         return KINDS[self.kind].sparsity if self.sparsity is None else self.sparsity
 
@@ -166,7 +166,7 @@ class TrainConfig:
         halving = [self.n_latents // share for share in _MATRYOSHKA_SHARES if self.n_latents // share]
         return self.groups or tuple(sorted({*halving, self.n_latents // 2 or 1, self.n_latents}))
 
-    def rate(self, step: int) -> float:
+    def lr_at(self, step: int) -> float:
         """Learning rate of a step (numbered from 0): linear warm-up, constant, linear decay to zero."""
         rise = min(1000, self.steps // 20) if self.warmup is None else self.warmup
         fall = round(self.decay * self.steps)
@@ -174,10 +174,10 @@ class TrainConfig:
         down = min(1.0, (self.steps - step) / (fall + 1))
         return self.lr * min(up, down)
 
-    def pressure(self, step: int) -> float:
+    def sparsity_at(self, step: int) -> float:
         """Coefficient of the sparsity penalty at a step: a linear rise, then constant."""
         rise = self.steps // 20 if self.sparsity_warmup is None else self.sparsity_warmup
-        return self.penalty_coefficient * min(1.0, (step + 1) / (rise + 1))
+        return self.sparsity_coefficient * min(1.0, (step + 1) / (rise + 1))
 
 
 def _whole(value: Any, least: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,10 +46,6 @@ class History:
         ends = self.last()
         words = f"{len(self):,} steps: fvu {ends['fvu']:.4f}, l0 {ends['l0']:.1f}, dead {ends['dead']:.1%}"
         return f"<p>{words}</p>{_curve(self['fvu'])}"
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The columns, for a file."""
-        return dict(self.columns)
 
 
 def _curve(values: NDArray[np.float64]) -> str:

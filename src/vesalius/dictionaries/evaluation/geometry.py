@@ -70,9 +70,12 @@ class Shared:
         counts = {"matched": self.decoder, "null": self.null}
         histogram = {name: np.histogram(values, edges)[0].tolist() for name, values in counts.items()}
         return {
-            "n": len(self.decoder), "share": self.share, "null_share": self.null_share, "cosine": means,
+            "n": len(self.decoder),
+            "share": self.share,
+            "null_share": self.null_share,
+            "cosine": means,
             "histogram": {"edges": edges.tolist(), **histogram},
-        }  # fmt: skip
+        }
 
 
 @torch.no_grad()
@@ -81,7 +84,7 @@ def geometry(coder: Dictionary, alive: Sequence[bool] | None = None, *, seed: in
 
     Raises InputError when there are fewer than 2.
     """
-    rows = _directions(torch.cat([d / s for d, s in zip(coder.decoders, coder.out_scale, strict=True)], 1), alive)[0]
+    rows, _ = _directions(torch.cat([coder.decoder_rows(site) for site in coder.out_sites], 1), alive)
     if len(rows) < 2:
         raise InputError(f"{len(rows)} latents write anything, so none has a neighbour")
     return Geometry(nearest_cosines(rows, seed), nearest_cosines(random_unit(len(rows), rows.shape[1], seed), seed))
@@ -100,9 +103,13 @@ def nearest_cosines(rows: Float[Tensor, "latent d"], seed: int = 0) -> Floats:
 
 @torch.no_grad()
 def shared(
-    a: Dictionary, b: Dictionary, alive_a: Sequence[bool] | None = None, alive_b: Sequence[bool] | None = None, *,
+    a: Dictionary,
+    b: Dictionary,
+    alive_a: Sequence[bool] | None = None,
+    alive_b: Sequence[bool] | None = None,
+    *,
     seed: int = 0,
-) -> Shared:  # fmt: skip
+) -> Shared:
     """How many latents of one dictionary another has, as two training seeds do.
 
     Decoder rows are matched one to one with the largest sum of cosines (SciPy's linear_sum_assignment). The nearest row
@@ -166,7 +173,5 @@ def _summary(values: Floats) -> dict[str, float]:
 
 def _histogram(found: Geometry) -> dict[str, list[float]]:
     edges = np.linspace(min(0.0, float(found.nearest.min())), 1, 61)
-    return {
-        "edges": edges.tolist(), "nearest": np.histogram(found.nearest, edges)[0].tolist(),
-        "null": np.histogram(found.null, edges)[0].tolist(),
-    }  # fmt: skip
+    sides = {"nearest": found.nearest, "null": found.null}
+    return {"edges": edges.tolist()} | {name: np.histogram(side, edges)[0].tolist() for name, side in sides.items()}

@@ -46,9 +46,12 @@ def latents_times(given: Dictionary, factor: Tensor) -> Dictionary:
     else:
         extras = {name: tensor * safe for name, tensor in given.extras.items()}
     return replace(
-        given, encoders=tuple(encoder * safe for encoder in given.encoders), b_enc=given.b_enc * safe, extras=extras,
+        given,
+        encoders=tuple(encoder * safe for encoder in given.encoders),
+        b_enc=given.b_enc * safe,
+        extras=extras,
         decoders=tuple(decoder / safe[:, None] for decoder in given.decoders),
-    )  # fmt: skip
+    )
 
 
 def without_scales(given: Dictionary) -> Dictionary:
@@ -68,8 +71,11 @@ def one_site(given: Dictionary, name: str) -> Dictionary:
 
 def refuse(given: Dictionary, name: str, **cannot: object) -> None:
     """Raises InputError naming every property (attribute=value that must hold) that the format cannot express."""
-    broken = [f"{attribute}={getattr(given, attribute)!r}" for attribute, value in cannot.items()
-              if getattr(given, attribute) != value]  # fmt: skip
+    broken = [
+        f"{attribute}={getattr(given, attribute)!r}"
+        for attribute, value in cannot.items()
+        if getattr(given, attribute) != value
+    ]
     if broken:
         raise InputError(f"{name} cannot express {', '.join(broken)}; save it in another format")
 

@@ -25,7 +25,7 @@ from vesalius.errors import InputError
 from vesalius.protocol import content_hash
 
 Ids = NDArray[np.int64]
-# Texts given to the tokenizer at once: enough to keep it busy, and bounded in memory.
+# Texts given to the tokenizer at once: enough for all of its threads, and bounded in memory.
 _AT_ONCE, _CHARACTERS = 64, 250_000
 
 
@@ -104,7 +104,7 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Successive contexts, whose rows belong together in one shard, or one filling of a shuffle buffer."""
+    """Successive contexts whose rows make one shard, or fill a shuffle buffer once."""
 
     contexts: tuple[Context, ...]
 
@@ -173,8 +173,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
     if backend is None:
         return content_hash({"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()})
     # Truncation and padding are set by the last call, and nothing here uses them.
-    told = json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None}, sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()
+    described = json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None}, sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def tokenized(documents: Iterable[Document], tokenizer: Any, tally: Tally) -> Iterator[Ids]:
@@ -196,16 +196,16 @@ def tokenized(documents: Iterable[Document], tokenizer: Any, tally: Tally) -> It
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    held: list[Document] = []
+    chunk: list[Document] = []
     size = 0
     for document in documents:
-        held.append(document)
+        chunk.append(document)
         size += len(document)
-        if len(held) == _AT_ONCE or size > _CHARACTERS:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
+        if len(chunk) == _AT_ONCE or size > _CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _encoded(texts: list[str], tokenizer: Any, first: int) -> Any:
@@ -227,16 +227,16 @@ def _ids(document: Sequence[int], number: int) -> Ids:
 
 def groups(documents: Iterable[Ids], packing: Packing) -> Iterator[Group]:
     """Groups of contexts, in the order of the documents, until the texts end or the limit is reached."""
-    held: list[Context] = []
+    waiting: list[Context] = []
     rows = 0
     for context in _limited(_contexts(documents, packing), packing.limit):
-        if held and rows + context.rows > packing.group_rows:
-            yield Group(tuple(held))
-            held, rows = [], 0
-        held.append(context)
+        if waiting and rows + context.rows > packing.group_rows:
+            yield Group(tuple(waiting))
+            waiting, rows = [], 0
+        waiting.append(context)
         rows += context.rows
-    if held:
-        yield Group(tuple(held))
+    if waiting:
+        yield Group(tuple(waiting))
 
 
 def _contexts(documents: Iterable[Ids], packing: Packing) -> Iterator[Context]:
@@ -265,7 +265,7 @@ def _limited(contexts: Iterator[Context], limit: int | None) -> Iterator[Context
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Contexts that are run at once.
+    """Contexts that are run together.
 
     ids: [batch, pos], padded on the right with each context's own last token. real: [batch, pos], False on padding.
     kept: [batch, pos], True where there is a row. rows: [kept], numbers of the rows in the group.

@@ -110,7 +110,12 @@ def page(
 ) -> Page:
     """Measure a dictionary that was just trained, and write its page beside it."""
     found = vs.dictionaries.quality(
-        coder, store, model=model if len(coder.out_sites) == 1 else None, others=others, sink=sink
+        # A model can be spliced at one site only; other coders are measured on rows alone.
+        coder,
+        store,
+        model=model if len(coder.out_sites) == 1 else None,
+        others=others,
+        sink=sink,
     ).to_json()
     path = vs.report.write_quality(found, vs.dictionaries.WORDS, folder, command)
     return Page(path, [*vs.report.quality_answer(found), intervals(found)])

@@ -74,6 +74,7 @@ def train(request: Request) -> None:
     request.check()
     configs, folder = request.configs, request.folder
     with _process_group(request.device), bars() as progress:
+        # Under torchrun one process speaks for all.
         leads = os.environ.get("RANK", "0") == "0"
         sink: Sink = Screen(progress) if leads else silent
         if request.store is None:
@@ -82,6 +83,7 @@ def train(request: Request) -> None:
             )  # so that what is wrong with them is said before a model is loaded
         model = None if request.store else harvesting.loaded(request.harvest.models, sink)
         store = _activations(request, folder, model, sink)
+        # How many steps make ten passes is known only when the rows are there.
         configs = configs if request.store else [_scaled(config, request, store) for config in configs]
         coders = _trained(request, configs, store, folder, sink)
         pages = {}

@@ -134,6 +134,7 @@ def _biased_probe(readings: Readings) -> BiasedProbe:
         )
     label, mark = concept.of(concept.classes[1]), np.array([own == marks[1] for own in concept.marks])
     train, test = (_even(numbers, label, mark, readings.seed) for numbers in readings.halves)
+    # Where the two always go together a probe has no way to learn only one of them.
     together = train[label[train] == mark[train]]
     biased = logistic(readings.rows[together], label[together])
     rows, removals = readings.rows, []
@@ -158,8 +159,10 @@ def _score(readings: Readings, number: int, probe: BiasedProbe, removal: Removal
     values = readings.latents[number]
     if method == "random":
         active = np.flatnonzero(values[probe.train].any(0))
+        # Active ones only: ablating a silent latent changes nothing, and would be too easy a control.
         chosen = active[random_order(len(active), readings.seed + n)[:n]]
     else:
+        # Latents are chosen by a probe of what is spurious, on texts where it is independent of the target.
         spurious = logistic(readings.rows[probe.train], removal.spurious[probe.train])
         chosen = strongest(np.abs(effects(readings, number, probe.train, removal.spurious, spurious)), n)
     rows = ablated(readings, number, probe.test, chosen)

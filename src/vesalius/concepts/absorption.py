@@ -67,6 +67,7 @@ class AlongDirection:
         """[text] `absorbed_fraction`."""
         main = self.added[:, self.own].sum(1)
         others = np.where((self.cosine >= PART_COSINE) & (self.added > 0), self.added, 0.0)
+        # A concept's own latents cannot absorb it.
         others[:, self.own] = 0.0
         strongest = np.sort(others, axis=1)[:, -MOST_ABSORBING:].sum(1)
         rows = zip(self.projection, main, strongest, strict=True)
@@ -147,6 +148,7 @@ def _probe(readings: Readings, task: OneVsRest) -> Probe:
 
 
 def _along(readings: Readings, number: int, task: OneVsRest, probe: Probe) -> AlongDirection:
+    # Decoder rows with their norms: what a latent adds, not only in which direction.
     rows = readings.directions(number)
     along = rows @ probe.direction
     cosine = along / np.maximum(np.linalg.norm(rows, axis=1), 1e-30)
@@ -157,6 +159,7 @@ def _along(readings: Readings, number: int, task: OneVsRest, probe: Probe) -> Al
 
 def own_latents(readings: Readings, number: int, task: OneVsRest) -> NDArray[np.intp]:
     """The latents that stand for the concept, found on the training texts."""
+    # Scored on training texts that were not fitted to, since more latents always fit better.
     kept_back = np.arange(len(task.train)) % 3 == 0
     inner = OneVsRest(task.label, task.inside, task.train[~kept_back], task.train[kept_back])
     values = readings.latents[number]

@@ -65,6 +65,7 @@ def load_ravel(folder: str | Path, kind: str = "city") -> Entities:
     prompts = _read(where / f"ravel_{kind}_attribute_to_prompts.json", _lists)
     values = _read(where / f"ravel_{kind}_entity_attributes.json", _texts)
     splits = _read(where / f"ravel_{kind}_entity_to_split.json", str)
+    # A template without the entity asks nothing, and one with two has no single last token.
     once = {name: tuple(text for text in texts if text.count("%s") == 1) for name, texts in prompts.items()}
     unsplit = [entity for entity in values if splits.get(entity) not in SPLITS]
     if unsplit:
@@ -202,6 +203,7 @@ def _tokens(model: Model, template: str, entity: str) -> tuple[tuple[int, ...], 
     head = [] if first.id is None else [first.id]
     encode = lambda text: model.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     before, whole = encode(template[: template.index("%s")] + entity), encode(template.replace("%s", entity))
+    # A token that joins the entity's end with what follows would put its last position in doubt.
     if whole[: len(before)] != before:
         return None
     return (*head, *whole), len(head) + len(before) - 1
@@ -252,5 +254,6 @@ def slopes(model: Model, site: Site, pairs: PromptPairs, batch: int = 16) -> Row
         logits = run.logits[rows, last]
         gap = logits[rows, pairs.source_says[part]] - logits[rows, pairs.base_says[part]]
         (slope,) = torch.autograd.grad(gap.sum(), run[site])
+        # Of the entity's last token only: it is the one position that is changed.
         found.append(slope.flatten(2)[rows, pairs.base_at[part]].detach().cpu())
     return torch.cat(found)

@@ -98,6 +98,7 @@ def ravel(
     for coder in listed:
         code = Code(coder.encode, coder.decoder_rows().cpu())
         found["latents"].append(_best(model, site, train, test, code, ks))
+        # As many random latents as were found to be best, so that the two differ in the choice alone.
         k = found["latents"][-1][1]
         drawn = dict.fromkeys(attributes, _active(train, code, seed)[:k])
         found["random"].append((_hits(model, site, test, code, drawn), k))
@@ -157,6 +158,7 @@ def _best(
     """What the test pairs say for the k that does best on training ones, and that k."""
     ranks = _ranks(train, code)
     chosen = {k: {attribute: rank[:k] for attribute, rank in ranks.items()} for k in ks}
+    # k is a choice too, so it is made on training entities.
     trials = {k: _disentanglement(_hits(model, site, train, code, latents)) for k, latents in chosen.items()}
     k = max(trials, key=trials.__getitem__)
     return _hits(model, site, test, code, chosen[k]), k

@@ -161,6 +161,7 @@ def _ids(model: Model, concept: Labelled, bos: str, context: int, cut: bool) -> 
 
 def _batches(ids: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
     """Numbers of texts that are run together, by length."""
+    # Texts of like length together, so that little is padding.
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
     found: list[list[int]] = []
     for number in order:
@@ -178,13 +179,16 @@ def _tokens_read(
     tokens = Tokens.from_rows(ids)
     whole = captured(model, tokens, [site])[site].flatten(2).cpu()
     kept = tokens.real.clone()
+    # The first position is a norm outlier in most models, whatever token stands there.
     kept[:, 0] = False
     if at == "last":
         kept = torch.zeros_like(kept)
         kept[torch.arange(len(ids)), tokens.lengths - 1] = True
     else:
         norms = whole.float().norm(dim=-1)
+        # Dictionaries are trained without these rows, so that their latents say nothing there.
         usual = kept & (norms <= MAX_NORM * norms[kept].median())
+        # A text that would have no token left is read as it is.
         kept = torch.where(usual.any(1, keepdim=True), usual, kept)
     owner, position = kept.nonzero(as_tuple=True)
     return whole[owner, position].float(), owner

@@ -171,6 +171,7 @@ def line_of_dictionaries(
 
 def _interval(each: Floats, groups: Sequence[str], share: bool) -> tuple[float | None, float | None]:
     """By clustered t over groups; exact for counts when all are independent, or all values are one."""
+    # A t interval of values that are all 0 or all 1 has no width; the exact one of a count has.
     n, counted = len(each), share and (len(set(groups)) == len(each) or float(np.ptp(each)) == 0)
     if counted:
         low, high = clopper_pearson(round(float(each.sum())), n)

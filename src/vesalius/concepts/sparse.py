@@ -107,6 +107,7 @@ def _line(
 
 def _right(values: NDArray[Any], task: OneVsRest, k: int | None, fit: Fit) -> NDArray[np.bool_]:
     """[test text] whether its class is predicted."""
+    # By the training texts alone: latents that were chosen on test texts would always look good.
     columns = slice(None) if k is None else ranked(values, task)[:k]
     plane = fit(values[task.train][:, columns], task.inside[task.train])
     found: NDArray[np.bool_] = plane.predict(values[task.test][:, columns]) == task.inside[task.test]

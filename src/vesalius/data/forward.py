@@ -87,7 +87,7 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """Models by tag ("" for one that needs none), the sites with their tags, and how they are run.
+    """Models by tag ("" for the only one), the sites with their tags, and how they are run.
 
     compute: dtype that the weights are cast to, beside the model, when it is not its own; None for the model's own.
     batch_tokens: tokens in a batch, padding included, about; on the CPU two batches are run at a time. Raises
@@ -171,6 +171,7 @@ class Forward:
             exact = self._rows(batch, exact=True) if weights else ()
         errors = {}
         for site, fast, slow in zip(self.sites, rows, exact, strict=bool(weights)):
+            # Of all rows together: relative errors of single small rows would say little.
             gap = (fast.double() - slow.double()).norm() / slow.double().norm().clamp_min(1e-300)
             errors[str(site)] = float(f"{float(gap):.3g}")
         return Trial(int(batch.real.sum()) / max(seconds, 1e-9), errors)
@@ -211,6 +212,7 @@ class Forward:
         }
 
     def _batches(self, group: Group, tokens: int) -> Iterator[Batch]:
+        # Networks that are not known may look at padding, and get none.
         ragged = all(model.adapter is not None for model in self.models.values())
         return batches(group, tokens, ragged)
 
@@ -221,7 +223,7 @@ class Forward:
         found: dict[Site, Tensor] = {}
         for tag, model in (models or self.models).items():
             own = [replace(site, tag="") for site in self.sites if site.tag == tag]
-            # Causal models do not see what stands to the right, and are faster without a mask.
+            # Padding is on the right, where a causal model does not look, and without a mask it is faster.
             masked = model.adapter is not None and not (model.adapter.causal and not model.adapter.stacks)
             weights = None if exact else self._weights.get(tag)
             activations = captured(model, Tokens(batch.ids, batch.real if masked else None), own, weights)
@@ -246,6 +248,7 @@ def forward_for(
     named = [site for name in sites for site in _expanded(by_tag, name)]
     if not named:
         raise InputError("no sites: give at least one, such as sites=['layers.5.resid_post']")
+    # A model that is run and never read would cost as much as the others.
     unused = [tag for tag in by_tag if tag not in {site.tag for site in named}]
     if unused:
         raise InputError(f"no site names model {', '.join(unused)}; leave it out, or give it a site")

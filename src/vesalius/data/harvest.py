@@ -85,14 +85,16 @@ def _harvested(reader: ActivationReader, folder: Path, request: Request, sink: S
     dtype = request.dtype
     plan = {**reader.to_json(), "dtype": dtype_name(dtype), "block_rows": request.block_rows(reader)}
     kept = _kept(folder, plan)
+    # Counts are written last, when every shard is there.
     finished = kept is not None and kept.counts is not None
     if kept is not None and finished and "sha256" in reader.texts.description and not _damaged(folder, kept):
         return ActivationStore.open(folder)
     tally = Tally()
     found = reader.groups(tally)
+    # One group is packed before anything is written: texts that give no rows leave no folder behind.
     first = next(found, None)
     if first is None:
-        raise InputError(f"no activations: {tally.texts} texts, {tally.empty} of them empty, hold no token to keep")
+        raise InputError(f"no activations: {tally.texts} texts, {tally.empty} of them empty, give no rows")
     harvesting = _Harvest(folder, reader, dtype, sink, kept or Manifest(plan, {}))
     if not finished:
         harvesting.begin(first, tally)
@@ -118,7 +120,7 @@ def _kept(folder: Path, plan: Mapping[str, Any]) -> Manifest | None:
                 f"{folder} holds another harvest ({unlike}); use another folder, or delete this one to start afresh"
             )
         return found
-    # A shard that was written just before a kill has no manifest yet.
+    # Killed after its first shard and before its manifest, a harvest has left that one file.
     entries = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     others = [name for name in entries if name != shard_name(0)]
     if others:
@@ -139,7 +141,7 @@ def _make_folder(folder: Path) -> None:
 
 @dataclass(eq=False)
 class _Harvest:
-    """A harvest under way."""
+    """A harvest at work."""
 
     folder: Path
     reader: ActivationReader
@@ -154,10 +156,10 @@ class _Harvest:
         trial = self.reader.forward.trial(first)
         if not self.manifest.shards:
             self.manifest = replace(self.manifest, errors=trial.errors)
-        self.note(f"{self.reader.packing.bos.describe()}; special tokens in the text give none")
+        self.note(f"{self.reader.packing.bos.describe()}; special tokens in the text give no rows")
         left_out = self.reader.texts.left_out
         if left_out:
-            self.note(f"{len(left_out)} files are no texts and are left out: {', '.join(left_out[:3])}")
+            self.note(f"{len(left_out)} files are not texts and are left out: {', '.join(left_out[:3])}")
         for site, error in self.manifest.errors.items():
             self.note(f"{site}: {self.manifest.plan['compute']}, relative error {error:.2g} on the first batch")
         times = times_first(self.reader, first, tally)
@@ -176,11 +178,12 @@ class _Harvest:
         if left > free:
             raise InputError(
                 f"no space: about {left / 1e9:.2f} GB are to be written to {self.folder}, where {free / 1e9:.2f} GB "
-                "are free; free some, choose another folder, or give fewer tokens"
+                "are free; make room, choose another folder, or give fewer tokens"
             )
 
     def run(self, found: Iterator[Group], tally: Tally) -> None:
         """Write the shards that are missing, and finish the manifest. No other process may be writing to the folder."""
+        # What a killed process was writing; nobody reads it, and it would stay for ever.
         for left in self.folder.glob(".*.part"):
             left.unlink(missing_ok=True)
         self._event("start")
@@ -209,6 +212,7 @@ class _Harvest:
             shards += 1
             contexts += len(group.contexts)
             tokens_run += sum(len(context.ids) for context in group.contexts)
+        # Fewer groups than shards: the texts were cut short since the store was begun.
         if shards != len(self.manifest.shards):
             raise self._other_texts(shards)
         return {
@@ -234,6 +238,7 @@ class _Harvest:
             rows, bad = self.reader.rows(group, self.dtype, self._advance)
         except NotFiniteError as error:
             raise NotFiniteError(f"{shard_name(number)}, which is not written: {error}") from error
+        # Dropped after the whole shard is there, since an outlier is so beside the median of its shard.
         if bool(bad.any()):
             rows = tuple(tensor[~bad] for tensor in rows)
         named = {str(site): tensor for site, tensor in zip(self.reader.forward.sites, rows, strict=True)}

@@ -107,6 +107,7 @@ def shard_name(number: int) -> str:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a store. Raises FileFormatError when there is none, or it is not as it was written."""
     path = folder / NAME
+    # Said first, since activations of other tools often come as pickles.
     if folder.suffix.lower() in PICKLES and folder.is_file():
         raise FileFormatError(
             f"{folder} looks like a pickle, which can run code when it is opened and is refused; a store is a folder "

@@ -81,7 +81,7 @@ class Request:
     def reader(
         self, models: Any, texts: Any, *, group_rows: int | None = None, group_bytes: int = 1
     ) -> ActivationReader:
-        """Everything checked that can be checked before a model is run on text.
+        """A reader, after everything is checked that can be before a model is run on text.
 
         A group has group_rows rows, or group_bytes bytes of activations, at most.
         """
@@ -90,6 +90,7 @@ class Request:
         forward = forward_for(models, self.sites, self.compute, self.batch_tokens)
         for model in forward.models.values():
             _check_context(model, self.context)
+        # Decided by sizes and not by free memory, so that every machine makes the same shards.
         rows = max(1, group_bytes // self._row_bytes(forward)) if group_rows is None else group_rows
         bos = bos_for(forward.tokenizer, self.bos, self.keep_bos)
         packing = Packing(self.context, bos, special_ids(forward.tokenizer), rows, self.tokens)
@@ -120,6 +121,7 @@ def _check_context(model: Model, context: int) -> None:
 def times_first(reader: ActivationReader, first: Group, tally: Tally) -> float | None:
     """About how many times the rows of the first group there will be in all; None when that cannot be known."""
     limit, size = reader.packing.limit, reader.texts.size
+    # Characters read so far against all of them: an estimate, since texts differ in tokens per character.
     by_size = None if size is None else max(1.0, size / max(1, tally.characters))
     by_limit = None if limit is None else limit / first.rows
     known = [times for times in (by_size, by_limit) if times is not None]

@@ -45,6 +45,7 @@ def write_shard(
     """
     sites = tuple(rows)
     named = {**rows, **_origins(group.only(kept.numpy()))}
+    # CRC-32 and not SHA: fast enough to be compared while training reads, and enough against damage.
     blocks = [[_crc(block) for block in named[name].split(block_rows)] for name in (*sites, *OF_ROWS)]
     contexts = [_crc(named[name]) for name in OF_CONTEXTS]
     checks = {BLOCKS_CRC: torch.tensor(blocks), CONTEXTS_CRC: torch.tensor(contexts)}
@@ -120,6 +121,7 @@ class Shard:
                     f"{self.path} is damaged: {name}, rows {first} to {first + len(rows) - 1}, does not match its "
                     f"checksum; {_AGAIN}"
                 )
+            # Once per process: what was read well stays mapped, and is not read from disk again.
             self._checked.add((name, number))
         return rows
 

@@ -31,6 +31,7 @@ def side_by_side(fn: Callable[[Models, T], R], models: Models, batches: Sequence
     """
     copies = _copies(models) if len(batches) > 1 else (models,)
     paired = len(batches) // len(copies) * len(copies)
+    # Whoever is free takes the next batch, so that no model is in two passes at once.
     free: SimpleQueue[Models] = SimpleQueue()
     for each in copies:
         free.put(each)
@@ -73,6 +74,7 @@ def _changed(module: nn.Module) -> bool:
 
 
 def _copy(model: Model) -> Model:
+    # A deep copy that finds the weights in its memo keeps them as they are and copies only the modules around them.
     shared = {id(weight): weight for weight in chain(model.module.parameters(), model.module.buffers())}
     module = copy.deepcopy(model.module, shared)
     return Model(module, model.tokenizer, model.adapter, model.name, model.note)

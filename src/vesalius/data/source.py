@@ -138,6 +138,7 @@ def rebatched(
     for tensors, row_order in pools:
         order, at = row_order.to(tensors[0].device), 0
         if rest:
+            # What was left of the last pool is filled up first, so that every batch is full.
             at = batch_size - len(rest[0])
             rest = tuple(torch.cat([old, new[order[:at]]]) for old, new in zip(rest, tensors, strict=True))
             if len(rest[0]) < batch_size:

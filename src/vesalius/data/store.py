@@ -207,6 +207,7 @@ class ActivationStore:
         """
         if not 0 < held_out < 1:
             raise InputError(f"held_out is a share of the rows, between 0 and 1; got {held_out}")
+        # Never all or none of the rows, whatever the share is rounded to.
         wanted = min(max(round((1 - held_out) * len(self.rows)), 1), len(self.rows) - 1)
         document = self._document(self.rows[wanted])
         cuts = [bisect.bisect_left(self.rows, number, key=self._document) for number in (document, document + 1)]
@@ -302,8 +303,10 @@ class ActivationStore:
         memory = [torch.empty(most, width, dtype=self.manifest.dtype) for width in self.widths]
         first, skip = divmod(skip, self.n_rows)
         for epoch in itertools.count(first):
+            # A function of seed and epoch, so that any batch can be reached without drawing those before it.
             order = torch.randperm(len(sizes), generator=generator_for(*key, epoch)).numpy()
             for number, at in enumerate(range(0, len(order), per_pool)):
+                # In the order on disk, which is read faster; the rows are shuffled in memory after.
                 blocks = np.sort(order[at : at + per_pool])
                 rows = int(sizes[blocks].sum())
                 if skip >= rows:

@@ -25,7 +25,7 @@ from vesalius.protocol import content_hash
 from vesalius.seeds import generator_for
 from vesalius.site import Site
 
-_NOTHING = "no activations: the texts hold no token to keep"
+_NOTHING = "no activations: the texts give no rows"
 
 
 class Stream:
@@ -68,6 +68,7 @@ class Stream:
 
         Of an iterable that is no list of texts, its type and its first group of tokens.
         """
+        # Texts of an iterable have no hash of their own; the first group tells most others apart.
         first = next(self._reader.groups(Tally()), None)
         known = {**self._reader.to_json(), "first": "" if first is None else first.content_hash}
         return content_hash({**known, "dtype": str(self._dtype)})
@@ -115,6 +116,7 @@ class Stream:
                 raise InputError(_NOTHING)
             for _ in range(skip // total):
                 next(epochs)
+            # A start past the end of the texts: whole epochs are skipped without tokenizing them again.
             skip %= total
 
 
@@ -125,6 +127,7 @@ def _order(bad: Bool[Tensor, " row"], generator: torch.Generator) -> Tensor:
     """
     order = torch.randperm(len(bad), generator=generator)
     good = (~bad).nonzero()[:, 0]
+    # Rows that are there anyway: no other row of the text is as near at hand.
     drawn = good[torch.randint(len(good), (int(bad.sum()),), generator=generator)]
     return order.masked_scatter(bad[order], drawn)
 

@@ -71,7 +71,9 @@ def texts_from(given: Any, column: str = "text") -> Texts:
 def _listed(documents: Sequence[str], description: Mapping[str, Any]) -> Texts:
     digest = hashlib.sha256()
     for text in documents:
+        # Half a surrogate pair is found later, with the number of its text; the hash must not fail before.
         raw = text.encode("utf-8", "surrogatepass")
+        # With the length, so that texts divided at other places have another hash.
         digest.update(len(raw).to_bytes(8, "little") + raw)
     known = {**description, "texts": len(documents), "sha256": digest.hexdigest()}
     return Texts(lambda: iter(documents), known, sum(map(len, documents)))

@@ -143,6 +143,7 @@ class CrossLayerTranscoder:
             indices, values = layer.encode_sparse(row)
             parts.append((indices + start, values))
         indices, values = (torch.cat(group, 1) for group in zip(*parts, strict=True))
+        # Each layer's entries come strongest first; those of all layers have to be sorted again.
         at, best = strongest(values)
         filled = torch.where(best > 0, indices.gather(1, at), 0)
         return filled.reshape(*lead, -1), best.reshape(*lead, -1)
@@ -192,6 +193,7 @@ class CrossLayerTranscoder:
             raise InputError(f"latents of {len(self.layers)} layers write at several sites; say at which: site=")
         number = site_number(site, self.out_sites)
         before = [layer.decoder_rows(self.out_sites[number]) for layer in self.layers[: number + 1]]
+        # Latents of later layers cannot write to an earlier site.
         after = self.b_dec[number].new_zeros(self.n_latents - self.starts[number + 1], len(self.b_dec[number]))
         return torch.cat([*before, after])
 

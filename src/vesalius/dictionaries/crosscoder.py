@@ -129,6 +129,7 @@ def latent_scaling(
         for at in range(0, len(rows[0]), CHUNK)
     ]
     squares, error, reconstruction = (torch.stack(part).sum(0) for part in zip(*chunks, strict=True))
+    # Side numbers of each latent: the one it is strong on, and the one it seems to be absent from.
     own, other = own_is_b.long(), 1 - own_is_b.long()
     columns = torch.arange(len(which))
     # The latent's own part belongs to what it has to explain on its own side: f times the norm of its row, along d.

@@ -43,6 +43,7 @@ def save(coder: Any, out: str | Path, *, format: str = OWN) -> Path:
         raise UnknownNameError("format to write", format, [OWN, *WRITERS], why)
     if isinstance(coder, CrossLayerTranscoder) and format != "circuit_tracer":
         raise InputError(f"{format} cannot express a cross-layer transcoder; circuit_tracer and {OWN} can")
+    # Other formats have a config.json too, and the two would overwrite each other's.
     if (where / own.CONFIG).exists() and own.is_folder(where):
         raise InputError(f"{where} holds a dictionary in our own format; choose another folder")
     WRITERS[format](coder, where)
@@ -81,6 +82,7 @@ def load(
     if not path.exists():
         raise FileFormatError(f"there is no file or folder {path}")
     coder = _read(path, Options(layer, unpickle, in_scale, dtype or torch.float32))
+    # The type first: a device may not have the type of the file.
     for change in (dtype, device):
         coder = coder if change is None else cast(Any, coder).to(change)
     coder = _at_sites(coder, sites, outs)
@@ -103,6 +105,7 @@ def _read(path: Path, options: Options) -> SparseCoder:
     if known is None:
         raise FileFormatError(_nothing(path))
     try:
+        # Nothing in a stranger's JSON can be trusted to be of the type it should be.
         return known.read(found)
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # a value of another type than it should be
         raise FileFormatError(f"{path} is not understood as a dictionary of {known.name} ({error!r})") from error

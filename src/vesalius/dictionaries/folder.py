@@ -57,6 +57,7 @@ def save(coder: Stored, out: str | Path) -> Path:
     if coder.history is not None:
         write_atomic(folder / HISTORY, _npz(coder.history))
     hashes = {name: file_sha256(folder / name) for name in (WEIGHTS, HISTORY) if (folder / name).exists()}
+    # Last, so that a folder with a config.json is whole.
     write_atomic(folder / CONFIG, json.dumps({**config, "sha256": hashes}, indent=1, sort_keys=True) + "\n")
     return folder
 
@@ -100,6 +101,7 @@ def read(folder: str | Path) -> Stored:
         _check_file(where / name, str(wanted))
     history = _read_history(where / HISTORY) if HISTORY in config["sha256"] else None
     coder = READERS[config["coder"]](config["settings"], _read_weights(where / WEIGHTS), config["metadata"], history)
+    # Files are compared with hashes that stand beside them; only this finds an edit of the settings.
     if coder.content_hash != config["content_hash"]:
         raise FileFormatError(f"{where / CONFIG} was altered: what it describes has another hash than it says")
     return coder

@@ -74,6 +74,7 @@ def evaluation_rows(source: Source, metadata: Mapping[str, Any]) -> EvaluationRo
         )
     first, stop = known["documents"]
     try:
+        # Documents are numbered alike in every store of the same text, whatever the model and the sites.
         rest = source.documents(stop)
     except InputError:
         return EvaluationRows(source, True, "All of these rows were trained on: the figures flatter.")

@@ -52,6 +52,7 @@ def _curve(values: NDArray[np.float64]) -> str:
     """An SVG of the values on a logarithmic scale, in at most `_POINTS` means of neighbours."""
     means = np.array([piece.mean() for piece in np.array_split(values, min(len(values), _POINTS))])
     logs = np.log10(np.maximum(means, 1e-6))
+    # A flat curve is drawn too.
     low, high = float(logs.min()), float(max(logs.max(), logs.min() + 1e-9))
     across = np.linspace(0, _WIDTH, len(logs))
     down = (high - logs) / (high - low) * (_HEIGHT - 4) + 2

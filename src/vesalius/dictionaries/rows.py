@@ -58,6 +58,7 @@ def as_rows(tensor: Tensor, width: int, site: Site) -> tuple[Float[Tensor, "n wi
 
     Raises InputError naming both widths, NotFiniteError for NaN and infinity.
     """
+    # A site with heads is [..., head, d_head]; whoever trained on it saw them side by side.
     for axes in (1, 2):
         if tensor.ndim >= axes and tensor.shape[-axes:].numel() == width:
             rows = tensor.reshape(-1, width)
@@ -77,6 +78,7 @@ def aligned_rows(
 
     Raises InputError naming both shapes when the sites don't have the same rows; and as `tensors_at` and `as_rows`.
     """
+    # Checked one by one first, so that an error names the site that does not fit.
     found = [as_rows(t, width, site) for t, width, site in zip(tensors_at(x, sites), widths, sites, strict=True)]
     for (_, lead), site in zip(found, sites, strict=True):
         if lead != found[0][1]:

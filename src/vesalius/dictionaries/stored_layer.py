@@ -133,6 +133,7 @@ class StoredLayer:
         """sha256 of every tensor by name, as of the Dictionary."""
         small = self._encoding(None).tensors | ({} if self.skip is None else {"W_skip": self.skip})
         zero = digest(self.b_enc.new_zeros(self.out_widths[0]))
+        # Hashed a few rows at a time: the decoder of a published one does not fit in memory.
         found = {name: digest(tensor) for name, tensor in small.items() if name != "W_dec.0"}
         hashes = [hashlib.sha256() for _ in self.out_sites]
         for start in range(0, self.n_latents, CHUNK):
@@ -155,6 +156,7 @@ class StoredLayer:
         if latents.shape[-1] != self.n_latents:
             raise InputError(f"{latents.shape[-1]} latents were given to decode; this layer has {self.n_latents}")
         flat = latents.reshape(-1, self.n_latents)
+        # The rows of latents that are silent everywhere are never read.
         active = flat.any(0).nonzero()[:, 0]
         rows = self._rows(active)
         return self._split(flat[:, active].to(rows) @ rows.flatten(1), latents.shape[:-1])

@@ -127,6 +127,7 @@ def random_directions(coder: SparseCoder, x: Float[Tensor, "n d"], k: int, seed:
     )
     some = x[:4096].float()
     guess, away = unscaled.reconstruct(some) - mean, some - mean  # type: ignore[operator]
+    # Random directions overlap, so that their sum is too long or too short; one factor is fitted for all.
     factor = float((guess * away).sum() / guess.square().sum().clamp(min=1e-30))
     return replace(unscaled, decoders=(rows * factor,))
 
@@ -145,6 +146,7 @@ def _config(coder: SparseCoder) -> TrainConfig | None:
 def untrained(coder: Dictionary, config: TrainConfig, fit: tuple[Rows, Rows]) -> SparseCoder:
     """The dictionary that training would begin with. Kinds that choose by count choose the k largest of each row."""
     ins, outs = tuple(map(str, coder.in_sites)), tuple(map(str, coder.out_sites))
+    # A batchtopk dictionary at step 0 has no threshold yet; the k largest of each row are what it would choose.
     kind = "topk" if config.sparse_by_count else config.kind
     config = replace(config, kind=kind, groups=(), in_sites=ins, out_sites=outs)
     autoencodes = coder.in_sites == coder.out_sites

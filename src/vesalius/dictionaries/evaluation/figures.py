@@ -127,6 +127,7 @@ def _latent_figures(totals: Totals, seed: int) -> dict[str, Figure]:
     if totals.fired is None:
         return {}
     cost, density = {"rows": totals.n_rows}, totals.density
+    # Rows stand in the last column, so that a resampled total has its own number of them.
     fired = np.concatenate([totals.fired, totals.rows[:, None].astype(np.float32)], 1)
     silent = (totals.fired == 0).mean(1, dtype=np.float64)
     dead = float((density == 0).mean())

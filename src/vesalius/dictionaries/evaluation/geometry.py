@@ -96,6 +96,7 @@ def nearest_cosines(rows: Float[Tensor, "latent d"], seed: int = 0) -> Floats:
     found = []
     for part in some.split(_SLICE):
         cosines = rows[part] @ rows.T
+        # A row is no neighbour of itself.
         cosines[torch.arange(len(part)), part] = -2.0
         found.append(cosines.amax(1))
     return torch.cat(found).double().clamp(-1, 1).cpu().numpy()
@@ -124,6 +125,7 @@ def shared(
     rows, numbers = _directions(torch.cat(a.decoders, 1), alive_a)
     others, other_numbers = _directions(torch.cat(b.decoders, 1), alive_b)
     some = _some(len(rows), seed)
+    # The matching takes time with the cube of the latents, so that a sample has to do.
     rows, numbers = rows[some], numbers[some]
     if not 0 < len(rows) <= len(others):
         raise InputError(f"{len(rows)} latents cannot be matched one to one to {len(others)}; exchange the two")

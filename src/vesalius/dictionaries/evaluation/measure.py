@@ -137,6 +137,7 @@ def _per_site(coder: SparseCoder, totals: Totals, seed: int) -> dict[str, dict[s
 
 def _alive(totals: Totals) -> list[bool] | None:
     """Which latents fired; None (all) when hardly any did, so that there is something to look at."""
+    # Dead latents have directions too, and random ones would drown what the others are like.
     alive: list[bool] = (totals.density > 0).tolist()
     return alive if sum(alive) > 1 else None
 
@@ -195,6 +196,7 @@ def _spliced(
             f"one reconstructs {len(coder.out_sites)} sites, from a {type(source).__name__}. Leave model= out"
         )
     _check_model(model, source)
+    # Of the same contexts that the rows are of: both are of documents that were not trained on.
     chosen = _spread(drawn.test.contexts, effort.contexts)
     documents = np.unique([context.document for context in chosen], return_inverse=True)[1].tolist()
     groups = documents if max(documents) > 0 else list(range(len(chosen)))

@@ -67,6 +67,7 @@ def draw(coder: Coder, rows: EvaluationRows, whole: Source, n: int, seed: int) -
         test, rest = _of_store(rows.source, numbers, n, seed, all_of_it=held_out)
         if held_out and isinstance(whole, ActivationStore):
             last = whole.trace(rows.source.rows.start - 1).document
+            # Baselines may be fitted to what the dictionary was trained on; only the rows measured on must be new.
             rest = whole.documents(0, last + 1).sample(n, seed=seed)
         return Drawn(test, _in_and_out(rest, numbers))
     drawn = rows.source.sample(2 * n, seed=seed)
@@ -106,6 +107,7 @@ def _site_numbers(coder: Coder, source: Source) -> SiteNumbers:
 def _of_store(store: ActivationStore, numbers: SiteNumbers, n: int, seed: int, all_of_it: bool) -> tuple[Sample, Rows]:
     """Contexts at random until there are n rows, and rows of further ones; of few half each, if not all may be used."""
     known = list(store.contexts())
+    # Whole contexts: the model is run on them too, and rows of one context are not independent.
     order = torch.randperm(len(known), generator=generator_for("quality", seed)).tolist()
     ends = np.cumsum([known[number][1].rows for number in order])
     cut = min(int(np.searchsorted(ends, min(n, ends[-1] if all_of_it else ends[-1] // 2))) + 1, len(order))

@@ -134,6 +134,7 @@ def _cost(batches: int, splices: int, seconds: float) -> str:
 
 def _batches(contexts: Sequence[Context], batch_tokens: int) -> Iterator[list[int]]:
     """Numbers of contexts that are run together: those of similar length, so that little is padding."""
+    # Short ones first, so that a batch is padded to the longest of its own.
     order = sorted(range(len(contexts)), key=lambda row: len(contexts[row].ids))
     starts, longest = [0], 0
     for number, row in enumerate(order):
@@ -154,6 +155,7 @@ def _batch(model: Model, contexts: Sequence[Context], splices: Sequence[Splice])
     counted = kept & torch.nn.functional.pad(tokens.real[:, 1:], (0, 1))
     owner, at = counted.nonzero(as_tuple=True)
     following = tokens.ids[owner, at + 1]
+    # By the same code as the edited passes, so that the difference of an edit that changes nothing is 0.
     clean = _log_probs(model, tokens, counted, [])
     values = [torch.ones(len(owner), dtype=torch.float64), _cross_entropy(clean, following)]
     for splice in splices:

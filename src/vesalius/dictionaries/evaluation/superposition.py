@@ -92,6 +92,7 @@ def superposition(coder: Dictionary, data: Any, *, n: int = 8192, seed: int = 0)
         raise InputError(f"{int(alive.sum())} latents fire in {len(sample):,} rows, so none shares anything")
     kept = [latents[:, alive] for latents in encoded]
     written = coder.decoder_rows().cpu().float()[alive]
+    # As long as the decoder's rows, so that only their directions differ.
     directions = random_unit(len(written), written.shape[1], seed) * written.norm(dim=1, keepdim=True)
     return Superposition(_measured(written, kept), _measured(directions, kept), len(sample))
 

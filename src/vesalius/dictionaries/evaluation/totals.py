@@ -99,6 +99,7 @@ def totals_of(reconstructor: Reconstructor, sample: Sample) -> Totals:
     """Totals over the rows of a sample, in float64."""
     n = sample.n_groups
     groups = torch.from_numpy(np.ascontiguousarray(sample.groups))
+    # Of all rows that are measured: the variance is around their own mean, not the training rows'.
     means = [rows.double().mean(0) for rows in sample.outputs]
     sites = torch.zeros(len(sample.outputs), n, len(COLUMNS), dtype=torch.float64)
     active, fired = torch.zeros(n, dtype=torch.float64), None

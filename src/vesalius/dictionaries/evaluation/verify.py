@@ -137,6 +137,7 @@ def _check(coder: SparseCoder, found: Mapping[str, Figure], claimed: float | Non
     fvu, l0 = found["fvu"].value, found["l0"].value
     fits = lambda number: claimed is None or claimed / FACTOR <= number <= claimed * FACTOR  # noqa: E731
     better = [one for one in others if one.fvu < one.enough * fvu or (one.fvu < 1 and fits(one.l0) and not fits(l0))]
+    # Of several better readings the likeliest: one with as many active latents as claimed, then the smallest error.
     best = min(better, key=lambda one: (not fits(one.l0), one.fvu), default=None)
     hint = ""
     if best is not None:
@@ -187,6 +188,7 @@ class _Trial:
     @property
     def _near(self) -> tuple[Site, ...]:
         """Sites that one which is read and reconstructed could be mistaken for."""
+        # Other sites have widths of their own, and cannot be confused with these.
         if not self._alone or self.coder.in_sites[0].kind not in _STREAM:
             return ()
         site = self.coder.in_sites[0]
@@ -280,6 +282,7 @@ def _reading(words: str, reconstructor: Reconstructor, sample: Sample) -> Readin
 
 def _other_readings(coder: SparseCoder, sample: Sample) -> Iterator[tuple[str, Reconstructor]]:
     """Inputs in other units, another activation function, the decoder's bias subtracted from inputs or not."""
+    # Rows that are normalised anyway have no units that could be misread.
     if len(coder.in_sites) == 1 and getattr(coder, "row_norm", "none") == "none":
         size = float(sample.inputs[0].double().norm(dim=1).mean()) / sample.inputs[0].shape[1] ** 0.5
         yield f"inputs divided by {size:.4g} (mean norm sqrt(width))", _Scaled(coder, 1 / size)

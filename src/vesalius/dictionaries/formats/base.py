@@ -77,6 +77,7 @@ def built(path: Path, activation: str, **fields: Any) -> Dictionary:
     Raises FileFormatError naming the file, where they don't fit each other or hold NaN or infinity.
     """
     try:
+        # The checks of a Dictionary speak of tensors; here the user needs to know which file they are in.
         return Dictionary(activation, **fields)
     except NotFiniteError as error:
         raise FileFormatError(f"{path}: {error}. {AGAIN}") from error

@@ -128,6 +128,7 @@ def _activation(weights: Weights, config: dict[str, Any], n: int) -> tuple[str, 
         if not isinstance(k, int) or not 1 <= k <= n:
             raise FileFormatError(f"{weights.path.parent / CONFIG} says topk and gives k={k!r} of {n} latents")
         return "topk", k, {}
+    # Files of both kinds hold thresholds; config.yaml decides where it speaks of the activation.
     if THRESHOLD in weights and said != "relu":
         return "jumprelu", None, {"threshold": _non_negative(weights.path, weights.take(THRESHOLD, n))}
     return "relu", None, {}

@@ -31,6 +31,7 @@ def with_input_bias(given: Dictionary) -> Dictionary:
 
 def _moved(given: Dictionary, sign: int) -> tuple[Tensor, dict[str, Tensor]]:
     pairs = zip(given.b_dec, given.encoders, strict=True)
+    # (x - b_dec) W = x W - b_dec W, so that the bias can be taken on either side.
     shift = torch.stack([sign * (bias @ encoder) for bias, encoder in pairs]).sum(0)
     extras = dict(given.extras)
     if given.activation == "gated":  # its magnitude shares the product of input and encoder, but not b_enc

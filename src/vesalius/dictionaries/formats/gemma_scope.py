@@ -43,6 +43,7 @@ def claims(found: Found) -> bool:
 def read(found: Found) -> Dictionary:
     """A Dictionary from params.npz."""
     weights = found.arrays(found.given or ARRAYS)
+    # Some files name them in lower case.
     upper = {"W_" + name[2:] if name.startswith("w_") else name: tensor for name, tensor in weights.tensors.items()}
     weights = Weights(weights.path, upper, weights.dtype)
     encoder = weights.take("W_enc", "d_in", "latent")

@@ -50,6 +50,7 @@ def read(found: Found) -> Dictionary:
     d_in, n = encoder.shape
     decoder = weights.take("w_dec", n, "d_out")
     skip = weights.maybe("affine_skip_connection", d_in, decoder.shape[1])
+    # A tensor that is not understood means that something would be left out of what it computes.
     weights.refuse_others(NAME, _TENSORS)
     sites = _sites(config, found.folder.resolve(), skip is not None or d_in != decoder.shape[1])
     return built(

@@ -65,6 +65,7 @@ def from_module(name: str, model: str = "", side: str = "out") -> Site:
             return Site(kind, layer=int(layer[1]))
     if name in ("embed_tokens", "wte", "embed_in") and side == "out" and not post_normed(model):
         return Site("embed")
+    # A path without a dot is more likely a nickname than a module.
     return Site("module", module=name, side=side) if "." in name else unknown_site(name)
 
 

@@ -68,6 +68,7 @@ def partly(path: Path, without: Collection[str]) -> dict[str, Tensor]:
 def _unreadable(path: Path, error: Exception) -> FileFormatError:
     if not path.is_file():
         return FileFormatError(f"{path} is missing. {AGAIN}")
+    # Files renamed to .safetensors are how a pickle would be smuggled in.
     if looks_pickled(path):
         return FileFormatError(
             f"{path} is a pickle and not a safetensors file, whatever its name; it is not opened, because a pickle can "
@@ -110,6 +111,7 @@ def read_pickle(path: Path, unpickle: bool) -> dict[str, Any]:
         stacklevel=2,
     )
     try:
+        # weights_only builds tensors, numbers and text and calls nothing that a file names.
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle raises anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -54,6 +54,7 @@ def read(found: Found) -> Dictionary:
         )
     scale = scale_needed(config, found.options.in_scale, found.maybe_json(SCALER))
     dictionary = _dictionary(config, found.weights(WEIGHTS), scale)
+    # Latents times decoder norms: the same function with rows of unit norm.
     if config.rescaled:
         kept = dictionary.extras  # a training checkpoint's threshold is of latents that were multiplied already
         dictionary = replace(latents_times(dictionary, dictionary.W_dec.norm(dim=1)), extras=kept)
@@ -63,6 +64,7 @@ def read(found: Found) -> Dictionary:
 def _dictionary(config: SaelensConfig, weights: Weights, scale: float) -> Dictionary:
     encoder = weights.take("W_enc", "d_in", "latent")
     d_in, n = encoder.shape
+    # A config beside the weights of another dictionary is found out by its sizes.
     _check_sizes(config, d_in, n)
     decoder = weights.take("W_dec", n, "d_out")
     d_out, transcodes = decoder.shape[1], "transcoder" in config.architecture

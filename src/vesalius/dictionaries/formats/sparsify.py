@@ -103,6 +103,7 @@ def _sites(path: Path, config: dict[str, Any], model: str, transcodes: bool) -> 
 
 def _module(name: str, model: str, side: str) -> Site:
     """A module as sparsify names it, within the model's body; a folder of another name says nothing."""
+    # A renamed folder would otherwise be taken for a module path.
     if not re.fullmatch(r"(layers|h)\.\d+(\..+)?|embed_tokens|wte|embed_in", name):
         return unknown_site(name)
     site = from_module(name, model, side)

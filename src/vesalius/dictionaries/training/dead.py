@@ -36,6 +36,7 @@ _ENCODER_NORM = 0.2
 def dead_latents(rows_since_fired: Int[Tensor, " latent"], dead_after: int, step: int) -> Int[Tensor, " dead"]:
     """Numbers of the dead latents that are helped at this step."""
     dead = (rows_since_fired >= dead_after).nonzero()[:, 0]
+    # Another window of the dead ones in every step, so that all get their turn.
     return dead if len(dead) <= MOST_HELPED else dead.roll(-step * MOST_HELPED)[:MOST_HELPED].sort().values
 
 
@@ -51,6 +52,7 @@ def add_aux_gradients(batch: MicroBatch, number: int, dead: Tensor, totals: Step
         x, error = batch.x[cut, layout.reads], batch.error[cut, layout.writes]
         latents = linear(x.contiguous(), encoder, bias).relu()
         if k < len(dead):
+            # Zeros are never above a positive k-th value, so that at most k of a row stay.
             latents *= latents >= latents.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
         # error is reconstruction minus target, so what the live latents left over is its negative.
         miss = linear(latents, decoder.T) + error
@@ -77,6 +79,7 @@ def resample(
     dead = rows_since_fired >= run.config.dead_after
     if not bool(dead.any()):
         return 0
+    # Every process has all of these rows and computes the same; nothing may be summed over them.
     alone = replace(run, processes=Processes())
     batch = MicroBatch(alone, parameters, [part.to(run.device) for part in rows], 1 / len(rows[0]), 0.0)
     batch.forward()
@@ -85,6 +88,7 @@ def resample(
         which = dead[number].nonzero()[:, 0]
         if len(which) and float(weights.sum()) > 0:
             generator = generator_for("resample", run.config.seed, step, number)
+            # Without replacement, so that two latents don't begin at the same row, as long as there are enough rows.
             enough = int((weights > 0).sum()) >= len(which)
             drawn = torch.multinomial(weights, len(which), replacement=not enough, generator=generator)
             _begin_again(batch, number, which, drawn.to(run.device), ~dead[number])

@@ -168,6 +168,7 @@ def encode(
     """The codes of every chunk of rows [row, d], and for kinds that choose over a batch the smallest pre-activation
     that was chosen.
     """
+    # Rows don't see each other, so that chunks can be encoded one by one.
     if kind.selection == "row":
         return list(workers.map(lambda x: encoder.top_of_rows(x, config.k), chunks)), None
     if kind.selection == "batch":
@@ -178,6 +179,7 @@ def encode(
 
 def _above_floor(encoder: Encoder, chunks: Sequence[Tensor], floor: Tensor, workers: Workers) -> list[Chunk]:
     """Every latent above its floor; dense when that is many."""
+    # A guess from a few rows is enough: a wrong one costs time and changes no number beyond rounding.
     probe = encoder.pre(chunks[0][:_PROBED])
     if float((probe > floor).double().mean()) > DENSE_SHARE:
         return list(workers.map(lambda x: DenseChunk(encoder.pre(x)), chunks))
@@ -194,6 +196,7 @@ def _top_of_batch(
     wanted = int(processes.sum(torch.tensor(sum(map(len, chunks)) * config.k)))
     probe = encoder.pre(chunks[0][:: max(1, len(chunks[0]) // _PROBED)]).view(-1)
     for room in (*_ROOM, 0.0):
+        # Somewhat more than are wanted, since the few rows may have larger values than the others.
         count = min(len(probe), int(room * config.k * len(probe) / config.n_latents) + 16)
         level = (probe.topk(count).values[-1] if room else probe[0] * 0).clamp(min=0)
         found = workers.map(lambda x, level=level: encoder.above(x, level), chunks)  # type: ignore[misc]

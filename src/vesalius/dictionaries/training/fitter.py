@@ -80,6 +80,7 @@ class Fitter:
         memory.
         """
         last_l0 = self.history[-1][COLUMNS.index("l0")] if self.history else torch.inf
+        # Only kinds without a count can be dense, and only their last step says whether they are.
         dense = last_l0 > DENSE_SHARE * self.rows_since_fired.numel() and self.run.kind.selection == "threshold"
         return self.run.config.accumulate * (max(1, n_rows // self.run.config.accumulate // DENSE_ROWS) if dense else 1)
 
@@ -90,6 +91,7 @@ class Fitter:
         batch.backward(add)
         if batch.smallest_chosen is not None:
             new = torch.tensor([float(batch.smallest_chosen), 1.0], dtype=torch.float64)
+            # A running mean that begins with the first batch and not with zero: its weight decays along with it.
             self.threshold = self.threshold * MEMORY + new
         if config.dead_rule == "auxk":
             for number in range(len(self.rows_since_fired)):
@@ -130,6 +132,7 @@ class Fitter:
         history = History({name: columns[:, place].copy() for place, name in enumerate(COLUMNS)})
         coder: Fitted = self._layers() if layout.coder == "cross_layer" else self._one(0)
         fold = len(layout.in_sites) == len(layout.out_sites) == 1 if run.config.fold is None else run.config.fold
+        # With one site the latents come in units of the activations, as other libraries' files have them.
         coder = coder.folded() if fold else coder
         scales = {"in_scale": list(run.in_scale), "out_scale": list(run.out_scale)}
         ends = {"steps": self.steps, "tokens": self.steps * run.config.batch_size, **history.last()}
@@ -166,6 +169,7 @@ class Fitter:
     def _layers(self) -> CrossLayerTranscoder:
         layout = self.run.layout
         layers = tuple(self._one(number, biased=False) for number in range(len(layout.blocks)))
+        # One bias for each output site; if every layer had its own, their sum would be what counts.
         biases = _split(self.parameters.values["b_dec"], layout.out_widths, 0)
         scaled = tuple(bias / scale for bias, scale in zip(biases, self.run.out_scale, strict=True))
         return CrossLayerTranscoder(layers, scaled)
@@ -184,6 +188,7 @@ def make_fitter(
     scales = [_scale(rows) if config.normalise else 1.0 for rows in sample]
     in_scale = tuple(scales[number] for number in layout.in_numbers)
     out_scale = tuple(scales[number] for number in layout.out_numbers)
+    # In float64: a sum of 16 thousand float32 rows would lose the last digits of the mean.
     means = [sample[number].double().mean(0).float() * scales[number] for number in layout.out_numbers]
     inputs = [sample[number][:PROBED].float() * scales[number] for number in layout.in_numbers]
     run = Run(layout, config, TRAINABLE[config.kind], in_scale, out_scale, workers, processes, device)

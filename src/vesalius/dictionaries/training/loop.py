@@ -74,6 +74,7 @@ def _trained(
     metadata = _metadata(source, config, layout)
     if where is not None and (where / folder.CONFIG).exists():
         return _finished(where, metadata["plan"], sink)
+    # Said aloud, because it is a surprise to whoever compares numbers of rows.
     if source is not given:
         left_out = (given.n_rows or 0) - (source.n_rows or 0)
         message = f"the last documents, {left_out:,} rows, are held out, to evaluate on (held_out)"
@@ -82,12 +83,14 @@ def _trained(
     with Workers(device=device) as workers:
         fitter = make_fitter(source, config, layout, workers, processes, device)
         checkpoints = Checkpoints(where, metadata["plan"], sink)
+        # Scales and means are sampled again first: they follow from the seed, and are in no checkpoint.
         checkpoints.resume(fitter)
         with Metrics(where if processes.is_main else None, config.batch_size, tensorboard) as metrics:
             metrics.begin(fitter.history)
             _run(fitter, source, checkpoints, metrics, sink)
         coder = fitter.fitted(metadata)
     if where is not None and processes.is_main:
+        # Checkpoints go only after the dictionary is there: killed in between, the next call finds a finished run.
         folder.save(coder, where)
         checkpoints.remove()
     processes.wait()

@@ -125,12 +125,14 @@ class MicroBatch:
             else:
                 side_by_side(x[cut], [rows[number][cut] for number in layout.in_numbers], self.run.in_scale)
 
+        # Each chunk is prepared by the thread pool, so that its memory is touched in parallel.
         self.run.workers.map(fill, self.cuts)
         return x, y
 
     def _encoded(self, number: int) -> tuple[list[Chunk], Tensor | None]:
         run, block = self.run, self.blocks[number]
         reads = run.layout.blocks[number].reads
+        # Made in every step, because the weights have changed since the last.
         encoder = Encoder.of(block["W_enc"], block["b_enc"], run.config.precision, run.workers)
         rows = [self.x[cut, reads].contiguous() for cut in self.cuts]
         return encode(encoder, rows, run.kind, block, run.config, run.workers, run.processes)
@@ -179,6 +181,7 @@ class MicroBatch:
         outputs = base[:, None].repeat(1, len(self.run.config.prefixes), 1)
         for number, (chunk, weights) in enumerate(zip(chunks, values, strict=True)):
             added = chunk.decode(weights, self.blocks[number]["W_dec"]).view(len(outputs), outputs.shape[1], -1)
+            # Bags hold one group each; a prefix is the sum of the groups up to its own.
             for prefix in range(1, added.shape[1]):
                 added[:, prefix] += added[:, prefix - 1]
             outputs[:, :, self.run.layout.blocks[number].writes] += added
@@ -189,6 +192,7 @@ class MicroBatch:
     ) -> tuple[Float[Tensor, "row d_out"] | None, Tensor]:
         """Gradient of the gate's own error with respect to its reconstruction, and that error."""
         found = [gate for gate in gates if gate is not None]
+        # A kind has a gate for every block or for none.
         if len(found) != len(chunks):
             return None, self.y.new_zeros((), dtype=torch.float64)
         error = self._decoded(chunks, found, cut)[:, -1] - self.y[cut]
@@ -221,6 +225,7 @@ class MicroBatch:
         gradients = {name: value for name, value in self._small.items() if not name.endswith((".pre", ".norm"))}
         for number, block in enumerate(self.blocks):
             through = self._small[f"{number}.pre"]
+            # Unless the kind says otherwise, the bias moves as the pre-activation does.
             gradients.setdefault(f"{number}.b_enc", through)
             if self.run.layout.apply_b_dec_to_input:
                 reads = self.run.layout.blocks[number].reads
@@ -236,6 +241,7 @@ class MicroBatch:
         inputs = self.x[:, block.reads].contiguous()
 
         def fill(cut: slice) -> None:
+            # Latent by latent: no two threads write to the same rows, and no dense gradient is made for them to add up.
             decoder = codes.outer("values", outputs, cut.start, cut.stop)
             encoder = codes.outer("dpre", inputs, cut.start, cut.stop)
             decoder = self._with_penalty(number, decoder, cut)

@@ -84,6 +84,7 @@ def initial_parameters(
     values: dict[str, Tensor] = {}
     for number, block in enumerate(layout.blocks):
         decoder = _directions(block.out_widths, config, "decoder", number)
+        # An encoder that begins as the decoder's transpose leaves fewer latents dead (Gao et al. 2024, A.1).
         tied = layout.in_sites == layout.out_sites
         encoder = decoder.clone() if tied else _directions(block.in_widths, config, "encoder", number)
         read = inputs[:, block.reads] - (mean_out[block.reads] if layout.apply_b_dec_to_input else 0.0)
@@ -125,6 +126,7 @@ def update(run: Run, parameters: Parameters, step: int) -> float:
     ]
     squares = run.workers.map(lambda piece: _project(run, parameters, piece), pieces)
     small = [name for name in parameters.values if not name.endswith(MATRICES)]
+    # The pieces' squares are added in the order of the pieces, however many threads there are.
     norm = float(torch.stack([*squares, *(squared_norm(parameters.gradients[name]) for name in small)]).sum().sqrt())
     clip = 1.0 if run.config.clip_norm is None else min(1.0, run.config.clip_norm / (norm + 1e-6))
     run.workers.map(lambda piece: _adam(run, parameters, [piece], step, clip), pieces)
@@ -151,6 +153,7 @@ def _adam(run: Run, parameters: Parameters, pieces: Sequence[tuple[str, slice]],
         [tensors[name][cut] for name, cut in pieces]
         for tensors in (parameters.values, parameters.gradients, parameters.means, parameters.squares)
     )
+    # In place and by piece: the whole gradient is never read once more just to be scaled.
     if clip < 1.0:
         for gradient in gradients:
             gradient.mul_(clip)

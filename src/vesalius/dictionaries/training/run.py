@@ -102,9 +102,11 @@ class Run:
     @property
     def chunk_rows(self) -> int:
         """Rows that are encoded together."""
+        # A function of the config alone: the numbers must not depend on the machine's cache or threads.
         return max(64, min(1024, CHUNK_ENTRIES // self.config.n_latents))
 
     def cuts(self, n: int, size: int | None = None) -> list[slice]:
         """Chunks of n rows (or latents, with a size); other devices than the CPU take all at once."""
+        # On a GPU one large product is faster than several small ones, and there are no threads to share them.
         size = (size or self.chunk_rows) if self.device.type == "cpu" else max(n, 1)
         return [slice(start, min(start + size, n)) for start in range(0, n, size)]

@@ -45,6 +45,7 @@ class Checkpoints:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in fitter.tensors().items()}
         metadata = {"plan": self._plan, "sha256": _hash(tensors)}
         write_atomic(self._folder / f"{fitter.steps:09}.safetensors", safetensors.torch.save(tensors, metadata))
+        # Two are kept, so that one that was damaged by a crash while it was written to disk can be passed over.
         for path in self._paths()[:-N_CHECKPOINTS]:
             path.unlink()
 
@@ -140,6 +141,7 @@ class Metrics:
         path = self._folder / METRICS
         old = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
         file = path.open("w", encoding="utf-8")
+        # Lines after the last checkpoint are of steps that are about to be taken again.
         file.writelines(line for line in old[:steps] if line.endswith("\n"))
         return file
 

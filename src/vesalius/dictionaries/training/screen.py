@@ -61,10 +61,12 @@ class Screen:
         def norms(start: int) -> Tensor:
             cut = slice(start, start + _LATENTS)
             rows = encoder[cut]
+            # Measured, because what theory allows for would let more through.
             rest = rows - rounded[cut].copy_(rows)
             return torch.stack([torch.linalg.vecdot(part, part).max() for part in (rows, rest)])
 
         found = torch.stack(workers.map(norms, range(0, len(encoder), _LATENTS))).amax(0).sqrt() * _ABOVE
+        # Laid out once a step for all chunks of rows.
         half = Half(rounded, _ROWS)
         return cls(encoder, bias, half, float(found[0]), float(found[1]), float(bias.abs().max()))
 
@@ -101,6 +103,7 @@ class Screen:
         # As integers, positive numbers of bfloat16 have their order; negative ones only that they are smaller.
         if bound is None or int(bound.min()) <= 0:
             return None
+        # The margin depends on the row alone, so it is computed once for the bound and for the k-th largest.
         spread = self.spread(x)
         found = _entries_from(rough, self._lowest(spread, bound.view(torch.bfloat16).float()))
         if _too_many(found, rough):

@@ -135,6 +135,7 @@ class _Running:
 
     def start(self) -> subprocess.Popen[str] | None:
         """A process, unless all are to stop. Ctrl-C reaches it through `stop` alone, once."""
+        # Whatever this process can import the other can too, such as a package that is not installed.
         paths = os.pathsep.join(filter(None, sys.path))
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(self.threads)}
         with self.lock:
@@ -170,6 +171,7 @@ def _run(wanted: Sequence[_Job], jobs: int, sink: Sink) -> None:
     with ThreadPoolExecutor(jobs, "train") as pool:
         futures = [pool.submit(_in_process, job, running) for job in wanted]
         try:
+            # Waited for one after the other, so that an error of one does not keep the others from finishing.
             failed = [error for future in futures if (error := future.exception()) is not None]
         except KeyboardInterrupt:
             running.stop()
@@ -197,6 +199,7 @@ def _in_process(job: _Job, running: _Running) -> None:
     code = process.wait()
     if failure is not None:
         raise failure
+    # Killed by the system, for example for want of memory: then it could not say so itself.
     if code and not running.stopped:
         raise InputError(f"{job.name}: its process ended with code {code}; the same call goes on from its checkpoint")
 
@@ -204,6 +207,7 @@ def _in_process(job: _Job, running: _Running) -> None:
 def _error(kind: str, message: str) -> VesaliusError:
     """The error of another process, by the name of its class; some classes word their own messages."""
     known = getattr(errors, kind)
+    # Some classes word their own messages from arguments that are not known here.
     found: VesaliusError = known.__new__(known, message)
     return found
 

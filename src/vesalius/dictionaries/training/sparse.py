@@ -86,6 +86,7 @@ class SparseCodes:
         counts = torch.cat([chunk.offsets.diff() for chunk in chunks])
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         order, bags, self._begins = by_column(columns, offsets, chunks[0].n_latents)
+        # Inputs come one per row, output gradients one per bag.
         rows = bags if n_groups == 1 else bags.div(n_groups, rounding_mode="floor")
         self._of = {
             "values": (torch.cat([chunk.values for chunk in chunks])[order], bags),
@@ -132,6 +133,7 @@ def lower_bound(pre: Tensor, k: int) -> Tensor | None:
     it to pay.
     """
     groups = max(_LEAST_GROUPS, 1 << (_GROUPS_PER_K * k - 1).bit_length())
+    # Few entries pass a bound from several groups per wanted entry; more groups would only make the first pass slower.
     size = pre.shape[1] // groups
     if size < _LEAST_SIZE:
         return None
@@ -144,6 +146,7 @@ def entries_from(pre: Float[Tensor, "row latent"] | Int[Tensor, "row latent"], l
     flat = _flat_entries(pre, level)
     begins = torch.arange(rows + 1, device=pre.device) * n_latents
     chunk = SparseChunk(flat, torch.searchsorted(flat, begins), pre.reshape(-1)[flat], n_latents)
+    # Only now: which row an entry is in is known by where its row begins.
     chunk.columns = flat - chunk.bags * n_latents
     return chunk
 
@@ -152,6 +155,7 @@ def _flat_entries(pre: Tensor, level: Tensor) -> Tensor:
     """Flat indices, rising."""
     if pre.device.type != "cpu":
         return (pre >= level).view(-1).nonzero()[:, 0]
+    # NumPy compares with vector instructions and finds the true bytes faster than nonzero() does.
     mask = scratch.like(pre, torch.bool).numpy()
     np.greater_equal(pre.numpy(), level.numpy(), out=mask)
     return torch.from_numpy(np.flatnonzero(mask))
@@ -177,6 +181,7 @@ def k_largest(chunk: SparseChunk, k: int) -> SparseChunk:
 
 def _without_ties(chunk: SparseChunk, k: int) -> SparseChunk:
     """The first k of the largest of each row, where several are equal to the k-th."""
+    # Ties are rare (zeros of rounded inputs), so that a full sort of the few entries left costs nothing that counts.
     order = torch.argsort(chunk.pre, descending=True, stable=True)
     order = order[torch.argsort(chunk.bags[order], stable=True)]
     rank = torch.arange(len(order), device=order.device) - chunk.offsets[:-1][chunk.bags]
@@ -190,6 +195,7 @@ def top_of_rows(pre: Float[Tensor, "row latent"], k: int) -> SparseChunk:
     bound = lower_bound(pre, k)
     if bound is not None:
         return k_largest(entries_from(pre, bound[:, None]), k)
+    # Few latents, or many of them wanted: then PyTorch's own selection is as fast.
     values, columns = pre.topk(k, dim=1, sorted=False)
     offsets = torch.arange(len(pre) + 1, device=pre.device) * k
     return SparseChunk(columns.reshape(-1), offsets, values.reshape(-1), pre.shape[1])
@@ -210,6 +216,7 @@ def dots(left: Tensor, table: Tensor, columns: Tensor, offsets: Tensor, rows: Te
     if _DOTS is not None:
         found: Tensor = _DOTS(left, table, columns, offsets, rows, 0)
         return found
+    # In pieces, since gathered rows of all entries would be far larger than the batch.
     pieces = zip(rows.split(_DOTS_CHUNK), columns.split(_DOTS_CHUNK), strict=True)
     return torch.cat([torch.linalg.vecdot(left[r], table[c]) for r, c in pieces])
 

@@ -140,6 +140,20 @@ def test_intervals_hold_what_they_are_of_and_narrow_with_more_groups() -> None:
     assert few["dead"].low is None
 
 
+def test_a_figure_is_a_measurement_with_one_value_per_group() -> None:
+    dictionary, x = made(), torch.randn(400, 6, generator=draw(5))
+    found = row_figures(totals_of(CoderReconstructor(dictionary), sample_of(x, groups=20)))
+    active = (dictionary.encode(x) > 0).sum(1).double().view(20, 20).mean(1)
+    assert found["l0"].measurement.values == pytest.approx(tuple(active.tolist()))
+    assert (found["l0"].measurement.unit, found["l0"].measurement.cost) == ("latents", {"rows": 400})
+    for figure in found.values():
+        measured = figure.measurement
+        assert (figure.value, figure.low, figure.high) == (measured.estimate, measured.low, measured.high)
+        assert measured.n == measured.n_groups == 20
+    assert repr(found["dead"]) == f"Figure({found['dead'].value:.4g})"
+    assert str(found["l0"]).endswith("]")
+
+
 def test_rows_that_do_not_vary_are_refused() -> None:
     with pytest.raises(InputError, match="all rows are equal"):
         figures_of(torch.ones(10, 3), torch.ones(10, 3))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import vesalius as vs
-from test_probing import coder
+from test_concepts import coder
 from vesalius.concepts import Entities, load_ravel, ravel
 from vesalius.concepts.entities import prompt_pairs, says_after, slopes
 from vesalius.concepts.ravel import disentanglement

@@ -1,4 +1,4 @@
-"""SAEBench's metrics: closed forms, loops that do the same, and toy data in which the answer was planted."""
+"""Concepts: closed forms of SAEBench's metrics, loops that do the same, and toy data in which the answer was planted."""
 
 from __future__ import annotations
 
@@ -283,6 +283,46 @@ def test_texts_of_a_group_are_on_one_side_and_intervals_know_them() -> None:
     assert alone.high is not None and together.high is not None
     assert together.high - together.value > alone.high - alone.value
     assert line_of_texts("m", "", [np.ones(40)], ["a", "b"] * 20).low == pytest.approx(0.912, abs=0.001)  # never 1 +- 0
+
+
+class Own:
+    """A coder of somebody else's: it only encodes, and says what its latents add."""
+
+    in_sites = out_sites = (SITE,)
+    content_hash = ""
+
+    def __init__(self, dictionary: Dictionary) -> None:
+        self.n_latents, self._dictionary = dictionary.n_latents, dictionary
+
+    def encode(self, x: Tensor, latents: Sequence[int] | None = None) -> Tensor:
+        return self._dictionary.encode(x, latents)
+
+    def decoder_rows(self, site: Site | str | None = None) -> Tensor:
+        return self._dictionary.W_dec
+
+    def latent(self, index: int) -> Any:
+        raise NotImplementedError
+
+
+def test_the_metrics_take_any_coder_that_encodes_and_says_what_its_latents_add() -> None:
+    labelled, rows = biased()
+    dictionary = coder(torch.cat([BASIS, -BASIS]))
+    for metric in (sparse_probing, absorption, spurious_removal):
+        ours, theirs = (metric(Readings.of([one], labelled, rows)) for one in (dictionary, Own(dictionary)))
+        assert ours == theirs
+
+
+def test_a_score_per_text_is_a_measurement_with_one_value_per_text() -> None:
+    labelled, rows = two_concepts()
+    readings = Readings.of([coder(unit(31, 50, 4)), coder(unit(31, 50, 5))], labelled, rows)
+    line = sparse_probing(readings)["latents", 5]
+    (task,) = one_vs_rest(readings)
+    assert line.measurement.n == len(task.test)
+    assert set(line.measurement.values) <= {0.0, 0.5, 1.0}
+    assert line.value == pytest.approx(np.mean(line.measurement.values))
+    assert line.measurement.groups == {"group": tuple(labelled.groups[number] for number in task.test)}
+    sizes = absorption(readings)["own latents"]
+    assert (sizes.measurement.values, sizes.low) == (sizes.values, None)
 
 
 # Removal and perturbation

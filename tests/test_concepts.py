@@ -1,4 +1,4 @@
-"""Concepts: closed forms of SAEBench's metrics, loops that do the same, and toy data in which the answer was planted."""
+"""Concepts: closed forms of SAEBench's metrics, loops that do the same, toy data in which the answer was planted."""
 
 from __future__ import annotations
 

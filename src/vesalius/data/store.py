@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -250,8 +251,8 @@ class ActivationStore:
         )
 
     @cached_property
-    def tokens(self) -> Tensor:
-        """Token id of every row, [n_rows] int32."""
+    def tokens(self) -> Int[Tensor, " row"]:
+        """Token id of every row, int32."""
         return torch.cat([self._whole(number, TOKEN)[here.start : here.stop] for number, here in self._here()])
 
     def verify(self) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vesalius.data import as_source
@@ -44,8 +44,8 @@ def relative_norms(
     return torch.where(total > 0, right / total.clamp(min=1e-30), 0.5)
 
 
-def _norms(coder: Dictionary) -> Tensor:
-    """[latent, site] norms of decoder rows before scales were folded in."""
+def _norms(coder: Dictionary) -> Float[Tensor, "latent site"]:
+    """Norms of decoder rows before scales were folded in."""
     scales = list(coder.metadata.get("trained_with", {}).get("out_scale", [])) if set(coder.out_scale) == {1.0} else []
     scales = scales if len(scales) == len(coder.decoders) else [1.0] * len(coder.decoders)
     return torch.stack([d.norm(dim=1) * scale for d, scale in zip(coder.decoders, scales, strict=True)], 1)
@@ -86,8 +86,8 @@ class Scaling:
     reconstruction: Float[Tensor, " n"]
 
     @property
-    def exclusive(self) -> Tensor:
-        """[n] True for latents that are exclusive by norm and by both ratios."""
+    def exclusive(self) -> Bool[Tensor, " n"]:
+        """True for latents that are exclusive by norm and by both ratios."""
         extreme = torch.minimum(self.norms, 1 - self.norms) < EXCLUSIVE
         return extreme & (self.error < ERROR_LIMIT) & (self.reconstruction < RECONSTRUCTION_LIMIT)
 
@@ -149,12 +149,12 @@ def _scaled(coder: Dictionary, tensors: Sequence[Tensor], side: Sequence[int]) -
     return torch.cat([tensors[number] * coder.out_scale[number] for number in side], -1).double()
 
 
-def _side_norm(coder: Dictionary, side: Sequence[int], which: Tensor) -> Tensor:
+def _side_norm(coder: Dictionary, side: Sequence[int], which: Tensor) -> Float[Tensor, " n"]:
     return torch.cat([coder.decoders[number][which] for number in side], 1).double().norm(dim=1)
 
 
-def _directions(coder: Dictionary, sides: Sides, which: Tensor, own_is_b: Tensor) -> Tensor:
-    """[n, d] unit direction of each latent on its strong side."""
+def _directions(coder: Dictionary, sides: Sides, which: Tensor, own_is_b: Tensor) -> Float[Tensor, "n d"]:
+    """Unit direction of each latent on its strong side."""
     both = [torch.cat([coder.decoders[number][which] for number in side], 1).double() for side in sides]
     rows = torch.where(own_is_b[:, None], both[1], both[0])
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)

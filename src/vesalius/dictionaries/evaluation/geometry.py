@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -153,7 +153,9 @@ def random_unit(n: int, width: int, seed: int) -> Float[Tensor, "n width"]:
     return rows / rows.norm(dim=1, keepdim=True)
 
 
-def _directions(decoder: Tensor, alive: Sequence[bool] | None) -> tuple[Tensor, Tensor]:
+def _directions(
+    decoder: Float[Tensor, "latent d"], alive: Sequence[bool] | None
+) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
     """Unit rows of the latents that are alive and write anything, and their numbers."""
     norms = decoder.float().norm(dim=1)
     kept = norms > 0

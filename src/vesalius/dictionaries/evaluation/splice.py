@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vesalius.data.packing import Context
@@ -173,7 +173,9 @@ def _log_probs(model: Model, tokens: Tokens, counted: Tensor, edits: Sequence[Re
     return wide(logits[counted.to(logits.device)]).log_softmax(-1)
 
 
-def _cross_entropy(log_probs: Tensor, following: Tensor) -> Tensor:
+def _cross_entropy(
+    log_probs: Float[Tensor, "token vocab"], following: Int[Tensor, " token"]
+) -> Float[Tensor, " token"]:
     return -log_probs.gather(1, following[:, None].to(log_probs.device))[:, 0].double().cpu()
 
 

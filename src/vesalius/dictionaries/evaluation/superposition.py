@@ -124,12 +124,12 @@ def dimensionality(directions: Float[Tensor, "latent width"]) -> Float[Tensor, "
     return torch.where(squares > 0, squares.square() / total.clamp(min=1e-300), 0.0)
 
 
-def _effective(shares: Tensor) -> Tensor:
+def _effective(shares: Float[Tensor, "row column"]) -> Float[Tensor, " row"]:
     """(sum)² over the sum of squares, of each row of shares."""
     return shares.sum(1).square() / shares.square().sum(1).clamp(min=1e-300)
 
 
-def _interference(written: Tensor, encoded: list[Tensor]) -> Tensor:
+def _interference(written: Float[Tensor, "latent width"], encoded: list[Tensor]) -> Float[Tensor, " latent"]:
     norms = written.norm(dim=1)
     unit = written / norms.clamp(min=1e-12)[:, None]
     other, own = (torch.zeros(len(written), dtype=torch.float64) for _ in range(2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from vesalius.dictionaries.dictionary import Dictionary
@@ -90,8 +91,8 @@ def needs_activation(given: Dictionary, name: str, known: tuple[str, ...]) -> No
         )
 
 
-def thresholds(given: Dictionary) -> Tensor:
-    """[latent] threshold of every latent: zero for relu, the one number of batchtopk for all."""
+def thresholds(given: Dictionary) -> Float[Tensor, " latent"]:
+    """Threshold of every latent: zero for relu, the one number of batchtopk for all."""
     if given.activation == "relu":
         return given.b_enc.new_zeros(given.n_latents)
     return given.extras["threshold"].expand(given.n_latents).contiguous()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vesalius.dictionaries.config import TrainConfig
@@ -19,8 +20,10 @@ Vectors = Mapping[str, Tensor]
 """Per-latent vectors by name: `b_enc` always, and those the activation needs (`threshold`, `r_mag`, `b_mag`)."""
 
 
-def strongest(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """(indices, values) [rows, most active in a row] of dense latents [rows, latent], strongest first."""
+def strongest(
+    latents: Float[Tensor, "row latent"],
+) -> tuple[Int[Tensor, "row active"], Float[Tensor, "row active"]]:
+    """(indices, values) of dense latents, strongest first; as many as are active in the row with most."""
     count = int((latents > 0).sum(1).max()) if latents.numel() else 0
     values, indices = latents.topk(count, dim=1)
     return indices, values

@@ -40,16 +40,16 @@ class Chunk(Protocol):
         """A vector [latent] spread over the entries."""
         ...
 
-    def decode(self, weights: Tensor, decoder: Tensor) -> Tensor:
-        """[bag, d]: sums of weight times decoder row."""
+    def decode(self, weights: Tensor, decoder: Float[Tensor, "latent d"]) -> Float[Tensor, "bag d"]:
+        """Sums of weight times decoder row."""
         ...
 
     def dots(self, table: Tensor, decoder: Tensor) -> Tensor:
         """Per entry, its bag's row of the table [bag, d] times its latent's row of the decoder."""
         ...
 
-    def sum_per_latent(self, per_entry: Tensor) -> Tensor:
-        """[latent] float64: sums over the entries of each latent."""
+    def sum_per_latent(self, per_entry: Tensor) -> Float[Tensor, " latent"]:
+        """Sums over the entries of each latent, float64."""
         ...
 
     def keep(self, values: Tensor, dpre: Tensor) -> None:

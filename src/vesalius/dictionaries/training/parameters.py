@@ -138,8 +138,8 @@ def _is_unit(run: Run, name: str) -> bool:
     return run.config.unit_decoder and name.endswith("W_dec")
 
 
-def _project(run: Run, parameters: Parameters, piece: tuple[str, slice]) -> Tensor:
-    """[]: the squared norm of a piece of the gradient, after removing what lies along unit rows."""
+def _project(run: Run, parameters: Parameters, piece: tuple[str, slice]) -> Float[Tensor, ""]:
+    """The squared norm of a piece of the gradient, after removing what lies along unit rows."""
     name, cut = piece
     gradient = parameters.gradients[name][cut]
     if _is_unit(run, name):

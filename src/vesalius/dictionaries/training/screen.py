@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import BFloat16, Float
 from torch import Tensor
 
 from vesalius.dictionaries.training.sparse import (
@@ -70,8 +70,8 @@ class Screen:
         half = Half(rounded, _ROWS)
         return cls(encoder, bias, half, float(found[0]), float(found[1]), float(bias.abs().max()))
 
-    def rough(self, x: Float[Tensor, "row d"]) -> Tensor:
-        """[row, latent] bfloat16: pre-activations from products in bfloat16."""
+    def rough(self, x: Float[Tensor, "row d"]) -> BFloat16[Tensor, "row latent"]:
+        """Pre-activations from products in bfloat16."""
         return self.rounded.linear(x.bfloat16(), self.bias.bfloat16())
 
     def spread(self, x: Float[Tensor, "row d"]) -> Float[Tensor, " row"]:
@@ -85,8 +85,8 @@ class Screen:
         """[row]: how far an exact pre-activation near the level [row] or [] can be from the rough one."""
         return spread + ROUNDING * (level.abs() + self.largest_bias)
 
-    def exact(self, x: Tensor, chunk: SparseChunk) -> Tensor:
-        """[entry] the pre-activations of a chunk's entries, computed in float32."""
+    def exact(self, x: Float[Tensor, "row d"], chunk: SparseChunk) -> Float[Tensor, " entry"]:
+        """The pre-activations of a chunk's entries, computed in float32."""
         # Latent by latent: the rows of a chunk stay in cache, all of the encoder does not.
         order, rows, begins = by_column(chunk.columns, chunk.offsets, chunk.n_latents)
         columns, found = chunk.columns[order], x.new_empty(len(order))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from scipy.sparse import csr_array
 from torch import Tensor
 
@@ -120,18 +120,16 @@ class _Scratch(threading.local):
 scratch = _Scratch()
 
 
-def kth_of_rows(values: Float[Tensor, "row column"] | Int[Tensor, "row column"], k: int) -> Tensor:
-    """[row]: the k-th largest of each row."""
+def kth_of_rows(values: Shaped[Tensor, "row column"], k: int) -> Shaped[Tensor, " row"]:
+    """The k-th largest of each row."""
     if values.device.type != "cpu":
         return values.topk(k, dim=1, sorted=False).values.amin(1)
     place = values.shape[1] - k
     return torch.from_numpy(np.partition(values.numpy(), place, axis=1)[:, place].copy())
 
 
-def lower_bound(pre: Tensor, k: int) -> Tensor | None:
-    """[row]: a number that at least k entries of each row of pre [row, latent] reach; None where rows are too short for
-    it to pay.
-    """
+def lower_bound(pre: Shaped[Tensor, "row latent"], k: int) -> Shaped[Tensor, " row"] | None:
+    """A number that at least k entries of each row reach; None where rows are too short for it to pay."""
     groups = max(_LEAST_GROUPS, 1 << (_GROUPS_PER_K * k - 1).bit_length())
     # Few entries pass a bound from several groups per wanted entry; more groups would only make the first pass slower.
     size = pre.shape[1] // groups
@@ -140,7 +138,7 @@ def lower_bound(pre: Tensor, k: int) -> Tensor | None:
     return kth_of_rows(pre[:, : size * groups].unflatten(1, (size, groups)).amax(1), k)
 
 
-def entries_from(pre: Float[Tensor, "row latent"] | Int[Tensor, "row latent"], level: Tensor) -> SparseChunk:
+def entries_from(pre: Shaped[Tensor, "row latent"], level: Tensor) -> SparseChunk:
     """The entries that are at least the level ([row, 1], [latent] or []), columns rising in a row."""
     rows, n_latents = pre.shape
     flat = _flat_entries(pre, level)
@@ -211,8 +209,14 @@ def weighted_sums(
     return torch.nn.functional.embedding_bag(columns, table, offsets, mode="sum", per_sample_weights=weights)
 
 
-def dots(left: Tensor, table: Tensor, columns: Tensor, offsets: Tensor, rows: Tensor) -> Tensor:
-    """[entry]: left[row] times table[column] for every entry, without making the dense product."""
+def dots(
+    left: Float[Tensor, "row d"],
+    table: Float[Tensor, "column d"],
+    columns: Int[Tensor, " entry"],
+    offsets: Tensor,
+    rows: Int[Tensor, " entry"],
+) -> Float[Tensor, " entry"]:
+    """left[row] times table[column] for every entry, without making the dense product."""
     if _DOTS is not None:
         found: Tensor = _DOTS(left, table, columns, offsets, rows, 0)
         return found
@@ -221,7 +225,9 @@ def dots(left: Tensor, table: Tensor, columns: Tensor, offsets: Tensor, rows: Te
     return torch.cat([torch.linalg.vecdot(left[r], table[c]) for r, c in pieces])
 
 
-def by_column(columns: Tensor, offsets: Tensor, n_columns: int) -> tuple[Tensor, Tensor, Tensor]:
+def by_column(
+    columns: Int[Tensor, " entry"], offsets: Tensor, n_columns: int
+) -> tuple[Int[Tensor, " entry"], Int[Tensor, " entry"], Int[Tensor, " columns_and_1"]]:
     """(order, rows, offsets): the entries sorted by column, each column's by row; where each column begins.
 
     offsets: [row + 1]; the returned one is [n_columns + 1].

@@ -34,8 +34,8 @@ import vesalius as vs
 from dictionaries_peers import FLAVOURS, LR, PEERS, Asked, Trainee
 from vesalius.data import TensorSource
 from vesalius.dictionaries.training.fitter import Fitter, make_fitter
-from vesalius.dictionaries.training.ranks import Ranks
-from vesalius.dictionaries.training.wiring import wire
+from vesalius.dictionaries.training.layout import layout_of
+from vesalius.dictionaries.training.run import Processes
 from vesalius.jobs.workers import Workers
 
 ROWS, K, SITE = 4096, 32, "layers.15.resid_post"
@@ -71,7 +71,7 @@ def config_of(kind: str, precision: str, m: int) -> vs.TrainConfig:
 
 def fitter_of(config: vs.TrainConfig, x: Tensor, workers: Workers) -> Fitter:
     source = TensorSource(x)
-    return make_fitter(source, config, wire(source, config), workers, Ranks(), torch.device("cpu"))
+    return make_fitter(source, config, layout_of(source, config), workers, Processes(), torch.device("cpu"))
 
 
 def ours(config: vs.TrainConfig, x: Tensor, workers: Workers) -> Trainee:
@@ -80,7 +80,7 @@ def ours(config: vs.TrainConfig, x: Tensor, workers: Workers) -> Trainee:
 
     def left(rows: Tensor) -> float:
         fitter.step([rows])  # measures before it steps
-        return fitter.rows[-1][1]
+        return fitter.history[-1][1]
 
     return Trainee(lambda rows: fitter.step([rows]), left)
 
@@ -91,7 +91,7 @@ def asked_of(config: vs.TrainConfig, x: Tensor, workers: Workers) -> Asked:
     threshold = float(values["0.log_threshold"][0].exp()) if "0.log_threshold" in values else 0.0
     return Asked(
         config.kind, values["0.W_enc"], values["0.W_dec"], values["b_dec"], K, config.prefixes,
-        config.penalty_coefficient, threshold, config.bandwidth,
+        config.sparsity_coefficient, threshold, config.bandwidth,
     )  # fmt: skip
 
 

@@ -41,8 +41,8 @@ class Trainee:
     left: Callable[[Tensor], float]
 
 
-def unexplained(x: Tensor, rebuilt: Tensor) -> float:
-    return float((x - rebuilt).square().sum() / (x - x.mean(0)).square().sum())
+def unexplained(x: Tensor, reconstruction: Tensor) -> float:
+    return float((x - reconstruction).square().sum() / (x - x.mean(0)).square().sum())
 
 
 def saelens(asked: Asked, fastest: bool = False, autocast: bool = False) -> Trainee:

@@ -1,4 +1,4 @@
-"""Round trips of dictionaries with the libraries whose files are read and written: latents and rebuilt rows compared.
+"""Round trips of dictionaries with the libraries whose files are read and written: latents and reconstructions agree.
 
     make check-formats
 
@@ -69,11 +69,11 @@ def as_peer(coder: Any) -> Peer:
     wide = len(coder.in_sites)
     parts = lambda x: x if wide == 1 else list(x.chunk(wide, dim=1))  # noqa: E731
 
-    def rebuild(x: Tensor) -> Tensor:
+    def reconstruct(x: Tensor) -> Tensor:
         found = coder.reconstruct(parts(x))
         return found if isinstance(found, Tensor) else torch.cat(found, 1)
 
-    return Peer(lambda x: coder.encode(parts(x)), rebuild)
+    return Peer(lambda x: coder.encode(parts(x)), reconstruct)
 
 
 class Table:
@@ -86,13 +86,13 @@ class Table:
     def compare(self, library: str, what: str, way: str, one: Peer, other: Peer, width: int = D) -> None:
         x = normal(64, width, seed=99) * 3
         active = one.encode(x)
-        differences = [apart(other.encode(x), active), apart(other.rebuild(x), one.rebuild(x))]
+        differences = [apart(other.encode(x), active), apart(other.reconstruct(x), one.reconstruct(x))]
         l0 = float((active > 0).sum(1).float().mean())
         good = max(differences) <= ALLOWED and 0 < l0 < active.shape[1]
         self.failed += not good
         self.lines += 1
         word = "" if good else "   DIFFERS"
-        found = f"l0 {l0:5.1f}  latents {differences[0]:.1e}  rebuilt {differences[1]:.1e}"
+        found = f"l0 {l0:5.1f}  latents {differences[0]:.1e}  reconstruction {differences[1]:.1e}"
         print(f"{library:20} {what:34} {way:12} {found}{word}")
 
     def refused(self, library: str, what: str, act: Callable[[], object], word: str) -> None:

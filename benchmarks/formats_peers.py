@@ -20,10 +20,10 @@ D, M, OUT, K, LAYERS = 16, 48, 12, 5, 3
 
 @dataclass(frozen=True)
 class Peer:
-    """One dictionary of another library: its latents [row, latent] and what it rebuilds [row, d_out]."""
+    """One dictionary of another library: its latents [row, latent] and what it reconstructs [row, d_out]."""
 
     encode: Callable[[Tensor], Tensor]
-    rebuild: Callable[[Tensor], Tensor]
+    reconstruct: Callable[[Tensor], Tensor]
 
 
 def filled(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -90,13 +90,13 @@ def saelens_peer(sae: Any) -> Peer:
     heads = sae.cfg.reshape_activations == "hook_z"
     shaped = (lambda x: x.reshape(len(x), 4, -1)) if heads else (lambda x: x)
 
-    def rebuild(x: Tensor) -> Tensor:
+    def reconstruct(x: Tensor) -> Tensor:
         return sae(shaped(x)).flatten(1)
 
     def encode(x: Tensor) -> Tensor:
         return sae.encode(shaped(x))
 
-    return Peer(torch.no_grad()(encode), torch.no_grad()(rebuild))
+    return Peer(torch.no_grad()(encode), torch.no_grad()(reconstruct))
 
 
 def saelens_gemma_scope(folder: Path) -> Peer:

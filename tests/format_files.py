@@ -41,7 +41,7 @@ class Written:
 
     path: Path
     encode: Callable[[Tensor], Tensor]
-    rebuild: Callable[[Tensor], Tensor]
+    reconstruct: Callable[[Tensor], Tensor]
     options: dict[str, Any]
 
 
@@ -123,12 +123,12 @@ def _saelens_computes(folder: Path, w: dict[str, Tensor], cfg: dict[str, Any]) -
             return largest(pre, cfg["k"])
         return over(pre, w.get("threshold", torch.zeros(M)))
 
-    def rebuild(x: Tensor) -> Tensor:
+    def reconstruct(x: Tensor) -> Tensor:
         size, centre = undo(x)
         skipped = x @ w["W_skip"].T if "W_skip" in w else 0.0
         return (encode(x) / norms @ w["W_dec"] + w["b_dec"]) * size + centre + skipped
 
-    return Written(folder, encode, rebuild, {})
+    return Written(folder, encode, reconstruct, {})
 
 
 # sparsify
@@ -345,12 +345,12 @@ def cross_layer(
         parts = x.chunk(LAYERS, dim=1)
         return [over(parts[n] @ encoders[n].float().T + b_enc[n].float(), threshold[n].float()) for n in range(LAYERS)]
 
-    def rebuild(x: Tensor) -> Tensor:
+    def reconstruct(x: Tensor) -> Tensor:
         f, parts = latents(x), x.chunk(LAYERS, dim=1)
         outs = [sum(f[n] @ decoders[n][:, out - n].float() for n in range(out + 1)) for out in range(LAYERS)]
         return torch.cat([outs[n] + b_dec[n].float() + parts[n] @ skips[n] for n in range(LAYERS)], 1)
 
-    return Written(folder, lambda x: torch.cat(latents(x), 1), rebuild, {})
+    return Written(folder, lambda x: torch.cat(latents(x), 1), reconstruct, {})
 
 
 # OpenAI
@@ -378,8 +378,8 @@ def openai(path: Path, activation: str = "TopK") -> Written:
         pre = (seen - w["pre_bias"]) @ w["encoder.weight"].T + w["latent_bias"]
         return largest(pre, K) if activation == "TopK" else pre.relu()
 
-    def rebuild(x: Tensor) -> Tensor:
+    def reconstruct(x: Tensor) -> Tensor:
         mean, std = parts(x)
         return (encode(x) @ w["decoder.weight"].T + w["pre_bias"]) * std + mean
 
-    return Written(path, encode, rebuild, {"unpickle": True})
+    return Written(path, encode, reconstruct, {"unpickle": True})

@@ -51,22 +51,22 @@ class PlainTraining:
         self.run, self.config = fitter.run, fitter.run.config
         self.values = {n: v.clone().requires_grad_() for n, v in fitter.parameters.values.items()}
         self.optimiser = torch.optim.Adam(self.values.values(), lr=1.0, betas=self.config.betas)
-        self.silent = [torch.zeros(self.config.n_latents) for _ in self.run.wiring.blocks]
+        self.silent = [torch.zeros(self.config.n_latents) for _ in self.run.layout.blocks]
         self.steps = 0
 
     def step(self, batch: tuple[Tensor, ...]) -> float:
         config = self.config
-        wiring = self.run.wiring
-        y = torch.cat([batch[p] * s for p, s in zip(wiring.out_places, self.run.out_scale, strict=True)], 1)
-        x = torch.cat([batch[p] * s for p, s in zip(wiring.in_places, self.run.in_scale, strict=True)], 1)
-        if wiring.centred:
+        layout = self.run.layout
+        y = torch.cat([batch[p] * s for p, s in zip(layout.out_numbers, self.run.out_scale, strict=True)], 1)
+        x = torch.cat([batch[p] * s for p, s in zip(layout.in_numbers, self.run.in_scale, strict=True)], 1)
+        if layout.apply_b_dec_to_input:
             x = x - self.values["b_dec"]
         loss = self.loss(x, y)
         self.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._constrain()
         for group in self.optimiser.param_groups:
-            group["lr"] = config.rate(self.steps)
+            group["lr"] = config.lr_at(self.steps)
         self.optimiser.step()
         if config.unit_decoder:
             for name, value in self.values.items():
@@ -85,14 +85,14 @@ class PlainTraining:
             torch.nn.utils.clip_grad_norm_(list(self.values.values()), self.config.clip_norm)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        config, wiring, values = self.config, self.run.wiring, self.values
+        config, layout, values = self.config, self.run.layout, self.values
         base = values["b_dec"].expand(len(y), -1)
         if "W_skip" in values:
             base = base + x @ values["W_skip"].T
         full, penalty, second = base.clone(), torch.zeros(()), base.detach().clone()
         prefixes = [base.clone() for _ in config.prefixes]
         pres, latents = [], []
-        for number, block in enumerate(wiring.blocks):
+        for number, block in enumerate(layout.blocks):
             own = {n.split(".", 1)[1]: v for n, v in values.items() if n.startswith(f"{number}.")}
             pre = x[:, block.reads] @ own["W_enc"].T + own["b_enc"]
             latent, gate, penalised = self.latents(pre, own, block.out_widths)
@@ -108,7 +108,7 @@ class PlainTraining:
         loss = torch.stack([(prefix - y).square().sum(1).mean() for prefix in prefixes]).mean()
         if config.kind == "gated":
             loss = loss + (second - y).square().sum(1).mean()
-        loss = loss + config.pressure(self.steps) * penalty
+        loss = loss + config.sparsity_at(self.steps) * penalty
         if config.dead_rule == "auxk":
             loss = loss + self.auxiliary(x, y, full)
         for number, latent in enumerate(latents):
@@ -145,7 +145,7 @@ class PlainTraining:
         config, total = self.config, torch.zeros(())
         left = (y - full).detach()
         variance = (y - y.mean(0)).square().sum()
-        for number, block in enumerate(self.run.wiring.blocks):
+        for number, block in enumerate(self.run.layout.blocks):
             dead = (self.silent[number] >= config.dead_after).nonzero()[:, 0]
             if len(dead):
                 own = {n.split(".", 1)[1]: v for n, v in self.values.items() if n.startswith(f"{number}.")}

@@ -49,7 +49,7 @@ def test_a_harvest_writes_a_store_and_says_what_is_in_it(
         str(out),
     ]  # fmt: skip
     assert "expected cost: about" in done.words
-    assert "1 files are no texts and are left out: readme.md" in done.words
+    assert "1 files are not texts and are left out: readme.md" in done.words
     assert "1 of 3 texts are empty and give no activations" in done.words
     before = files(out)
     assert run(*arguments).code == 0

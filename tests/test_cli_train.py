@@ -43,7 +43,7 @@ def test_a_dictionary_is_trained_and_told_about(run: Callable[..., Done], store:
     assert done.out.splitlines()[0] == repr(trained)
     assert done.out.splitlines()[1].startswith("30 steps; over the last 50 of them fvu 0.")
     assert done.out.splitlines()[-1] == str(out)
-    assert trained.about["config"]["k"] == 4
+    assert trained.metadata["config"]["k"] == 4
     again = run(*arguments)
     assert (again.code, again.out) == (0, done.out)
     assert "holds this dictionary already" in again.words
@@ -59,7 +59,7 @@ def test_the_options_reach_the_config(run: Callable[..., Done], store: Path, tmp
     assert isinstance(trained, Dictionary)
     assert repr(trained) == "Dictionary(jumprelu, 40 latents, layers.0.mlp_in -> layers.0.mlp_out)"
     names = ("sparsity", "skip", "lr", "seed", "dead_after", "precision", "steps", "batch_size", "checkpoint_every")
-    assert [trained.about["config"][name] for name in names] == [0.1, True, 0.01, 3, 77, "bf16", 30, 64, 10]
+    assert [trained.metadata["config"][name] for name in names] == [0.1, True, 0.01, 3, 77, "bf16", 30, 64, 10]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def planted(n: int = 20_000, scale_b: float = 5.0) -> tuple[Tensor, Tensor, Tens
 
 def matched(crosscoder: Dictionary, in_a: Tensor, in_b: Tensor) -> tuple[list[int], Tensor]:
     """For each feature the latent whose decoder is most like it over both sites, and that cosine."""
-    scales = crosscoder.about["trained_with"]["out_scale"]
+    scales = crosscoder.metadata["trained_with"]["out_scale"]
     rows = torch.cat([part * scale for part, scale in zip(folded_out(crosscoder), scales, strict=True)], 1)
     truth = torch.cat([in_a * scales[0], in_b * scales[1]], 1)
     cosines = torch.nn.functional.normalize(truth, dim=1) @ torch.nn.functional.normalize(rows, dim=1).T
@@ -88,7 +88,7 @@ def test_latent_scaling_tells_exclusive_latents_from_artefacts() -> None:
     found = latent_scaling(dictionary, TensorSource(a, b, sites=[A, B]))
     assert found.latents.tolist() == [1, 2, 3, 4]
     assert found.error.tolist() == pytest.approx([0.0, 1.0, 0.0, 0.0], abs=0.02)
-    assert found.rebuilt.tolist() == pytest.approx([0.0, 0.0, 1.0, 1.0], abs=0.02)
+    assert found.reconstruction.tolist() == pytest.approx([0.0, 0.0, 1.0, 1.0], abs=0.02)
     assert found.exclusive.tolist() == [True, False, False, False]
     assert latent_scaling(dictionary, TensorSource(a, b, sites=[A, B]), [0]).exclusive.tolist() == [False]
 
@@ -102,7 +102,7 @@ def test_scaling_is_the_same_with_and_without_scales_in_the_weights() -> None:
     source = TensorSource(a / 2, b * 2, sites=[A, B])
     one, other = latent_scaling(dictionary, TensorSource(a, b, sites=[A, B])), latent_scaling(scaled, source)
     torch.testing.assert_close(one.error, other.error)
-    torch.testing.assert_close(one.rebuilt, other.rebuilt)
+    torch.testing.assert_close(one.reconstruction, other.reconstruction)
 
 
 def test_sides_that_are_not_clear_are_refused() -> None:

@@ -125,15 +125,15 @@ def test_scales_and_the_subtracted_bias_act_as_written() -> None:
     torch.testing.assert_close(dictionary.decode(latents), (latents @ dictionary.W_dec + dictionary.b_dec[0]) / 4)
 
 
-def test_a_crosscoder_sums_over_sites_and_rebuilds_each() -> None:
+def test_a_crosscoder_sums_over_sites_and_reconstructs_each() -> None:
     dictionary, x, y = crosscoder(), normal(N, D), normal(N, 4, seed=9)
     latents = (x @ dictionary.encoders[0] + y @ dictionary.encoders[1] + dictionary.b_enc).relu()
     torch.testing.assert_close(dictionary.encode([x, y]), latents)
     torch.testing.assert_close(dictionary.encode({A: x, B: y}), latents)
     torch.testing.assert_close(dictionary.encode({"layers.4.mlp_out": y, "layers.3.resid_post": x}), latents)
-    rebuilt = dictionary.reconstruct([x, y])
-    assert [tuple(part.shape) for part in rebuilt] == [(N, D), (N, 4)]
-    torch.testing.assert_close(rebuilt[1], latents @ dictionary.decoders[1] + dictionary.b_dec[1])
+    reconstruction = dictionary.reconstruct([x, y])
+    assert [tuple(part.shape) for part in reconstruction] == [(N, D), (N, 4)]
+    torch.testing.assert_close(reconstruction[1], latents @ dictionary.decoders[1] + dictionary.b_dec[1])
 
 
 def test_leading_axes_stay_and_heads_count_as_one_width() -> None:
@@ -255,7 +255,7 @@ def test_config_values_that_contradict_each_other_are_refused(fields: dict[str, 
 
 def test_rates_rise_stay_and_fall() -> None:
     config = vs.TrainConfig(steps=100, lr=1.0, warmup=9, decay=0.2)
-    rates = [config.rate(step) for step in range(100)]
+    rates = [config.lr_at(step) for step in range(100)]
     assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
     assert rates[9:80] == [1.0] * 71
     assert rates[80:] == pytest.approx([left / 21 for left in range(20, 0, -1)])
@@ -328,17 +328,28 @@ def test_directions_are_decoder_rows() -> None:
 @pytest.mark.parametrize("activation", KINDS)
 def test_what_was_saved_is_loaded(tmp_path: Path, activation: str) -> None:
     history = History({name: np.arange(4.0) for name in ("loss", "fvu", "l0", "dead", "lr")})
-    dictionary = made(activation, about={"from": "a test"}, history=history, groups=(5, M))
+    dictionary = made(activation, metadata={"from": "a test"}, history=history, groups=(5, M))
     assert save(dictionary, tmp_path / "sae") == tmp_path / "sae"
     found = vs.dictionaries.load(tmp_path / "sae")
     assert isinstance(found, Dictionary)
-    assert (found.settings, found.about, found.content_hash) == (
+    assert (found.settings, found.metadata, found.content_hash) == (
         dictionary.settings, {"from": "a test"}, dictionary.content_hash,
     )  # fmt: skip
     assert torch.equal(found.encode(normal(N, D)), dictionary.encode(normal(N, D)))
     assert found.history is not None
     assert found.history["fvu"].tolist() == [0.0, 1.0, 2.0, 3.0]
     save(found, tmp_path / "sae")
+
+
+def test_a_folder_whose_metadata_has_the_name_of_earlier_versions_is_loaded(tmp_path: Path) -> None:
+    config = json.loads((save(made(metadata={"from": "a test"}), tmp_path) / "config.json").read_text())
+    config["about"] = config.pop("metadata")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = load(tmp_path)
+    assert isinstance(found, Dictionary)
+    assert found.metadata == {"from": "a test"}
+    save(found, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["metadata"] == {"from": "a test"}
 
 
 def test_skips_scales_and_several_sites_are_kept(tmp_path: Path) -> None:
@@ -354,7 +365,7 @@ def test_the_hash_follows_weights_and_settings() -> None:
         made(out_sites=(B,)).content_hash, made(apply_b_dec_to_input=True).content_hash,
     ]  # fmt: skip
     assert len(set(hashes)) == 5
-    assert made(about={"x": 1}).content_hash == made().content_hash
+    assert made(metadata={"x": 1}).content_hash == made().content_hash
 
 
 def test_a_folder_with_another_dictionary_is_not_overwritten(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, name: str, bad: f
             files.saelens,
             "sae_weights.safetensors",
             {"W_dec": normal(M, 5)},
-            r"W_dec rebuilds 5 numbers of 6; only a transcoder",
+            r"W_dec reconstructs 5 numbers from 6; only a transcoder",
         ),
         (
             files.saelens,

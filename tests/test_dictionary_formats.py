@@ -35,15 +35,15 @@ def read(written: Written, **options: Any) -> Coder:
 
 
 def agree(coder: Coder, written: Written) -> None:
-    """Latents and rebuilt rows are the library's, and the latents are neither all off nor all on."""
+    """Latents and reconstructed rows are the library's, and the latents are neither all off nor all on."""
     wide = len(coder.in_sites)
     x = rows(wide * D)
     given: Any = x if wide == 1 else list(x.chunk(wide, dim=1))
     latents = coder.encode(given)
-    rebuilt = coder.reconstruct(given)
+    reconstruction = coder.reconstruct(given)
     torch.testing.assert_close(latents, written.encode(x), atol=1e-5, rtol=1e-5)
-    joined = rebuilt if isinstance(rebuilt, Tensor) else torch.cat(rebuilt, 1)
-    torch.testing.assert_close(joined, written.rebuild(x), atol=1e-5, rtol=1e-5)
+    joined = reconstruction if isinstance(reconstruction, Tensor) else torch.cat(reconstruction, 1)
+    torch.testing.assert_close(joined, written.reconstruct(x), atol=1e-5, rtol=1e-5)
     assert 0 < int((latents > 0).sum()) < latents.numel()
 
 
@@ -57,7 +57,7 @@ def test_saelens_is_read(tmp_path: Path, architecture: str) -> None:
     assert coder.in_sites == (RESID,)
     assert coder.out_sites == ((MLP_OUT,) if "transcoder" in architecture else (RESID,))
     assert isinstance(coder, Dictionary)
-    assert coder.about["model_name"] == "gpt2-small"
+    assert coder.metadata["model_name"] == "gpt2-small"
 
 
 def test_a_file_that_is_given_is_read_with_those_beside_it(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_the_factor_that_saelens_trained_with_is_asked_for(tmp_path: Path) -> No
     x = rows()
     for coder in (load(tmp_path), load(tmp_path, in_scale=0.25)):
         torch.testing.assert_close(coder.encode(x), written.encode(x * 0.25))
-        torch.testing.assert_close(coder.reconstruct(x), written.rebuild(x * 0.25) * 4)
+        torch.testing.assert_close(coder.reconstruct(x), written.reconstruct(x * 0.25) * 4)
     files.saelens(tmp_path)
     with pytest.raises(InputError, match="in_scale is for dictionaries with normalize_activations"):
         load(tmp_path, in_scale=0.5)
@@ -216,7 +216,7 @@ def test_gemma_scope_of_the_embedding_is_in_units_before_gemma_scales_it(tmp_pat
     coder, x = load(written.path), rows()
     assert coder.in_sites == (vs.Site.parse("embed"),)
     torch.testing.assert_close(coder.encode(x), written.encode(x / D**0.5))
-    torch.testing.assert_close(coder.reconstruct(x), written.rebuild(x / D**0.5) * D**0.5)
+    torch.testing.assert_close(coder.reconstruct(x), written.reconstruct(x / D**0.5) * D**0.5)
 
 
 @pytest.mark.parametrize(

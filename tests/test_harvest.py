@@ -120,7 +120,7 @@ def test_empty_texts_are_counted_and_told_and_nothing_is_deduplicated(model: vs.
     assert store.n_rows == 2 * len(model.tokenizer.encode("the cat", add_special_tokens=False))
     notes = [event.message for event in events if event.kind == "note"]
     assert "1 of 3 texts are empty and give no activations" in notes
-    assert notes[0] == "bos token <|start|>, its activations dropped; special tokens in the text give none"
+    assert notes[0] == "bos token <|start|>, its activations dropped; special tokens in the text give no rows"
     assert notes[1].startswith("expected cost: about 0 s, 2 forward passes, ")
     done = [(event.done, event.total) for event in events if event.kind in ("start", "advance", "end")]
     assert done[0][0] == 0
@@ -318,7 +318,7 @@ def test_a_damaged_shard_is_made_anew_by_the_same_harvest(damage: str, model: vs
         path.unlink()
     notes: list[str] = []
     harvest(model, tmp_path, shard_bytes=20_000, sink=lambda event: notes.append(event.message))
-    assert any("shard-00002.safetensors" in note and "making it anew" in note for note in notes)
+    assert any("shard-00002.safetensors" in note and "writing it again" in note for note in notes)
     assert files(tmp_path) == before
 
 
@@ -394,8 +394,8 @@ def test_a_full_disk_is_told_before_and_during(
         ({"sites": []}, InputError, "no sites"),
         ({"sites": ["layers.7.mlp_out"]}, InputError, "has 2 layers"),
         ({"shard_bytes": 0}, InputError, "shard_bytes must be at least 1"),
-        ({"texts": []}, InputError, "0 texts, 0 of them empty, hold no token to keep"),
-        ({"texts": ["", "<|end|>"]}, InputError, "2 texts, 1 of them empty, hold no token to keep"),
+        ({"texts": []}, InputError, "0 texts, 0 of them empty, give no rows"),
+        ({"texts": ["", "<|end|>"]}, InputError, "2 texts, 1 of them empty, give no rows"),
         ({"texts": "nowhere.txt"}, FileFormatError, "there is no file or folder"),
         ({"texts": ["a", 1]}, InputError, "text 1 is a int"),
     ],

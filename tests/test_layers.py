@@ -18,7 +18,7 @@ ROWS = [
     "site",
     "inputs",
     "activations parts",
-    "metric intervention adapters",
+    "metric intervention adapters coder",
     "model",
     "patching",
     "data toys",
@@ -74,6 +74,75 @@ def broken_rules(path: Path, source: ast.Module) -> list[str]:
     return found
 
 
+KNOWN_CIRCLES = [{"studies/answer.py", "studies/task_circuit.py"}]
+"""To be mended; every other circle is an error."""
+Graph = dict[str, set[str]]
+
+
+def imported_files(source: ast.Module, files: set[str]) -> set[str]:
+    """Files of the package that a module imports from, for type checking too, as paths below its root.
+
+    A package that is only passed through (`vesalius.a` in `from vesalius.a.b import c`) does not count.
+    """
+    found = set()
+    for node in ast.walk(source):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for parts in (name.split(".")[1:] for name in names if name.split(".")[0] == "vesalius"):
+            places = ["/".join(parts[:length]) for length in range(len(parts), 0, -1)]
+            wanted = [path for place in places for path in (f"{place}.py", f"{place}/__init__.py")]
+            found.update([path for path in wanted if path in files][:1])
+    return found
+
+
+def graph_of_files(sources: dict[str, ast.Module]) -> Graph:
+    return {path: imported_files(source, set(sources)) - {path} for path, source in sources.items()}
+
+
+def graph_of_entries(graph: Graph, folder: str) -> Graph:
+    """The graph of the files and folders of a folder, each folder as one."""
+    depth = len(Path(folder).parts)
+    inside = {path for path in graph if Path(path).parts[:depth] == Path(folder).parts}
+    entry = {path: Path(path).parts[depth] for path in inside}
+    entries: Graph = {name: set() for name in entry.values()}
+    for path in inside:
+        entries[entry[path]] |= {entry[other] for other in graph[path] & inside} - {entry[path]}
+    return entries
+
+
+def circles(graph: Graph) -> list[set[str]]:
+    """Groups of nodes that reach each other."""
+    reached = {start: reachable(graph, start) for start in graph}
+    groups = {frozenset(other for other in reached[node] if node in reached[other]) for node in graph}
+    return [set(group) for group in sorted(groups, key=sorted) if group]
+
+
+def reachable(graph: Graph, start: str) -> set[str]:
+    """Nodes at the end of some way of one import or more."""
+    found: set[str] = set()
+    ways = list(graph[start])
+    while ways:
+        node = ways.pop()
+        if node not in found:
+            found.add(node)
+            ways += graph[node]
+    return found
+
+
+def package() -> dict[str, ast.Module]:
+    return {path.relative_to(ROOT).as_posix(): tree(path) for path in FILES}
+
+
+def circles_of_entries(graph: Graph) -> dict[str, list[set[str]]]:
+    folders = {parent.as_posix() for path in graph for parent in Path(path).parents}
+    found = {folder: circles(graph_of_entries(graph, folder)) for folder in sorted(folders)}
+    return {folder: rings for folder, rings in found.items() if rings}
+
+
 def functions(source: ast.Module) -> list[Function]:
     return [node for node in ast.walk(source) if isinstance(node, Function)]
 
@@ -103,6 +172,41 @@ def test_the_version_and_the_rows_above_may_be_imported() -> None:
     allowed = "from vesalius import __version__\nfrom vesalius.site import Site\nfrom vesalius.errors import InputError"
     assert broken_rules(ROOT / "activations.py", ast.parse(allowed)) == []
     assert broken_rules(ROOT / "cli" / "sites.py", ast.parse("import vesalius as vs")) == []
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    assert [ring for ring in circles(graph_of_files(package())) if ring not in KNOWN_CIRCLES] == []
+
+
+def test_no_entry_of_a_folder_imports_itself_through_others() -> None:
+    known = [{Path(path).name for path in ring} for ring in KNOWN_CIRCLES]
+    found = circles_of_entries(graph_of_files(package()))
+    assert {folder: left for folder, rings in found.items() if (left := [r for r in rings if r not in known])} == {}
+
+
+def test_a_planted_circle_of_files_is_found() -> None:
+    sources = {
+        "room/one.py": "from vesalius.room.two import f",
+        "room/two.py": "from vesalius.room import three",
+        "room/three.py": "if TYPE_CHECKING:\n    from vesalius.room.one import g",
+        "room/four.py": "from vesalius.room.one import h",
+    }
+    graph = graph_of_files({path: ast.parse(source) for path, source in sources.items()})
+    assert circles(graph) == [{"room/one.py", "room/two.py", "room/three.py"}]
+    graph["room/three.py"] = set()
+    assert circles(graph) == []
+
+
+def test_a_planted_circle_of_folders_without_one_of_files_is_found() -> None:
+    sources = {
+        "room/a/low.py": "",
+        "room/a/high.py": "from vesalius.room.b.middle import f",
+        "room/b/middle.py": "from vesalius.room.a.low import g",
+        "room/top.py": "from vesalius.room.a import high",
+    }
+    graph = graph_of_files({path: ast.parse(source) for path, source in sources.items()})
+    assert circles(graph) == []
+    assert circles_of_entries(graph) == {"room": [{"a", "b"}]}
 
 
 def test_nothing_of_the_package_is_imported_inside_a_function() -> None:

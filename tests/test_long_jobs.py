@@ -14,7 +14,7 @@ from rich.console import Console
 import vesalius as vs
 from tiny_folder import tiny_folder
 from vesalius.dictionaries import Dictionary
-from vesalius.dictionaries.training.metrics import _masked
+from vesalius.dictionaries.training.run_files import _masked
 from vesalius.errors import FileFormatError
 from vesalius.jobs import Event
 from vesalius.jobs.progress import DrawingSink, bars

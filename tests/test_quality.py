@@ -23,7 +23,7 @@ from vesalius.dictionaries.evaluation.baselines import reduced_rank, untrained
 from vesalius.dictionaries.evaluation.figures import WORDS, row_figures
 from vesalius.dictionaries.evaluation.geometry import matching, nearest_cosines, random_unit
 from vesalius.dictionaries.evaluation.sample import Sample
-from vesalius.dictionaries.evaluation.sums import Coded, OfCoder, Sums, sums_of
+from vesalius.dictionaries.evaluation.totals import CoderReconstructor, Reconstructed, Totals, totals_of
 from vesalius.errors import InputError
 from vesalius.site import Site
 
@@ -32,23 +32,23 @@ SETTINGS = settings(max_examples=30, deadline=None)
 
 
 class Fixed:
-    """A rebuilder that gives rows that were decided on before."""
+    """A reconstructor that gives rows that were decided on before."""
 
     name = "fixed"
 
-    def __init__(self, rebuilt: Tensor) -> None:
-        self.rebuilt = rebuilt
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
 
-    def code(self, ins: Any) -> Coded:
-        return Coded((self.rebuilt,), torch.ones(len(self.rebuilt)))
+    def reconstruct(self, inputs: Any) -> Reconstructed:
+        return Reconstructed((self.rows,), torch.ones(len(self.rows), dtype=torch.long))
 
 
 def sample_of(x: Tensor, y: Tensor | None = None, groups: int = 4) -> Sample:
     return Sample((x,), (x if y is None else y,), np.arange(len(x)) * min(groups, len(x)) // len(x), "groups of rows")
 
 
-def figures_of(x: Tensor, rebuilt: Tensor) -> dict[str, float]:
-    found = row_figures(sums_of(Fixed(rebuilt), sample_of(x)))
+def figures_of(x: Tensor, reconstruction: Tensor) -> dict[str, float]:
+    found = row_figures(totals_of(Fixed(reconstruction), sample_of(x)))
     return {name: figure.value for name, figure in found.items()}
 
 
@@ -72,8 +72,8 @@ def identity(d: int, site: Site = SITE) -> Dictionary:
 
 
 def test_the_closed_forms_of_the_fvu() -> None:
-    x, rebuilt = torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.tensor([[2.0, 1.0], [0.0, 3.0]])
-    assert figures_of(x, rebuilt)["fvu"] == pytest.approx(0.2, abs=1e-12)
+    x, reconstruction = torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.tensor([[2.0, 1.0], [0.0, 3.0]])
+    assert figures_of(x, reconstruction)["fvu"] == pytest.approx(0.2, abs=1e-12)
     assert figures_of(x, x.mean(0).expand(2, -1))["fvu"] == pytest.approx(1.0, abs=1e-12)
     assert figures_of(x, x)["fvu"] == 0
 
@@ -83,11 +83,11 @@ def test_the_closed_forms_of_the_fvu() -> None:
 def test_the_fvu_is_the_same_in_other_units_from_another_origin_and_turned(
     seed: int, scale: float, shift: float
 ) -> None:
-    x, rebuilt = torch.randn(2, 12, 5, generator=draw(seed), dtype=torch.float64)
-    wanted = figures_of(x, rebuilt)["fvu"]
+    x, reconstruction = torch.randn(2, 12, 5, generator=draw(seed), dtype=torch.float64)
+    wanted = figures_of(x, reconstruction)["fvu"]
     turn = torch.linalg.qr(torch.randn(5, 5, generator=draw(seed + 1), dtype=torch.float64)).Q
     for change in (lambda t: t * scale, lambda t: t + shift, lambda t: t @ turn):
-        assert figures_of(change(x), change(rebuilt))["fvu"] == pytest.approx(wanted, rel=1e-8)
+        assert figures_of(change(x), change(reconstruction))["fvu"] == pytest.approx(wanted, rel=1e-8)
 
 
 def by_loops(dictionary: Dictionary, x: Tensor) -> dict[str, float]:
@@ -118,7 +118,7 @@ def test_every_figure_of_rows_is_what_its_definition_gives_row_by_row() -> None:
     wanted = by_loops(dictionary, x)
     assert 0 < wanted["dead"] < 0.5
     assert 0 < wanted["dense_10pct"] < wanted["dense_1pct"] < 1
-    found = row_figures(sums_of(OfCoder(dictionary), sample_of(x)))
+    found = row_figures(totals_of(CoderReconstructor(dictionary), sample_of(x)))
     assert set(found) == set(wanted)
     assert {name: figure.value for name, figure in found.items()} == pytest.approx(wanted, rel=1e-5)
 
@@ -126,7 +126,9 @@ def test_every_figure_of_rows_is_what_its_definition_gives_row_by_row() -> None:
 def test_intervals_hold_what_they_are_of_and_narrow_with_more_groups() -> None:
     dictionary = made()
     few, many = (
-        row_figures(sums_of(OfCoder(dictionary), sample_of(torch.randn(n, 6, generator=draw(5)), groups=g)))
+        row_figures(
+            totals_of(CoderReconstructor(dictionary), sample_of(torch.randn(n, 6, generator=draw(5)), groups=g))
+        )
         for n, g in ((400, 20), (6400, 320))
     )
     for name in ("fvu", "l0", "cosine", "dense_10pct"):
@@ -138,6 +140,20 @@ def test_intervals_hold_what_they_are_of_and_narrow_with_more_groups() -> None:
     assert few["dead"].low is None
 
 
+def test_a_figure_is_a_measurement_with_one_value_per_group() -> None:
+    dictionary, x = made(), torch.randn(400, 6, generator=draw(5))
+    found = row_figures(totals_of(CoderReconstructor(dictionary), sample_of(x, groups=20)))
+    active = (dictionary.encode(x) > 0).sum(1).double().view(20, 20).mean(1)
+    assert found["l0"].measurement.values == pytest.approx(tuple(active.tolist()))
+    assert (found["l0"].measurement.unit, found["l0"].measurement.cost) == ("latents", {"rows": 400})
+    for figure in found.values():
+        measured = figure.measurement
+        assert (figure.value, figure.low, figure.high) == (measured.estimate, measured.low, measured.high)
+        assert measured.n == measured.n_groups == 20
+    assert repr(found["dead"]) == f"Figure({found['dead'].value:.4g})"
+    assert str(found["l0"]).endswith("]")
+
+
 def test_rows_that_do_not_vary_are_refused() -> None:
     with pytest.raises(InputError, match="all rows are equal"):
         figures_of(torch.ones(10, 3), torch.ones(10, 3))
@@ -146,10 +162,10 @@ def test_rows_that_do_not_vary_are_refused() -> None:
 def test_of_several_sites_each_counts_the_same_however_large_it_is() -> None:
     x = torch.randn(50, 8, generator=draw(0))
     parts = (x[:, :4], 1000 * x[:, 4:])
-    sums = sums_of(Fixed(parts[0] * 0.5), Sample(parts[:1], parts[:1], np.zeros(50, dtype=int), ""))
-    other = sums_of(Fixed(parts[1] * 0.9), Sample(parts[1:], parts[1:], np.zeros(50, dtype=int), ""))
-    both = Sums(np.concatenate([sums.sites, other.sites]), sums.rows, sums.active, None)
-    each = [row_figures(one)["fvu"].value for one in (sums, other)]
+    first = totals_of(Fixed(parts[0] * 0.5), Sample(parts[:1], parts[:1], np.zeros(50, dtype=int), ""))
+    other = totals_of(Fixed(parts[1] * 0.9), Sample(parts[1:], parts[1:], np.zeros(50, dtype=int), ""))
+    both = Totals(np.concatenate([first.sites, other.sites]), first.rows, first.active, None)
+    each = [row_figures(one)["fvu"].value for one in (first, other)]
     assert row_figures(both)["fvu"].value == pytest.approx(sum(each) / 2)
 
 
@@ -216,7 +232,7 @@ def test_two_seeds_share_planted_features_and_not_random_directions(trained: dic
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_the_linear_baseline_is_pca_and_no_projection_of_its_rank_does_better(rank: int) -> None:
     x = torch.randn(300, 6, generator=draw(0)) * torch.linspace(0.2, 3.0, 6) + 2
-    found = reduced_rank(x.double(), x.double(), rank).code([x]).outs[0]
+    found = reduced_rank(x.double(), x.double(), rank).reconstruct([x]).outputs[0]
     centred = x - x.mean(0)
     left, sizes, right = torch.linalg.svd(centred, full_matrices=False)
     assert torch.allclose(found, left[:, :rank] * sizes[:rank] @ right[:rank] + x.mean(0), atol=1e-4)
@@ -229,10 +245,12 @@ def test_the_linear_baseline_is_pca_and_no_projection_of_its_rank_does_better(ra
 def test_between_two_sites_the_linear_baseline_is_the_best_map_of_its_rank() -> None:
     x = torch.randn(400, 5, generator=draw(0))
     y = x @ torch.randn(5, 4, generator=draw(1)) + 0.1 * torch.randn(400, 4, generator=draw(2)) + 1
-    full = reduced_rank(x.double(), y.double(), 4).code([x]).outs[0]
+    full = reduced_rank(x.double(), y.double(), 4).reconstruct([x]).outputs[0]
     design = torch.cat([x, torch.ones(400, 1)], 1)
     assert torch.allclose(full, design @ torch.linalg.lstsq(design, y).solution, atol=1e-3)
-    errors = [(reduced_rank(x.double(), y.double(), k).code([x]).outs[0] - y).square().sum() for k in (1, 2, 3, 4)]
+    errors = [
+        (reduced_rank(x.double(), y.double(), k).reconstruct([x]).outputs[0] - y).square().sum() for k in (1, 2, 3, 4)
+    ]
     assert errors == sorted(errors, reverse=True)
 
 
@@ -312,7 +330,7 @@ def test_dictionaries_that_cannot_be_matched_are_refused() -> None:
         shared(made(6), made(5))
     with pytest.raises(InputError, match="20 latents cannot be matched one to one to 10; exchange the two"):
         shared(made(6, 20), made(6, 10))
-    with pytest.raises(InputError, match="about other sites"):
+    with pytest.raises(InputError, match="of other sites"):
         quality(made(6), FRESH[:100, :6], others=[made(6, in_sites=(Site("embed"),), out_sites=(Site("embed"),))])
 
 
@@ -355,7 +373,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(InputError, match="too few to measure"):
         quality(made(6), x[:3])
     site = Site("embed")
-    with pytest.raises(InputError, match="the activations have no embed, which the dictionary is about"):
+    with pytest.raises(InputError, match="the activations have no embed, which the dictionary reads or reconstructs"):
         quality(made(6, in_sites=(site,), out_sites=(site,)), TensorSource(x, sites=["layers.0.mlp_out"]))
     with pytest.raises(InputError, match="on contexts of a store"):
         quality(made(6), x, model=vs.Model(torch.nn.Linear(2, 2), adapter=None))

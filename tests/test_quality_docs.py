@@ -55,7 +55,7 @@ def test_every_metric_on_the_page_can_be_called() -> None:
     section = PAGE.split("## Concepts")[1].split("##")[0]
     names = re.findall(r"(?m)^\| `(\w+)` \|", section)
     assert len(names) == 5
-    assert all(callable(getattr(vs.dictionaries, name)) for name in names)
+    assert all(callable(getattr(vs.concepts, name)) for name in names)
 
 
 def test_the_picture_is_small() -> None:

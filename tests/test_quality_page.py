@@ -17,7 +17,6 @@ from test_quality import made
 from vesalius import report
 from vesalius.dictionaries import Quality, quality
 from vesalius.dictionaries.evaluation import WORDS
-from vesalius.dictionaries.evaluation.figures import Figure
 from vesalius.errors import InputError, NotFiniteError, UnknownNameError
 from vesalius.report.histograms import BASE, TOP, cosines, densities
 from vesalius.report.quality_page import LABELS, NAMES
@@ -38,7 +37,7 @@ def found() -> Quality:
 def plain(found: Quality) -> dict[str, Any]:
     """As JSON, with losses in a model put in."""
     stored: dict[str, Any] = json.loads(json.dumps(found.to_json()))
-    losses = {name: Figure(value, value - 0.05, value + 0.05).to_json() for name, value in LOSSES.items()}
+    losses = {name: {"value": value, "low": value - 0.05, "high": value + 0.05} for name, value in LOSSES.items()}
     for entry in (stored, *stored["baselines"]):
         entry["figures"] |= losses
     stored["model"] = {"name": "<tiny> & Co", "hash": "0" * 64, "note": "quantised"}

@@ -20,7 +20,7 @@ from vesalius.dictionaries import Dictionary, TrainConfig, quality, train
 from vesalius.dictionaries.evaluation.sample import Drawn
 from vesalius.dictionaries.evaluation.sample import draw as draw_rows
 from vesalius.dictionaries.evaluation.splice import _batches
-from vesalius.dictionaries.held_out import unseen
+from vesalius.dictionaries.held_out import evaluation_rows
 from vesalius.errors import InputError
 from vesalius.site import Site
 
@@ -91,7 +91,7 @@ def plainly(model: vs.Model, contexts: Sequence[Context], fn: Any) -> tuple[floa
 
 def drawn(store: ActivationStore, n: int) -> Drawn:
     """What `quality` measures on."""
-    return draw_rows(identity(), unseen(store, {}), store, n, 0)
+    return draw_rows(identity(), evaluation_rows(store, {}), store, n, 0)
 
 
 def test_losses_are_those_of_plain_hooks_one_context_at_a_time(model: vs.Model, store: ActivationStore) -> None:
@@ -130,8 +130,8 @@ def test_the_sample_holds_whole_contexts_with_their_rows(store: ActivationStore)
     numbers = {tuple(row[:3].tolist()): number for number, row in enumerate(whole)}
     of = lambda rows: [numbers[tuple(row[:3].tolist())] for row in rows]  # noqa: E731
     wanted = [context.document for context in found.test.contexts for _ in range(context.rows)]
-    assert [store.trace(number).document for number in of(found.test.ins[0])] == wanted
-    assert set(of(found.fit[0][0])) & set(of(found.test.ins[0])) == set()
+    assert [store.trace(number).document for number in of(found.test.inputs[0])] == wanted
+    assert set(of(found.fit[0][0])) & set(of(found.test.inputs[0])) == set()
     owners = {int(group): document for group, document in zip(found.test.groups, wanted, strict=True)}
     assert [owners[int(group)] for group in found.test.groups] == wanted
 

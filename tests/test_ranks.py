@@ -13,7 +13,7 @@ import torch
 
 from test_train import KINDS, X, config_of
 from vesalius.dictionaries import Dictionary, load, train
-from vesalius.dictionaries.training.ranks import Ranks
+from vesalius.dictionaries.training.run import Processes
 
 
 def free_port() -> int:
@@ -51,11 +51,11 @@ def test_two_processes_end_with_the_weights_of_one(trained: Path, kind: str) -> 
 
 
 def test_shares_cover_every_row_once() -> None:
-    rows = [row for rank in range(3) for row in range(10)[Ranks(rank, 3).share(10)]]
+    rows = [row for rank in range(3) for row in range(10)[Processes(rank, 3).share(10)]]
     assert rows == list(range(10))
 
 
 def test_alone_the_kth_largest_is_that_of_the_values() -> None:
     values = torch.tensor([3.0, 1.0, 2.0])
-    assert [float(Ranks().kth_largest(values, k)) for k in (1, 2, 3, 9)] == [3.0, 2.0, 1.0, 1.0]
-    assert float(Ranks().kth_largest(values[:0], 2)) == -float("inf")
+    assert [float(Processes().kth_largest(values, k)) for k in (1, 2, 3, 9)] == [3.0, 2.0, 1.0, 1.0]
+    assert float(Processes().kth_largest(values[:0], 2)) == -float("inf")

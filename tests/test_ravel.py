@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import vesalius as vs
-from test_probing import coder
-from vesalius.data import Entities, load_ravel
-from vesalius.dictionaries import ravel
-from vesalius.dictionaries.probing.ravel import disentanglement
-from vesalius.dictionaries.probing.swaps import says_after, slopes, swaps_for
+from test_concepts import coder
+from vesalius.concepts import Entities, load_ravel, ravel
+from vesalius.concepts.entities import prompt_pairs, says_after, slopes
+from vesalius.concepts.ravel import disentanglement
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
 from vesalius.inputs import Tokens
 from vesalius.site import Site
@@ -103,7 +102,7 @@ def test_the_closed_form() -> None:
 
 
 def test_pairs_are_of_one_template_and_differ_in_what_the_model_says(model: vs.Model, people: Entities) -> None:
-    found = swaps_for(model, people, "colour", "train", 60, 0)
+    found = prompt_pairs(model, people, "colour", "train", 60, 0)
     assert len(found) == 60
     for row in range(len(found)):
         base, source = (side.ids[row].tolist() for side in (found.base, found.source))
@@ -116,7 +115,7 @@ def test_pairs_are_of_one_template_and_differ_in_what_the_model_says(model: vs.M
 
 
 def test_changes_at_the_entity_are_those_of_a_plain_run(model: vs.Model, people: Entities) -> None:
-    swaps = swaps_for(model, people, "size", "test", 20, 0)
+    swaps = prompt_pairs(model, people, "size", "test", 20, 0)
     change = torch.randn(20, 14, generator=torch.Generator().manual_seed(0))
     said = says_after(model, SITE, swaps, change, batch=7)
     net = model.module
@@ -130,7 +129,7 @@ def test_changes_at_the_entity_are_those_of_a_plain_run(model: vs.Model, people:
 
 
 def test_slopes_are_finite_differences(model: vs.Model, people: Entities) -> None:
-    swaps = swaps_for(model, people, "colour", "test", 5, 0)
+    swaps = prompt_pairs(model, people, "colour", "test", 5, 0)
     found = slopes(model, SITE, swaps)
     rows = torch.arange(5)
 
@@ -212,7 +211,7 @@ def test_the_files_of_ravel_are_read(tmp_path: Path) -> None:
 
 
 def test_changing_nothing_scores_half(model: vs.Model, people: Entities) -> None:
-    swaps = {name: swaps_for(model, people, name, "test", 40, 0) for name in ("colour", "size")}
+    swaps = {name: prompt_pairs(model, people, name, "test", 40, 0) for name in ("colour", "size")}
     said = {name: says_after(model, SITE, side, torch.zeros(len(side), 14)) for name, side in swaps.items()}
     cause = [float((said[name] == side.source_says).double().mean()) for name, side in swaps.items()]
     isolation = [float((said[name] == side.base_says).double().mean()) for name, side in swaps.items()]

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from vesalius.data import TensorSource
 from vesalius.dictionaries import Dictionary, TrainConfig, train
-from vesalius.dictionaries.training.facts import Facts
 from vesalius.dictionaries.training.fitter import make_fitter
-from vesalius.dictionaries.training.ranks import Ranks
-from vesalius.dictionaries.training.wiring import wire
+from vesalius.dictionaries.training.layout import layout_of
+from vesalius.dictionaries.training.microbatch import StepTotals
+from vesalius.dictionaries.training.run import Processes
 from vesalius.errors import InputError
 from vesalius.jobs import silent
 from vesalius.jobs.workers import Workers
@@ -157,7 +157,7 @@ def test_a_cross_layer_transcoder_puts_a_feature_where_it_is_read() -> None:
     assert float(late.max()) < 0.1 * float(early.min())
 
 
-def test_prefixes_of_a_matryoshka_rebuild_on_their_own() -> None:
+def test_prefixes_of_a_matryoshka_reconstruct_on_their_own() -> None:
     """Common features come first: a prefix explains more than as many latents of a dictionary without prefixes."""
     rates = torch.cat([torch.full((16,), 0.15), torch.full((112,), 0.01)])
     generator = torch.Generator().manual_seed(0)
@@ -171,10 +171,10 @@ def test_prefixes_of_a_matryoshka_rebuild_on_their_own() -> None:
     assert isinstance(nested, Dictionary)
     assert isinstance(plain, Dictionary)
     assert nested.groups == (16, 64, LATENTS)
-    errors = [unexplained(x, rebuilt_from_first(nested, x, size)) for size in nested.groups]
+    errors = [unexplained(x, reconstructed_from_first(nested, x, size)) for size in nested.groups]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.2
-    assert errors[0] < 0.6 < unexplained(x, rebuilt_from_first(plain, x, 16))
+    assert errors[0] < 0.6 < unexplained(x, reconstructed_from_first(plain, x, 16))
 
 
 @pytest.mark.parametrize("hierarchical", [False, True])
@@ -204,35 +204,35 @@ def test_a_child_feature_absorbs_its_parent(hierarchical: bool) -> None:
     assert reads_child < -0.3 if hierarchical else abs(reads_child) < 0.1
 
 
-def rebuilt_from_first(dictionary: Dictionary, x: Tensor, size: int) -> Tensor:
+def reconstructed_from_first(dictionary: Dictionary, x: Tensor, size: int) -> Tensor:
     latents = dictionary.encode(x)
     latents[:, size:] = 0
-    rebuilt = dictionary.decode(latents)
-    assert isinstance(rebuilt, Tensor)
-    return rebuilt
+    reconstruction = dictionary.decode(latents)
+    assert isinstance(reconstruction, Tensor)
+    return reconstruction
 
 
-def unexplained(x: Tensor, rebuilt: Tensor) -> float:
-    return float((x - rebuilt).square().sum() / (x - x.mean(0)).square().sum())
+def unexplained(x: Tensor, reconstruction: Tensor) -> float:
+    return float((x - reconstruction).square().sum() / (x - x.mean(0)).square().sum())
 
 
 # The error that training reports
 
 
-def facts_of(x: Tensor, rebuilt: Tensor) -> Facts:
-    n, x, rebuilt = torch.tensor(float(len(x)), dtype=torch.float64), x.double(), rebuilt.double()
-    squared = (x - rebuilt).square().sum()
-    return Facts(n, squared, squared, x.sum(0), x.square().sum(), [torch.zeros(1)])
+def totals_of(x: Tensor, reconstruction: Tensor) -> StepTotals:
+    n, x, reconstruction = torch.tensor(float(len(x)), dtype=torch.float64), x.double(), reconstruction.double()
+    squared = (x - reconstruction).square().sum()
+    return StepTotals(n, squared, squared, x.sum(0), x.square().sum(), [torch.zeros(1)])
 
 
 def test_the_unexplained_variance_is_as_worked_by_hand() -> None:
-    x, rebuilt = torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.tensor([[2.0, 1.0], [0.0, 3.0]])
-    assert 1 - facts_of(x, rebuilt).fvu == pytest.approx(0.8, abs=1e-9)
-    assert facts_of(x, x.mean(0).expand_as(x)).fvu == pytest.approx(1.0, abs=1e-9)
-    assert facts_of(10 * x, 10 * rebuilt).fvu == pytest.approx(facts_of(x, rebuilt).fvu, abs=1e-9)
-    halves = [facts_of(x[:1], rebuilt[:1]), facts_of(x[1:], rebuilt[1:])]
-    assert Facts.total(halves).fvu == pytest.approx(0.2, abs=1e-9)
-    assert facts_of(torch.ones(2, 2), torch.ones(2, 2)).fvu == 0.0
+    x, reconstruction = torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.tensor([[2.0, 1.0], [0.0, 3.0]])
+    assert 1 - totals_of(x, reconstruction).fvu == pytest.approx(0.8, abs=1e-9)
+    assert totals_of(x, x.mean(0).expand_as(x)).fvu == pytest.approx(1.0, abs=1e-9)
+    assert totals_of(10 * x, 10 * reconstruction).fvu == pytest.approx(totals_of(x, reconstruction).fvu, abs=1e-9)
+    halves = [totals_of(x[:1], reconstruction[:1]), totals_of(x[1:], reconstruction[1:])]
+    assert StepTotals.added(halves).fvu == pytest.approx(0.2, abs=1e-9)
+    assert totals_of(torch.ones(2, 2), torch.ones(2, 2)).fvu == 0.0
 
 
 def test_the_reported_error_is_that_of_the_rows() -> None:
@@ -240,12 +240,12 @@ def test_the_reported_error_is_that_of_the_rows() -> None:
     config = TrainConfig(n_latents=LATENTS, k=4, batch_size=600, dead="none")
     source = TensorSource(x)
     with Workers(1) as workers:
-        fitter = make_fitter(source, config, wire(source, config), workers, Ranks(), torch.device("cpu"))
+        fitter = make_fitter(source, config, layout_of(source, config), workers, Processes(), torch.device("cpu"))
         values = {name: value.clone() for name, value in fitter.parameters.values.items()}
         (batch,) = next(islice(source.batches(600, seed=0), 1))
         fitter.step([batch])
     y = batch * fitter.run.out_scale[0]
     pre = (y - values["b_dec"]) @ values["0.W_enc"].T
     latents = torch.zeros_like(pre).scatter(1, pre.topk(4, 1).indices, pre.topk(4, 1).values.relu())
-    rebuilt = latents @ values["0.W_dec"] + values["b_dec"]
-    assert fitter.rows[0][1] == pytest.approx(unexplained(y, rebuilt), rel=1e-4)
+    reconstruction = latents @ values["0.W_dec"] + values["b_dec"]
+    assert fitter.history[0][1] == pytest.approx(unexplained(y, reconstruction), rel=1e-4)

@@ -26,7 +26,7 @@ def made(row_norm: str, **changes: Any) -> Dictionary:
 
 
 @pytest.mark.parametrize("row_norm", NORMS)
-def test_latents_do_not_see_the_size_of_a_row_and_what_is_rebuilt_has_it(row_norm: str) -> None:
+def test_latents_do_not_see_the_size_of_a_row_and_its_reconstruction_has_it(row_norm: str) -> None:
     dictionary, x = made(row_norm), rows()
     # What is added to the standard deviation against division by zero makes the difference that is left.
     torch.testing.assert_close(dictionary.encode(x * 50), dictionary.encode(x), atol=1e-3, rtol=1e-3)
@@ -64,7 +64,7 @@ def test_a_latent_is_written_in_units_of_its_row(row_norm: str) -> None:
     changed = latents.clone()
     changed[..., 5] += 2.0
     moved = dictionary.latent(5).write(x, changed[..., 5])
-    # The rest of the row, what is not rebuilt, stays.
+    # The rest of the row, the error of the reconstruction, stays.
     expected = x + dictionary.decode(changed, of=x) - dictionary.decode(latents, of=x)
     torch.testing.assert_close(moved, expected, atol=1e-5, rtol=1e-5)
 
@@ -79,7 +79,7 @@ def test_scales_fold_and_files_keep_it(tmp_path: Path, row_norm: str) -> None:
     torch.testing.assert_close(again.reconstruct(x), dictionary.reconstruct(x))
 
 
-def test_rows_without_any_size_are_rebuilt_as_numbers() -> None:
+def test_rows_without_any_size_are_reconstructed_as_numbers() -> None:
     for row_norm in NORMS:
         assert bool(torch.isfinite(made(row_norm).reconstruct(torch.zeros(2, D))).all())
 
@@ -87,5 +87,5 @@ def test_rows_without_any_size_are_rebuilt_as_numbers() -> None:
 def test_what_cannot_be_normalised_is_refused() -> None:
     with pytest.raises(UnknownNameError, match="known: constant_norm, layer_norm, none"):
         made("batch_norm")
-    with pytest.raises(InputError, match="rows are normalised only by dictionaries that rebuild what they read"):
+    with pytest.raises(InputError, match="rows are normalised only by dictionaries that reconstruct what they read"):
         made("layer_norm", out_sites=(vs.Site("mlp_out", layer=3),))

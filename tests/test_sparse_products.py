@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from vesalius.dictionaries import TrainConfig
-from vesalius.dictionaries.kinds import TRAINED
-from vesalius.dictionaries.training import choose, products
-from vesalius.dictionaries.training.codes import DensePiece, SparsePiece, codes_of
-from vesalius.dictionaries.training.encode import Encoder, encode
-from vesalius.dictionaries.training.ranks import Ranks
+from vesalius.dictionaries.kinds import TRAINABLE
+from vesalius.dictionaries.training import sparse
+from vesalius.dictionaries.training.encode import DenseChunk, Encoder, codes_of, encode
+from vesalius.dictionaries.training.run import Processes
 from vesalius.dictionaries.training.screen import Screen
+from vesalius.dictionaries.training.sparse import SparseChunk
 from vesalius.jobs.workers import Workers
 
 ROWS, M, D, OUT = 37, 2048, 24, 9
@@ -22,40 +22,40 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def dense_of(piece: SparsePiece, values: Tensor) -> Tensor:
+def dense_of(piece: SparseChunk, values: Tensor) -> Tensor:
     dense = torch.zeros(len(piece.offsets) - 1, piece.n_latents)
     dense[piece.bags, piece.columns] = values
     return dense
 
 
 @pytest.fixture
-def piece() -> SparsePiece:
+def piece() -> SparseChunk:
     """Some rows with many entries, some with none."""
     pre = normal(ROWS, M)
     pre[5] = pre[11] = -9.0
     pre[12, :300] += 9.0
-    return choose.reaching(pre, torch.tensor(1.5))
+    return sparse.entries_from(pre, torch.tensor(1.5))
 
 
-def test_sparse_products_are_the_dense_ones(piece: SparsePiece) -> None:
+def test_sparse_products_are_the_dense_ones(piece: SparseChunk) -> None:
     decoder, table, weights = normal(M, OUT, seed=3), normal(ROWS, OUT, seed=4), normal(len(piece.pre), seed=5)
     dense = dense_of(piece, weights)
     torch.testing.assert_close(piece.decode(weights, decoder), dense @ decoder)
     torch.testing.assert_close(piece.dots(table, decoder), (table @ decoder.T)[piece.bags, piece.columns])
-    torch.testing.assert_close(piece.sums(weights).float(), dense.sum(0))
-    torch.testing.assert_close(piece.at(normal(M, seed=6)), normal(M, seed=6)[piece.columns])
+    torch.testing.assert_close(piece.sum_per_latent(weights).float(), dense.sum(0))
+    torch.testing.assert_close(piece.per_entry(normal(M, seed=6)), normal(M, seed=6)[piece.columns])
 
 
-def test_dots_without_the_fast_operator_are_the_same(piece: SparsePiece, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dots_without_the_fast_operator_are_the_same(piece: SparseChunk, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, table = normal(M, OUT, seed=3), normal(ROWS, OUT, seed=4)
     fast = piece.dots(table, decoder)
-    monkeypatch.setattr(products, "_DOTS", None)
+    monkeypatch.setattr(sparse, "_DOTS", None)
     torch.testing.assert_close(piece.dots(table, decoder), fast)
 
 
-def test_outer_products_of_both_codes_are_the_dense_one(piece: SparsePiece) -> None:
+def test_outer_products_of_both_codes_are_the_dense_one(piece: SparseChunk) -> None:
     table, weights, dpre = normal(ROWS, OUT, seed=4), normal(len(piece.pre), seed=5), normal(len(piece.pre), seed=6)
-    whole = DensePiece(torch.zeros(ROWS, M))
+    whole = DenseChunk(torch.zeros(ROWS, M))
     whole.keep(dense_of(piece, weights), dense_of(piece, dpre))
     piece.keep(weights, dpre)
     for codes in (codes_of([piece], 1), codes_of([whole], 1)):
@@ -64,8 +64,8 @@ def test_outer_products_of_both_codes_are_the_dense_one(piece: SparsePiece) -> N
             torch.testing.assert_close(codes.outer(which, table, 100, 300), expected)
 
 
-def test_entries_are_sorted_by_column_alike_everywhere(piece: SparsePiece) -> None:
-    order, rows, begins = products.by_column(piece.columns, piece.offsets, M)
+def test_entries_are_sorted_by_column_alike_everywhere(piece: SparseChunk) -> None:
+    order, rows, begins = sparse.by_column(piece.columns, piece.offsets, M)
     assert torch.equal(order, piece.columns.argsort(stable=True))
     assert torch.equal(rows, piece.bags[order])
     assert torch.equal(begins.diff(), torch.bincount(piece.columns, minlength=M))
@@ -75,7 +75,7 @@ def test_entries_are_sorted_by_column_alike_everywhere(piece: SparsePiece) -> No
 @pytest.mark.parametrize("width", [M, M + 13, 300])
 def test_the_largest_of_rows_are_those_of_topk(k: int, width: int) -> None:
     pre = normal(ROWS, width)
-    found = choose.top_of_rows(pre, k)
+    found = sparse.top_of_rows(pre, k)
     expected = torch.zeros_like(pre).scatter(1, pre.topk(k, 1).indices, 1.0)
     assert torch.equal(dense_of(found, torch.ones(len(found.pre))), expected)
     assert torch.equal(found.pre, pre[found.bags, found.columns])
@@ -83,22 +83,22 @@ def test_the_largest_of_rows_are_those_of_topk(k: int, width: int) -> None:
 
 def test_equal_entries_do_not_make_more_than_k() -> None:
     pre = normal(ROWS, M).round()
-    found = choose.top_of_rows(pre, 32)
+    found = sparse.top_of_rows(pre, 32)
     assert found.offsets.diff().tolist() == [32] * ROWS
     sums = dense_of(found, found.pre).sum(1)
     torch.testing.assert_close(sums, pre.topk(32, 1).values.sum(1))
-    assert choose.top_of_rows(torch.zeros(ROWS, M), 32).offsets.diff().tolist() == [32] * ROWS
+    assert sparse.top_of_rows(torch.zeros(ROWS, M), 32).offsets.diff().tolist() == [32] * ROWS
 
 
-def test_groups_get_bags_of_their_own(piece: SparsePiece) -> None:
+def test_groups_get_bags_of_their_own(piece: SparseChunk) -> None:
     ends = (100, 700, M)
-    grouped = choose.grouped(piece, ends)
+    grouped = piece.grouped(ends)
     decoder = normal(M, OUT, seed=3)
-    rebuilt = grouped.decode(piece.pre, decoder).view(ROWS, 3, OUT)
+    reconstruction = grouped.decode(piece.pre, decoder).view(ROWS, 3, OUT)
     dense = dense_of(piece, piece.pre)
     for number, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
         expected = dense[:, start:end] @ decoder[start:end]
-        torch.testing.assert_close(rebuilt[:, number], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(reconstruction[:, number], expected, rtol=1e-4, atol=1e-4)
 
 
 # The screen
@@ -135,8 +135,8 @@ def test_the_screen_chooses_the_latents_of_float32(kind: str) -> None:
     with Workers(1) as workers:
         for precision in ("fp32", "bf16-screen"):
             encoder = Encoder.of(weight, bias, precision, workers)
-            pieces, _ = encode(encoder, x.split(100), TRAINED[kind], vectors, config, workers, Ranks())
-            found[precision] = torch.cat([dense_of(p, p.pre) for p in pieces if isinstance(p, SparsePiece)])
+            pieces, _ = encode(encoder, x.split(100), TRAINABLE[kind], vectors, config, workers, Processes())
+            found[precision] = torch.cat([dense_of(p, p.pre) for p in pieces if isinstance(p, SparseChunk)])
         assert encoder.screen is not None
         screened = (
             encoder.screen.top_of_rows(x[:100], 32)
@@ -164,7 +164,7 @@ def test_a_level_that_was_guessed_too_high_is_lowered() -> None:
     config = TrainConfig(kind="batchtopk", n_latents=M, k=32)
     with Workers(1) as workers:
         encoder = Encoder.of(weight, torch.zeros(M), "fp32", workers)
-        pieces, least = encode(encoder, x.split(600), TRAINED["batchtopk"], {}, config, workers, Ranks())
+        pieces, least = encode(encoder, x.split(600), TRAINABLE["batchtopk"], {}, config, workers, Processes())
     pre = x @ weight.T
     expected = pre.flatten().topk(32 * 600).values[-1]
     assert least is not None
@@ -177,7 +177,7 @@ def test_fewer_positive_ones_than_asked_for_are_all_taken() -> None:
     config = TrainConfig(kind="batchtopk", n_latents=M, k=2000)
     with Workers(1) as workers:
         encoder = Encoder.of(weight, torch.full((M,), -1.5), "fp32", workers)
-        pieces, least = encode(encoder, x.split(100), TRAINED["batchtopk"], {}, config, workers, Ranks())
+        pieces, least = encode(encoder, x.split(100), TRAINABLE["batchtopk"], {}, config, workers, Processes())
     pre = x @ weight.T - 1.5
     assert sum(len(p.pre) for p in pieces) == int((pre > 0).sum())
     assert least is not None

@@ -13,7 +13,7 @@ import tiny
 import vesalius as vs
 from vesalius.data import ActivationStore
 from vesalius.dictionaries import TrainConfig, train
-from vesalius.dictionaries.held_out import unseen
+from vesalius.dictionaries.held_out import evaluation_rows
 from vesalius.errors import InputError
 
 SITE = "layers.0.resid_post"
@@ -122,42 +122,42 @@ def test_one_document_cannot_be_split(tmp_path: Path) -> None:
 CONFIG = TrainConfig(n_latents=16, k=2, batch_size=32, steps=3, held_out=0.2)
 
 
-def about_of(data: object, config: TrainConfig = CONFIG) -> dict[str, object]:
-    return dict(train(data, config).about)  # type: ignore[attr-defined]
+def metadata_of(data: object, config: TrainConfig = CONFIG) -> dict[str, object]:
+    return dict(train(data, config).metadata)  # type: ignore[attr-defined]
 
 
 def test_training_leaves_the_last_documents_out_and_says_so(store: ActivationStore) -> None:
     kept, left = store.split(0.2)
     notes: list[str] = []
-    about = train(store, CONFIG, sink=lambda event: notes.append(event.message)).about  # type: ignore[attr-defined]
-    assert about["data"] == kept.content_hash
-    assert f"the last documents, {left.n_rows} rows, are held out, to judge by (held_out)" in notes
-    found = unseen(store, about)
+    metadata = train(store, CONFIG, sink=lambda event: notes.append(event.message)).metadata  # type: ignore[attr-defined]
+    assert metadata["data"] == kept.content_hash
+    assert f"the last documents, {left.n_rows} rows, are held out, to evaluate on (held_out)" in notes
+    found = evaluation_rows(store, metadata)
     assert isinstance(found.source, ActivationStore)
-    assert (found.source.rows, found.seen) == (left.rows, False)
+    assert (found.source.rows, found.trained_on) == (left.rows, False)
     # The same texts at other sites: the same documents.
     other = ActivationStore.open(store.folder, pool_rows=64)
-    assert unseen(other, about).source.content_hash == other.split(0.2)[1].content_hash
+    assert evaluation_rows(other, metadata).source.content_hash == other.split(0.2)[1].content_hash
 
 
 def test_rows_that_were_trained_on_are_called_so(store: ActivationStore) -> None:
-    whole = about_of(store, TrainConfig(n_latents=16, k=2, batch_size=32, steps=3, held_out=0))
+    whole = metadata_of(store, TrainConfig(n_latents=16, k=2, batch_size=32, steps=3, held_out=0))
     assert whole["data"] == store.content_hash
-    assert unseen(store, whole).seen is True
+    assert evaluation_rows(store, whole).trained_on is True
     rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    about = about_of(rows)
-    assert unseen(vs.data.TensorSource(rows), about).seen is True
-    assert unseen(vs.data.TensorSource(rows + 1), about).seen is None
-    assert unseen(store, about).seen is None
+    metadata = metadata_of(rows)
+    assert evaluation_rows(vs.data.TensorSource(rows), metadata).trained_on is True
+    assert evaluation_rows(vs.data.TensorSource(rows + 1), metadata).trained_on is None
+    assert evaluation_rows(store, metadata).trained_on is None
 
 
 def test_whoever_made_a_part_chose_its_rows(store: ActivationStore) -> None:
     first, _ = store.split(0.5)
-    assert about_of(first)["data"] == first.content_hash
+    assert metadata_of(first)["data"] == first.content_hash
 
 
 def test_a_store_of_one_document_is_trained_on_whole(tmp_path: Path) -> None:
     one = vs.data.harvest(vs.Model(tiny.llama(layers=1)), [[*range(2, 60)]], sites=[SITE], out=tmp_path, context=60)
-    about = about_of(one)
-    assert about["data"] == one.content_hash
-    assert unseen(one, about).seen is True
+    metadata = metadata_of(one)
+    assert metadata["data"] == one.content_hash
+    assert evaluation_rows(one, metadata).trained_on is True

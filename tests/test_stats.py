@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -519,3 +520,33 @@ def test_a_bootstrap_of_sums_refuses_one_group() -> None:
         stats.bootstrap_of_sums([[1.0, 2.0]], lambda totals: totals[..., 0])
     with pytest.raises(UnknownNameError):
         stats.bootstrap_of_sums([[1.0], [2.0]], lambda totals: totals[..., 0], method="normal")  # type: ignore[arg-type]
+
+
+def test_a_measurement_of_too_few_groups_has_no_interval_and_one_end_is_refused() -> None:
+    plain: dict[str, Any] = {"name": "m", "values": (1.0,), "estimate": 1.0, "n": 1, "n_groups": 1}
+    found = stats.Measurement(**plain, low=None, high=None)
+    assert stats.Measurement(**json.loads(json.dumps(found.to_json()))) == found
+    assert "<td>none</td>" in found._repr_html_()
+    with pytest.raises(InputError, match=r"an interval has two ends; got 0\.5 and None"):
+        stats.Measurement(**plain, low=0.5, high=None)
+
+
+def test_a_ratio_of_sums_is_measured_with_one_value_per_group() -> None:
+    totals = np.random.default_rng(0).random((20, 2)) + 0.5
+    ratio = lambda t: t[..., 0] / t[..., 1]  # noqa: E731
+    found = stats.measure_totals("ratio", totals, ratio, draws=500, seed=3, unit="nats", cost={"rows": 9})
+    assert found.estimate == pytest.approx(totals[:, 0].sum() / totals[:, 1].sum())
+    assert found.values == pytest.approx(tuple(totals[:, 0] / totals[:, 1]))
+    assert (found.low, found.high) == tuple(stats.bootstrap_of_sums(totals, ratio, draws=500, seed=3))
+    assert (found.n, found.n_groups, found.unit, found.cost) == (20, 20, "nats", {"rows": 9})
+
+
+def test_groups_for_which_a_ratio_is_not_defined_have_no_value() -> None:
+    ratio = lambda t: t[..., 0] / t[..., 1]  # noqa: E731
+    found = stats.measure_totals("ratio", [[1.0, 2.0], [0.0, 0.0], [3.0, 2.0]], ratio)
+    assert (found.values, found.groups, found.n_groups) == ((0.5, 1.5), {"group": ("0", "2")}, 3)
+    assert found.estimate == 1.0
+    alone = stats.measure_totals("ratio", [[1.0, 2.0]], ratio, estimate=0.25)
+    assert (alone.estimate, alone.low, alone.high) == (0.25, None, None)
+    with pytest.raises(NotFiniteError, match="estimate"):
+        stats.measure_totals("ratio", [[0.0, 0.0], [0.0, 0.0]], ratio)

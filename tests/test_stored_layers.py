@@ -141,8 +141,8 @@ def test_a_decoder_larger_than_what_is_used_of_it(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     x = [normal(4, 8, seed=10 + number) for number in range(2)]
     indices, _ = coder.encode_sparse(x)
-    rebuilt = coder.reconstruct(x)
+    reconstruction = coder.reconstruct(x)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
     assert 0 < indices.shape[1] < 100
-    torch.testing.assert_close(rebuilt[1], torch.ones(4, wide))
+    torch.testing.assert_close(reconstruction[1], torch.ones(4, wide))
     assert grown < 400, f"{grown:.0f} MB for a few rows of a decoder of 1 GB"

@@ -158,13 +158,13 @@ def test_two_models_a_limit_and_another_dtype(model: vs.Model) -> None:
 
 
 def test_texts_that_can_be_read_only_once_or_hold_nothing_are_refused(model: vs.Model) -> None:
-    with pytest.raises(InputError, match="a list_iterator can be read only once, and a stream begins anew"):
+    with pytest.raises(InputError, match="a list_iterator can be read only once, and a stream starts again"):
         stream(model, iter(DOCUMENTS))
-    with pytest.raises(InputError, match="the texts hold no token to keep"):
+    with pytest.raises(InputError, match="the texts give no rows"):
         take(stream(model, [[], [3]], keep_bos=False), 1)
     with pytest.raises(InputError, match="room for 1 row at least; got 0"):
         stream(model, buffer=0)
-    with pytest.raises(InputError, match="the texts hold no token to keep"):
+    with pytest.raises(InputError, match="the texts give no rows"):
         stream(model, [[]]).sample(3, seed=0)
 
     class Endless:

@@ -76,11 +76,11 @@ def test_an_iterable_of_rows_texts_or_ids(tmp_path: Path) -> None:
 
     texts = texts_from(Table())
     assert list(texts.read()) == list(texts.read()) == PLAIN
-    assert texts.again
+    assert texts.rereadable
     assert texts.description["type"].endswith("Table")
     assert listed([[1, 2], (3,), []]) == [[1, 2], (3,), []]
     once = texts_from(iter(PLAIN))
-    assert not once.again
+    assert not once.rereadable
     assert list(once.read()) == PLAIN
 
 

@@ -170,7 +170,7 @@ def test_every_kind_is_every_coder(kind: str, tmp_path: Path) -> None:
     }  # fmt: skip
     for coder, config in coders.items():
         found = train(source, config, tmp_path / coder)
-        assert found.about["coder"] == coder  # type: ignore[attr-defined]
+        assert found.metadata["coder"] == coder  # type: ignore[attr-defined]
         x = tuple(source._tensors[source.sites.index(site)] for site in found.in_sites)
         latents = found.encode(x if len(x) > 1 else x[0])
         assert latents.shape == (N, found.n_latents)
@@ -181,7 +181,7 @@ def test_every_kind_is_every_coder(kind: str, tmp_path: Path) -> None:
 
 def test_a_plain_pair_is_a_transcoder_and_one_tensor_a_sae() -> None:
     sae, transcoder = train(X, config_of()), train((X, Y), config_of())
-    assert (sae.about["coder"], transcoder.about["coder"]) == ("sae", "transcoder")  # type: ignore[attr-defined]
+    assert (sae.metadata["coder"], transcoder.metadata["coder"]) == ("sae", "transcoder")  # type: ignore[attr-defined]
     assert isinstance(sae, Dictionary)
     assert (sae.W_enc.shape, sae.W_dec.shape) == ((D, 32), (32, D))
     assert isinstance(transcoder, Dictionary)
@@ -189,7 +189,7 @@ def test_a_plain_pair_is_a_transcoder_and_one_tensor_a_sae() -> None:
     assert vs.dictionaries.train is train
 
 
-def test_a_saved_dictionary_rebuilds_the_raw_activations() -> None:
+def test_a_saved_dictionary_reconstructs_the_raw_activations() -> None:
     x = 100 * X
     sae = train(x, config_of(steps=150, k=6))
     assert isinstance(sae, Dictionary)
@@ -217,7 +217,7 @@ def test_the_history_says_what_happened(tmp_path: Path) -> None:
     assert len(sae.history) == 30
     assert sae.history["l0"].tolist() == pytest.approx([4.0] * 30, abs=0.3)
     assert sae.history["fvu"][-1] < sae.history["fvu"][0]
-    assert sae.history["lr"].tolist() == [config_of(steps=30).rate(step) for step in range(30)]
+    assert sae.history["lr"].tolist() == [config_of(steps=30).lr_at(step) for step in range(30)]
     assert "<svg" in sae._repr_html_()
     assert (tmp_path / "history.npz").exists()
 
@@ -262,11 +262,11 @@ def test_data_that_do_not_fit_are_refused() -> None:
     [
         ({}, r"the source has 3 sites .* so it has to be said what is trained"),
         ({"coder": "sae"}, r"a sae coder needs one site, .*; got .* -> "),
-        ({"coder": "transcoder"}, r"a transcoder coder needs one site to read and another to rebuild"),
-        ({"coder": "cross_layer"}, r"a cross-layer coder needs as many sites to read as to rebuild"),
+        ({"coder": "transcoder"}, r"a transcoder coder needs one site to read and another to reconstruct"),
+        ({"coder": "cross_layer"}, r"a cross-layer coder needs as many sites to read as to reconstruct"),
         ({"coder": "crosscoder", "skip": True}, r"TrainConfig\.skip is for transcoders"),
         ({"in_sites": ("embed",), "out_sites": ("layers.0.mlp_out",), "apply_b_dec_to_input": True},
-         r"apply_b_dec_to_input is for coders that rebuild what they read"),
+         r"apply_b_dec_to_input is for coders that reconstruct what they read"),
     ],
 )  # fmt: skip
 def test_sites_that_leave_open_what_is_meant_are_refused(changes: dict[str, Any], words: str) -> None:
@@ -281,5 +281,5 @@ def test_sites_that_are_not_there_are_refused() -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run() -> None:
-    with pytest.raises(NotFiniteError, match=r"the loss at step \d+ is no number: lower lr"):
+    with pytest.raises(NotFiniteError, match=r"the loss at step \d+ is NaN or infinite: lower lr"):
         train(X, config_of("relu", lr=1e30, clip_norm=None, warmup=0, steps=50))

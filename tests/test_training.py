@@ -15,8 +15,8 @@ from vesalius.data import TensorSource
 from vesalius.dictionaries import TrainConfig
 from vesalius.dictionaries.training import encode
 from vesalius.dictionaries.training.fitter import Fitter, make_fitter
-from vesalius.dictionaries.training.ranks import Ranks
-from vesalius.dictionaries.training.wiring import wire
+from vesalius.dictionaries.training.layout import layout_of
+from vesalius.dictionaries.training.run import Processes
 from vesalius.jobs.workers import Workers
 
 D, N = 12, 1500
@@ -49,7 +49,7 @@ def config_of(kind: str, coder: str = "sae", **changes: Any) -> TrainConfig:
 
 
 def fitter_of(source: TensorSource, config: TrainConfig, workers: Workers) -> Fitter:
-    return make_fitter(source, config, wire(source, config), workers, Ranks(), torch.device("cpu"))
+    return make_fitter(source, config, layout_of(source, config), workers, Processes(), torch.device("cpu"))
 
 
 def far_apart(fitter: Fitter, plain: PlainTraining) -> dict[str, float]:
@@ -69,7 +69,7 @@ def trained_both_ways(
         for batch in islice(source.batches(config.batch_size, seed=0), steps):
             fitter.step(batch)
             loss = plain.step(batch)
-            assert fitter.rows[-1][0] == pytest.approx(loss, rel=1e-4)
+            assert fitter.history[-1][0] == pytest.approx(loss, rel=1e-4)
     return fitter, plain
 
 
@@ -107,7 +107,7 @@ def test_so_they_are_with_other_choices(kind: str, coder: str, changes: dict[str
 
 def put_to_sleep(fitter: Fitter) -> None:
     """Half the latents of each block hardly ever get active."""
-    for number in range(len(fitter.run.wiring.blocks)):
+    for number in range(len(fitter.run.layout.blocks)):
         block = fitter.parameters.block(number)
         block["b_enc"][:20] = -2.0
         if "log_threshold" in block:
@@ -120,7 +120,7 @@ def test_dead_latents_learn_the_error(kind: str, coder: str) -> None:
     fields: dict[str, Any] = {"k": 3, "dead_after": 600, "aux_k": 5, "lr": 3e-3}
     config = config_of(kind, coder, dead="auxk", **fields)
     fitter, plain = trained_both_ways(SOURCES[coder], config, prepare=put_to_sleep)
-    assert int((fitter.silent >= 600).sum()) > 5
+    assert int((fitter.rows_since_fired >= 600).sum()) > 5
     assert max(far_apart(fitter, plain).values()) < 1e-5
     config = config_of(kind, coder, dead="none", **fields)
     without, _ = trained_both_ways(SOURCES[coder], config, prepare=put_to_sleep)
@@ -167,6 +167,6 @@ def test_mixed_precision_ends_near_float32(kind: str) -> None:
             fitter = fitter_of(source, config, workers)
             for batch in islice(source.batches(300, seed=0), 60):
                 fitter.step(batch)
-        ends.append(fitter.rows[-1][1])
-    assert ends[0] < 0.5 * fitter.rows[0][1]
+        ends.append(fitter.history[-1][1])
+    assert ends[0] < 0.5 * fitter.history[0][1]
     assert ends[1] == pytest.approx(ends[0], rel=0.05)

@@ -83,7 +83,7 @@ def test_another_activation_function_is_an_error(trained: dict[str, Dictionary],
 def test_inputs_in_other_units_are_an_error(trained: dict[str, Dictionary], model: vs.Model) -> None:
     """A factor that was folded twice, or not at all."""
     coder = trained["batchtopk"]
-    scale = coder.about["trained_with"]["in_scale"][0]
+    scale = coder.metadata["trained_with"]["in_scale"][0]
     assert "inputs divided by" in misread(replace(coder, in_scale=(1 / scale,), out_scale=(1 / scale,)), model)
     assert "inputs multiplied by" in misread(replace(coder, in_scale=(scale,), out_scale=(scale,)), model)
 
@@ -114,7 +114,7 @@ def test_a_dictionary_of_another_model_is_an_error(trained: dict[str, Dictionary
     )
     far = vs.Site.parse("layers.7.resid_post")
     assert "tiny has 2 layers" in misread(replace(trained["topk"], in_sites=(far,), out_sites=(far,)), model)
-    with pytest.raises(InputError, match="named no place"):
+    with pytest.raises(InputError, match="named no site"):
         lost = vs.Site("module", module="?")
         verify(replace(trained["topk"], in_sites=(lost,), out_sites=(lost,)), model, TEXTS, sink=vs.silent)
 

@@ -23,7 +23,7 @@ STOREYS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         ("describe circuits", "what a part does; which parts it takes"),
         ("dictionaries", "parts that are found, not given"),
         ("bench", "one split, with all that is measured on it"),
-        ("concepts", "from a concept to a direction"),
+        ("concepts", "whether latents stand for a concept"),
         ("data toys", "prompts in pairs, text; networks with known parts"),
     )),
     ("engine", "#1f7a6c", "#dff1ec", (
@@ -31,7 +31,7 @@ STOREYS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         ("model", "Model.run: the network as it is, named; hooks"),
     )),
     ("words", "#2f6299", "#e2ecf7", (
-        ("metric intervention adapters", "what is measured, changed, and where it lies"),
+        ("metric intervention adapters coder", "what is measured, changed, and where it lies"),
         ("activations parts", "values read; what can be edited"),
         ("inputs", "Tokens and Pairs"),
         ("site", "the name of one tensor"),

@@ -55,7 +55,7 @@ _HOME = {
     "silent": "jobs",
     "sweep": "patching.sweep",
 }
-_ROOMS = ("circuits", "data", "describe", "dictionaries", "report", "stats", "studies", "toys", "validate")
+_ROOMS = ("circuits", "concepts", "data", "describe", "dictionaries", "report", "stats", "studies", "toys", "validate")
 
 __all__ = sorted([*_HOME, *_ROOMS])
 

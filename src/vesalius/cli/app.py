@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from vesalius.cli import calibrating, checks, harvesting, judging, ledgers, sites, studying, training
+from vesalius.cli import calibrating, checks, evaluating, harvesting, ledgers, sites, studying, training
 from vesalius.cli.process import settle
 from vesalius.cli.screen import console, fail, warn
 from vesalius.errors import VesaliusError
@@ -179,7 +179,9 @@ def train(
     ] = None,
     site: Annotated[
         list[str] | None,
-        typer.Option("--site", "-s", help="Site or glob of a model: harvest, train and judge in one go; repeatable."),
+        typer.Option(
+            "--site", "-s", help="Site or glob of a model: harvest, train and evaluate in one go; repeatable."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the dictionary; an interrupted run goes on from there.")
@@ -202,7 +204,9 @@ def train(
     seed: Annotated[list[int] | None, typer.Option(help="Seed of everything random (0); repeatable.")] = None,
     coder: Annotated[str, typer.Option(help="auto, sae, transcoder, crosscoder or cross_layer.")] = "auto",
     in_site: Annotated[list[str] | None, typer.Option(help="Site or glob that is read; can be repeated.")] = None,
-    out_site: Annotated[list[str] | None, typer.Option(help="Site or glob that is rebuilt; can be repeated.")] = None,
+    out_site: Annotated[
+        list[str] | None, typer.Option(help="Site or glob that is reconstructed; can be repeated.")
+    ] = None,
     sparsity: Annotated[
         list[float] | None,
         typer.Option(help="Coefficient of the sparsity penalty (relu, gated, jumprelu); repeatable."),
@@ -214,7 +218,7 @@ def train(
     dead_after: Annotated[int | None, typer.Option(help="Rows without firing after which a latent is dead.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     held_out: Annotated[
-        float | None, typer.Option(help="Share of rows, the last documents, left out to judge by; default 0.05.")
+        float | None, typer.Option(help="Share of rows, the last documents, left out to evaluate on; default 0.05.")
     ] = None,
     device: Annotated[str, typer.Option(help="Device of the tensors, such as cpu or cuda.")] = "cpu",
     jobs: Annotated[int, typer.Option(help="Of several dictionaries, how many are trained at a time.")] = 1,
@@ -273,7 +277,7 @@ def quality(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
     """How good a dictionary is, on documents it was not trained on, beside what it has to beat."""
-    request = judging.Request(
+    request = evaluating.Request(
         dictionary=dictionary,
         store=store,
         model=model,
@@ -297,7 +301,7 @@ def quality(
     for path in request.concepts:
         check_file(path, checks.TABLES, "labelled texts")
     check_writable(request.folder)
-    judging.quality(request)
+    evaluating.quality(request)
 
 
 @app.command()

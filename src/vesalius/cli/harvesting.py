@@ -52,19 +52,28 @@ def harvest(request: Request) -> None:
     with bars() as progress:
         screen = Screen(progress)
         store = harvested(request, None, request.out, screen)
-    for line in told(store):
+    for line in summary(store):
         say(line)
 
 
 def harvested(request: Request, model: Any, out: Path, sink: Sink) -> vs.data.ActivationStore:
-    """The activations asked for, in a folder; the texts are looked at before a model is loaded."""
+    """The activations asked for, in a folder; the texts are checked before a model is loaded."""
     texts = vs.data.texts_from(request.texts, request.column)
     return vs.data.harvest(
-        model or loaded(request.models, sink), texts, sites=request.sites, out=out, tokens=request.tokens,
-        context=request.context, dtype=vs.data.DTYPES[request.dtype], compute=vs.data.DTYPES[request.compute],
-        bos=request.bos, keep_bos=request.keep_bos, max_norm=request.max_norm or None,
-        column=request.column, sink=sink,
-    )  # fmt: skip
+        model or loaded(request.models, sink),
+        texts,
+        sites=request.sites,
+        out=out,
+        tokens=request.tokens,
+        context=request.context,
+        dtype=vs.data.DTYPES[request.dtype],
+        compute=vs.data.DTYPES[request.compute],
+        bos=request.bos,
+        keep_bos=request.keep_bos,
+        max_norm=request.max_norm or None,
+        column=request.column,
+        sink=sink,
+    )
 
 
 def loaded(names: Sequence[str], sink: Sink) -> Any:
@@ -86,7 +95,7 @@ def plain_name(sites: Sequence[str]) -> str:
     return "-".join("".join(c if c.isalnum() or c in "._" else "-" for c in site) for site in sites)
 
 
-def told(store: vs.data.ActivationStore) -> list[str]:
+def summary(store: vs.data.ActivationStore) -> list[str]:
     """What is in a store, line by line, and last its folder."""
     manifest = store.manifest
     counts = manifest.counts or {}

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import vesalius as vs
-from vesalius.cli import harvesting, judging
+from vesalius.cli import evaluating, harvesting
 from vesalius.cli.screen import Screen, bars, note, say
 from vesalius.errors import InputError
 from vesalius.jobs import Sink, silent
 
 PASSES, BATCH = 10, 2048
-"""How often a model's rows are seen, and rows a step, when nothing else is said and there is no store yet."""
+"""Passes over a model's rows, and rows a step, when nothing else is said and there is no store yet."""
 ACTIVATIONS = "activations"
 
 
 @dataclass(frozen=True)
 class Request:
     """What was asked on the command line. fields: of TrainConfig, with a list for each that has several values; None is
-    the default. store: None means that activations of the sites are made first, and dictionaries judged at the end.
+    the default. store: None means that activations of the sites are made first, and dictionaries evaluated at the end.
     """
 
     store: Path | None
@@ -70,22 +70,26 @@ GRID = ("kind", "n_latents", "k", "lr", "sparsity", "seed")
 
 
 def train(request: Request) -> None:
-    """Train with progress bars, and say what came out; without a store harvest before, and judge after."""
+    """Train with progress bars, and say what came out; without a store harvest before, and evaluate after."""
     request.check()
     configs, folder = request.configs, request.folder
     with _process_group(request.device), bars() as progress:
+        # Under torchrun one process speaks for all.
         leads = os.environ.get("RANK", "0") == "0"
         sink: Sink = Screen(progress) if leads else silent
         if request.store is None:
-            vs.data.texts_from(request.harvest.texts)  # what is wrong with them is told before a model is loaded
+            vs.data.texts_from(
+                request.harvest.texts
+            )  # so that what is wrong with them is said before a model is loaded
         model = None if request.store else harvesting.loaded(request.harvest.models, sink)
         store = _activations(request, folder, model, sink)
+        # How many steps make ten passes is known only when the rows are there.
         configs = configs if request.store else [_scaled(config, request, store) for config in configs]
         coders = _trained(request, configs, store, folder, sink)
         pages = {}
         for name, coder in coders.items() if model is not None else ():
             where = _folder_of(folder, name)
-            pages[name] = judging.page(coder, store, model, _seeds(coders, name), where, request.command, sink)
+            pages[name] = evaluating.page(coder, store, model, _seeds(coders, name), where, request.command, sink)
     if leads:
         _say(coders, pages, folder)
 
@@ -121,15 +125,13 @@ def _folder_of(folder: Path, name: str) -> Path:
 
 def _seeds(coders: Mapping[str, Any], name: str) -> list[Any]:
     """The others that differ from one in nothing but the seed."""
-    unseeded = lambda coder: {**coder.about["config"], "seed": None}  # noqa: E731
-    return [
-        coder for other, coder in coders.items() if other != name and unseeded(coder) == unseeded(coders[name])
-    ]  # fmt: skip
+    unseeded = lambda coder: {**coder.metadata["config"], "seed": None}  # noqa: E731
+    return [coder for other, coder in coders.items() if other != name and unseeded(coder) == unseeded(coders[name])]
 
 
-def _say(coders: Mapping[str, Any], pages: Mapping[str, judging.Page], folder: Path) -> None:
+def _say(coders: Mapping[str, Any], pages: Mapping[str, evaluating.Page], folder: Path) -> None:
     for name, coder in coders.items():
-        first, *rest = told(coder)
+        first, *rest = summary(coder)
         for line in (f"{name}: {first}" if name else first, *rest):
             say(line)
         if name in pages:
@@ -139,7 +141,7 @@ def _say(coders: Mapping[str, Any], pages: Mapping[str, judging.Page], folder: P
     say(str(folder))
 
 
-def told(coder: Any) -> list[str]:
+def summary(coder: Any) -> list[str]:
     """What was trained and how well, line by line."""
     ends = coder.history.last()
     figures = f"fvu {ends['fvu']:.4f}, l0 {ends['l0']:.1f}, dead {ends['dead']:.1%}"

@@ -6,9 +6,8 @@ from vesalius.data.files import load_pairs
 from vesalius.data.harvest import harvest
 from vesalius.data.labelled import Labelled, load_labelled
 from vesalius.data.manifest import DTYPES
-from vesalius.data.origin import Origin
 from vesalius.data.positions import named_positions
-from vesalius.data.ravel import Entities, load_ravel
+from vesalius.data.shards import Origin
 from vesalius.data.source import Source, TensorSource, as_source
 from vesalius.data.store import ActivationStore
 from vesalius.data.stream import Stream, stream
@@ -31,7 +30,6 @@ __all__ = [
     "DTYPES",
     "TASKS",
     "ActivationStore",
-    "Entities",
     "Labelled",
     "Origin",
     "Row",
@@ -50,7 +48,6 @@ __all__ = [
     "ioi",
     "load_labelled",
     "load_pairs",
-    "load_ravel",
     "named_positions",
     "stream",
     "sva",

@@ -1,6 +1,6 @@
 """Forward: models run only up to the last site that is asked for, giving rows of activations.
 
-A pass ends, by an exception out of a hook, as soon as every site was seen: no later module is run, no unembedding.
+A pass ends, by an exception out of a hook, as soon as every site was captured: no later module is run.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from vesalius.activations import Activations
-from vesalius.data.lanes import Models, side_by_side
 from vesalius.data.packing import Batch, Group, batches, tokenizer_hash
+from vesalius.data.side_by_side import Models, side_by_side
 from vesalius.errors import InputError, InterventionError, NotFiniteError, TokenizerError, UnknownNameError
 from vesalius.inputs import Tokens
 from vesalius.model import Model
@@ -49,25 +49,25 @@ def captured(
     taps = [_ending(tap, recorder) for tap in recorder.taps]
     plain = model.adapter is None
     args, call = ((begun.ids.to(model.device),), {}) if plain else ((), model.token_call(begun))
-    with torch.no_grad(), contextlib.suppress(_AllSeenError), tapped(taps):
+    with torch.no_grad(), contextlib.suppress(_AllCapturedError), tapped(taps):
         functional_call(model.module, dict(weights), args, call) if weights else model.module(*args, **call)
     recorder.check_fired()
     return Activations(recorder.captured(), tokens)
 
 
-class _AllSeenError(Exception):
-    """Ends a forward pass of which nothing more is wanted."""
+class _AllCapturedError(Exception):
+    """Ends a forward pass when nothing more of it is wanted."""
 
 
 def _ending(tap: Tap | OutputTap, recorder: Recorder) -> Tap | OutputTap:
-    """The tap, after which the pass ends when every site was seen."""
+    """The tap, after which the pass ends when every site was captured."""
     visit: Callable[..., Any] = tap.visit
 
     def watched(*given: Any) -> Any:
         changed = visit(*given)
         with contextlib.suppress(InterventionError):
             recorder.check_fired()
-            raise _AllSeenError
+            raise _AllCapturedError
         return changed
 
     return OutputTap(tap.module, watched) if isinstance(tap, OutputTap) else Tap(tap.module, tap.side, watched)
@@ -75,7 +75,7 @@ def _ending(tap: Tap | OutputTap, recorder: Recorder) -> Tap | OutputTap:
 
 @dataclass(frozen=True)
 class Trial:
-    """A first batch: tokens run a second, and the relative error of the compute dtype at each site, if measured.
+    """A first batch: tokens per second, and the relative error of the compute dtype at each site, if measured.
 
     The error is the norm of the difference from a run in the model's own dtype over that run's norm, all kept rows
     together.
@@ -87,7 +87,7 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """Models by tag ("" for one that needs none), the sites with their tags, and how they are run.
+    """Models by tag ("" for the only one), the sites with their tags, and how they are run.
 
     compute: dtype that the weights are cast to, beside the model, when it is not its own; None for the model's own.
     batch_tokens: tokens in a batch, padding included, about; on the CPU two batches are run at a time. Raises
@@ -138,30 +138,30 @@ class Forward:
         done: called after each batch with the number of its rows. Raises NotFiniteError for NaN and infinity.
         """
         kept = tuple(torch.empty(group.rows, width, dtype=dtype) for width in self.widths)
-        _ = self._weights, self._halves  # made now, once for all lanes
+        _ = self._weights, self._halves  # made now, once for both batches
 
         def keep(models: Models, batch: Batch) -> int:
             with self._products():
                 found = self._rows(batch, models)
             for site, whole, rows in zip(self.sites, kept, found, strict=True):
-                whole[batch.rows] = _stored(site, rows, dtype, partial(self._told, group, batch))
+                whole[batch.rows] = _stored(site, rows, dtype, partial(self._where, group, batch))
             return len(batch.rows)
 
         sizes = side_by_side(keep, self.models, list(self._batches(group, self.batch_tokens)))
-        with contextlib.closing(sizes):  # so that an error in `done` ends the other lane too
+        with contextlib.closing(sizes):  # so that an error in `done` ends the other batch too
             for n in sizes:
                 done(n)
         return kept
 
-    def _told(self, group: Group, batch: Batch, row: int) -> str:
-        """Where a row of a batch is, for people."""
+    def _where(self, group: Group, batch: Batch, row: int) -> str:
+        """Where a row of a batch is in the texts, for people."""
         context, position = group.place(int(batch.rows[row]))
         number = int(context.ids[position])
         text = "" if self.tokenizer is None else f", {self.tokenizer.decode([number])!r}"
         return f"position {position} of the context at token {context.offset} of document {context.document}{text}"
 
     def trial(self, group: Group) -> Trial:
-        """The group's first contexts, run to see how fast that goes and how exact it is."""
+        """The group's first contexts, run to measure speed and rounding."""
         batch = next(self._batches(group, min(self.batch_tokens, _TRIAL)))
         weights = self._weights  # made now, so that it is not timed
         with self._products():
@@ -171,6 +171,7 @@ class Forward:
             exact = self._rows(batch, exact=True) if weights else ()
         errors = {}
         for site, fast, slow in zip(self.sites, rows, exact, strict=bool(weights)):
+            # Of all rows together: relative errors of single small rows would say little.
             gap = (fast.double() - slow.double()).norm() / slow.double().norm().clamp_min(1e-300)
             errors[str(site)] = float(f"{float(gap):.3g}")
         return Trial(int(batch.real.sum()) / max(seconds, 1e-9), errors)
@@ -192,7 +193,7 @@ class Forward:
 
     @contextlib.contextmanager
     def _products(self) -> Iterator[None]:
-        """Each dtype by what is fastest for it."""
+        """Products by the library that is fastest for each dtype."""
         with computing(), self._halves:
             yield
 
@@ -211,17 +212,18 @@ class Forward:
         }
 
     def _batches(self, group: Group, tokens: int) -> Iterator[Batch]:
+        # Networks that are not known may look at padding, and get none.
         ragged = all(model.adapter is not None for model in self.models.values())
         return batches(group, tokens, ragged)
 
     def _rows(self, batch: Batch, models: Models | None = None, exact: bool = False) -> tuple[Tensor, ...]:
-        """The batch's rows [row, width] at each site, as the models (or their twins) give them. exact: with their own
+        """The batch's rows [row, width] at each site, as the models (or their copies) give them. exact: with their own
         weights.
         """
         found: dict[Site, Tensor] = {}
         for tag, model in (models or self.models).items():
             own = [replace(site, tag="") for site in self.sites if site.tag == tag]
-            # Causal models do not see what stands to the right, and are faster without a mask.
+            # Padding is on the right, where a causal model does not look, and without a mask it is faster.
             masked = model.adapter is not None and not (model.adapter.causal and not model.adapter.stacks)
             weights = None if exact else self._weights.get(tag)
             activations = captured(model, Tokens(batch.ids, batch.real if masked else None), own, weights)
@@ -246,11 +248,12 @@ def forward_for(
     named = [site for name in sites for site in _expanded(by_tag, name)]
     if not named:
         raise InputError("no sites: give at least one, such as sites=['layers.5.resid_post']")
+    # A model that is run and never read would cost as much as the others.
     unused = [tag for tag in by_tag if tag not in {site.tag for site in named}]
     if unused:
         raise InputError(f"no site names model {', '.join(unused)}; leave it out, or give it a site")
     forward = Forward(by_tag, tuple(dict.fromkeys(named)), compute, batch_tokens)
-    _ = forward.tokenizer_sha256  # now, so that models that do not fit are told before they are run
+    _ = forward.tokenizer_sha256  # now, so that models that do not fit are refused before they are run
     return forward
 
 
@@ -326,18 +329,18 @@ def _flat(tensor: Tensor, site: Site, batch: Batch) -> Tensor:
     return tensor.reshape(*tensor.shape[:2], -1)[batch.kept.to(tensor.device)]
 
 
-def _stored(site: Site, rows: Tensor, dtype: torch.dtype, told: Callable[[int], str]) -> Tensor:
-    """Rows as they are kept. told: says where a row is. Raises NotFiniteError when they hold NaN or infinity."""
+def _stored(site: Site, rows: Tensor, dtype: torch.dtype, where: Callable[[int], str]) -> Tensor:
+    """Rows as they are kept. where: says where a row is. Raises NotFiniteError when they hold NaN or infinity."""
     kept = rows.to("cpu", dtype)
     bad = ~torch.isfinite(kept).all(1)
     if bool(bad.any()):
-        where = told(int(bad.nonzero()[0]))
+        first = where(int(bad.nonzero()[0]))
         if bool(torch.isfinite(rows).all()):
             raise NotFiniteError(
                 f"{site} has values up to {float(rows.abs().max()):.3g}, too large for {_name(dtype)}, first at "
-                f"{where}; keep it as bfloat16 or float32"
+                f"{first}; keep it as bfloat16 or float32"
             )
         raise NotFiniteError(
-            f"{site} holds NaN or infinity, first at {where}; model.run(..., check_finite=True) says what made it"
+            f"{site} holds NaN or infinity, first at {first}; model.run(..., check_finite=True) says what made it"
         )
     return kept

@@ -1,4 +1,4 @@
-"""Harvest: run models over text up to the last site wanted, and keep what they hold there, with its origin.
+"""Harvest: run models over text up to the last site wanted, and store the activations there, with their origin.
 
 A shard is a group of contexts. Groups are decided by the text and the arguments alone, so a harvest that was killed
 goes on with the first group that has no shard: those before it are packed again, which is cheap, but not run. The
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from vesalius.data.feed import Feed, Request, dtype_name, expected_cost, times_first
 from vesalius.data.manifest import NAME as MANIFEST
 from vesalius.data.manifest import Manifest, differences, read_manifest, shard_name
 from vesalius.data.outliers import MAX_NORM
 from vesalius.data.packing import Group, Tally
+from vesalius.data.reader import ActivationReader, Request, dtype_name, expected_cost, times_first
 from vesalius.data.shards import flaw, write_shard
 from vesalius.data.store import ActivationStore
 from vesalius.errors import InputError, NotFiniteError
@@ -68,39 +68,41 @@ def harvest(
     padding; on the CPU two passes go side by side. shard_bytes: size of a file, about; memory in use is about three
     times as much. sink: hears the cost before the first pass, then progress; None shows both on standard error.
 
-    Killed at any time, the same call goes on where it was; on a finished store it checks every file, makes damaged
-    ones anew, and returns it. Raises InputError for arguments that don't fit, a folder that holds something else, or a
-    full disk; FileFormatError for texts that cannot be read; NotFiniteError for NaN or infinity at a site.
+    Killed at any time, the same call goes on where it was; on a finished store it checks every file, writes damaged
+    ones again, and returns it. Raises InputError for arguments that don't fit, a folder that holds something else, or
+    a full disk; FileFormatError for texts that cannot be read; NotFiniteError for NaN or infinity at a site.
     """
     request = Request(sites, tokens, context, dtype, compute, bos, keep_bos, max_norm, column, batch_tokens)
     if shard_bytes < 1:
         raise InputError(f"shard_bytes must be at least 1; got {shard_bytes}")
-    feed = request.feed(model, texts, group_bytes=shard_bytes)
-    with shown(sink) as told:
-        return _harvested(feed, Path(out).expanduser(), request, told)
+    reader = request.reader(model, texts, group_bytes=shard_bytes)
+    with shown(sink) as progress:
+        return _harvested(reader, Path(out).expanduser(), request, progress)
 
 
-def _harvested(feed: Feed, folder: Path, request: Request, sink: Sink) -> ActivationStore:
+def _harvested(reader: ActivationReader, folder: Path, request: Request, sink: Sink) -> ActivationStore:
     """The store, from what is there and what is missing."""
     dtype = request.dtype
-    plan = {**feed.to_json(), "dtype": dtype_name(dtype), "block_rows": request.block_rows(feed)}
+    plan = {**reader.to_json(), "dtype": dtype_name(dtype), "block_rows": request.block_rows(reader)}
     kept = _kept(folder, plan)
+    # Counts are written last, when every shard is there.
     finished = kept is not None and kept.counts is not None
-    if kept is not None and finished and "sha256" in feed.texts.description and not _damaged(folder, kept):
+    if kept is not None and finished and "sha256" in reader.texts.description and not _damaged(folder, kept):
         return ActivationStore.open(folder)
     tally = Tally()
-    found = feed.groups(tally)
+    found = reader.groups(tally)
+    # One group is packed before anything is written: texts that give no rows leave no folder behind.
     first = next(found, None)
     if first is None:
-        raise InputError(f"no activations: {tally.texts} texts, {tally.empty} of them empty, hold no token to keep")
-    work = _Harvest(folder, feed, dtype, sink, kept or Manifest(plan, {}))
+        raise InputError(f"no activations: {tally.texts} texts, {tally.empty} of them empty, give no rows")
+    harvesting = _Harvest(folder, reader, dtype, sink, kept or Manifest(plan, {}))
     if not finished:
-        work.begin(first, tally)
+        harvesting.begin(first, tally)
     _make_folder(folder)
-    with alone(folder / ".lock", lambda: work.note("waiting for another process that writes here")):
-        # Another process may have gone on with it meanwhile.
-        work.manifest = _kept(folder, plan) or work.manifest
-        work.run(itertools.chain([first], found), tally)
+    with alone(folder / ".lock", lambda: harvesting.note("waiting for another process that writes here")):
+        # Another process may have written more in the meantime.
+        harvesting.manifest = _kept(folder, plan) or harvesting.manifest
+        harvesting.run(itertools.chain([first], found), tally)
     return ActivationStore.open(folder)
 
 
@@ -118,7 +120,7 @@ def _kept(folder: Path, plan: Mapping[str, Any]) -> Manifest | None:
                 f"{folder} holds another harvest ({unlike}); use another folder, or delete this one to start afresh"
             )
         return found
-    # A shard that was written just before a kill has no manifest yet.
+    # Killed after its first shard and before its manifest, a harvest has left that one file.
     entries = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     others = [name for name in entries if name != shard_name(0)]
     if others:
@@ -127,7 +129,7 @@ def _kept(folder: Path, plan: Mapping[str, Any]) -> Manifest | None:
 
 
 def _damaged(folder: Path, manifest: Manifest) -> bool:
-    return any(flaw(folder, number, note) for number, note in enumerate(manifest.shards))
+    return any(flaw(folder, number, record) for number, record in enumerate(manifest.shards))
 
 
 def _make_folder(folder: Path) -> None:
@@ -139,10 +141,10 @@ def _make_folder(folder: Path) -> None:
 
 @dataclass(eq=False)
 class _Harvest:
-    """A harvest under way."""
+    """A harvest at work."""
 
     folder: Path
-    feed: Feed
+    reader: ActivationReader
     dtype: torch.dtype
     sink: Sink
     manifest: Manifest
@@ -150,18 +152,18 @@ class _Harvest:
     done: int = 0
 
     def begin(self, first: Group, tally: Tally) -> None:
-        """Try a first batch, and say what is expected."""
-        trial = self.feed.forward.trial(first)
+        """Run a first batch, and say what all of them will cost."""
+        trial = self.reader.forward.trial(first)
         if not self.manifest.shards:
             self.manifest = replace(self.manifest, errors=trial.errors)
-        self.note(f"{self.feed.packing.bos.describe()}; special tokens in the text give none")
-        left_out = self.feed.texts.left_out
+        self.note(f"{self.reader.packing.bos.describe()}; special tokens in the text give no rows")
+        left_out = self.reader.texts.left_out
         if left_out:
-            self.note(f"{len(left_out)} files are no texts and are left out: {', '.join(left_out[:3])}")
+            self.note(f"{len(left_out)} files are not texts and are left out: {', '.join(left_out[:3])}")
         for site, error in self.manifest.errors.items():
             self.note(f"{site}: {self.manifest.plan['compute']}, relative error {error:.2g} on the first batch")
-        times = times_first(self.feed, first, tally)
-        cost = expected_cost(self.feed, first, trial, times or 1.0, self.dtype)
+        times = times_first(self.reader, first, tally)
+        cost = expected_cost(self.reader, first, trial, times or 1.0, self.dtype)
         if times is None:
             self.note(f"expected cost of every {first.rows:,} rows: {cost.describe()}")
         else:
@@ -172,15 +174,16 @@ class _Harvest:
     def _check_space(self, needed: int) -> None:
         place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(place).free
-        left = needed - sum(note.bytes for note in self.manifest.shards)
+        left = needed - sum(record.bytes for record in self.manifest.shards)
         if left > free:
             raise InputError(
                 f"no space: about {left / 1e9:.2f} GB are to be written to {self.folder}, where {free / 1e9:.2f} GB "
-                "are free; free some, choose another folder, or give fewer tokens"
+                "are free; make room, choose another folder, or give fewer tokens"
             )
 
     def run(self, found: Iterator[Group], tally: Tally) -> None:
-        """Make the shards that are not there, and finish the manifest. Nobody else may be at work in the folder."""
+        """Write the shards that are missing, and finish the manifest. No other process may be writing to the folder."""
+        # What a killed process was writing; nobody reads it, and it would stay for ever.
         for left in self.folder.glob(".*.part"):
             left.unlink(missing_ok=True)
         self._event("start")
@@ -193,7 +196,7 @@ class _Harvest:
         self.manifest.write(self.folder)
         if counts["outliers"]:
             self.note(
-                f"{counts['outliers']:,} of {self.done:,} rows are norm outliers, over {self.feed.max_norm:g} times "
+                f"{counts['outliers']:,} of {self.done:,} rows are norm outliers, over {self.reader.max_norm:g} times "
                 "the median, and were left out"
             )
         if tally.empty:
@@ -209,6 +212,7 @@ class _Harvest:
             shards += 1
             contexts += len(group.contexts)
             tokens_run += sum(len(context.ids) for context in group.contexts)
+        # Fewer groups than shards: the texts were cut short since the store was begun.
         if shards != len(self.manifest.shards):
             raise self._other_texts(shards)
         return {
@@ -221,24 +225,25 @@ class _Harvest:
     def _is_there(self, number: int, group: Group) -> bool:
         if number >= len(self.manifest.shards):
             return False
-        note = self.manifest.shards[number]
-        if note.group != group.content_hash:
+        record = self.manifest.shards[number]
+        if record.group != group.content_hash:
             raise self._other_texts(number)
-        wrong = flaw(self.folder, number, note)
+        wrong = flaw(self.folder, number, record)
         if wrong:
-            self.note(f"{wrong}; making it anew")
+            self.note(f"{wrong}; writing it again")
         return not wrong
 
     def _make(self, number: int, group: Group) -> None:
         try:
-            rows, bad = self.feed.rows(group, self.dtype, self._advance)
+            rows, bad = self.reader.rows(group, self.dtype, self._advance)
         except NotFiniteError as error:
             raise NotFiniteError(f"{shard_name(number)}, which is not written: {error}") from error
+        # Dropped after the whole shard is there, since an outlier is so beside the median of its shard.
         if bool(bad.any()):
             rows = tuple(tensor[~bad] for tensor in rows)
-        named = {str(site): tensor for site, tensor in zip(self.feed.forward.sites, rows, strict=True)}
-        note = write_shard(self.folder, number, group, named, ~bad, self.manifest.block_rows)
-        self.manifest = replace(self.manifest.with_shard(number, note), counts=None)
+        named = {str(site): tensor for site, tensor in zip(self.reader.forward.sites, rows, strict=True)}
+        record = write_shard(self.folder, number, group, named, ~bad, self.manifest.block_rows)
+        self.manifest = replace(self.manifest.with_shard(number, record), counts=None)
         self.manifest.write(self.folder)
 
     def _other_texts(self, number: int) -> InputError:
@@ -255,5 +260,5 @@ class _Harvest:
         self.sink(Event(kind, TASK, self.done, self.expected_rows))
 
     def note(self, message: str) -> None:
-        """Tell whoever listens."""
+        """Send a message to the sink."""
         self.sink(Event("note", TASK, message=message))

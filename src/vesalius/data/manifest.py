@@ -25,10 +25,10 @@ PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 
 
 @dataclass(frozen=True)
-class ShardNote:
+class ShardRecord:
     """What the manifest says of one file.
 
-    outliers: rows that were left out. group: hash of the tokens it was made from. checks: hash of its checksums.
+    outliers: rows that were dropped. group: hash of the tokens it was made from. checks: hash of its checksums.
     """
 
     rows: int
@@ -44,12 +44,12 @@ class ShardNote:
 class Manifest:
     """plan: everything that decides the rows. errors: relative error of the compute dtype, by site, where measured.
 
-    counts: of texts, empty texts and so on; empty while the harvest is not finished.
+    counts: of texts, empty texts and so on; None while the harvest is not finished.
     """
 
     plan: Mapping[str, Any]
     errors: Mapping[str, float]
-    shards: tuple[ShardNote, ...] = ()
+    shards: tuple[ShardRecord, ...] = ()
     counts: Mapping[str, int] | None = None
 
     @property
@@ -74,16 +74,16 @@ class Manifest:
     def rows(self) -> int:
         return sum(shard.rows for shard in self.shards)
 
-    def with_shard(self, number: int, note: ShardNote) -> Manifest:
+    def with_shard(self, number: int, record: ShardRecord) -> Manifest:
         """The manifest with shard `number` put in its place."""
-        return replace(self, shards=(*self.shards[:number], note, *self.shards[number + 1 :]))
+        return replace(self, shards=(*self.shards[:number], record, *self.shards[number + 1 :]))
 
     def write(self, folder: Path) -> None:
         body = self._body()
         write_atomic(folder / NAME, json.dumps({**body, "sha256": content_hash(body)}, indent=1, sort_keys=True) + "\n")
 
     def _body(self) -> dict[str, Any]:
-        shards = [{"file": shard_name(number), **asdict(note)} for number, note in enumerate(self.shards)]
+        shards = [{"file": shard_name(number), **asdict(record)} for number, record in enumerate(self.shards)]
         return {
             "format": FORMAT,
             "kind": "vesalius activations",
@@ -100,13 +100,14 @@ class Manifest:
 
 
 def shard_name(number: int) -> str:
-    """Files are known by their number alone, so that a manifest cannot name a file elsewhere."""
+    """Name of a file. It follows from the number alone, so that a manifest cannot name a file elsewhere."""
     return f"shard-{number:05d}.safetensors"
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a store. Raises FileFormatError when there is none, or it is not as it was written."""
     path = folder / NAME
+    # Said first, since activations of other tools often come as pickles.
     if folder.suffix.lower() in PICKLES and folder.is_file():
         raise FileFormatError(
             f"{folder} looks like a pickle, which can run code when it is opened and is refused; a store is a folder "
@@ -133,16 +134,16 @@ def _parsed(found: Any) -> Manifest:
         raise ValueError(f"its format is {body['format']!r}, and {FORMAT} can be read")
     if content_hash(body) != found["sha256"]:
         raise ValueError("its sha256 does not match: it was changed")
-    notes = [{name: value for name, value in shard.items() if name != "file"} for shard in body["shards"]]
+    records = [{name: value for name, value in shard.items() if name != "file"} for shard in body["shards"]]
     manifest = Manifest(
-        body["plan"], body["relative_error"], tuple(ShardNote(**note) for note in notes), body["counts"]
+        body["plan"], body["relative_error"], tuple(ShardRecord(**record) for record in records), body["counts"]
     )
     _check(manifest)
     return manifest
 
 
 def _check(manifest: Manifest) -> None:
-    """Look at all that is used later, so that it cannot fail there. Raises what is caught in `read_manifest`."""
+    """Checks all that is used later, so that it cannot fail there. Raises what is caught in `read_manifest`."""
     sizes = [size for shard in manifest.shards for size in (shard.rows, shard.contexts, shard.bytes)]
     if not all(isinstance(size, int) and size > 0 for size in (*sizes, *manifest.widths, manifest.block_rows)):
         raise ValueError("its sizes are not those of files that hold something")
@@ -156,7 +157,7 @@ def _check(manifest: Manifest) -> None:
 
 
 def differences(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """What two plans disagree on, in words; empty when nothing."""
+    """What two plans disagree on, in words; empty when they agree."""
     names = [name for name in {**kept, **asked} if kept.get(name) != asked.get(name)]
     return "; ".join(f"{name}: {_short(kept.get(name))} there, {_short(asked.get(name))} asked for" for name in names)
 

@@ -1,4 +1,4 @@
-"""Norm outliers: rows so long that a squared error would be about little else.
+"""Norm outliers: rows so long that hardly anything else would count in a squared error.
 
 Language models hold such rows at the first position, and here and there at a delimiter soon after it (Sun et al. 2024,
 "Massive Activations in Large Language Models", arXiv:2402.17762). In SmolLM2, layer 15, one row in 2,000 past the first

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from vesalius.errors import InputError
 from vesalius.protocol import content_hash
 
 Ids = NDArray[np.int64]
-# Texts given to the tokenizer at once: enough to keep it busy, and bounded in memory.
+# Texts given to the tokenizer at once: enough for all of its threads, and bounded in memory.
 _AT_ONCE, _CHARACTERS = 64, 250_000
 
 
@@ -104,7 +105,7 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Successive contexts, whose rows belong together in one shard, or one filling of a shuffle buffer."""
+    """Successive contexts whose rows make one shard, or fill a shuffle buffer once."""
 
     contexts: tuple[Context, ...]
 
@@ -126,7 +127,7 @@ class Group:
         raise IndexError(row)
 
     def head(self, rows: int) -> Group:
-        """The first contexts, as many as have so many rows."""
+        """The first contexts: as few as have so many rows."""
         reached = np.cumsum([context.rows for context in self.contexts])
         return Group(self.contexts[: int(np.searchsorted(reached, rows)) + 1])
 
@@ -161,7 +162,7 @@ def bos_for(tokenizer: Any, bos: str, kept: bool) -> Bos:
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of special and added tokens: text gives no rows there."""
+    """Ids of special and added tokens, where text gives no rows."""
     return () if tokenizer is None else tuple(tokenizer.convert_tokens_to_ids(list(special_tokens(tokenizer))))
 
 
@@ -173,12 +174,12 @@ def tokenizer_hash(tokenizer: Any) -> str:
     if backend is None:
         return content_hash({"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()})
     # Truncation and padding are set by the last call, and nothing here uses them.
-    told = json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None}, sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()
+    described = json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None}, sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def tokenized(documents: Iterable[Document], tokenizer: Any, tally: Tally) -> Iterator[Ids]:
-    """Token ids of every document, in order, nothing added in front or behind. Counts in `tally` as they are used.
+    """Token ids of every document, in order, with no token added. They are counted in `tally` as they are taken.
 
     Raises InputError naming the document that cannot be tokenized.
     """
@@ -196,16 +197,16 @@ def tokenized(documents: Iterable[Document], tokenizer: Any, tally: Tally) -> It
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    held: list[Document] = []
+    chunk: list[Document] = []
     size = 0
     for document in documents:
-        held.append(document)
+        chunk.append(document)
         size += len(document)
-        if len(held) == _AT_ONCE or size > _CHARACTERS:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
+        if len(chunk) == _AT_ONCE or size > _CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _encoded(texts: list[str], tokenizer: Any, first: int) -> Any:
@@ -227,16 +228,16 @@ def _ids(document: Sequence[int], number: int) -> Ids:
 
 def groups(documents: Iterable[Ids], packing: Packing) -> Iterator[Group]:
     """Groups of contexts, in the order of the documents, until the texts end or the limit is reached."""
-    held: list[Context] = []
+    waiting: list[Context] = []
     rows = 0
     for context in _limited(_contexts(documents, packing), packing.limit):
-        if held and rows + context.rows > packing.group_rows:
-            yield Group(tuple(held))
-            held, rows = [], 0
-        held.append(context)
+        if waiting and rows + context.rows > packing.group_rows:
+            yield Group(tuple(waiting))
+            waiting, rows = [], 0
+        waiting.append(context)
         rows += context.rows
-    if held:
-        yield Group(tuple(held))
+    if waiting:
+        yield Group(tuple(waiting))
 
 
 def _contexts(documents: Iterable[Ids], packing: Packing) -> Iterator[Context]:
@@ -246,6 +247,7 @@ def _contexts(documents: Iterable[Ids], packing: Packing) -> Iterator[Context]:
         for offset in range(0, len(ids), room):
             piece = np.concatenate([head, ids[offset : offset + room]])
             kept = ~np.isin(piece, packing.special)
+            # The bos token is a special token itself: only at the first position does `kept` decide about it.
             kept[0] = packing.bos.kept and (len(head) == 1 or kept[0])
             if kept.any():
                 yield Context(number, offset, piece, kept)
@@ -259,22 +261,23 @@ def _limited(contexts: Iterator[Context], limit: int | None) -> Iterator[Context
             end = int(context.kept.nonzero()[0][left - 1]) + 1
             yield Context(context.document, context.offset, context.ids[:end], context.kept[:end])
             return
+        # Tokens after the last row that is wanted would be run for nothing; causal models do not look ahead.
         left = None if left is None else left - context.rows
         yield context
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Contexts that are run at once.
+    """Contexts that are run together.
 
-    ids: [batch, pos], padded on the right with each context's own last token. real: [batch, pos], False on padding.
-    kept: [batch, pos], True where there is a row. rows: [kept], numbers of the rows in the group.
+    ids: padded on the right with each context's own last token. real: False on padding. kept: True where there is a
+    row. rows: numbers of those rows in the group.
     """
 
-    ids: Tensor
-    real: Tensor
-    kept: Tensor
-    rows: Tensor
+    ids: Int[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"]
+    kept: Bool[Tensor, "batch pos"]
+    rows: Int[Tensor, " row"]
 
 
 def batches(group: Group, tokens: int, ragged: bool = True) -> Iterator[Batch]:
@@ -283,6 +286,7 @@ def batches(group: Group, tokens: int, ragged: bool = True) -> Iterator[Batch]:
     ragged: contexts of unequal lengths may be run together. Row numbers are those in the order of the contexts.
     """
     starts = np.cumsum([0, *(context.rows for context in group.contexts)])
+    # Long ones first: a batch then has the width of its first context, and memory peaks at once and not at the end.
     order = sorted(range(len(group.contexts)), key=lambda number: -len(group.contexts[number].ids))
     at = 0
     while at < len(order):
@@ -297,6 +301,7 @@ def batches(group: Group, tokens: int, ragged: bool = True) -> Iterator[Batch]:
 def _batch(group: Group, chosen: Sequence[int], starts: NDArray[np.int64]) -> Batch:
     contexts = [group.contexts[number] for number in chosen]
     width = len(contexts[0].ids)
+    # Padded with a real token: an id out of range would stop the embedding, and what it gives is never read.
     ids = np.stack([np.pad(context.ids, (0, width - len(context.ids)), mode="edge") for context in contexts])
     real = np.stack([np.arange(width) < len(context.ids) for context in contexts])
     kept = np.stack([np.pad(context.kept, (0, width - len(context.kept))) for context in contexts])

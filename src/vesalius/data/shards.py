@@ -1,8 +1,8 @@
 """Shards: files of an activation store, written whole or not at all, and checked block by block when they are read.
 
 A shard is a safetensors file: one tensor [row, width] per site, under the site's name; for every row its token, the
-context it stood in and its position there; the contexts themselves, as the model saw them; and a CRC-32 of every
-block of rows, so that a reader who needs a few blocks need not hash the file. The manifest vouches for the checksums.
+context it stood in and its position there; the contexts themselves, as the model saw them; and a CRC-32 of every block
+of rows, so that a reader who needs a few blocks need not hash the file. The manifest holds a hash of the checksums.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vesalius.data.manifest import Manifest, ShardNote, shard_name
+from vesalius.data.manifest import Manifest, ShardRecord, shard_name
 from vesalius.data.packing import Context, Group
 from vesalius.errors import FileFormatError
 from vesalius.jobs import write_atomic
@@ -32,18 +33,19 @@ TOKEN, CONTEXT, POSITION = "rows.token", "rows.context", "rows.position"
 IDS, START, DOCUMENT, OFFSET = "contexts.ids", "contexts.start", "contexts.document", "contexts.offset"
 OF_ROWS, OF_CONTEXTS = (TOKEN, CONTEXT, POSITION), (IDS, START, DOCUMENT, OFFSET)
 BLOCKS_CRC, CONTEXTS_CRC = "blocks.crc32", "contexts.crc32"
-_AGAIN = "run the same harvest again to make it anew, or restore it from a copy"
+_AGAIN = "run the same harvest again, which writes it again, or restore it from a copy"
 
 
 def write_shard(
     folder: Path, number: int, group: Group, rows: Mapping[str, Tensor], kept: Bool[Tensor, " row"], block_rows: int
-) -> ShardNote:
+) -> ShardRecord:
     """Write one shard. rows: site -> [row, width], of the group, without those that are not `kept`.
 
     Raises InputError when the disk is full.
     """
     sites = tuple(rows)
     named = {**rows, **_origins(group.only(kept.numpy()))}
+    # CRC-32 and not SHA: fast enough to be compared while training reads, and enough against damage.
     blocks = [[_crc(block) for block in named[name].split(block_rows)] for name in (*sites, *OF_ROWS)]
     contexts = [_crc(named[name]) for name in OF_CONTEXTS]
     checks = {BLOCKS_CRC: torch.tensor(blocks), CONTEXTS_CRC: torch.tensor(contexts)}
@@ -51,7 +53,9 @@ def write_shard(
     write_atomic(folder / shard_name(number), content)
     digest = hashlib.sha256(content).hexdigest()
     n = int(kept.sum())
-    return ShardNote(n, group.rows - n, len(group.contexts), len(content), digest, group.content_hash, _hash_of(checks))
+    return ShardRecord(
+        n, group.rows - n, len(group.contexts), len(content), digest, group.content_hash, _hash_of(checks)
+    )
 
 
 def _origins(group: Group) -> dict[str, Tensor]:
@@ -76,24 +80,24 @@ def _crc(tensor: Tensor) -> int:
 
 
 def _hash_of(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of a shard's checksums, by which the manifest vouches for them."""
+    """sha256 of a shard's checksums, which is in the manifest."""
     return hashlib.sha256(tensors[BLOCKS_CRC].numpy().tobytes() + tensors[CONTEXTS_CRC].numpy().tobytes()).hexdigest()
 
 
-def flaw(folder: Path, number: int, note: ShardNote) -> str:
-    """What is wrong with a shard, every byte looked at; empty when it is as it was written."""
+def flaw(folder: Path, number: int, record: ShardRecord) -> str:
+    """What is wrong with a shard, from every byte of it; empty when it is as it was written."""
     path = folder / shard_name(number)
-    sized = _wrong_size(path, note)
+    sized = _wrong_size(path, record)
     if sized:
         return sized
-    return "" if file_sha256(path) == note.sha256 else f"{path} was changed after it was written (its sha256 differs)"
+    return "" if file_sha256(path) == record.sha256 else f"{path} was changed after it was written (its sha256 differs)"
 
 
-def _wrong_size(path: Path, note: ShardNote) -> str:
+def _wrong_size(path: Path, record: ShardRecord) -> str:
     if not path.is_file():
         return f"{path} is missing"
     size = path.stat().st_size
-    return "" if size == note.bytes else f"{path} has {size:,} bytes and was written with {note.bytes:,}"
+    return "" if size == record.bytes else f"{path} has {size:,} bytes and was written with {record.bytes:,}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +121,7 @@ class Shard:
                     f"{self.path} is damaged: {name}, rows {first} to {first + len(rows) - 1}, does not match its "
                     f"checksum; {_AGAIN}"
                 )
+            # Once per process: what was read well stays mapped, and is not read from disk again.
             self._checked.add((name, number))
         return rows
 
@@ -131,9 +136,9 @@ class Shard:
 
 def open_shard(folder: Path, number: int, manifest: Manifest) -> Shard:
     """A shard of a store. Raises FileFormatError for a file that is missing, cut, no safetensors or of other shapes."""
-    path, note = folder / shard_name(number), manifest.shards[number]
+    path, record = folder / shard_name(number), manifest.shards[number]
     _refuse_pickle(path)
-    wrong = _wrong_size(path, note)
+    wrong = _wrong_size(path, record)
     if wrong:
         raise FileFormatError(f"{wrong}; {_AGAIN}")
     names = (*map(str, manifest.sites), *OF_ROWS)
@@ -143,11 +148,32 @@ def open_shard(folder: Path, number: int, manifest: Manifest) -> Shard:
     except (SafetensorError, OSError) as error:
         raise FileFormatError(f"{path} is damaged: {error}; {_AGAIN}") from error
     shard = Shard(path, tensors, names, manifest.block_rows)
-    if not _fits(shard, note, manifest):
+    if not _fits(shard, record, manifest):
         raise FileFormatError(f"{path} is damaged: its tensors are not what the manifest says; {_AGAIN}")
-    if _hash_of(tensors) != note.checks:
-        raise FileFormatError(f"{path} is damaged: its checksums are not those the manifest knows; {_AGAIN}")
+    if _hash_of(tensors) != record.checks:
+        raise FileFormatError(f"{path} is damaged: its checksums are not those of the manifest; {_AGAIN}")
     return shard
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a row comes from.
+
+    document: number of the text, from 0, empty ones counted. token: number of the row's token in its document; -1 for
+    the bos token. ids: the context as the model saw it, the bos token included. at: the row's position in
+    it: no later token had any influence on a causal model's activation.
+    """
+
+    document: int
+    token: int
+    ids: tuple[int, ...]
+    at: int
+
+    def text(self, tokenizer: Any) -> tuple[str, str, str]:
+        """What stands before the token, the token, and what comes after it, in this context."""
+        pieces = (self.ids[: self.at], self.ids[self.at : self.at + 1], self.ids[self.at + 1 :])
+        before, token, after = (str(tokenizer.decode(list(piece))) for piece in pieces)
+        return before, token, after
 
 
 def contexts_of(shard: Shard, of: NDArray[np.int32], at: NDArray[np.int32]) -> Iterator[tuple[int, Context]]:
@@ -156,26 +182,29 @@ def contexts_of(shard: Shard, of: NDArray[np.int32], at: NDArray[np.int32]) -> I
     of, at: [row], the number of each row's context in the shard, and its position there. A context's `kept` says which
     tokens have a row among these.
     """
-    told = {name: shard.contexts[name].numpy() for name in OF_CONTEXTS}
+    contexts = {name: shard.contexts[name].numpy() for name in OF_CONTEXTS}
     begins = np.flatnonzero(np.diff(of, prepend=-1)).tolist()
     for begin, end in zip(begins, [*begins[1:], len(of)], strict=True):
         number = int(of[begin])
-        ids = told[IDS][told[START][number] : told[START][number + 1]].astype(np.int64)
+        ids = contexts[IDS][contexts[START][number] : contexts[START][number + 1]].astype(np.int64)
         kept = np.zeros(len(ids), dtype=bool)
         kept[at[begin:end]] = True
-        yield begin, Context(int(told[DOCUMENT][number]), int(told[OFFSET][number]), ids, kept)
+        yield begin, Context(int(contexts[DOCUMENT][number]), int(contexts[OFFSET][number]), ids, kept)
 
 
-def _fits(shard: Shard, note: ShardNote, manifest: Manifest) -> bool:
-    n_blocks = -(-note.rows // manifest.block_rows)
-    wanted = {name: ((note.rows,), torch.int32) for name in OF_ROWS}
+def _fits(shard: Shard, record: ShardRecord, manifest: Manifest) -> bool:
+    n_blocks = -(-record.rows // manifest.block_rows)
+    wanted = {name: ((record.rows,), torch.int32) for name in OF_ROWS}
     sites = {
-        str(site): ((note.rows, width), manifest.dtype)
+        str(site): ((record.rows, width), manifest.dtype)
         for site, width in zip(manifest.sites, manifest.widths, strict=True)
     }
-    contexts = {name: ((note.contexts,), torch.int64) for name in (DOCUMENT, OFFSET)}
-    checks = {START: ((note.contexts + 1,), torch.int64), BLOCKS_CRC: ((len(shard.names), n_blocks), torch.int64),
-              CONTEXTS_CRC: ((len(OF_CONTEXTS),), torch.int64)}  # fmt: skip
+    contexts = {name: ((record.contexts,), torch.int64) for name in (DOCUMENT, OFFSET)}
+    checks = {
+        START: ((record.contexts + 1,), torch.int64),
+        BLOCKS_CRC: ((len(shard.names), n_blocks), torch.int64),
+        CONTEXTS_CRC: ((len(OF_CONTEXTS),), torch.int64),
+    }
     tensors = shard.tensors
     return tensors[IDS].ndim == 1 and all(
         (tuple(tensors[name].shape), tensors[name].dtype) == expected
@@ -184,12 +213,12 @@ def _fits(shard: Shard, note: ShardNote, manifest: Manifest) -> bool:
 
 
 def _refuse_pickle(path: Path) -> None:
-    """A pickle, also inside a zip archive, under the name of a safetensors file."""
+    """Raises FileFormatError for a pickle, or a zip archive as of torch.save, under the name of a safetensors file."""
     try:
         with path.open("rb") as stream:
             start = stream.read(9)
     except OSError:
-        return  # what is missing is told by its size
+        return  # a file that is missing is found out by its size
     # A safetensors file begins with 8 bytes of length, which can be anything, and then a brace.
     if start[8:] != b"{" and start.startswith((b"\x80", b"PK\x03\x04")):
         raise FileFormatError(

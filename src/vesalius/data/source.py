@@ -1,6 +1,6 @@
-"""Source: shuffled rows of activations, whatever keeps them: a store on disk, a stream from a model, plain tensors.
+"""Source: shuffled rows of activations, from a store on disk, from a model as it runs, or from tensors in memory.
 
-A row is one token: one vector per site. What fits on rows (dictionaries, probes) takes a Source and nothing else.
+A row is one token: one vector per site. Whatever is fitted to rows (dictionaries, probes) takes a Source.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Rows = tuple[Float[Tensor, "batch _"], ...]
 
 @runtime_checkable
 class Source(Protocol):
-    """Rows to train on: the same seed gives the same batches, and a run that was broken off goes on exactly."""
+    """Rows to train on. The same seed gives the same batches, so that an interrupted run goes on exactly."""
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -50,8 +50,8 @@ class Source(Protocol):
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Rows]:
         """Endless batches, every epoch in a new order; float32 unless the source was made with another dtype.
 
-        Every batch is full: one that reaches past the end of an epoch goes on with the next. start: batches to leave
-        out; what then comes is what would have come without a break. Raises InputError for a batch_size under 1, and
+        Every batch is full: one that reaches past the end of an epoch goes on with the next. start: batches to skip;
+        the next one is that which would have followed them. Raises InputError for a batch_size under 1, and
         for a seed or start under 0.
         """
         ...
@@ -133,21 +133,22 @@ def as_source(given: Any) -> Source:
 def rebatched(
     pools: Iterator[tuple[Rows, Int[Tensor, " batch"]]], batch_size: int, dtype: torch.dtype
 ) -> Iterator[Rows]:
-    """Full batches out of pools of rows, each pool with the order in which its rows come; none is left out."""
-    held: Rows = ()
+    """Full batches out of pools of rows, each pool with the order in which its rows come; no row is left out."""
+    rest: Rows = ()
     for tensors, row_order in pools:
         order, at = row_order.to(tensors[0].device), 0
-        if held:
-            at = batch_size - len(held[0])
-            held = tuple(torch.cat([old, new[order[:at]]]) for old, new in zip(held, tensors, strict=True))
-            if len(held[0]) < batch_size:
+        if rest:
+            # What was left of the last pool is filled up first, so that every batch is full.
+            at = batch_size - len(rest[0])
+            rest = tuple(torch.cat([old, new[order[:at]]]) for old, new in zip(rest, tensors, strict=True))
+            if len(rest[0]) < batch_size:
                 continue
-            yield tuple(tensor.to(dtype) for tensor in held)
+            yield tuple(tensor.to(dtype) for tensor in rest)
         end = at + (len(order) - at) // batch_size * batch_size
         for start in range(at, end, batch_size):
             index = order[start : start + batch_size]
             yield tuple(tensor[index].to(dtype) for tensor in tensors)
-        held = tuple(tensor[order[end:]] for tensor in tensors) if end < len(order) else ()
+        rest = tuple(tensor[order[end:]] for tensor in tensors) if end < len(order) else ()
 
 
 def check_batches(batch_size: int, seed: int, start: int) -> None:

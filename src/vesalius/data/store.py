@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vesalius.data.manifest import Manifest, read_manifest
-from vesalius.data.origin import Origin
 from vesalius.data.packing import Context
 from vesalius.data.shards import (
     CONTEXT,
@@ -31,6 +31,7 @@ from vesalius.data.shards import (
     POSITION,
     START,
     TOKEN,
+    Origin,
     Shard,
     contexts_of,
     flaw,
@@ -46,16 +47,21 @@ POOL_BYTES = 2**28
 
 
 class ActivationStore:
-    """Activations on disk, one row per token. Made by `harvest`, opened by `ActivationStore.open`; is a Source.
+    """Activations on disk, one row per token. Written by `harvest`, opened by `ActivationStore.open`; is a Source.
 
     rows: numbers of the rows that are read; default all. A part of a store (`documents`, `split`) reads some, which
     keep their numbers.
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, sites: tuple[Site, ...], dtype: torch.dtype, pool_rows: int,
+        self,
+        folder: Path,
+        manifest: Manifest,
+        sites: tuple[Site, ...],
+        dtype: torch.dtype,
+        pool_rows: int,
         rows: range | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder, self.manifest, self.dtype, self.pool_rows = folder, manifest, dtype, pool_rows
         self._sites = sites
         self.rows = range(manifest.rows) if rows is None else rows
@@ -75,12 +81,12 @@ class ActivationStore:
         """A finished store.
 
         sites: those to read, names or globs, in this order; default all. bos, keep_bos: what the reader
-        counts on (the text of the token that contexts begin with, or "none"; whether rows at the first position are
+        expects (the text of the token that contexts begin with, or "none"; whether rows at the first position are
         there); default whatever is stored. dtype: of the batches. pool_rows: rows that are shuffled together; default
         as many as make 268 MB on disk.
 
         Raises FileFormatError for what is no finished store as it was written; InputError when it was made with
-        another bos token than asked for; UnknownNameError for a site that is not there. Files are looked into when
+        another bos token than asked for; UnknownNameError for a site that is not there. Files are checked when
         they are first read: then FileFormatError names a shard that is missing, cut or changed.
         """
         folder = Path(folder).expanduser()
@@ -130,9 +136,13 @@ class ActivationStore:
     @cached_property
     def content_hash(self) -> str:
         """Of the manifest, and through it of every file; of sites and rows read, their dtype, the size of the pool."""
-        told = {"manifest": self.manifest.content_hash, "sites": [str(site) for site in self._sites],
-                "dtype": str(self.dtype), "pool_rows": self.pool_rows}  # fmt: skip
-        return content_hash(told if self.whole else {**told, "rows": [self.rows.start, self.rows.stop]})
+        known = {
+            "manifest": self.manifest.content_hash,
+            "sites": [str(site) for site in self._sites],
+            "dtype": str(self.dtype),
+            "pool_rows": self.pool_rows,
+        }
+        return content_hash(known if self.whole else {**known, "rows": [self.rows.start, self.rows.stop]})
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Rows]:
         """As `Source.batches`. Raises FileFormatError, when it is reached, for a shard that is not as it was."""
@@ -198,6 +208,7 @@ class ActivationStore:
         """
         if not 0 < held_out < 1:
             raise InputError(f"held_out is a share of the rows, between 0 and 1; got {held_out}")
+        # Never all or none of the rows, whatever the share is rounded to.
         wanted = min(max(round((1 - held_out) * len(self.rows)), 1), len(self.rows) - 1)
         document = self._document(self.rows[wanted])
         cuts = [bisect.bisect_left(self.rows, number, key=self._document) for number in (document, document + 1)]
@@ -240,16 +251,16 @@ class ActivationStore:
         )
 
     @cached_property
-    def tokens(self) -> Tensor:
-        """Token id of every row, [n_rows] int32."""
+    def tokens(self) -> Int[Tensor, " row"]:
+        """Token id of every row, int32."""
         return torch.cat([self._whole(number, TOKEN)[here.start : here.stop] for number, here in self._here()])
 
     def verify(self) -> None:
-        """Look at every byte. Raises FileFormatError naming the first shard that is not as it was written."""
-        for number, note in enumerate(self.manifest.shards):
-            wrong = flaw(self.folder, number, note)
+        """Check every byte. Raises FileFormatError naming the first shard that is not as it was written."""
+        for number, record in enumerate(self.manifest.shards):
+            wrong = flaw(self.folder, number, record)
             if wrong:
-                raise FileFormatError(f"{wrong}; run the same harvest again to make it anew")
+                raise FileFormatError(f"{wrong}; run the same harvest again, which writes it again")
 
     def _whole(self, number: int, name: str) -> Tensor:
         shard = self._shard(number)
@@ -264,7 +275,7 @@ class ActivationStore:
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
         """Number of each shard's first row, and of all rows at the end."""
-        return np.cumsum([0, *(note.rows for note in self.manifest.shards)])
+        return np.cumsum([0, *(record.rows for record in self.manifest.shards)])
 
     def _find(self, row: int) -> tuple[int, int]:
         if row not in self.rows:
@@ -276,7 +287,7 @@ class ActivationStore:
     def _blocks(self) -> tuple[NDArray[np.int64], ...]:
         """Of every block with rows that are read: its shard, its number there, their number and first."""
         size = self.manifest.block_rows
-        counts = [-(-note.rows // size) for note in self.manifest.shards]
+        counts = [-(-record.rows // size) for record in self.manifest.shards]
         shard = np.repeat(np.arange(len(counts)), counts)
         number = np.concatenate([np.arange(n) for n in counts])
         begin = self._starts[shard] + number * size
@@ -293,8 +304,10 @@ class ActivationStore:
         memory = [torch.empty(most, width, dtype=self.manifest.dtype) for width in self.widths]
         first, skip = divmod(skip, self.n_rows)
         for epoch in itertools.count(first):
+            # A function of seed and epoch, so that any batch can be reached without drawing those before it.
             order = torch.randperm(len(sizes), generator=generator_for(*key, epoch)).numpy()
             for number, at in enumerate(range(0, len(order), per_pool)):
+                # In the order on disk, which is read faster; the rows are shuffled in memory after.
                 blocks = np.sort(order[at : at + per_pool])
                 rows = int(sizes[blocks].sum())
                 if skip >= rows:

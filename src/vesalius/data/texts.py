@@ -33,20 +33,21 @@ _NOT_READ = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", 
 class Texts:
     """Documents, and what they are.
 
-    read: gives the documents from the first one on, at every call when `again`. description: for the record; it holds
-    sha256 when that is known of everything to be read. size: characters, about; None when not known.
+    read: gives the documents from the first one on, at every call if `rereadable`. description: what a store's manifest
+    says of them, with sha256 where that is known of all that will be read. size: characters, about; None when not
+    known.
     """
 
     read: Callable[[], Iterator[Document]]
     description: Mapping[str, Any]
     size: int | None = None
-    again: bool = True
+    rereadable: bool = True
     left_out: tuple[str, ...] = ()
     """Names of files that are no texts."""
 
 
 def texts_from(given: Any, column: str = "text") -> Texts:
-    """Texts from what a user hands over.
+    """Texts from what a user gives.
 
     given: "stdlib" (the documentation in Python's standard library); a .txt (one document), .jsonl or .parquet file
     (one document a row, in `column`), or a folder of such; or any iterable of texts, of token ids, or of rows with
@@ -70,7 +71,9 @@ def texts_from(given: Any, column: str = "text") -> Texts:
 def _listed(documents: Sequence[str], description: Mapping[str, Any]) -> Texts:
     digest = hashlib.sha256()
     for text in documents:
+        # Half a surrogate pair is found later, with the number of its text; the hash must not fail before.
         raw = text.encode("utf-8", "surrogatepass")
+        # With the length, so that texts divided at other places have another hash.
         digest.update(len(raw).to_bytes(8, "little") + raw)
     known = {**description, "texts": len(documents), "sha256": digest.hexdigest()}
     return Texts(lambda: iter(documents), known, sum(map(len, documents)))
@@ -82,7 +85,7 @@ def _from_iterable(given: Iterable[Any], column: str) -> Texts:
     def read() -> Iterator[Document]:
         return (_item(item, number, column) for number, item in enumerate(given))
 
-    return Texts(read, description, again=not isinstance(given, Iterator))
+    return Texts(read, description, rereadable=not isinstance(given, Iterator))
 
 
 def _item(item: Any, number: int, column: str) -> Document:
@@ -148,10 +151,10 @@ def _from_path(path: Path, column: str) -> Texts:
     if any(file.suffix.lower() == ".parquet" for file in chosen):
         _parquet()
     root = path if path.is_dir() else path.parent
-    told = [_told(file, root) for file in chosen]
-    description = {"kind": "files", "files": told, "column": column, "sha256": _joined(told)}
+    described = [_described(file, root) for file in chosen]
+    description = {"kind": "files", "files": described, "column": column, "sha256": _joined(described)}
     sized = all(file.suffix.lower() != ".parquet" for file in chosen)
-    size = sum(file["bytes"] for file in told) if sized else None
+    size = sum(file["bytes"] for file in described) if sized else None
     left_out = tuple(str(file.relative_to(root)) for file in files if file not in chosen)
     return Texts(lambda: _documents(chosen, column), description, size, left_out=left_out)
 
@@ -160,9 +163,10 @@ def _files(path: Path) -> list[Path]:
     """The file, or all files of the folder that are not hidden, in the order of their names."""
     if path.is_dir():
         return sorted(
-            file for file in path.rglob("*")
+            file
+            for file in path.rglob("*")
             if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )  # fmt: skip
+        )
     if not path.exists():
         raise FileFormatError(
             f"there is no file or folder {path.absolute()}; texts are {STDLIB!r} (a built-in corpus), a path, or an "
@@ -171,7 +175,7 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _told(file: Path, root: Path) -> dict[str, Any]:
+def _described(file: Path, root: Path) -> dict[str, Any]:
     return {"name": file.relative_to(root).as_posix(), "bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vesalius.dictionaries.coder import Coder
+from vesalius.coder import Coder
+from vesalius.dictionaries.coder import SparseCoder
 from vesalius.dictionaries.config import KINDS, TrainConfig
 from vesalius.dictionaries.cross_layer import CrossLayerTranscoder
 from vesalius.dictionaries.crosscoder import Scaling, latent_scaling, relative_norms
@@ -22,23 +23,10 @@ from vesalius.dictionaries.evaluation import (
     superposition,
     verify,
 )
+from vesalius.dictionaries.files import load, save
 from vesalius.dictionaries.history import History
 from vesalius.dictionaries.kinds import ACTIVATIONS
 from vesalius.dictionaries.latent import Latent
-from vesalius.dictionaries.loading import load
-from vesalius.dictionaries.probing import (
-    Readings,
-    Score,
-    Scores,
-    absorption,
-    concept_scores,
-    ravel,
-    read_concept,
-    sparse_probing,
-    spurious_removal,
-    targeted_perturbation,
-)
-from vesalius.dictionaries.saving import save
 from vesalius.dictionaries.stored_layer import StoredLayer
 from vesalius.dictionaries.training.fitter import Fitter
 from vesalius.dictionaries.training.loop import estimate, train
@@ -57,32 +45,23 @@ __all__ = [
     "History",
     "Latent",
     "Quality",
-    "Readings",
     "Scaling",
-    "Score",
-    "Scores",
     "Shared",
+    "SparseCoder",
     "StoredLayer",
     "Superposition",
     "TrainConfig",
     "Verified",
-    "absorption",
-    "concept_scores",
     "dimensionality",
     "estimate",
     "geometry",
     "latent_scaling",
     "load",
     "quality",
-    "ravel",
-    "read_concept",
     "relative_norms",
     "save",
     "shared",
-    "sparse_probing",
-    "spurious_removal",
     "superposition",
-    "targeted_perturbation",
     "train",
     "train_all",
     "verify",

@@ -11,7 +11,7 @@ from vesalius.errors import InputError, UnknownNameError
 
 
 @dataclass(frozen=True)
-class KindFacts:
+class KindDefaults:
     """What a kind does where the config leaves it open."""
 
     sparsity: float
@@ -21,12 +21,12 @@ class KindFacts:
 
 
 KINDS = {
-    "relu": KindFacts(sparsity=2.0, decoder_norm="free", dead="resample"),
-    "gated": KindFacts(sparsity=4.0, decoder_norm="unit", dead="none"),
-    "jumprelu": KindFacts(sparsity=0.5, decoder_norm="unit", dead="auxk"),
-    "topk": KindFacts(sparsity=0.0, decoder_norm="unit", dead="auxk"),
-    "batchtopk": KindFacts(sparsity=0.0, decoder_norm="unit", dead="auxk"),
-    "matryoshka": KindFacts(sparsity=0.0, decoder_norm="unit", dead="auxk"),
+    "relu": KindDefaults(sparsity=2.0, decoder_norm="free", dead="resample"),
+    "gated": KindDefaults(sparsity=4.0, decoder_norm="unit", dead="none"),
+    "jumprelu": KindDefaults(sparsity=0.5, decoder_norm="unit", dead="auxk"),
+    "topk": KindDefaults(sparsity=0.0, decoder_norm="unit", dead="auxk"),
+    "batchtopk": KindDefaults(sparsity=0.0, decoder_norm="unit", dead="auxk"),
+    "matryoshka": KindDefaults(sparsity=0.0, decoder_norm="unit", dead="auxk"),
 }
 CODERS = ("auto", "sae", "transcoder", "crosscoder", "cross_layer")
 PRECISIONS = ("fp32", "bf16-screen", "bf16")
@@ -38,6 +38,7 @@ _CHOICES = {
     "dead": ("auxk", "resample", "none"),
 }
 _MATRYOSHKA_SHARES = (32, 16, 8, 4)
+"""Of the default prefixes: one in so many latents; half of them and all follow."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class TrainConfig:
     in_sites: tuple[str, ...] = ()
     """Sites that are read, of those the source has; default: what the coder implies."""
     out_sites: tuple[str, ...] = ()
-    """Sites that are rebuilt."""
+    """Sites that are reconstructed."""
     skip: bool = False
     """A linear map from input to output beside the latents (transcoders)."""
     apply_b_dec_to_input: bool | None = None
@@ -96,6 +97,7 @@ class TrainConfig:
     bandwidth: float = 0.5
     """jumprelu: width of the straight-through kernel, in units of pre-activations."""
     tanh_scale: float = 4.0
+    """jumprelu with `tanh`: factor on latent times decoder norm inside the tanh."""
     groups: tuple[int, ...] = ()
     """matryoshka: sizes of the nested prefixes, the last one n_latents; default doubling from n_latents / 32."""
     decoder_norm: str | None = None
@@ -105,8 +107,11 @@ class TrainConfig:
     dead_after: int = 1_000_000
     """Rows without firing after which a latent counts as dead."""
     aux_k: int = 256
+    """auxk: dead latents of a row that reconstruct the error."""
     aux_coef: float = 1 / 32
+    """auxk: weight of its loss, where the variance weighs 1."""
     resample_every: int = 1000
+    """resample: steps between resamplings."""
     checkpoint_every: int = 500
     """Steps between checkpoints, when there is a folder to keep them in."""
     held_out: float = 0.05
@@ -144,7 +149,7 @@ class TrainConfig:
         return self.kind in ("topk", "batchtopk", "matryoshka")
 
     @property
-    def penalty_coefficient(self) -> float:
+    def sparsity_coefficient(self) -> float:
         """`sparsity`, or the kind's own."""
         return KINDS[self.kind].sparsity if self.sparsity is None else self.sparsity
 
@@ -163,21 +168,23 @@ class TrainConfig:
         """Ends of the nested groups of latents; a single one for kinds without groups."""
         if self.kind != "matryoshka":
             return (self.n_latents,)
+        # Small dictionaries have fewer prefixes: shares that come to no latent are left out.
         halving = [self.n_latents // share for share in _MATRYOSHKA_SHARES if self.n_latents // share]
         return self.groups or tuple(sorted({*halving, self.n_latents // 2 or 1, self.n_latents}))
 
-    def rate(self, step: int) -> float:
+    def lr_at(self, step: int) -> float:
         """Learning rate of a step (numbered from 0): linear warm-up, constant, linear decay to zero."""
         rise = min(1000, self.steps // 20) if self.warmup is None else self.warmup
         fall = round(self.decay * self.steps)
+        # Never zero: the first step and the last one move the weights too.
         up = min(1.0, (step + 1) / (rise + 1))
         down = min(1.0, (self.steps - step) / (fall + 1))
         return self.lr * min(up, down)
 
-    def pressure(self, step: int) -> float:
+    def sparsity_at(self, step: int) -> float:
         """Coefficient of the sparsity penalty at a step: a linear rise, then constant."""
         rise = self.steps // 20 if self.sparsity_warmup is None else self.sparsity_warmup
-        return self.penalty_coefficient * min(1.0, (step + 1) / (rise + 1))
+        return self.sparsity_coefficient * min(1.0, (step + 1) / (rise + 1))
 
 
 def _whole(value: Any, least: int) -> bool:
@@ -200,21 +207,32 @@ _POSITIVE = (lambda value: _number(value) and value > 0, "a positive number")
 _NOT_NEGATIVE = (lambda value: _number(value) and value >= 0, "zero or a positive number")
 _FLAG = (lambda value: isinstance(value, bool), "True or False")
 _NAMES = (lambda value: all(isinstance(name, str) for name in value), "names of sites")
+_COUNTS = (
+    "n_latents",
+    "k",
+    "batch_size",
+    "steps",
+    "accumulate",
+    "dead_after",
+    "aux_k",
+    "resample_every",
+    "checkpoint_every",
+)
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **{name: _least(1) for name in ("n_latents", "k", "batch_size", "steps", "accumulate", "dead_after", "aux_k",
-                                    "resample_every", "checkpoint_every")},
+    **dict.fromkeys(_COUNTS, _least(1)),
     "seed": _least(0),
     "warmup": _optional(_least(0)),
     "sparsity_warmup": _optional(_least(0)),
-    **{name: _POSITIVE for name in ("lr", "bandwidth", "tanh_scale")},
+    **dict.fromkeys(("lr", "bandwidth", "tanh_scale"), _POSITIVE),
     "clip_norm": _optional(_POSITIVE),
     "aux_coef": _NOT_NEGATIVE,
     "sparsity": _optional(_NOT_NEGATIVE),
-    **{name: _FLAG for name in ("skip", "normalise")},
-    **{name: _optional(_FLAG) for name in ("apply_b_dec_to_input", "fold")},
+    **dict.fromkeys(("skip", "normalise"), _FLAG),
+    **dict.fromkeys(("apply_b_dec_to_input", "fold"), _optional(_FLAG)),
     "decay": (lambda value: _number(value) and 0 <= value <= 1, "a share between 0 and 1"),
     "held_out": (lambda value: _number(value) and 0 <= value < 1, "a share from 0 to under 1"),
     "betas": (lambda value: len(value) == 2 and all(_number(b) and 0 <= b < 1 for b in value), "two numbers in [0, 1)"),
     "groups": (lambda value: all(_whole(size, 1) for size in value), "whole numbers, at least 1"),
-    **{name: _NAMES for name in ("in_sites", "out_sites")},
-}  # fmt: skip
+    **dict.fromkeys(("in_sites", "out_sites"), _NAMES),
+}
+"""Of every field that is a number, a flag or names: what holds of its values, and the same in words."""

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vesalius.dictionaries.coder import Coder, Rebuilt, Values, aligned_rows, check_latents, site_number
-from vesalius.dictionaries.dictionary import Dictionary
-from vesalius.dictionaries.folder import dictionary_from
+from vesalius.coder import SiteTensors
+from vesalius.dictionaries.coder import Reconstruction, SparseCoder
 from vesalius.dictionaries.history import History
 from vesalius.dictionaries.kinds.base import strongest
+from vesalius.dictionaries.rows import aligned_rows, check_latents, site_number
 from vesalius.errors import InputError
 from vesalius.intervention import digest
 from vesalius.parts import Direction, Part
@@ -26,7 +26,7 @@ from vesalius.protocol import content_hash
 from vesalius.site import Site
 
 
-class LayerCoder(Coder, Protocol):
+class LayerCoder(SparseCoder, Protocol):
     """What one layer offers: a Dictionary in memory, or a StoredLayer on disk."""
 
     @property
@@ -60,7 +60,8 @@ class CrossLayerTranscoder:
 
     layers: tuple[LayerCoder, ...]
     b_dec: tuple[Float[Tensor, " _"], ...]
-    about: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Where it comes from: plain JSON, as of a Dictionary."""
     history: History | None = None
 
     def __post_init__(self) -> None:
@@ -114,11 +115,6 @@ class CrossLayerTranscoder:
         """Settings of each layer."""
         return {"layers": [layer.settings for layer in self.layers]}
 
-    @property
-    def stored_as(self) -> str:
-        """Its name in `config.json`."""
-        return "cross_layer_transcoder"
-
     @cached_property
     def content_hash(self) -> str:
         """Hash of the weights and of everything else that decides what it computes."""
@@ -126,7 +122,7 @@ class CrossLayerTranscoder:
         own = {f"b_dec.{number}": digest(bias) for number, bias in enumerate(self.b_dec)}
         return content_hash({**self.settings, "tensors": layers | own})
 
-    def encode(self, x: Values, latents: Sequence[int] | None = None) -> Float[Tensor, "... latent"]:
+    def encode(self, x: SiteTensors, latents: Sequence[int] | None = None) -> Float[Tensor, "... latent"]:
         """Latents of all layers, one layer after the other; only those with the given numbers when there are some.
 
         Raises as `Dictionary.encode`.
@@ -135,11 +131,11 @@ class CrossLayerTranscoder:
         if latents is None:
             parts = [layer.encode(row) for layer, row in zip(self.layers, rows, strict=True)]
             return torch.cat(parts, -1).reshape(*lead, -1)
-        wanted = [self._place(index) for index in check_latents(latents, self.n_latents)]
+        wanted = [self._in_layer(index) for index in check_latents(latents, self.n_latents)]
         columns = [self.layers[layer].encode(rows[layer], latents=[index]) for layer, index in wanted]
         return torch.cat(columns, -1).reshape(*lead, -1)
 
-    def encode_sparse(self, x: Values) -> tuple[Tensor, Tensor]:
+    def encode_sparse(self, x: SiteTensors) -> tuple[Tensor, Tensor]:
         """(indices, values), both [..., active], as `Dictionary.encode_sparse`, over the latents of all layers."""
         rows, lead = self._rows(x)
         parts = []
@@ -147,18 +143,19 @@ class CrossLayerTranscoder:
             indices, values = layer.encode_sparse(row)
             parts.append((indices + start, values))
         indices, values = (torch.cat(group, 1) for group in zip(*parts, strict=True))
+        # Each layer's entries come strongest first; those of all layers have to be sorted again.
         at, best = strongest(values)
         filled = torch.where(best > 0, indices.gather(1, at), 0)
         return filled.reshape(*lead, -1), best.reshape(*lead, -1)
 
-    def decode(self, latents: Float[Tensor, "... latent"]) -> Rebuilt:
+    def decode(self, latents: Float[Tensor, "... latent"]) -> Reconstruction:
         """One tensor per output site: what all layers up to it write there."""
         if latents.shape[-1] != self.n_latents:
             raise InputError(f"{latents.shape[-1]} latents were given to decode; this coder has {self.n_latents}")
         pieces = latents.split([layer.n_latents for layer in self.layers], dim=-1)
         return self._summed([layer.decode(piece) for layer, piece in zip(self.layers, pieces, strict=True)])
 
-    def decode_sparse(self, indices: Tensor, values: Tensor) -> Rebuilt:
+    def decode_sparse(self, indices: Tensor, values: Tensor) -> Reconstruction:
         """As `decode`, from what `encode_sparse` gives."""
         written = []
         for layer, start in zip(self.layers, self.starts[:-1], strict=True):
@@ -166,29 +163,39 @@ class CrossLayerTranscoder:
             written.append(layer.decode_sparse(torch.where(here, indices - start, 0), values * here))
         return self._summed(written)
 
-    def reconstruct(self, x: Values) -> Rebuilt:
+    def reconstruct(self, x: SiteTensors) -> Reconstruction:
         """decode(encode(x))."""
         rows, lead = self._rows(x)
-        rebuilt = self._summed([layer.reconstruct(row) for layer, row in zip(self.layers, rows, strict=True)])
-        return tuple(part.reshape(*lead, -1) for part in rebuilt)
+        outputs = self._summed([layer.reconstruct(row) for layer, row in zip(self.layers, rows, strict=True)])
+        return tuple(rows.reshape(*lead, -1) for rows in outputs)
 
     def latent(self, index: int) -> Part:
         """Latent `index` (through all layers) as a Part, read at its layer's input."""
-        layer, own = self._place(check_latents([index], self.n_latents)[0])
+        layer, own = self._in_layer(check_latents([index], self.n_latents)[0])
         return self.layers[layer].latent(own)
 
     def direction(self, index: int, site: Site | str | None = None) -> Direction:
         """Unit vector that latent `index` writes at an output site of its own layer (the default) or a later one."""
-        layer, own = self._place(check_latents([index], self.n_latents)[0])
+        layer, own = self._in_layer(check_latents([index], self.n_latents)[0])
         return self.layers[layer].direction(own, site)
 
     def written(self, index: int, site: Site | str | None = None) -> Float[Tensor, " d_out"]:
         """What one unit of latent `index` adds at an output site; zero at sites of earlier layers."""
-        layer, own = self._place(check_latents([index], self.n_latents)[0])
+        layer, own = self._in_layer(check_latents([index], self.n_latents)[0])
         number = layer if site is None else site_number(site, self.out_sites)
         if number < layer:
             return torch.zeros_like(self.b_dec[number])
         return self.layers[layer].written(own, self.out_sites[number])
+
+    def decoder_rows(self, site: Site | str | None = None) -> Float[Tensor, "latent d_out"]:
+        """`written` of every latent at one output site, which has to be named."""
+        if site is None:
+            raise InputError(f"latents of {len(self.layers)} layers write at several sites; say at which: site=")
+        number = site_number(site, self.out_sites)
+        before = [layer.decoder_rows(self.out_sites[number]) for layer in self.layers[: number + 1]]
+        # Latents of later layers cannot write to an earlier site.
+        after = self.b_dec[number].new_zeros(self.n_latents - self.starts[number + 1], len(self.b_dec[number]))
+        return torch.cat([*before, after])
 
     def folded(self) -> CrossLayerTranscoder:
         """The same function with all scales 1."""
@@ -199,16 +206,17 @@ class CrossLayerTranscoder:
         layers = tuple(layer.to(where) for layer in self.layers)
         return replace(self, layers=layers, b_dec=tuple(bias.to(where) for bias in self.b_dec))
 
-    def _rows(self, x: Values) -> tuple[list[Tensor], torch.Size]:
+    def _rows(self, x: SiteTensors) -> tuple[list[Tensor], torch.Size]:
         widths = [layer.in_widths[0] for layer in self.layers]
         return aligned_rows(x, self.in_sites, widths, self.b_dec[0])
 
-    def _place(self, index: int) -> tuple[int, int]:
+    def _in_layer(self, index: int) -> tuple[int, int]:
         """(layer, number in it) of a latent."""
         layer = max(number for number, start in enumerate(self.starts[:-1]) if start <= index)
         return layer, index - self.starts[layer]
 
-    def _summed(self, written: Sequence[Rebuilt]) -> tuple[Tensor, ...]:
+    def _summed(self, written: Sequence[Reconstruction]) -> tuple[Tensor, ...]:
+        """One tensor per output site, from what each layer writes at its own site and all later ones."""
         each = [(part,) if isinstance(part, Tensor) else part for part in written]
         return tuple(
             torch.stack([each[layer][site - layer] for layer in range(site + 1)]).sum(0) + bias
@@ -222,16 +230,3 @@ class CrossLayerTranscoder:
     def _repr_html_(self) -> str:
         curve = "" if self.history is None else self.history._repr_html_()
         return f"<div><code>{self!r}</code>{curve}</div>"
-
-
-def cross_layer_from(
-    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], about: Mapping[str, Any], history: History | None
-) -> CrossLayerTranscoder:
-    """A CrossLayerTranscoder from its settings and named tensors."""
-    layers: list[Dictionary] = []
-    for number, own in enumerate(settings["layers"]):
-        prefix = f"{number}/"
-        mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        layers.append(dictionary_from(own, mine, {}, None))
-    biases = tuple(tensors[f"b_dec.{number}"] for number in range(len(layers)))
-    return CrossLayerTranscoder(tuple(layers), biases, about, history)

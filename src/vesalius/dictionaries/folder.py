@@ -9,8 +9,8 @@ config.json, version 1:
     tensors            name -> {shape, dtype}: the names in dictionary.safetensors
     sha256             file -> its hash
     content_hash       of settings and tensors together
-    about              where it comes from: training config, hash of the activations, models with the hashes of their
-                       weights, how training ended (summary), version of the package
+    metadata           where it comes from: training config, hash of the activations, models with the hashes of their
+                       weights, how training ended (summary), version of the package ("about" in older files)
 
 config.json is written last and whole, so a folder that has it has everything it names.
 """
@@ -21,13 +21,14 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from vesalius.dictionaries.cross_layer import CrossLayerTranscoder
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.history import History
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
@@ -38,28 +39,8 @@ from vesalius.site import Site
 
 CONFIG, WEIGHTS, HISTORY = "config.json", "dictionary.safetensors", "history.npz"
 FORMAT, VERSION = "vesalius-dictionary", 1
-
-
-class Stored(Protocol):
-    """What a coder needs to be kept in a folder."""
-
-    @property
-    def stored_as(self) -> str: ...
-
-    @property
-    def about(self) -> Mapping[str, Any]: ...
-
-    @property
-    def history(self) -> History | None: ...
-
-    @property
-    def tensors(self) -> dict[str, Tensor]: ...
-
-    @property
-    def settings(self) -> dict[str, Any]: ...
-
-    @property
-    def content_hash(self) -> str: ...
+Stored = Dictionary | CrossLayerTranscoder
+"""What can be kept in a folder."""
 
 
 def save(coder: Stored, out: str | Path) -> Path:
@@ -76,6 +57,7 @@ def save(coder: Stored, out: str | Path) -> Path:
     if coder.history is not None:
         write_atomic(folder / HISTORY, _npz(coder.history))
     hashes = {name: file_sha256(folder / name) for name in (WEIGHTS, HISTORY) if (folder / name).exists()}
+    # Last, so that a folder with a config.json is whole.
     write_atomic(folder / CONFIG, json.dumps({**config, "sha256": hashes}, indent=1, sort_keys=True) + "\n")
     return folder
 
@@ -86,9 +68,14 @@ def _config(coder: Stored) -> dict[str, Any]:
         for name, tensor in coder.tensors.items()
     }
     return {
-        "format": FORMAT, "version": VERSION, "coder": coder.stored_as, "settings": coder.settings, "tensors": shapes,
-        "content_hash": coder.content_hash, "about": plain(coder.about, "about"),
-    }  # fmt: skip
+        "format": FORMAT,
+        "version": VERSION,
+        "coder": "dictionary" if isinstance(coder, Dictionary) else "cross_layer_transcoder",
+        "settings": coder.settings,
+        "tensors": shapes,
+        "content_hash": coder.content_hash,
+        "metadata": plain(coder.metadata, "metadata"),
+    }
 
 
 def is_folder(folder: str | Path) -> bool:
@@ -100,42 +87,67 @@ def is_folder(folder: str | Path) -> bool:
     return isinstance(found, dict) and found.get("format") == FORMAT
 
 
-def read(folder: str | Path, readers: Mapping[str, Callable[..., Any]]) -> Any:
-    """The coder in a folder. readers: from the name of a coder to what makes one of its parts.
+def read(folder: str | Path) -> Stored:
+    """The coder in a folder.
 
     Every file is compared with the hash that was written beside it. Raises FileFormatError naming the file that is
     missing, truncated, altered or of a later version.
     """
     where = Path(folder)
     config = _read_config(where)
-    if config["coder"] not in readers:
-        raise UnknownNameError("coder in a file", str(config["coder"]), readers)
+    if config["coder"] not in READERS:
+        raise UnknownNameError("coder in a file", str(config["coder"]), READERS)
     for name, wanted in config["sha256"].items():
         _check_file(where / name, str(wanted))
     history = _read_history(where / HISTORY) if HISTORY in config["sha256"] else None
-    coder = readers[config["coder"]](config["settings"], _read_weights(where / WEIGHTS), config["about"], history)
+    coder = READERS[config["coder"]](config["settings"], _read_weights(where / WEIGHTS), config["metadata"], history)
+    # Files are compared with hashes that stand beside them; only this finds an edit of the settings.
     if coder.content_hash != config["content_hash"]:
         raise FileFormatError(f"{where / CONFIG} was altered: what it describes has another hash than it says")
     return coder
 
 
-def dictionary_from(
-    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], about: Mapping[str, Any], history: History | None
+def _dictionary(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], history: History | None
 ) -> Dictionary:
     """A Dictionary from its settings and named tensors."""
     numbered = lambda name, count: tuple(tensors[f"{name}.{number}"] for number in range(count))  # noqa: E731
     sites = {name: tuple(map(Site.parse, settings[name])) for name in ("in_sites", "out_sites")}
-    ends = len(sites["out_sites"])
-    known = ("b_enc", "W_skip")
+    n_out = len(sites["out_sites"])
     return Dictionary(
-        settings["activation"], **sites, encoders=numbered("W_enc", len(sites["in_sites"])),
-        decoders=numbered("W_dec", ends), b_enc=tensors["b_enc"], b_dec=numbered("b_dec", ends),
-        extras={name: tensor for name, tensor in tensors.items() if name not in known and "." not in name},
-        k=settings["k"], skip=tensors.get("W_skip"), apply_b_dec_to_input=settings["apply_b_dec_to_input"],
-        in_scale=tuple(settings["in_scale"]), out_scale=tuple(settings["out_scale"]), groups=tuple(settings["groups"]),
+        settings["activation"],
+        **sites,
+        encoders=numbered("W_enc", len(sites["in_sites"])),
+        decoders=numbered("W_dec", n_out),
+        b_enc=tensors["b_enc"],
+        b_dec=numbered("b_dec", n_out),
+        extras={name: t for name, t in tensors.items() if name not in ("b_enc", "W_skip") and "." not in name},
+        k=settings["k"],
+        skip=tensors.get("W_skip"),
+        apply_b_dec_to_input=settings["apply_b_dec_to_input"],
+        in_scale=tuple(settings["in_scale"]),
+        out_scale=tuple(settings["out_scale"]),
+        groups=tuple(settings["groups"]),
         row_norm=settings.get("row_norm", "none"),
-        about=about, history=history,
-    )  # fmt: skip
+        metadata=metadata,
+        history=history,
+    )
+
+
+def _cross_layer(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], history: History | None
+) -> CrossLayerTranscoder:
+    """A CrossLayerTranscoder from its settings and named tensors: those of layer 2 begin with `2/`."""
+    layers: list[Dictionary] = []
+    for number, own in enumerate(settings["layers"]):
+        prefix = f"{number}/"
+        mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        layers.append(_dictionary(own, mine, {}, None))
+    biases = tuple(tensors[f"b_dec.{number}"] for number in range(len(layers)))
+    return CrossLayerTranscoder(tuple(layers), biases, metadata, history)
+
+
+READERS: Mapping[str, Callable[..., Stored]] = {"dictionary": _dictionary, "cross_layer_transcoder": _cross_layer}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -146,7 +158,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise FileFormatError(f"{path} is of format {config['format']!r}, not {FORMAT!r}")
         if config["version"] != VERSION:
             raise FileFormatError(f"{path} is of version {config['version']}; this package reads version {VERSION}")
-        return {name: config[name] for name in ("coder", "settings", "sha256", "content_hash", "about")}
+        needed = {name: config[name] for name in ("coder", "settings", "sha256", "content_hash")}
+        return {**needed, "metadata": config["metadata" if "metadata" in config else "about"]}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise FileFormatError(f"{path} is not the description of a dictionary ({error})") from error
 
@@ -167,7 +180,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _npz(history: History) -> bytes:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **history.arrays())  # type: ignore[arg-type]
+    np.savez_compressed(buffer, **history.columns)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Which rows a dictionary was trained on, and which it never saw: training leaves the last documents of a store out."""
+"""Which rows a dictionary was trained on, and which not: training leaves the last documents of a store out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vesalius.errors import InputError
 from vesalius.protocol import content_hash
 
 KEY = "trained_on"
-"""In a dictionary's `about`."""
+"""In a dictionary's `metadata`."""
 
 
 def for_training(source: Source, share: float) -> Source:
@@ -28,7 +28,7 @@ def for_training(source: Source, share: float) -> Source:
 
 
 def trained_on(source: Source) -> dict[str, Any]:
-    """What tells these rows from others, for a dictionary's `about`; empty when nothing does."""
+    """What identifies these rows, for a dictionary's `metadata`; empty when nothing does."""
     if not isinstance(source, ActivationStore):
         return {}
     first, last = (source.trace(row).document for row in (source.rows[0], source.rows[-1]))
@@ -47,40 +47,44 @@ def models_of(source: Source) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Unseen:
-    """Rows to judge a dictionary by, and what is known of them. seen: None when it cannot be told."""
+class EvaluationRows:
+    """Rows to evaluate a dictionary on. trained_on: whether it was trained on them; None when it cannot be told.
+
+    words: the same in a sentence.
+    """
 
     source: Source
-    seen: bool | None
+    trained_on: bool | None
     words: str
 
 
-def unseen(source: Source, about: Mapping[str, Any]) -> Unseen:
+def evaluation_rows(source: Source, metadata: Mapping[str, Any]) -> EvaluationRows:
     """The part of a source that a dictionary was not trained on, as far as the two can tell.
 
-    When it was trained on all of it, the source as it is, with `seen` True.
+    When it was trained on all of it, the source as it is, with `trained_on` True.
     """
-    known = about.get(KEY)
-    if known is None and about.get("data") == source.content_hash:
-        return Unseen(source, True, "All of these rows were trained on: the figures flatter.")
+    known = metadata.get(KEY)
+    if known is None and metadata.get("data") == source.content_hash:
+        return EvaluationRows(source, True, "All of these rows were trained on: the figures flatter.")
     if known is None or not isinstance(source, ActivationStore):
-        return Unseen(source, None, "Whether these rows were trained on is not known.")
+        return EvaluationRows(source, None, "Whether these rows were trained on is not known.")
     if _text(source)["text"] != known["text"]:
-        return Unseen(
+        return EvaluationRows(
             source, None, "These rows are of other texts than those trained on; whether they overlap is not known."
         )
     first, stop = known["documents"]
     try:
+        # Documents are numbered alike in every store of the same text, whatever the model and the sites.
         rest = source.documents(stop)
     except InputError:
-        return Unseen(source, True, "All of these rows were trained on: the figures flatter.")
+        return EvaluationRows(source, True, "All of these rows were trained on: the figures flatter.")
     words = f"{rest.n_rows:,} rows of documents {stop:,} and later; those trained on were {first:,} to {stop - 1:,}."
-    return Unseen(rest, False, words)
+    return EvaluationRows(rest, False, words)
 
 
-def saw(about: Mapping[str, Any], store: ActivationStore, documents: Iterable[int]) -> bool | None:
+def was_trained_on(metadata: Mapping[str, Any], store: ActivationStore, documents: Iterable[int]) -> bool | None:
     """Whether a dictionary was trained on any of these documents of a store; None when it cannot be told."""
-    known = about.get(KEY)
+    known = metadata.get(KEY)
     if known is None or _text(store)["text"] != known["text"]:
         return None
     first, stop = known["documents"]
@@ -89,6 +93,6 @@ def saw(about: Mapping[str, Any], store: ActivationStore, documents: Iterable[in
 
 def _text(store: ActivationStore) -> dict[str, str]:
     """Hash of what the documents are: of the text where it was hashed, else of the whole store."""
-    description = store.manifest.plan["text"]
-    told = description if "sha256" in description else {**description, "manifest": store.manifest.content_hash}
-    return {"text": content_hash(told)}
+    text = store.manifest.plan["text"]
+    known = text if "sha256" in text else {**text, "manifest": store.manifest.content_hash}
+    return {"text": content_hash(known)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,15 +47,12 @@ class History:
         words = f"{len(self):,} steps: fvu {ends['fvu']:.4f}, l0 {ends['l0']:.1f}, dead {ends['dead']:.1%}"
         return f"<p>{words}</p>{_curve(self['fvu'])}"
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The columns, for a file."""
-        return dict(self.columns)
-
 
 def _curve(values: NDArray[np.float64]) -> str:
     """An SVG of the values on a logarithmic scale, in at most `_POINTS` means of neighbours."""
     means = np.array([piece.mean() for piece in np.array_split(values, min(len(values), _POINTS))])
     logs = np.log10(np.maximum(means, 1e-6))
+    # A flat curve is drawn too.
     low, high = float(logs.min()), float(max(logs.max(), logs.min() + 1e-9))
     across = np.linspace(0, _WIDTH, len(logs))
     down = (high - logs) / (high - low) * (_HEIGHT - 4) + 2

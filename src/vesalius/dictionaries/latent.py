@@ -8,9 +8,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from vesalius.dictionaries.coder import Coder
-from vesalius.dictionaries.places import known_site
+from vesalius.dictionaries.coder import SparseCoder
 from vesalius.dictionaries.rows import normalised
+from vesalius.dictionaries.unknown_sites import known_site
 from vesalius.errors import InputError, InterventionError
 from vesalius.parts import Unit
 from vesalius.site import Site
@@ -27,7 +27,7 @@ class Latent:
     a transcoder, whose latents are read at one site and written at another: `intervention.Replace` goes between sites.
     """
 
-    coder: Coder
+    coder: SparseCoder
     index: int
 
     @property

@@ -6,7 +6,7 @@ from vesalius.stats.arrays import Interval
 from vesalius.stats.clustered import TTest, clustered_t, intraclass_correlation, n_to_decide, tost
 from vesalius.stats.dependence import IndependenceTest, hsic_test
 from vesalius.stats.exact import binomial_test, clopper_pearson, even_odds_test
-from vesalius.stats.measurement import Measurement, measure
+from vesalius.stats.measurement import Measurement, measure, measure_totals
 from vesalius.stats.multiplicity import bh, by, holm
 from vesalius.stats.resampling import (
     ResamplingTest,
@@ -40,6 +40,7 @@ __all__ = [
     "intraclass_correlation",
     "max_t",
     "measure",
+    "measure_totals",
     "n_to_decide",
     "permutation_test",
     "rank_p",

@@ -5,30 +5,34 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from vesalius.errors import InputError, NotFiniteError
-from vesalius.stats.arrays import vector
+from vesalius.stats.arrays import Floats, finite, vector
 from vesalius.stats.clustered import clustered_t
+from vesalius.stats.resampling import bootstrap_of_sums
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """Per-example values of one quantity, their mean (or other estimate) and an interval at `level`.
 
-    values: one float per example, in `unit`; `groups` maps a kind of group (template, names) to one label per example;
-    `cost` and `diagnostics` are free JSON. Raises NotFiniteError naming the first bad index, InputError on lengths.
+    values: one float per example (or per group, where the estimate is a statistic of groups), in `unit`; `groups` maps
+    a kind of group (template, names) to one label per value; `cost` and `diagnostics` are free JSON. low and high are
+    None where there are too few groups for an interval. Raises NotFiniteError naming the first bad index, InputError on
+    lengths and for an interval with one end.
     """
 
     name: str
     values: tuple[float, ...]
     estimate: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
     n_groups: int
     level: float = 0.95
@@ -44,9 +48,12 @@ class Measurement:
         object.__setattr__(self, "groups", {k: tuple(map(str, v)) for k, v in self.groups.items()})
         for index, value in enumerate(values):
             _finite(value, f"values[{index}]", self.name)
+        if (self.low is None) != (self.high is None):
+            raise InputError(f"measurement {self.name!r}: an interval has two ends; got {self.low} and {self.high}")
         for part in ("estimate", "low", "high"):
-            object.__setattr__(self, part, float(getattr(self, part)))
-            _finite(getattr(self, part), part, self.name)
+            if getattr(self, part) is not None:
+                object.__setattr__(self, part, float(getattr(self, part)))
+                _finite(getattr(self, part), part, self.name)
         self._check_lengths()
 
     def _check_lengths(self) -> None:
@@ -66,7 +73,7 @@ class Measurement:
     def _repr_html_(self) -> str:
         rows = {
             "estimate": f"{self.estimate:.4g} {self.unit}".strip(),
-            f"{self.level:.0%} interval": f"{self.low:.4g} to {self.high:.4g}",
+            f"{self.level:.0%} interval": "none" if self.low is None else f"{self.low:.4g} to {self.high:.4g}",
             "examples": f"{self.n} in {self.n_groups} groups",
         }
         cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
@@ -107,6 +114,69 @@ def measure(
         cost=cost or {},
         diagnostics=diagnostics or {},
     )
+
+
+def measure_totals(
+    name: str,
+    totals: ArrayLike,
+    statistic: Callable[[Floats], Floats],
+    *,
+    estimate: float | None = None,
+    draws: int = 2000,
+    method: Literal["bca", "percentile"] = "bca",
+    unit: str = "",
+    seed: int = 0,
+    cost: Mapping[str, Any] | None = None,
+    diagnostics: Mapping[str, Any] | None = None,
+) -> Measurement:
+    """A Measurement of a statistic of totals over groups, such as a ratio of sums, with its 95 % bootstrap interval.
+
+    totals: [group, column]. statistic: [..., column] totals to [...], over any leading axes. estimate: default the
+    statistic of the totals of all groups. values: the statistic of each group alone, of those where it is defined; the
+    groups are resampled for the interval, as in `bootstrap_of_sums`. There is none for fewer than 2 groups, nor where
+    the statistic is 0 / 0 without some of them.
+
+    Raises NotFiniteError where the statistic of all groups is not finite.
+    """
+    x = finite(totals, "totals")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        whole = float(statistic(x.sum(0))) if estimate is None else float(estimate)
+        _finite(whole, "estimate", name)
+        each = np.asarray(statistic(x), dtype=np.float64)
+        low, high = _bootstrapped(x, statistic, whole, draws, method, seed)
+    defined = np.isfinite(each)
+    return Measurement(
+        name=name,
+        values=tuple(each[defined].tolist()),
+        estimate=whole,
+        low=low,
+        high=high,
+        n=int(defined.sum()),
+        n_groups=len(x),
+        unit=unit,
+        groups={"group": tuple(str(number) for number in defined.nonzero()[0])},
+        seed=seed,
+        cost=cost or {},
+        diagnostics=diagnostics or {},
+    )
+
+
+def _bootstrapped(
+    totals: Floats,
+    statistic: Callable[[Floats], Floats],
+    whole: float,
+    draws: int,
+    method: Literal["bca", "percentile"],
+    seed: int,
+) -> tuple[float, float] | tuple[None, None]:
+    if len(totals) < 2:
+        return None, None
+    try:
+        low, high = bootstrap_of_sums(totals, statistic, draws=draws, seed=seed, method=method)
+    except NotFiniteError:  # 0 / 0 without some of the groups
+        return None, None
+    # A quantity that is the same in every group has an interval of one point, up to rounding.
+    return min(low, whole), max(high, whole)
 
 
 def _finite(value: float, where: str, name: str) -> None:

@@ -1,4 +1,4 @@
-"""How good a dictionary is: what it rebuilds, what a model loses by it, what its latents are like."""
+"""How good a dictionary is: what it reconstructs, what a model loses by it, what its latents are like."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -70,9 +70,12 @@ class Shared:
         counts = {"matched": self.decoder, "null": self.null}
         histogram = {name: np.histogram(values, edges)[0].tolist() for name, values in counts.items()}
         return {
-            "n": len(self.decoder), "share": self.share, "null_share": self.null_share, "cosine": means,
+            "n": len(self.decoder),
+            "share": self.share,
+            "null_share": self.null_share,
+            "cosine": means,
             "histogram": {"edges": edges.tolist(), **histogram},
-        }  # fmt: skip
+        }
 
 
 @torch.no_grad()
@@ -81,7 +84,7 @@ def geometry(coder: Dictionary, alive: Sequence[bool] | None = None, *, seed: in
 
     Raises InputError when there are fewer than 2.
     """
-    rows = _directions(torch.cat([d / s for d, s in zip(coder.decoders, coder.out_scale, strict=True)], 1), alive)[0]
+    rows, _ = _directions(torch.cat([coder.decoder_rows(site) for site in coder.out_sites], 1), alive)
     if len(rows) < 2:
         raise InputError(f"{len(rows)} latents write anything, so none has a neighbour")
     return Geometry(nearest_cosines(rows, seed), nearest_cosines(random_unit(len(rows), rows.shape[1], seed), seed))
@@ -93,6 +96,7 @@ def nearest_cosines(rows: Float[Tensor, "latent d"], seed: int = 0) -> Floats:
     found = []
     for part in some.split(_SLICE):
         cosines = rows[part] @ rows.T
+        # A row is no neighbour of itself.
         cosines[torch.arange(len(part)), part] = -2.0
         found.append(cosines.amax(1))
     return torch.cat(found).double().clamp(-1, 1).cpu().numpy()
@@ -100,9 +104,13 @@ def nearest_cosines(rows: Float[Tensor, "latent d"], seed: int = 0) -> Floats:
 
 @torch.no_grad()
 def shared(
-    a: Dictionary, b: Dictionary, alive_a: Sequence[bool] | None = None, alive_b: Sequence[bool] | None = None, *,
+    a: Dictionary,
+    b: Dictionary,
+    alive_a: Sequence[bool] | None = None,
+    alive_b: Sequence[bool] | None = None,
+    *,
     seed: int = 0,
-) -> Shared:  # fmt: skip
+) -> Shared:
     """How many latents of one dictionary another has, as two training seeds do.
 
     Decoder rows are matched one to one with the largest sum of cosines (SciPy's linear_sum_assignment). The nearest row
@@ -117,6 +125,7 @@ def shared(
     rows, numbers = _directions(torch.cat(a.decoders, 1), alive_a)
     others, other_numbers = _directions(torch.cat(b.decoders, 1), alive_b)
     some = _some(len(rows), seed)
+    # The matching takes time with the cube of the latents, so that a sample has to do.
     rows, numbers = rows[some], numbers[some]
     if not 0 < len(rows) <= len(others):
         raise InputError(f"{len(rows)} latents cannot be matched one to one to {len(others)}; exchange the two")
@@ -144,7 +153,9 @@ def random_unit(n: int, width: int, seed: int) -> Float[Tensor, "n width"]:
     return rows / rows.norm(dim=1, keepdim=True)
 
 
-def _directions(decoder: Tensor, alive: Sequence[bool] | None) -> tuple[Tensor, Tensor]:
+def _directions(
+    decoder: Float[Tensor, "latent d"], alive: Sequence[bool] | None
+) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
     """Unit rows of the latents that are alive and write anything, and their numbers."""
     norms = decoder.float().norm(dim=1)
     kept = norms > 0
@@ -166,7 +177,5 @@ def _summary(values: Floats) -> dict[str, float]:
 
 def _histogram(found: Geometry) -> dict[str, list[float]]:
     edges = np.linspace(min(0.0, float(found.nearest.min())), 1, 61)
-    return {
-        "edges": edges.tolist(), "nearest": np.histogram(found.nearest, edges)[0].tolist(),
-        "null": np.histogram(found.null, edges)[0].tolist(),
-    }  # fmt: skip
+    sides = {"nearest": found.nearest, "null": found.null}
+    return {"edges": edges.tolist()} | {name: np.histogram(side, edges)[0].tolist() for name, side in sides.items()}

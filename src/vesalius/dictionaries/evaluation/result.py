@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from vesalius import __version__
+from vesalius.concepts import ConceptScores
 from vesalius.dictionaries.evaluation.figures import WORDS, Figure
 from vesalius.dictionaries.evaluation.geometry import Geometry, Shared
-from vesalius.dictionaries.evaluation.sums import Floats
-from vesalius.dictionaries.probing.scores import Scores
+from vesalius.dictionaries.evaluation.totals import Floats
 
 SCHEMA = "vesalius/quality/1"
 BINS = 40
@@ -49,13 +49,13 @@ class Seed:
 class Quality:
     """What was measured of a dictionary; `figures` by the names in `WORDS`, each with its 95 % interval.
 
-    about: the dictionary. data: the rows it was measured on, and whether it was trained on them. model: what it was
-    spliced into, or None. sites: figures of each site it rebuilds, when there are several. density: [latent] share of
-    the rows in which each is active. baselines: in the order of `baselines.WORDS`. seeds: one per other dictionary.
-    concepts: scores on concepts, over all of them.
+    dictionary: what was evaluated. data: the rows it was measured on, and whether it was trained on them. model: what
+    it was spliced into, or None. sites: figures of each site it reconstructs, when there are several. density: [latent]
+    share of the rows in which each is active. baselines: in the order of `baselines.WORDS`. seeds: one per other
+    dictionary. concepts: scores on concepts, over all of them.
     """
 
-    about: Mapping[str, Any]
+    dictionary: Mapping[str, Any]
     data: Mapping[str, Any]
     model: Mapping[str, Any] | None
     figures: Mapping[str, Figure]
@@ -64,7 +64,7 @@ class Quality:
     geometry: Geometry | None
     baselines: tuple[Compared, ...]
     seeds: tuple[Seed, ...]
-    concepts: tuple[Scores, ...] = ()
+    concepts: tuple[ConceptScores, ...] = ()
 
     @property
     def fvu(self) -> float:
@@ -102,14 +102,19 @@ class Quality:
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, text and numbers, by the schema that the report is made from."""
         return {
-            "schema": SCHEMA, "version": __version__, "dictionary": dict(self.about), "data": dict(self.data),
-            "model": None if self.model is None else dict(self.model), "figures": _plain(self.figures),
-            "sites": {site: _plain(found) for site, found in self.sites.items()}, "density": self._histogram(),
+            "schema": SCHEMA,
+            "version": __version__,
+            "dictionary": dict(self.dictionary),
+            "data": dict(self.data),
+            "model": None if self.model is None else dict(self.model),
+            "figures": _plain(self.figures),
+            "sites": {site: _plain(found) for site, found in self.sites.items()},
+            "density": self._histogram(),
             "geometry": None if self.geometry is None else self.geometry.to_json(),
             "baselines": [baseline.to_json() for baseline in self.baselines],
             "seeds": [seed.to_json() for seed in self.seeds],
             "concepts": [scores.to_json() for scores in self.concepts],
-        }  # fmt: skip
+        }
 
     def _histogram(self) -> dict[str, Any]:
         """Latents by the base-10 logarithm of their density, silent ones apart."""
@@ -129,7 +134,7 @@ class Quality:
         head = "".join(f"<th>{html.escape(name)}</th>" for name, _ in columns)
         rows = "".join(
             f'<tr><th title="{html.escape(WORDS[name])}">{name}</th>'
-            + "".join(f"<td>{_cell(found.get(name))}</td>" for _, found in columns)
+            + "".join(f"<td>{found.get(name, '')}</td>" for _, found in columns)
             + "</tr>"
             for name in names
         )
@@ -138,10 +143,3 @@ class Quality:
 
 def _plain(figures: Mapping[str, Figure]) -> dict[str, Any]:
     return {name: found.to_json() for name, found in figures.items()}
-
-
-def _cell(found: Figure | None) -> str:
-    if found is None:
-        return ""
-    ends = "" if found.low is None else f" [{found.low:.4g}, {found.high:.4g}]"
-    return f"{found.value:.4g}{ends}"

@@ -1,19 +1,20 @@
-"""What the model loses when rebuilt activations take the place of its own, beside what mean and zero ablation cost."""
+"""What the model loses when a reconstruction takes the place of its activations, beside mean and zero ablation."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vesalius.data.packing import Context
 from vesalius.dictionaries.evaluation.figures import Figure, Statistic, figure
-from vesalius.dictionaries.evaluation.sums import Floats, Rebuilder
+from vesalius.dictionaries.evaluation.totals import Floats, Reconstructor
 from vesalius.inputs import Tokens
 from vesalius.intervention import Replace
 from vesalius.jobs import Estimate, Event, Sink, track
@@ -23,40 +24,39 @@ from vesalius.model.products import computing
 from vesalius.site import Site
 
 MEAN, ZERO = "mean", "zero"
-Rebuild = Callable[..., Tensor]
+Edit = Callable[..., Tensor]
+"""From the tensors read at some sites to what is put in place at one."""
 
 
 @dataclass(frozen=True, eq=False)
-class Edit:
-    """Sites that are read, and what is made of them."""
-
-    reads: tuple[Site, ...]
-    fn: Rebuild
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where rebuilt activations are put: read at some sites, written at one."""
+class Splice:
+    """One edit of a run: the sites that are read, what is made of them, and the site where it is put in place."""
 
     reads: tuple[Site, ...]
     write: Site
+    edit: Edit
 
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """names: what was put in place, with mean and zero ablation among them. sums: [group, column]: tokens, the clean
+    """names: what was put in place, with mean and zero ablation among them. totals: [group, column]: tokens, the clean
     cross-entropy, then cross-entropy and KL divergence of each, summed over the tokens.
     """
 
     names: tuple[str, ...]
-    sums: Floats
+    totals: Floats
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens whose predictions were measured."""
+        return round(float(self.totals[:, 0].sum()))
 
     def figures(self, name: str, seed: int = 0) -> dict[str, Figure]:
         """The figures of one of them, by the names of `WORDS`. None for a share of nothing: then it is left out."""
         ce, kl = self._columns(name)
         mean_ce, mean_kl = self._columns(MEAN)
         zero_ce, zero_kl = self._columns(ZERO)
-        wanted: dict[str, Statistic] = {
+        statistics: dict[str, Statistic] = {
             "ce_clean": _per_token(1),
             "ce": _per_token(ce),
             "ce_increase": _per_token(ce, 1),
@@ -70,7 +70,8 @@ class Losses:
             "kl_recovered": _recovered(kl, zero_kl),
             "kl_recovered_mean": _recovered(kl, mean_kl),
         }
-        found = {key: figure(self.sums, statistic, seed) for key, statistic in wanted.items()}
+        cost = {"tokens": self.n_tokens}
+        found = {key: figure(key, self.totals, statistic, seed, cost) for key, statistic in statistics.items()}
         return {key: value for key, value in found.items() if value is not None}
 
     def _columns(self, name: str) -> tuple[int, int]:
@@ -95,36 +96,45 @@ def _recovered(column: int, worst: int, clean: int | None = None) -> Statistic:
 
 @torch.no_grad()
 def losses_of(
-    model: Model, place: Place, contexts: Sequence[Context], groups: Sequence[int], rebuilders: Sequence[Rebuilder],
-    mean: Tensor, batch_tokens: int, sink: Sink,
-) -> Losses:  # fmt: skip
-    """Losses of every rebuilder, and of both ablations, over the contexts, at the tokens that have rows.
+    model: Model,
+    reads: tuple[Site, ...],
+    write: Site,
+    contexts: Sequence[Context],
+    groups: Sequence[int],
+    reconstructors: Sequence[Reconstructor],
+    mean: Float[Tensor, " width"],
+    batch_tokens: int,
+    sink: Sink,
+) -> Losses:
+    """Losses of every reconstructor, and of both ablations, over the contexts, at the tokens that have rows.
 
     Only there are activations replaced: at the others (the first position, special tokens, outliers) the dictionary was
-    never trained. Only predictions made from there count. groups: one per context. mean: [width] at the written site.
+    never trained. Only predictions made from there count. reads, write: sites that are read, and the one that is
+    replaced. groups: one per context. mean: at the replaced site.
     """
-    edits = {rebuilder.name: Edit(place.reads, _rebuilt(rebuilder)) for rebuilder in rebuilders}
+    splices = {one.name: Splice(reads, write, _reconstruction(one)) for one in reconstructors}
     constants = {MEAN: mean, ZERO: torch.zeros_like(mean)}
-    edits |= {name: Edit((place.write,), _constant(vector)) for name, vector in constants.items()}
-    sums = np.zeros((max(groups) + 1, 2 + 2 * len(edits)))
+    splices |= {name: Splice((write,), write, _constant(vector)) for name, vector in constants.items()}
+    totals = np.zeros((max(groups) + 1, 2 + 2 * len(splices)))
     batches = list(_batches(contexts, batch_tokens))
     with computing():
         began = time.monotonic()
         for number, rows in enumerate(track(batches, "splice", sink=sink)):
-            found = _batch(model, place, [contexts[row] for row in rows], edits)
-            np.add.at(sums, [groups[row] for row in rows], found)
+            found = _batch(model, [contexts[row] for row in rows], list(splices.values()))
+            np.add.at(totals, [groups[row] for row in rows], found)
             if number == 0:
-                sink(Event("note", "splice", message=_cost(len(batches), len(edits), time.monotonic() - began)))
-    return Losses(tuple(edits), sums)
+                sink(Event("note", "splice", message=_cost(len(batches), len(splices), time.monotonic() - began)))
+    return Losses(tuple(splices), totals)
 
 
-def _cost(batches: int, edits: int, seconds: float) -> str:
-    """What the batches take, from the first of them: one clean pass and one per edit each."""
-    return f"in the model: {Estimate(seconds * batches, forwards=batches * (1 + edits)).describe()}"
+def _cost(batches: int, splices: int, seconds: float) -> str:
+    """What the batches take, from the first of them: one clean pass and one per splice each."""
+    return f"in the model: {Estimate(seconds * batches, forwards=batches * (1 + splices)).describe()}"
 
 
 def _batches(contexts: Sequence[Context], batch_tokens: int) -> Iterator[list[int]]:
     """Numbers of contexts that are run together: those of similar length, so that little is padding."""
+    # Short ones first, so that a batch is padded to the longest of its own.
     order = sorted(range(len(contexts)), key=lambda row: len(contexts[row].ids))
     starts, longest = [0], 0
     for number, row in enumerate(order):
@@ -135,7 +145,7 @@ def _batches(contexts: Sequence[Context], batch_tokens: int) -> Iterator[list[in
     return (order[first:last] for first, last in pairwise([*starts, len(order)]))
 
 
-def _batch(model: Model, place: Place, contexts: Sequence[Context], edits: Mapping[str, Edit]) -> Floats:
+def _batch(model: Model, contexts: Sequence[Context], splices: Sequence[Splice]) -> Floats:
     """[context, column] of contexts run together."""
     tokens = Tokens.from_rows([context.ids.tolist() for context in contexts])
     kept = torch.zeros(tokens.ids.shape, dtype=torch.bool)
@@ -145,38 +155,41 @@ def _batch(model: Model, place: Place, contexts: Sequence[Context], edits: Mappi
     counted = kept & torch.nn.functional.pad(tokens.real[:, 1:], (0, 1))
     owner, at = counted.nonzero(as_tuple=True)
     following = tokens.ids[owner, at + 1]
+    # By the same code as the edited passes, so that the difference of an edit that changes nothing is 0.
     clean = _log_probs(model, tokens, counted, [])
     values = [torch.ones(len(owner), dtype=torch.float64), _cross_entropy(clean, following)]
-    for edit in edits.values():
-        replaced = Replace(list(edit.reads), place.write, fn=edit.fn, ref="quality", positions=kept)
+    for splice in splices:
+        replaced = Replace(list(splice.reads), splice.write, fn=splice.edit, ref="quality", positions=kept)
         found = _log_probs(model, tokens, counted, [replaced])
         values += [_cross_entropy(found, following), (clean.exp() * (clean - found)).sum(1).double().cpu()]
-    sums = torch.zeros(len(contexts), len(values), dtype=torch.float64)
-    sums.index_add_(0, owner, torch.stack(values, 1))
-    return sums.numpy()
+    totals = torch.zeros(len(contexts), len(values), dtype=torch.float64)
+    totals.index_add_(0, owner, torch.stack(values, 1))
+    return totals.numpy()
 
 
-def _log_probs(model: Model, tokens: Tokens, counted: Tensor, edits: Sequence[Replace]) -> Tensor:
-    """[token, vocab] of the tokens that count."""
+def _log_probs(model: Model, tokens: Tokens, counted: Tensor, edits: Sequence[Replace]) -> Float[Tensor, "token vocab"]:
+    """Of the tokens that count."""
     logits = model.run(tokens, interventions=edits).logits
     return wide(logits[counted.to(logits.device)]).log_softmax(-1)
 
 
-def _cross_entropy(log_probs: Tensor, following: Tensor) -> Tensor:
+def _cross_entropy(
+    log_probs: Float[Tensor, "token vocab"], following: Int[Tensor, " token"]
+) -> Float[Tensor, " token"]:
     return -log_probs.gather(1, following[:, None].to(log_probs.device))[:, 0].double().cpu()
 
 
-def _rebuilt(rebuilder: Rebuilder) -> Rebuild:
-    """From the values read at the sites, heads side by side, to what a rebuilder makes of them."""
+def _reconstruction(reconstructor: Reconstructor) -> Edit:
+    """From the values read at the sites, heads side by side, to their reconstruction."""
 
     def fn(*read: Tensor) -> Tensor:
         rows = [tensor.flatten(0, 1).flatten(1) for tensor in read]
-        (out,) = rebuilder.code(rows).outs
+        (out,) = reconstructor.reconstruct(rows).outputs
         return out.reshape(read[0].shape) if out.shape == rows[0].shape else out.reshape(*read[0].shape[:2], -1)
 
     return fn
 
 
-def _constant(vector: Tensor) -> Rebuild:
+def _constant(vector: Tensor) -> Edit:
     """The same vector at every token; read at the site that is written."""
     return lambda read: vector.to(read).expand(*read.shape[:2], -1).reshape(read.shape)

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vesalius.data import as_source
-from vesalius.dictionaries.coder import CHUNK
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.evaluation.geometry import random_unit
 from vesalius.dictionaries.evaluation.sample import draw
-from vesalius.dictionaries.held_out import unseen
+from vesalius.dictionaries.held_out import evaluation_rows
+from vesalius.dictionaries.rows import CHUNK
 from vesalius.errors import InputError
 
 Floats = NDArray[np.float64]
@@ -51,8 +51,8 @@ class Superposition:
     def to_json(self) -> dict[str, Any]:
         """Quartiles of each measure, and of each under random directions."""
         both = {"values": self.values, "null": self.null}
-        told = {key: {name: _quartiles(found) for name, found in side.items()} for key, side in both.items()}
-        return {**told, "rows": self.rows}
+        quartiles = {key: {name: _quartiles(found) for name, found in side.items()} for key, side in both.items()}
+        return {**quartiles, "rows": self.rows}
 
     def __repr__(self) -> str:
         words = (
@@ -77,21 +77,22 @@ def superposition(coder: Dictionary, data: Any, *, n: int = 8192, seed: int = 0)
 
     data: as for `quality`, of which n rows that were not trained on are looked at, where that can be told. A latent's
     share of a neuron is its squared decoder entry times its mean squared value. Interference is a ratio of mean squares
-    over the rows where the latent is active; the part of a row that is not rebuilt does not count, nor does the bias.
+    over the rows where the latent is active; neither the error of the reconstruction counts nor the bias.
 
     Raises InputError for a dictionary of several sites, and when fewer than two latents fire.
     """
     if len(coder.out_sites) != 1:
         raise InputError(f"superposition is of one site's units; {coder!r} writes {len(coder.out_sites)}")
     source = as_source(data)
-    sample = draw(coder, unseen(source, coder.about), source, n, seed).test
-    rows = [[tensor[at : at + CHUNK] for tensor in sample.ins] for at in range(0, len(sample), CHUNK)]
+    sample = draw(coder, evaluation_rows(source, coder.metadata), source, n, seed).test
+    rows = [[tensor[at : at + CHUNK] for tensor in sample.inputs] for at in range(0, len(sample), CHUNK)]
     encoded = [coder.encode(part[0] if len(part) == 1 else part).cpu() for part in rows]
     alive = torch.stack([(latents > 0).any(0) for latents in encoded]).any(0)
     if int(alive.sum()) < 2:
         raise InputError(f"{int(alive.sum())} latents fire in {len(sample):,} rows, so none shares anything")
     kept = [latents[:, alive] for latents in encoded]
-    written = (coder.decoders[0] / coder.out_scale[0]).cpu().float()[alive]
+    written = coder.decoder_rows().cpu().float()[alive]
+    # As long as the decoder's rows, so that only their directions differ.
     directions = random_unit(len(written), written.shape[1], seed) * written.norm(dim=1, keepdim=True)
     return Superposition(_measured(written, kept), _measured(directions, kept), len(sample))
 
@@ -123,12 +124,12 @@ def dimensionality(directions: Float[Tensor, "latent width"]) -> Float[Tensor, "
     return torch.where(squares > 0, squares.square() / total.clamp(min=1e-300), 0.0)
 
 
-def _effective(shares: Tensor) -> Tensor:
+def _effective(shares: Float[Tensor, "row column"]) -> Float[Tensor, " row"]:
     """(sum)² over the sum of squares, of each row of shares."""
     return shares.sum(1).square() / shares.square().sum(1).clamp(min=1e-300)
 
 
-def _interference(written: Tensor, encoded: list[Tensor]) -> Tensor:
+def _interference(written: Float[Tensor, "latent width"], encoded: list[Tensor]) -> Float[Tensor, " latent"]:
     norms = written.norm(dim=1)
     unit = written / norms.clamp(min=1e-12)[:, None]
     other, own = (torch.zeros(len(written), dtype=torch.float64) for _ in range(2))

@@ -1,8 +1,8 @@
-"""`verify`: whether a dictionary does on a model what its file says: a misreading is an error, and no bad number.
+"""`verify`: whether a dictionary does on a model what its file says, so that a misreading is an error.
 
-A dictionary whose activation function, orientation, scale of inputs, place or bos token is misread still gives
-numbers. On a few thousand tokens it is compared with what its file claims, with the mean activation, and with itself
-under the misreadings that are known to happen: one that does far better is what the file should have said.
+A dictionary whose activation function, orientation, scale of inputs, site or bos token is misread still gives numbers.
+On a few thousand tokens it is compared with what its file claims, with the mean activation, and with itself under the
+misreadings that are known to happen: one that does far better is what the file should have said.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from vesalius.data import ActivationStore, harvest
-from vesalius.dictionaries.coder import Coder
+from vesalius.dictionaries.coder import SparseCoder
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.evaluation.figures import Figure, row_figures
 from vesalius.dictionaries.evaluation.sample import Sample, groups_of
-from vesalius.dictionaries.evaluation.splice import Place, losses_of
-from vesalius.dictionaries.evaluation.sums import Coded, OfCoder, Rebuilder, sums_of
-from vesalius.dictionaries.places import known_site
+from vesalius.dictionaries.evaluation.splice import losses_of
+from vesalius.dictionaries.evaluation.totals import CoderReconstructor, Reconstructed, Reconstructor, totals_of
+from vesalius.dictionaries.unknown_sites import known_site
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs import Event, Sink, silent
 from vesalius.jobs.progress import shown
@@ -39,13 +39,14 @@ FACTOR = 2.0
 """How far from what is claimed the number of active latents may be: claims are of other text."""
 WORSE = 0.1
 """How much worse than twice what is claimed the variance unexplained may be."""
+_BATCH_TOKENS = 1024
 _STREAM = ("resid_pre", "resid_post", "attn_out", "mlp_in", "mlp_out")
 _CLAIM = re.compile(r"(?:average_)?l0_(\d+(?:\.\d+)?)")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The dictionary taken in one way: fraction of variance unexplained, and latents active per row. enough: the share
+    """The dictionary read in one way: fraction of variance unexplained, and latents active per row. enough: the share
     of the error at which it counts as the truth.
     """
 
@@ -58,7 +59,7 @@ class Reading:
 @dataclass(frozen=True, eq=False)
 class Verified:
     """A dictionary that does what its file says. figures: as in `Quality`, by name. claimed_l0: None when the file does
-    not say. others: what it does when it is taken in other ways, each worse or hardly better.
+    not say. others: what it does when it is read in other ways, each worse or hardly better.
     """
 
     figures: Mapping[str, Figure]
@@ -68,15 +69,13 @@ class Verified:
 
     def __repr__(self) -> str:
         claim = "" if self.claimed_l0 is None else f" (claimed {self.claimed_l0:g})"
-        told = ", ".join(
-            f"{name} {self.figures[name].value:.3g}" for name in ("fvu", "ce_increase") if name in self.figures
-        )
-        return f"Verified(l0 {self.figures['l0'].value:.1f}{claim}, {told}; {self.rows:,} rows)"
+        shown = [f"{name} {self.figures[name].value:.3g}" for name in ("fvu", "ce_increase") if name in self.figures]
+        return f"Verified(l0 {self.figures['l0'].value:.1f}{claim}, {', '.join(shown)}; {self.rows:,} rows)"
 
 
 @torch.no_grad()
 def verify(
-    coder: Coder,
+    coder: SparseCoder,
     model: Model,
     texts: Any = "stdlib",
     *,
@@ -95,45 +94,50 @@ def verify(
     for site in (*coder.in_sites, *coder.out_sites):
         if known_site(site).tag:
             raise InputError(f"{coder!r} is of several models ({site}); verify takes one of a single model")
-    with shown(sink) as told, TemporaryDirectory() as folder:
-        work = _Work(coder, model, texts, tokens, context, Path(folder), told)
-        found = work.figures()
-        others = tuple(work.others())
+    with shown(sink) as progress, TemporaryDirectory() as folder:
+        trial = _Trial(coder, model, texts, tokens, context, Path(folder), progress)
+        found = trial.figures()
+        others = tuple(trial.others())
     claimed = claimed_l0(coder)
-    _judge(coder, found, claimed, others)
-    result = Verified(found, claimed, work.rows, others)
-    told(Event("note", TASK, message=repr(result)))
+    _check(coder, found, claimed, others)
+    result = Verified(found, claimed, trial.rows, others)
+    progress(Event("note", TASK, message=repr(result)))
     return result
 
 
-def claimed_l0(coder: Coder) -> float | None:
+def claimed_l0(coder: SparseCoder) -> float | None:
     """Active latents per row that the file of a dictionary speaks of; None when it does not."""
     if getattr(coder, "activation", "") == "topk":
         return float(cast(Any, coder).k)
     found = _claim(coder, ("l0", "average_l0", "k"))
-    in_path = _CLAIM.search(str(_told(coder, "folder") or ""))
+    in_path = _CLAIM.search(str(_metadata(coder).get("folder") or ""))
     return float(in_path[1]) if found is None and in_path else found
 
 
-def _claim(coder: Coder, names: Sequence[str]) -> float | None:
+def _claim(coder: SparseCoder, names: Sequence[str]) -> float | None:
     """The first positive number under one of these names, in all that a file says of training."""
-    about: Mapping[str, Any] = getattr(coder, "about", {})
-    below = lambda place, name: place.get(name) if isinstance(place, Mapping) else None  # noqa: E731
-    metadata = below(about.get("cfg"), "metadata")
-    details = below(metadata, "training_architecture_details")
-    for place in (about.get("summary"), metadata, details, about.get("cfg"), about.get("trainer"), about.get("config")):
+    known = _metadata(coder)
+    get = lambda where, name: where.get(name) if isinstance(where, Mapping) else None  # noqa: E731
+    saelens = get(known.get("cfg"), "metadata")
+    details = get(saelens, "training_architecture_details")
+    for where in (known.get("summary"), saelens, details, known.get("cfg"), known.get("trainer"), known.get("config")):
         for name in names:
-            value = below(place, name)
+            value = get(where, name)
             if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
                 return float(value)
     return None
 
 
-def _judge(coder: Coder, found: Mapping[str, Figure], claimed: float | None, others: Sequence[Reading]) -> None:
+def _metadata(coder: SparseCoder) -> Mapping[str, Any]:
+    return getattr(coder, "metadata", {})
+
+
+def _check(coder: SparseCoder, found: Mapping[str, Figure], claimed: float | None, others: Sequence[Reading]) -> None:
     """Raises FileFormatError for the first thing that does not fit."""
     fvu, l0 = found["fvu"].value, found["l0"].value
     fits = lambda number: claimed is None or claimed / FACTOR <= number <= claimed * FACTOR  # noqa: E731
     better = [one for one in others if one.fvu < one.enough * fvu or (one.fvu < 1 and fits(one.l0) and not fits(l0))]
+    # Of several better readings the likeliest: one with as many active latents as claimed, then the smallest error.
     best = min(better, key=lambda one: (not fits(one.l0), one.fvu), default=None)
     hint = ""
     if best is not None:
@@ -141,9 +145,9 @@ def _judge(coder: Coder, found: Mapping[str, Figure], claimed: float | None, oth
     what = f"{coder!r} leaves {fvu:.3g} of the variance unexplained, with {l0:.1f} latents active per row"
     if not fits(l0):
         raise FileFormatError(f"{what}, where its file speaks of {claimed:.3g}: it is misread{hint}")
-    told = _claim(coder, ("fvu",))
-    if told is not None and fvu > FACTOR * told + WORSE:
-        raise FileFormatError(f"{what}, where its file speaks of {told:.3g}: it is misread{hint}")
+    claimed_fvu = _claim(coder, ("fvu",))
+    if claimed_fvu is not None and fvu > FACTOR * claimed_fvu + WORSE:
+        raise FileFormatError(f"{what}, where its file speaks of {claimed_fvu:.3g}: it is misread{hint}")
     if fvu >= 1:
         raise FileFormatError(f"{what}: no better than the mean activation, so it is misread{hint}")
     if "ce_increase" in found and found["ce_increase"].value >= found["ce_increase_mean"].value > 0:
@@ -156,10 +160,10 @@ def _judge(coder: Coder, found: Mapping[str, Figure], claimed: float | None, oth
 
 
 @dataclass(eq=False)
-class _Work:
+class _Trial:
     """Activations of a model over some text, at a dictionary's sites and at those it could be mistaken for."""
 
-    coder: Coder
+    coder: SparseCoder
     model: Model
     texts: Any
     tokens: int
@@ -168,7 +172,7 @@ class _Work:
     sink: Sink
 
     def __post_init__(self) -> None:
-        claim = str(_told(self.coder, "prepend_bos")).lower()
+        claim = str(_metadata(self.coder).get("prepend_bos")).lower()
         self.bos = ("none", "auto") if claim == "false" else ("auto", "none")
         self.store = self._store(self.bos[0], (*self._own, *self._near))
         self.sample = self._sample(self.store, self.coder.in_sites, self.coder.out_sites)
@@ -183,7 +187,8 @@ class _Work:
 
     @property
     def _near(self) -> tuple[Site, ...]:
-        """Sites that one which is read and rebuilt could be mistaken for."""
+        """Sites that one which is read and reconstructed could be mistaken for."""
+        # Other sites have widths of their own, and cannot be confused with these.
         if not self._alone or self.coder.in_sites[0].kind not in _STREAM:
             return ()
         site = self.coder.in_sites[0]
@@ -199,9 +204,15 @@ class _Work:
     def _store(self, bos: str, sites: Sequence[Site]) -> ActivationStore:
         try:
             store = harvest(
-                self.model, self.texts, sites=list(sites), out=self.folder / bos, tokens=self.tokens,
-                context=self.context, bos=bos, sink=silent,
-            )  # fmt: skip
+                self.model,
+                self.texts,
+                sites=list(sites),
+                out=self.folder / bos,
+                tokens=self.tokens,
+                context=self.context,
+                bos=bos,
+                sink=silent,
+            )
         except InputError as error:
             raise FileFormatError(f"{self.coder!r} does not fit {self.model.name}: {error}") from error
         widths = dict(zip(store.sites, store.widths, strict=True))
@@ -217,84 +228,91 @@ class _Work:
         known, rows = list(store.sites), store.at(range(store.rows.start, store.rows.stop))
         contexts = tuple(context for _, context in store.contexts())
         groups, unit = groups_of(contexts)
-        read, written = (tuple(rows[known.index(site)] for site in end) for end in (ins, outs))
+        read, written = (tuple(rows[known.index(site)] for site in sites) for sites in (ins, outs))
         return Sample(read, written, groups, unit, contexts)
 
     def figures(self) -> dict[str, Figure]:
         """Of the dictionary as it was read."""
-        found = row_figures(sums_of(OfCoder(self.coder), self.sample))
+        own = CoderReconstructor(self.coder)
+        found = row_figures(totals_of(own, self.sample))
         if len(self.coder.out_sites) > 1:
             return found
-        place = Place(self.coder.in_sites, self.coder.out_sites[0])
         numbers = {document: n for n, document in enumerate(dict.fromkeys(c.document for c in self.sample.contexts))}
         groups = [numbers[context.document] for context in self.sample.contexts]
-        mean = self.sample.outs[0].double().mean(0).float()
-        own = OfCoder(self.coder)
-        return found | losses_of(self.model, place, self.sample.contexts, groups, [own], mean, 1024, self.sink).figures(
-            own.name
+        losses = losses_of(
+            self.model,
+            self.coder.in_sites,
+            self.coder.out_sites[0],
+            self.sample.contexts,
+            groups,
+            [own],
+            self.sample.outputs[0].double().mean(0).float(),
+            _BATCH_TOKENS,
+            self.sink,
         )
+        return found | losses.figures(own.name)
 
     def others(self) -> Iterator[Reading]:
-        """The dictionary taken in other ways."""
-        for words, rebuilder in _other_ways(self.coder, self.sample):
-            yield _reading(words, rebuilder, self.sample)
+        """The dictionary read in other ways."""
+        for words, reconstructor in _other_readings(self.coder, self.sample):
+            yield _reading(words, reconstructor, self.sample)
         for site in self._near:
             if self.store.widths[self.store.sites.index(site)] == _widths(self.coder)[self.coder.in_sites[0]]:
                 there = self._sample(self.store, (site,), (site,))
-                found = _reading(f"activations of {site}", OfCoder(self.coder), there)
+                found = _reading(f"activations of {site}", CoderReconstructor(self.coder), there)
                 yield replace(found, enough=NEARER)
         if self.model.tokenizer is not None:
             bos = self.bos[1]
             other = self._sample(self._store(bos, self._own), self.coder.in_sites, self.coder.out_sites)
             words = "no token" if bos == "none" else "a token"
-            yield _reading(f"{words} at the start of contexts", OfCoder(self.coder), other)
+            yield _reading(f"{words} at the start of contexts", CoderReconstructor(self.coder), other)
 
 
-def _widths(coder: Coder) -> dict[Site, int]:
+def _widths(coder: SparseCoder) -> dict[Site, int]:
     """Numbers at each site, as far as the coder tells."""
     known = cast(Any, coder)
-    ends = ((coder.in_sites, known.in_widths), (coder.out_sites, known.out_widths))
-    return {site: width for sites, widths in ends for site, width in zip(sites, widths, strict=True)}
+    sides = ((coder.in_sites, known.in_widths), (coder.out_sites, known.out_widths))
+    return {site: width for sites, widths in sides for site, width in zip(sites, widths, strict=True)}
 
 
-def _told(coder: Coder, name: str) -> Any:
-    about: Mapping[str, Any] = getattr(coder, "about", {})
-    return about.get(name)
+def _reading(words: str, reconstructor: Reconstructor, sample: Sample) -> Reading:
+    totals = totals_of(reconstructor, sample)
+    return Reading(words, row_figures(totals)["fvu"].value, totals.l0)
 
 
-def _reading(words: str, rebuilder: Rebuilder, sample: Sample) -> Reading:
-    sums = sums_of(rebuilder, sample)
-    return Reading(words, row_figures(sums)["fvu"].value, sums.l0)
-
-
-def _other_ways(coder: Coder, sample: Sample) -> Iterator[tuple[str, Rebuilder]]:
+def _other_readings(coder: SparseCoder, sample: Sample) -> Iterator[tuple[str, Reconstructor]]:
     """Inputs in other units, another activation function, the decoder's bias subtracted from inputs or not."""
+    # Rows that are normalised anyway have no units that could be misread.
     if len(coder.in_sites) == 1 and getattr(coder, "row_norm", "none") == "none":
-        size = float(sample.ins[0].double().norm(dim=1).mean()) / sample.ins[0].shape[1] ** 0.5
+        size = float(sample.inputs[0].double().norm(dim=1).mean()) / sample.inputs[0].shape[1] ** 0.5
         yield f"inputs divided by {size:.4g} (mean norm sqrt(width))", _Scaled(coder, 1 / size)
         yield f"inputs multiplied by {size:.4g}", _Scaled(coder, size)
     if not isinstance(coder, Dictionary):
         return
     if coder.activation in ("topk", "batchtopk", "jumprelu"):
-        yield "ReLU as its activation function", OfCoder(replace(coder, activation="relu", k=None, extras={}))
+        yield (
+            "ReLU as its activation function",
+            CoderReconstructor(replace(coder, activation="relu", k=None, extras={})),
+        )
     claimed = claimed_l0(coder)
     if coder.activation in ("relu", "jumprelu", "batchtopk") and claimed is not None and claimed >= 1:
         k = min(round(claimed), coder.n_latents)
-        yield f"TopK with k = {k}", OfCoder(replace(coder, activation="topk", k=k, extras={}))
+        yield f"TopK with k = {k}", CoderReconstructor(replace(coder, activation="topk", k=k, extras={}))
     if coder.in_sites == coder.out_sites:
         other = replace(coder, apply_b_dec_to_input=not coder.apply_b_dec_to_input)
         words = "b_dec subtracted from inputs" if other.apply_b_dec_to_input else "b_dec not subtracted from inputs"
-        yield words, OfCoder(other)
+        yield words, CoderReconstructor(other)
 
 
 @dataclass(frozen=True, eq=False)
 class _Scaled:
     """A dictionary of activations in other units."""
 
-    coder: Coder
+    coder: SparseCoder
     factor: float
     name: str = "scaled"
 
-    def code(self, ins: Sequence[Tensor]) -> Coded:
-        coded = OfCoder(self.coder).code([rows * self.factor for rows in ins])
-        return Coded([rows / self.factor for rows in coded.outs], coded.active, coded.latents)
+    def reconstruct(self, inputs: Sequence[Tensor]) -> Reconstructed:
+        """As `Reconstructor.reconstruct`."""
+        found = CoderReconstructor(self.coder).reconstruct([rows * self.factor for rows in inputs])
+        return Reconstructed([rows / self.factor for rows in found.outputs], found.active, found.latents)

@@ -1,14 +1,9 @@
-"""Files of dictionaries, one format a file: told apart by what is there, read, and written where that is possible."""
+"""Files of dictionaries, one library a file: recognised by what is there, read, and written where that is possible."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-from vesalius.dictionaries.cross_layer import CrossLayerTranscoder
 from vesalius.dictionaries.formats import (
     circuit_tracer,
-    circuit_tracer_clt,
     crosscoder_learning,
     dictionary_learning,
     gemma_scope,
@@ -18,13 +13,7 @@ from vesalius.dictionaries.formats import (
     saelens_write,
     sparsify,
 )
-from vesalius.dictionaries.formats.base import Format, Found, Order
-
-
-def _write_circuit_tracer(given: Any, folder: Path) -> None:
-    """A cross-layer transcoder, or one layer's transcoder."""
-    (circuit_tracer_clt.write if isinstance(given, CrossLayerTranscoder) else circuit_tracer.write)(given, folder)
-
+from vesalius.dictionaries.formats.base import Format, Found, Options
 
 FORMATS = (
     Format("saelens", "cfg.json and sae_weights.safetensors", saelens.claims, saelens.read, saelens_write.write),
@@ -35,8 +24,8 @@ FORMATS = (
     Format("gemma_scope_2", "params.safetensors", gemma_scope_2.claims, gemma_scope_2.read, gemma_scope_2.write),
     Format("gemma_scope_2", "*layer_<n>.safetensors of a cross-layer transcoder", gemma_scope_2.claims_cross_layer,
            gemma_scope_2.read_cross_layer),
-    Format("circuit_tracer", "W_enc_<n>.safetensors and W_dec_<n>.safetensors", circuit_tracer_clt.claims,
-           circuit_tracer_clt.read, _write_circuit_tracer),
+    Format("circuit_tracer", "W_enc_<n>.safetensors and W_dec_<n>.safetensors", circuit_tracer.claims_cross_layer,
+           circuit_tracer.read_cross_layer, circuit_tracer.write),
     Format("circuit_tracer", "layer_<n>.safetensors", circuit_tracer.claims, circuit_tracer.read),
     Format("openai", "a .pt file", openai.claims, openai.read),
 )  # fmt: skip
@@ -44,4 +33,4 @@ FORMATS = (
 WRITERS = {known.name: known.write for known in FORMATS if known.write is not None}
 READ_ONLY = tuple(sorted({known.name for known in FORMATS} - set(WRITERS)))
 
-__all__ = ["FORMATS", "READ_ONLY", "WRITERS", "Format", "Found", "Order"]
+__all__ = ["FORMATS", "READ_ONLY", "WRITERS", "Format", "Found", "Options"]

@@ -1,4 +1,4 @@
-"""What a file format is here, and what a reader is told."""
+"""What a file format is here, and what its reader is given."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 
-from vesalius.dictionaries.coder import Coder
+from vesalius.dictionaries.coder import SparseCoder
 from vesalius.dictionaries.dictionary import Dictionary
-from vesalius.dictionaries.formats.opened import AGAIN, read_json, read_npz, read_pickle, read_safetensors
-from vesalius.dictionaries.formats.weights import Weights
+from vesalius.dictionaries.formats.reading import AGAIN, Weights, read_json, read_npz, read_pickle, read_safetensors
 from vesalius.errors import FileFormatError, InputError, NotFiniteError
 from vesalius.site import Site
 
 
 @dataclass(frozen=True)
-class Order:
-    """What the user asked for."""
+class Options:
+    """Arguments of `load` that a reader needs."""
 
     layer: int | None = None
     """Of files that hold several layers."""
@@ -30,10 +29,10 @@ class Order:
 
 @dataclass(frozen=True)
 class Found:
-    """A file or folder that was given, and the order it is read under."""
+    """A file or folder that was given, and the options it is read with."""
 
     path: Path
-    order: Order = field(default_factory=Order)
+    options: Options = field(default_factory=Options)
 
     @property
     def folder(self) -> Path:
@@ -60,24 +59,25 @@ class Found:
     def weights(self, name: str) -> Weights:
         """A safetensors file of the folder."""
         path = self.folder / name
-        return Weights(path, read_safetensors(path), self.order.dtype)
+        return Weights(path, read_safetensors(path), self.options.dtype)
 
     def arrays(self, name: str) -> Weights:
         """An .npz file of the folder."""
         path = self.folder / name
-        return Weights(path, read_npz(path), self.order.dtype)
+        return Weights(path, read_npz(path), self.options.dtype)
 
     def pickled(self, name: str) -> dict[str, Any]:
         """The state dict in a pickle of the folder."""
-        return read_pickle(self.folder / name, self.order.unpickle)
+        return read_pickle(self.folder / name, self.options.unpickle)
 
 
-def made(path: Path, activation: str, **fields: Any) -> Dictionary:
+def built(path: Path, activation: str, **fields: Any) -> Dictionary:
     """A Dictionary from the tensors of a file.
 
     Raises FileFormatError naming the file, where they don't fit each other or hold NaN or infinity.
     """
     try:
+        # The checks of a Dictionary speak of tensors; here the user needs to know which file they are in.
         return Dictionary(activation, **fields)
     except NotFiniteError as error:
         raise FileFormatError(f"{path}: {error}. {AGAIN}") from error
@@ -85,21 +85,21 @@ def made(path: Path, activation: str, **fields: Any) -> Dictionary:
         raise FileFormatError(f"{path}: {error}") from error
 
 
-def told_sites(path: Path, told: Mapping[str, Any]) -> tuple[Site, Site]:
+def own_sites(path: Path, written: Mapping[str, Any]) -> tuple[Site, Site]:
     """Sites that this package wrote into another library's config. Raises FileFormatError for what names none."""
     try:
-        return Site.parse(str(told.get("in_site"))), Site.parse(str(told.get("out_site")))
+        return Site.parse(str(written.get("in_site"))), Site.parse(str(written.get("out_site")))
     except InputError as error:
         raise FileFormatError(f"{path}, under `vesalius`: {error}") from error
 
 
-Read = Callable[[Found], Coder]
+Read = Callable[[Found], SparseCoder]
 Write = Callable[[Any, Path], None]
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format: how it is told from others by what is there, how it is read, and how it is written."""
+    """One format: how it is recognised by what is there, how it is read, and how it is written."""
 
     name: str
     holds: str

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from vesalius.dictionaries.dictionary import Dictionary
-from vesalius.dictionaries.formats.base import Found, made
-from vesalius.dictionaries.formats.opened import shapes
-from vesalius.dictionaries.formats.weights import Weights
-from vesalius.dictionaries.places import unknown_place
+from vesalius.dictionaries.formats.base import Found, built
+from vesalius.dictionaries.formats.reading import Weights, shapes
+from vesalius.dictionaries.unknown_sites import unknown_site
 from vesalius.errors import FileFormatError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -41,22 +40,28 @@ def read(found: Found) -> Dictionary:
     sites, d, n = encoder.shape
     decoder = weights.take("decoder.weight", "site", n, d)
     b_dec = weights.take("decoder.bias", decoder.shape[0], d)
-    places = _places(config, sites, len(decoder))
+    reads, writes = _site_numbers(config, sites, len(decoder))
     extras = _threshold(weights, decoder, config)
-    encoder, b_enc, decoder, b_dec = _unnormalised(weights, places[0], encoder, decoder, b_dec)
-    return made(
-        weights.path, "batchtopk" if extras else "relu",
-        in_sites=tuple(unknown_place(str(place)) for place in places[0]),
-        out_sites=tuple(unknown_place(str(place)) for place in places[1]), encoders=tuple(encoder),
-        decoders=tuple(decoder), b_enc=b_enc, b_dec=tuple(b_dec), extras=extras,
-        about={"format": "crosscoder_learning", "config": config, **_trained_with(weights)},
-    )  # fmt: skip
+    encoder, b_enc, decoder, b_dec = _on_plain_activations(weights, reads, encoder, decoder, b_dec)
+    return built(
+        weights.path,
+        "batchtopk" if extras else "relu",
+        in_sites=tuple(unknown_site(str(number)) for number in reads),
+        out_sites=tuple(unknown_site(str(number)) for number in writes),
+        encoders=tuple(encoder),
+        decoders=tuple(decoder),
+        b_enc=b_enc,
+        b_dec=tuple(b_dec),
+        extras=extras,
+        metadata={"format": "crosscoder_learning", "config": config, **_trained_with(weights)},
+    )
 
 
-def _places(config: Mapping[str, Any], sites: int, ends: int) -> tuple[list[int], list[int]]:
-    """Numbers of the stacked sites that are read, and of those that are rebuilt."""
+def _site_numbers(config: Mapping[str, Any], n_in: int, n_out: int) -> tuple[list[int], list[int]]:
+    """Numbers of the stacked sites that are read, and of those that are reconstructed."""
     chosen = config.get("encoder_layers")
-    return list(chosen) if isinstance(chosen, list) and len(chosen) == sites else list(range(sites)), list(range(ends))
+    reads = list(chosen) if isinstance(chosen, list) and len(chosen) == n_in else list(range(n_in))
+    return reads, list(range(n_out))
 
 
 def _threshold(weights: Weights, decoder: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -67,10 +72,14 @@ def _threshold(weights: Weights, decoder: Tensor, config: Mapping[str, Any]) -> 
     each = decoder.norm(dim=2)  # [site, latent]
     summed, together = each.sum(0), decoder.norm(dim=(0, 2))
     alphas = [
-        float(config.get(f"code_normalization_alpha_{end}") or default) for end, default in (("sae", 1), ("cc", 0.1))
+        float(config.get(f"code_normalization_alpha_{name}") or default) for name, default in (("sae", 1), ("cc", 0.1))
     ]
-    known = {"CROSSCODER": summed, "SAE": together, "NONE": torch.ones_like(summed),
-             "MIXED": alphas[0] * together + alphas[1] * summed}  # fmt: skip
+    known = {
+        "CROSSCODER": summed,
+        "SAE": together,
+        "NONE": torch.ones_like(summed),
+        "MIXED": alphas[0] * together + alphas[1] * summed,
+    }
     if name not in known:
         raise FileFormatError(
             f"{weights.path}: code normalisation {name} is not read here; what is: {', '.join(known)}"
@@ -84,7 +93,7 @@ def _trained_with(weights: Weights) -> dict[str, Any]:
     return {} if scale is None else {"trained_with": {"out_scale": scale.tolist()}}
 
 
-def _unnormalised(
+def _on_plain_activations(
     weights: Weights, reads: list[int], encoder: Tensor, decoder: Tensor, b_dec: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """encoder, b_enc, decoder and b_dec that take and give activations as they are."""

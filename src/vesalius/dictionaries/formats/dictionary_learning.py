@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from vesalius.dictionaries.dictionary import Dictionary
-from vesalius.dictionaries.formats.base import Found, made
+from vesalius.dictionaries.formats.base import Found, built
 from vesalius.dictionaries.formats.folding import latents_times
 from vesalius.dictionaries.formats.names import from_module
-from vesalius.dictionaries.formats.weights import Weights
-from vesalius.dictionaries.places import unknown_place
+from vesalius.dictionaries.formats.reading import Weights
+from vesalius.dictionaries.unknown_sites import unknown_site
 from vesalius.errors import FileFormatError
 from vesalius.site import Site
 
@@ -42,10 +42,11 @@ def read(found: Found) -> Dictionary:
         raise FileFormatError(f"{found.folder / CONFIG} has no `trainer` that says which class the dictionary is of")
     name = str(config.get("dict_class"))
     if name not in CLASSES:
-        raise FileFormatError(f"{found.folder / CONFIG}: dict_class={name!r} is not read here; what is: "
-                              f"{', '.join(sorted(CLASSES))}")  # fmt: skip
+        raise FileFormatError(
+            f"{found.folder / CONFIG}: dict_class={name!r} is not read here; what is: {', '.join(sorted(CLASSES))}"
+        )
     weights = _weights(found)
-    return _made(weights.path, CLASSES[name](weights), config, name)
+    return _dictionary(weights.path, CLASSES[name](weights), config, name)
 
 
 def _weights(found: Found) -> Weights:
@@ -56,19 +57,32 @@ def _weights(found: Found) -> Weights:
     others = [key for key, value in stored.items() if not isinstance(value, Tensor)]
     if others:
         raise FileFormatError(f"{path} holds {', '.join(map(str, others))}, which are no tensors")
-    return Weights(path, stored, found.order.dtype)
+    return Weights(path, stored, found.options.dtype)
 
 
-def _made(path: Path, fields: Mapping[str, Any], config: Mapping[str, Any], name: str) -> Dictionary:
+def _dictionary(path: Path, fields: Mapping[str, Any], config: Mapping[str, Any], name: str) -> Dictionary:
     site = _site(config)
     encoder, decoder, b_dec = fields["encoder"], fields["decoder"], fields["b_dec"]
-    dictionary = made(
-        path, fields["activation"], in_sites=(site,), out_sites=(site,), encoders=(encoder.contiguous(),),
-        decoders=(decoder.contiguous(),), b_enc=fields["b_enc"], b_dec=(b_dec,), extras=fields.get("extras", {}),
-        k=fields.get("k"), groups=fields.get("groups", ()), apply_b_dec_to_input=fields.get("subtract", True),
-        about={"format": "dictionary_learning", "dict_class": name, "trainer": dict(config),
-               **({"model_name": config["lm_name"]} if config.get("lm_name") else {})},
-    )  # fmt: skip
+    dictionary = built(
+        path,
+        fields["activation"],
+        in_sites=(site,),
+        out_sites=(site,),
+        encoders=(encoder.contiguous(),),
+        decoders=(decoder.contiguous(),),
+        b_enc=fields["b_enc"],
+        b_dec=(b_dec,),
+        extras=fields.get("extras", {}),
+        k=fields.get("k"),
+        groups=fields.get("groups", ()),
+        apply_b_dec_to_input=fields.get("subtract", True),
+        metadata={
+            "format": "dictionary_learning",
+            "dict_class": name,
+            "trainer": dict(config),
+            **({"model_name": config["lm_name"]} if config.get("lm_name") else {}),
+        },
+    )
     norms = decoder.norm(dim=1)
     # As its loader does, and only where it does: other classes keep the decoder's norms.
     if name == "AutoEncoder" and not torch.allclose(norms, torch.ones_like(norms)):
@@ -79,7 +93,7 @@ def _made(path: Path, fields: Mapping[str, Any], config: Mapping[str, Any], name
 def _site(config: Mapping[str, Any]) -> Site:
     layer, name = config.get("layer"), config.get("submodule_name")
     if not isinstance(name, str):
-        return Site("resid_post", layer=layer) if isinstance(layer, int) else unknown_place(None)
+        return Site("resid_post", layer=layer) if isinstance(layer, int) else unknown_site(None)
     if isinstance(layer, int):
         for word, kind in _LAYER_KINDS.items():
             if name.startswith(word):
@@ -97,8 +111,12 @@ def _linear(weights: Weights, bias: str) -> dict[str, Any]:
 def _matrices(weights: Weights) -> dict[str, Any]:
     encoder = weights.take("W_enc", "d", "latent")
     d, n = encoder.shape
-    return {"encoder": encoder, "decoder": weights.take("W_dec", n, d), "b_enc": weights.take("b_enc", n),
-            "b_dec": weights.take("b_dec", d)}  # fmt: skip
+    return {
+        "encoder": encoder,
+        "decoder": weights.take("W_dec", n, d),
+        "b_enc": weights.take("b_enc", n),
+        "b_dec": weights.take("b_dec", d),
+    }
 
 
 def _auto_encoder(weights: Weights) -> dict[str, Any]:
@@ -145,8 +163,12 @@ def _jump_relu(weights: Weights) -> dict[str, Any]:
 def _matryoshka(weights: Weights) -> dict[str, Any]:
     sizes = weights.take("group_sizes", "group").tolist()
     groups = tuple(sum(sizes[: number + 1]) for number in range(len(sizes)))
-    return {**_matrices(weights), "activation": "batchtopk", "extras": {"threshold": weights.take("threshold")},
-            "groups": groups}  # fmt: skip
+    return {
+        **_matrices(weights),
+        "activation": "batchtopk",
+        "extras": {"threshold": weights.take("threshold")},
+        "groups": groups,
+    }
 
 
 CLASSES: dict[str, Callable[[Weights], dict[str, Any]]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from vesalius.dictionaries.dictionary import Dictionary
@@ -31,6 +32,7 @@ def with_input_bias(given: Dictionary) -> Dictionary:
 
 def _moved(given: Dictionary, sign: int) -> tuple[Tensor, dict[str, Tensor]]:
     pairs = zip(given.b_dec, given.encoders, strict=True)
+    # (x - b_dec) W = x W - b_dec W, so that the bias can be taken on either side.
     shift = torch.stack([sign * (bias @ encoder) for bias, encoder in pairs]).sum(0)
     extras = dict(given.extras)
     if given.activation == "gated":  # its magnitude shares the product of input and encoder, but not b_enc
@@ -46,9 +48,12 @@ def latents_times(given: Dictionary, factor: Tensor) -> Dictionary:
     else:
         extras = {name: tensor * safe for name, tensor in given.extras.items()}
     return replace(
-        given, encoders=tuple(encoder * safe for encoder in given.encoders), b_enc=given.b_enc * safe, extras=extras,
+        given,
+        encoders=tuple(encoder * safe for encoder in given.encoders),
+        b_enc=given.b_enc * safe,
+        extras=extras,
         decoders=tuple(decoder / safe[:, None] for decoder in given.decoders),
-    )  # fmt: skip
+    )
 
 
 def without_scales(given: Dictionary) -> Dictionary:
@@ -68,8 +73,11 @@ def one_site(given: Dictionary, name: str) -> Dictionary:
 
 def refuse(given: Dictionary, name: str, **cannot: object) -> None:
     """Raises InputError naming every property (attribute=value that must hold) that the format cannot express."""
-    broken = [f"{attribute}={getattr(given, attribute)!r}" for attribute, value in cannot.items()
-              if getattr(given, attribute) != value]  # fmt: skip
+    broken = [
+        f"{attribute}={getattr(given, attribute)!r}"
+        for attribute, value in cannot.items()
+        if getattr(given, attribute) != value
+    ]
     if broken:
         raise InputError(f"{name} cannot express {', '.join(broken)}; save it in another format")
 
@@ -83,8 +91,8 @@ def needs_activation(given: Dictionary, name: str, known: tuple[str, ...]) -> No
         )
 
 
-def thresholds(given: Dictionary) -> Tensor:
-    """[latent] threshold of every latent: zero for relu, the one number of batchtopk for all."""
+def thresholds(given: Dictionary) -> Float[Tensor, " latent"]:
+    """Threshold of every latent: zero for relu, the one number of batchtopk for all."""
     if given.activation == "relu":
         return given.b_enc.new_zeros(given.n_latents)
     return given.extras["threshold"].expand(given.n_latents).contiguous()

@@ -1,7 +1,7 @@
 """Gemma Scope (Lieberum et al. 2024): params.npz with a JumpReLU dictionary or transcoder of one site.
 
 W_enc [d_in, latent], W_dec [latent, d_out], b_enc, b_dec, threshold [latent]. b_dec is not subtracted from inputs.
-Where a dictionary stands in the model is told by its folder's path only.
+Only the path of its folder says which site a dictionary is of.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vesalius.dictionaries.dictionary import Dictionary
-from vesalius.dictionaries.formats.base import Found, made
+from vesalius.dictionaries.formats.base import Found, built
 from vesalius.dictionaries.formats.folding import (
     needs_activation,
     one_site,
@@ -23,9 +23,9 @@ from vesalius.dictionaries.formats.folding import (
     without_scales,
 )
 from vesalius.dictionaries.formats.names import from_hook
-from vesalius.dictionaries.formats.weights import Weights
+from vesalius.dictionaries.formats.reading import Weights
 from vesalius.dictionaries.formats.writing import npz_bytes, write_new
-from vesalius.dictionaries.places import unknown_place
+from vesalius.dictionaries.unknown_sites import unknown_site
 from vesalius.site import Site
 
 ARRAYS = "params.npz"
@@ -43,6 +43,7 @@ def claims(found: Found) -> bool:
 def read(found: Found) -> Dictionary:
     """A Dictionary from params.npz."""
     weights = found.arrays(found.given or ARRAYS)
+    # Some files name them in lower case.
     upper = {"W_" + name[2:] if name.startswith("w_") else name: tensor for name, tensor in weights.tensors.items()}
     weights = Weights(weights.path, upper, weights.dtype)
     encoder = weights.take("W_enc", "d_in", "latent")
@@ -55,15 +56,23 @@ def read(found: Found) -> Dictionary:
     sites = _sites(found.path.resolve())
     # Dictionaries of the embedding were trained on it before Gemma multiplies it with sqrt(d_model).
     scale = d_in**-0.5 if sites[0] == Site("embed") else 1.0
-    return made(
-        weights.path, "jumprelu", in_sites=(sites[0],), out_sites=(sites[1],), encoders=(encoder,), decoders=(decoder,),
-        b_enc=weights.take("b_enc", n), b_dec=(weights.take("b_dec", decoder.shape[1]),),
-        extras={"threshold": weights.take("threshold", n)}, in_scale=(scale,), out_scale=(scale,),
-        about={"format": "gemma_scope", "prepend_bos": True, **folder_told(found.path.resolve())},
-    )  # fmt: skip
+    return built(
+        weights.path,
+        "jumprelu",
+        in_sites=(sites[0],),
+        out_sites=(sites[1],),
+        encoders=(encoder,),
+        decoders=(decoder,),
+        b_enc=weights.take("b_enc", n),
+        b_dec=(weights.take("b_dec", decoder.shape[1]),),
+        extras={"threshold": weights.take("threshold", n)},
+        in_scale=(scale,),
+        out_scale=(scale,),
+        metadata={"format": "gemma_scope", "prepend_bos": True, **path_metadata(found.path.resolve())},
+    )
 
 
-def folder_told(path: Path) -> dict[str, Any]:
+def path_metadata(path: Path) -> dict[str, Any]:
     """The last folders of the path, which say layer, width and sparsity."""
     folder = path if path.is_dir() else path.parent
     return {"folder": "/".join(folder.parts[-3:])}
@@ -75,7 +84,7 @@ def _sites(path: Path) -> tuple[Site, Site]:
     if repository and "/embedding" in path.as_posix():
         return Site("embed"), Site("embed")
     if not repository or not layer:
-        return unknown_place(None), unknown_place(None)
+        return unknown_site(None), unknown_site(None)
     if repository[1] == "transcoders":
         return from_hook(f"blocks.{layer[1]}.ln2.hook_normalized"), from_hook(f"blocks.{layer[1]}.hook_mlp_out")
     site = from_hook(f"blocks.{layer[1]}.{_HOOKS[repository[1]]}")
@@ -94,6 +103,11 @@ def write(given: Any, folder: Path) -> None:
     """params.npz. Raises InputError for topk and gated, for several sites, and for a skip."""
     dictionary = writable(given, "Gemma Scope 1")
     refuse(dictionary, "Gemma Scope 1", skip=None)
-    tensors = {"W_enc": dictionary.W_enc, "W_dec": dictionary.W_dec, "b_enc": dictionary.b_enc,
-               "b_dec": dictionary.b_dec[0], "threshold": thresholds(dictionary)}  # fmt: skip
+    tensors = {
+        "W_enc": dictionary.W_enc,
+        "W_dec": dictionary.W_dec,
+        "b_enc": dictionary.b_enc,
+        "b_dec": dictionary.b_dec[0],
+        "threshold": thresholds(dictionary),
+    }
     write_new(folder / ARRAYS, npz_bytes(tensors))

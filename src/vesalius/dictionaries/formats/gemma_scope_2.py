@@ -16,16 +16,14 @@ from torch import Tensor
 
 from vesalius.dictionaries.cross_layer import CrossLayerTranscoder
 from vesalius.dictionaries.dictionary import Dictionary
-from vesalius.dictionaries.formats.base import Found, made, told_sites
+from vesalius.dictionaries.formats.base import Found, built, own_sites
 from vesalius.dictionaries.formats.folding import refuse, thresholds
-from vesalius.dictionaries.formats.gemma_scope import folder_told, writable
-from vesalius.dictionaries.formats.names import ends, from_module_end
-from vesalius.dictionaries.formats.opened import partly, shapes
-from vesalius.dictionaries.formats.weights import Weights
+from vesalius.dictionaries.formats.gemma_scope import path_metadata, writable
+from vesalius.dictionaries.formats.names import from_module_end, two_sites
+from vesalius.dictionaries.formats.reading import Weights, partly, shapes
 from vesalius.dictionaries.formats.writing import write_new, write_safetensors
-from vesalius.dictionaries.places import unknown_place
-from vesalius.dictionaries.stored import Stored
-from vesalius.dictionaries.stored_layer import StoredLayer
+from vesalius.dictionaries.stored_layer import StoredLayer, StoredTensor
+from vesalius.dictionaries.unknown_sites import unknown_site
 from vesalius.errors import FileFormatError
 from vesalius.site import Site
 
@@ -52,13 +50,22 @@ def read(found: Found) -> Dictionary:
     d_in, n = encoder.shape
     decoder = weights.take("w_dec", n, "d_out")
     skip = weights.maybe("affine_skip_connection", d_in, decoder.shape[1])
+    # A tensor that is not understood means that something would be left out of what it computes.
     weights.refuse_others(NAME, _TENSORS)
     sites = _sites(config, found.folder.resolve(), skip is not None or d_in != decoder.shape[1])
-    return made(
-        weights.path, "jumprelu", in_sites=(sites[0],), out_sites=(sites[1],), encoders=(encoder,), decoders=(decoder,),
-        b_enc=weights.take("b_enc", n), b_dec=(weights.take("b_dec", decoder.shape[1]),), skip=skip,
-        extras={"threshold": weights.take("threshold", n)}, about=_about(config, found),
-    )  # fmt: skip
+    return built(
+        weights.path,
+        "jumprelu",
+        in_sites=(sites[0],),
+        out_sites=(sites[1],),
+        encoders=(encoder,),
+        decoders=(decoder,),
+        b_enc=weights.take("b_enc", n),
+        b_dec=(weights.take("b_dec", decoder.shape[1]),),
+        skip=skip,
+        extras={"threshold": weights.take("threshold", n)},
+        metadata=_metadata(config, found),
+    )
 
 
 def _checked(found: Found) -> dict[str, Any]:
@@ -70,16 +77,16 @@ def _checked(found: Found) -> dict[str, Any]:
     return config
 
 
-def _about(config: dict[str, Any], found: Found) -> dict[str, Any]:
+def _metadata(config: dict[str, Any], found: Found) -> dict[str, Any]:
     model = {"model_name": config["model_name"]} if config.get("model_name") else {}
-    return {"format": "gemma_scope_2", **model, "config": config, **folder_told(found.folder.resolve())}
+    return {"format": "gemma_scope_2", **model, "config": config, **path_metadata(found.folder.resolve())}
 
 
 def _sites(config: dict[str, Any], path: Path, transcodes: bool) -> tuple[Site, Site]:
     """From config.json, or from a path like transcoder/layer_12_width_16k_l0_small_affine."""
     read_at = config.get("hf_hook_point_in")
     if isinstance(config.get("vesalius"), dict):
-        return told_sites(path / CONFIG, config["vesalius"])
+        return own_sites(path / CONFIG, config["vesalius"])
     if read_at:
         site = from_module_end(str(read_at), "gemma-3")
         written = config.get("hf_hook_point_out")
@@ -90,7 +97,7 @@ def _sites(config: dict[str, Any], path: Path, transcodes: bool) -> tuple[Site, 
         return (Site(kinds[0], layer=int(layer[1])),) * 2
     if layer and "/transcoder" in folder:
         return Site("mlp_in", layer=int(layer[1])), Site("mlp_out", layer=int(layer[1]))
-    return ends(unknown_place(None), unknown_place(None)) if transcodes else (unknown_place(None),) * 2
+    return two_sites(unknown_site(None), unknown_site(None)) if transcodes else (unknown_site(None),) * 2
 
 
 def write(given: Any, folder: Path) -> None:
@@ -99,24 +106,33 @@ def write(given: Any, folder: Path) -> None:
     if dictionary.in_sites == dictionary.out_sites:
         refuse(dictionary, f"{NAME}, where only transcoders have a skip,", skip=None)
     tensors: dict[str, Tensor] = {
-        "w_enc": dictionary.W_enc, "w_dec": dictionary.W_dec, "b_enc": dictionary.b_enc, "b_dec": dictionary.b_dec[0],
+        "w_enc": dictionary.W_enc,
+        "w_dec": dictionary.W_dec,
+        "b_enc": dictionary.b_enc,
+        "b_dec": dictionary.b_dec[0],
         "threshold": thresholds(dictionary),
-    }  # fmt: skip
+    }
     skip = {} if dictionary.skip is None else {"affine_skip_connection": dictionary.skip}
     write_safetensors(folder / WEIGHTS, tensors | skip)
     config = {
-        "architecture": "jump_relu", "affine_connection": dictionary.skip is not None, "width": dictionary.n_latents,
-        "model_name": dictionary.about.get("model_name"), **_hook_points(dictionary),
+        "architecture": "jump_relu",
+        "affine_connection": dictionary.skip is not None,
+        "width": dictionary.n_latents,
+        "model_name": dictionary.metadata.get("model_name"),
+        **_hook_points(dictionary),
         "vesalius": {"in_site": str(dictionary.in_sites[0]), "out_site": str(dictionary.out_sites[0])},
-    }  # fmt: skip
+    }
     write_new(folder / CONFIG, json.dumps(config, indent=1) + "\n")
 
 
 def _hook_points(given: Dictionary) -> dict[str, str]:
     """Where it reads and writes, in the words of Gemma's modules, as far as there are such words."""
     ends = {"hf_hook_point_in": given.in_sites[0], "hf_hook_point_out": given.out_sites[0]}
-    return {name: f"model.layers.{site.layer}.{_MODULES[site.kind]}"
-            for name, site in ends.items() if site.kind in _MODULES and site.index is None}  # fmt: skip
+    return {
+        name: f"model.layers.{site.layer}.{_MODULES[site.kind]}"
+        for name, site in ends.items()
+        if site.kind in _MODULES and site.index is None
+    }
 
 
 def layer_files(folder: Path) -> dict[int, Path]:
@@ -140,11 +156,11 @@ def read_cross_layer(found: Found) -> CrossLayerTranscoder:
         )
     outs = tuple(Site("mlp_out", layer=number) for number in range(len(files)))
     layers, biases = zip(*(_layer(found, files[number], number, outs) for number in sorted(files)), strict=True)
-    return CrossLayerTranscoder(layers, biases, _about(config, found))
+    return CrossLayerTranscoder(layers, biases, _metadata(config, found))
 
 
 def _layer(found: Found, path: Path, number: int, outs: tuple[Site, ...]) -> tuple[StoredLayer, Tensor]:
-    weights = Weights(path, partly(path, {"w_enc", "w_dec"}), found.order.dtype)
+    weights = Weights(path, partly(path, {"w_enc", "w_dec"}), found.options.dtype)
     sizes = shapes(path)
     n, d_out = weights.take("b_enc", "latent").shape[0], weights.take("b_dec", "d_out").shape[0]
     if sizes.get("w_dec") != (n, len(outs), d_out) or sizes.get("w_enc", (0,))[1:] != (n,):
@@ -154,9 +170,16 @@ def _layer(found: Found, path: Path, number: int, outs: tuple[Site, ...]) -> tup
         )
     d_in = sizes["w_enc"][0]
     layer = StoredLayer(
-        "jumprelu", in_sites=(Site("mlp_in", layer=number),), out_sites=outs[number:], in_widths=(d_in,),
-        out_widths=(d_out,) * (len(outs) - number), encoder=Stored(path.absolute(), "w_enc", latent_first=False),
-        decoder=Stored(path.absolute(), "w_dec"), b_enc=weights.take("b_enc", n), first=number,
-        extras={"threshold": weights.take("threshold", n)}, skip=weights.maybe("affine_skip_connection", d_in, d_out),
-    )  # fmt: skip
+        "jumprelu",
+        in_sites=(Site("mlp_in", layer=number),),
+        out_sites=outs[number:],
+        in_widths=(d_in,),
+        out_widths=(d_out,) * (len(outs) - number),
+        encoder=StoredTensor(path.absolute(), "w_enc", latent_first=False),
+        decoder=StoredTensor(path.absolute(), "w_dec"),
+        b_enc=weights.take("b_enc", n),
+        first=number,
+        extras={"threshold": weights.take("threshold", n)},
+        skip=weights.maybe("affine_skip_connection", d_in, d_out),
+    )
     return layer, weights.take("b_dec", d_out)

@@ -1,4 +1,4 @@
-"""From other libraries' names for places in a network to Sites, and back.
+"""From other libraries' names for tensors of a network to Sites, and back.
 
 A name that stands for no Site is kept as one that no model has (`module:?<name>|out`): the dictionary computes on plain
 tensors, and says which name it was when a site is needed.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from vesalius.dictionaries.places import name_of, unknown_place
+from vesalius.dictionaries.unknown_sites import name_of, unknown_site
 from vesalius.site import Site
 
 # TransformerLens: what stands after `blocks.<layer>.`. Its hook_mlp_in is the stream before the norm;
@@ -52,7 +52,7 @@ def from_hook(name: str | None, head: int | None = None, model: str = "") -> Sit
         return Site(LAYER_HOOKS[block[2]], layer=int(block[1]), index=head)
     if name in OUTER_HOOKS:
         return Site(OUTER_HOOKS[str(name)], index=head)
-    return unknown_place(name)
+    return unknown_site(name)
 
 
 def from_module(name: str, model: str = "", side: str = "out") -> Site:
@@ -65,12 +65,13 @@ def from_module(name: str, model: str = "", side: str = "out") -> Site:
             return Site(kind, layer=int(layer[1]))
     if name in ("embed_tokens", "wte", "embed_in") and side == "out" and not post_normed(model):
         return Site("embed")
-    return Site("module", module=name, side=side) if "." in name else unknown_place(name)
+    # A path without a dot is more likely a nickname than a module.
+    return Site("module", module=name, side=side) if "." in name else unknown_site(name)
 
 
-def ends(read: Site, written: Site) -> tuple[Site, Site]:
-    """Both ends of a transcoder, which are never the same place, whatever its file calls them."""
-    return read, unknown_place(f"{name_of(read)} (output)".strip()) if written == read else written
+def two_sites(read: Site, written: Site) -> tuple[Site, Site]:
+    """Both sites of a transcoder, which are never the same, whatever its file calls them."""
+    return read, unknown_site(f"{name_of(read)} (output)".strip()) if written == read else written
 
 
 def from_module_end(name: str, model: str = "") -> Site:

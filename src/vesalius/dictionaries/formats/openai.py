@@ -1,7 +1,7 @@
 """OpenAI's sparse autoencoders of GPT-2 small (Gao et al. 2024): one pickled state dict a file.
 
 pre_bias, latent_bias, encoder.weight [latent, d], decoder.weight [d, latent], activation and its state. Those with
-activation TopK normalise each row. The place in the network is in the file's path.
+activation TopK normalise each row. The path of the file says which site it is of.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from vesalius.dictionaries.dictionary import Dictionary
-from vesalius.dictionaries.formats.base import Found, made
-from vesalius.dictionaries.formats.weights import Weights
-from vesalius.dictionaries.places import unknown_place
+from vesalius.dictionaries.formats.base import Found, built
+from vesalius.dictionaries.formats.reading import Weights
+from vesalius.dictionaries.unknown_sites import unknown_site
 from vesalius.errors import FileFormatError
 from vesalius.site import Site
 
@@ -39,17 +39,25 @@ def read(found: Found) -> Dictionary:
     """
     stored = found.pickled(found.given)
     name = str(stored.get("activation", "ReLU"))
-    weights = Weights(found.path, {key: t for key, t in stored.items() if isinstance(t, Tensor)}, found.order.dtype)
+    weights = Weights(found.path, {key: t for key, t in stored.items() if isinstance(t, Tensor)}, found.options.dtype)
     encoder = weights.take("encoder.weight", "latent", "d")
     n, d = encoder.shape
     k = _k(found.path, name, stored.get("activation_state_dict", {}))
     site = _site(found.path)
-    return made(
-        weights.path, "topk" if k else "relu", in_sites=(site,), out_sites=(site,), encoders=(encoder.T.contiguous(),),
-        decoders=(weights.take("decoder.weight", d, n).T.contiguous(),), b_enc=weights.take("latent_bias", n),
-        b_dec=(weights.take("pre_bias", d),), k=k, apply_b_dec_to_input=True, row_norm="layer_norm" if k else "none",
-        about={"format": "openai", "activation": name, "model_name": "gpt2"},
-    )  # fmt: skip
+    return built(
+        weights.path,
+        "topk" if k else "relu",
+        in_sites=(site,),
+        out_sites=(site,),
+        encoders=(encoder.T.contiguous(),),
+        decoders=(weights.take("decoder.weight", d, n).T.contiguous(),),
+        b_enc=weights.take("latent_bias", n),
+        b_dec=(weights.take("pre_bias", d),),
+        k=k,
+        apply_b_dec_to_input=True,
+        row_norm="layer_norm" if k else "none",
+        metadata={"format": "openai", "activation": name, "model_name": "gpt2"},
+    )
 
 
 def _k(path: Path, name: str, state: Mapping[str, Any]) -> int | None:
@@ -70,4 +78,4 @@ def _site(path: Path) -> Site:
         for location, kind in _LOCATIONS.items():
             if re.fullmatch(rf"{location}(_v\d+\w*)?", part) and path.stem.isdigit():
                 return Site(kind, layer=int(path.stem))
-    return unknown_place(None)
+    return unknown_site(None)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from vesalius.dictionaries.dictionary import Dictionary
-from vesalius.dictionaries.formats.base import Found, made
+from vesalius.dictionaries.formats.base import Found, built
 from vesalius.dictionaries.formats.folding import latents_times
-from vesalius.dictionaries.formats.names import ends, from_hook, from_module, from_module_end
+from vesalius.dictionaries.formats.names import from_hook, from_module, from_module_end, two_sites
+from vesalius.dictionaries.formats.reading import Weights
 from vesalius.dictionaries.formats.saelens_config import SaelensConfig, read_config, scale_needed
-from vesalius.dictionaries.formats.weights import Weights
 from vesalius.errors import FileFormatError
 from vesalius.site import Site
 
@@ -32,8 +32,8 @@ _OWN = {
     "relu": {"b_enc"}, "topk": {"b_enc"}, "jumprelu": {"b_enc", "threshold"}, "batchtopk": {"b_enc", "topk_threshold"},
     "gated": {"b_gate", "b_mag", "r_mag"},
 }  # fmt: skip
-# Metadata whose presence says how a model has to be run, kept where a reader of `about` finds it.
-_TOLD = ("model_name", "hook_name", "hook_name_out", "prepend_bos", "context_size", "dataset_path", "neuronpedia_id")
+# Of a file's metadata, what says how a model has to be run; kept at the top level of the dictionary's own.
+_KEPT = ("model_name", "hook_name", "hook_name_out", "prepend_bos", "context_size", "dataset_path", "neuronpedia_id")
 
 
 def claims(found: Found) -> bool:
@@ -52,8 +52,9 @@ def read(found: Found) -> Dictionary:
             f"{config.path}: architecture={config.architecture!r} is not read here; what is: "
             f"{', '.join(sorted(ACTIVATIONS))}"
         )
-    scale = scale_needed(config, found.order.in_scale, found.maybe_json(SCALER))
+    scale = scale_needed(config, found.options.in_scale, found.maybe_json(SCALER))
     dictionary = _dictionary(config, found.weights(WEIGHTS), scale)
+    # Latents times decoder norms: the same function with rows of unit norm.
     if config.rescaled:
         kept = dictionary.extras  # a training checkpoint's threshold is of latents that were multiplied already
         dictionary = replace(latents_times(dictionary, dictionary.W_dec.norm(dim=1)), extras=kept)
@@ -63,12 +64,13 @@ def read(found: Found) -> Dictionary:
 def _dictionary(config: SaelensConfig, weights: Weights, scale: float) -> Dictionary:
     encoder = weights.take("W_enc", "d_in", "latent")
     d_in, n = encoder.shape
+    # A config beside the weights of another dictionary is found out by its sizes.
     _check_sizes(config, d_in, n)
     decoder = weights.take("W_dec", n, "d_out")
     d_out, transcodes = decoder.shape[1], "transcoder" in config.architecture
     if not transcodes and d_out != d_in:
         raise FileFormatError(
-            f"{weights.path}: W_dec rebuilds {d_out} numbers of {d_in}; only a transcoder may do that"
+            f"{weights.path}: W_dec reconstructs {d_out} numbers from {d_in}; only a transcoder may do that"
         )
     if transcodes and (config.row_norm != "none" or scale != 1.0):
         raise FileFormatError(
@@ -82,13 +84,25 @@ def _dictionary(config: SaelensConfig, weights: Weights, scale: float) -> Dictio
     )
     weights.refuse_others(f"a {config.architecture} dictionary of SAELens", known)
     sites = _sites(config, transcodes)
-    return made(
-        weights.path, activation, in_sites=(sites[0],), out_sites=(sites[1],), encoders=(encoder,),
-        decoders=(_finetuned(config, weights, decoder),), b_enc=b_enc, b_dec=(weights.take("b_dec", d_out),),
-        extras=extras, k=config.k if activation == "topk" else None, skip=skip, row_norm=config.row_norm,
-        in_scale=(scale,), out_scale=(scale if not transcodes else 1.0,), groups=config.groups,
-        apply_b_dec_to_input=config.apply_b_dec_to_input and not transcodes, about=_about(config),
-    )  # fmt: skip
+    return built(
+        weights.path,
+        activation,
+        in_sites=(sites[0],),
+        out_sites=(sites[1],),
+        encoders=(encoder,),
+        decoders=(_finetuned(config, weights, decoder),),
+        b_enc=b_enc,
+        b_dec=(weights.take("b_dec", d_out),),
+        extras=extras,
+        k=config.k if activation == "topk" else None,
+        skip=skip,
+        row_norm=config.row_norm,
+        in_scale=(scale,),
+        out_scale=(scale if not transcodes else 1.0,),
+        groups=config.groups,
+        apply_b_dec_to_input=config.apply_b_dec_to_input and not transcodes,
+        metadata=_metadata(config),
+    )
 
 
 def _check_sizes(config: SaelensConfig, d_in: int, n: int) -> None:
@@ -120,7 +134,7 @@ def _sites(config: SaelensConfig, transcodes: bool) -> tuple[Site, Site]:
     read_at = _site(config, "hook_name", "hook_head_index", "hf_hook_name")
     if not transcodes:
         return read_at, read_at
-    return ends(read_at, _site(config, "hook_name_out", "hook_head_index_out", "hf_hook_name_out"))
+    return two_sites(read_at, _site(config, "hook_name_out", "hook_head_index_out", "hf_hook_name_out"))
 
 
 def _site(config: SaelensConfig, hook: str, head: str, module: str) -> Site:
@@ -133,6 +147,6 @@ def _site(config: SaelensConfig, hook: str, head: str, module: str) -> Site:
     return from_hook(name if isinstance(name, str) else None, index if isinstance(index, int) else None, model)
 
 
-def _about(config: SaelensConfig) -> dict[str, Any]:
-    told = {name: config.metadata[name] for name in _TOLD if config.metadata.get(name) is not None}
-    return {"format": "saelens", **told, "cfg": dict(config.raw)}
+def _metadata(config: SaelensConfig) -> dict[str, Any]:
+    kept = {name: config.metadata[name] for name in _KEPT if config.metadata.get(name) is not None}
+    return {"format": "saelens", **kept, "cfg": dict(config.raw)}

@@ -70,10 +70,15 @@ def read_config(path: Path, raw: Mapping[str, Any]) -> SaelensConfig:
     if not isinstance(version, str) or not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
         raw, metadata = _as_of_version_6(path, raw)
     return SaelensConfig(
-        path, str(raw.get("architecture", "standard")), metadata, raw, str(raw.get("normalize_activations") or "none"),
-        bool(raw.get("apply_b_dec_to_input", True)), bool(raw.get("rescale_acts_by_decoder_norm", False)),
+        path,
+        str(raw.get("architecture", "standard")),
+        metadata,
+        raw,
+        str(raw.get("normalize_activations") or "none"),
+        bool(raw.get("apply_b_dec_to_input", True)),
+        bool(raw.get("rescale_acts_by_decoder_norm", False)),
         bool(raw.get("finetuning_scaling_factor", False)),
-    )  # fmt: skip
+    )
 
 
 def _as_of_version_6(path: Path, old: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -20,7 +20,7 @@ from vesalius.dictionaries.formats.names import to_hook
 from vesalius.dictionaries.formats.saelens import CONFIG, WEIGHTS
 from vesalius.dictionaries.formats.saelens_config import NORMS
 from vesalius.dictionaries.formats.writing import dtype_name, same_dtype, write_new, write_safetensors
-from vesalius.dictionaries.places import is_unknown, name_of
+from vesalius.dictionaries.unknown_sites import is_unknown, name_of
 from vesalius.protocol.canonical import plain
 from vesalius.site import Site
 
@@ -72,38 +72,43 @@ def _config(given: Dictionary, architecture: str) -> dict[str, Any]:
     heads = given.in_sites[0].kind in ("z", "q", "k", "v") and given.in_sites[0].index is None
     topk = {"k": given.k, "rescale_acts_by_decoder_norm": False} if given.activation == "topk" else {}
     return {
-        "architecture": architecture, "d_in": given.in_widths[0], "d_sae": given.n_latents,
-        "dtype": dtype_name(same_dtype(given)), "device": "cpu", "apply_b_dec_to_input": given.apply_b_dec_to_input,
+        "architecture": architecture,
+        "d_in": given.in_widths[0],
+        "d_sae": given.n_latents,
+        "dtype": dtype_name(same_dtype(given)),
+        "device": "cpu",
+        "apply_b_dec_to_input": given.apply_b_dec_to_input,
         "normalize_activations": back[given.row_norm],
-        "reshape_activations": "hook_z" if heads and given.in_sites[0].kind == "z" else "none", **topk,
+        "reshape_activations": "hook_z" if heads and given.in_sites[0].kind == "z" else "none",
+        **topk,
         "metadata": _metadata(given),
-    }  # fmt: skip
+    }
 
 
 def _metadata(given: Dictionary) -> dict[str, Any]:
-    kept = given.about.get("cfg", {}).get("metadata", {}) if given.about.get("format") == "saelens" else {}
-    ends = _end(given.in_sites[0], "")
+    kept = given.metadata.get("cfg", {}).get("metadata", {}) if given.metadata.get("format") == "saelens" else {}
+    hooks = _hook(given.in_sites[0], "")
     if given.in_sites != given.out_sites:
-        ends |= _end(given.out_sites[0], "_out")
+        hooks |= _hook(given.out_sites[0], "_out")
     own: dict[str, Any] = {"sae_lens_version": VERSION, "written_by": "vesalius"}
     if given.activation == "batchtopk" and "training_architecture" not in kept:
         own["training_architecture"] = "matryoshka_batchtopk" if given.groups else "batchtopk"
     if given.groups:
         own |= {"training_architecture_details": {"matryoshka_widths": list(given.groups)}}
-    return {**plain(kept, "about"), **own, **_origin(given), **ends}
+    return {**plain(kept, "metadata"), **own, **_origin(given), **hooks}
 
 
 def _origin(given: Dictionary) -> dict[str, Any]:
     """What a dictionary that was trained here knows of the text it is for."""
-    about = given.about
-    model = {"model_name": about["models"][0]["name"]} if about.get("models") else {}
-    bos, context = about.get("bos"), about.get("context")
-    begins = {"prepend_bos": bos.get("id") is not None} if isinstance(bos, dict) else {}
-    ends = {name: about["summary"][name] for name in ("l0", "fvu") if name in about.get("summary", {})}
-    return {**model, **begins, **ends, **({"context_size": context} if context else {})}
+    known = given.metadata
+    model = {"model_name": known["models"][0]["name"]} if known.get("models") else {}
+    bos, context = known.get("bos"), known.get("context")
+    prepends = {"prepend_bos": bos.get("id") is not None} if isinstance(bos, dict) else {}
+    summary = {name: known["summary"][name] for name in ("l0", "fvu") if name in known.get("summary", {})}
+    return {**model, **prepends, **summary, **({"context_size": context} if context else {})}
 
 
-def _end(site: Site, suffix: str) -> dict[str, Any]:
+def _hook(site: Site, suffix: str) -> dict[str, Any]:
     name = name_of(site) if is_unknown(site) else to_hook(site) or str(site)
     head = {} if site.index is None else {f"hook_head_index{suffix}": site.index}
     return {f"hook_name{suffix}": name or None, **head}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vesalius.dictionaries.dictionary import Dictionary
-from vesalius.dictionaries.formats.base import Found, made, told_sites
+from vesalius.dictionaries.formats.base import Found, built, own_sites
 from vesalius.dictionaries.formats.folding import (
     needs_activation,
     one_site,
@@ -22,9 +22,9 @@ from vesalius.dictionaries.formats.folding import (
     without_input_bias,
     without_scales,
 )
-from vesalius.dictionaries.formats.names import ends, from_module
+from vesalius.dictionaries.formats.names import from_module, two_sites
 from vesalius.dictionaries.formats.writing import write_new, write_safetensors
-from vesalius.dictionaries.places import unknown_place
+from vesalius.dictionaries.unknown_sites import unknown_site
 from vesalius.errors import FileFormatError, InputError
 from vesalius.site import Site
 
@@ -50,13 +50,25 @@ def read(found: Found) -> Dictionary:
     )
     run = _run(found.folder)
     sites = _sites(found.folder / CONFIG, config, str(run.get("model") or ""), transcodes)
-    return made(
-        weights.path, "topk", in_sites=(sites[0],), out_sites=(sites[1],), encoders=(encoder.T.contiguous(),),
-        decoders=(weights.take("W_dec", n, d),), b_enc=weights.take("encoder.bias", n),
-        b_dec=(weights.take("b_dec", d),), k=k, skip=skip, apply_b_dec_to_input=not transcodes,
-        about={"format": NAME, "hookpoint": found.folder.name, "cfg": config,
-               **({"model_name": run["model"]} if "model" in run else {})},
-    )  # fmt: skip
+    return built(
+        weights.path,
+        "topk",
+        in_sites=(sites[0],),
+        out_sites=(sites[1],),
+        encoders=(encoder.T.contiguous(),),
+        decoders=(weights.take("W_dec", n, d),),
+        b_enc=weights.take("encoder.bias", n),
+        b_dec=(weights.take("b_dec", d),),
+        k=k,
+        skip=skip,
+        apply_b_dec_to_input=not transcodes,
+        metadata={
+            "format": NAME,
+            "hookpoint": found.folder.name,
+            "cfg": config,
+            **({"model_name": run["model"]} if "model" in run else {}),
+        },
+    )
 
 
 def _checked(path: Path, config: dict[str, Any], n: int, d: int) -> int:
@@ -83,16 +95,17 @@ def _run(folder: Path) -> dict[str, Any]:
 
 def _sites(path: Path, config: dict[str, Any], model: str, transcodes: bool) -> tuple[Site, Site]:
     if isinstance(config.get("vesalius"), dict):
-        return told_sites(path, config["vesalius"])
+        return own_sites(path, config["vesalius"])
     name = path.parent.name
     out = _module(name, model, "out")
-    return ends(_module(name, model, "in"), out) if transcodes else (out, out)
+    return two_sites(_module(name, model, "in"), out) if transcodes else (out, out)
 
 
 def _module(name: str, model: str, side: str) -> Site:
     """A module as sparsify names it, within the model's body; a folder of another name says nothing."""
+    # A renamed folder would otherwise be taken for a module path.
     if not re.fullmatch(r"(layers|h)\.\d+(\..+)?|embed_tokens|wte|embed_in", name):
-        return unknown_place(name)
+        return unknown_site(name)
     site = from_module(name, model, side)
     if site.kind != "module":
         return site
@@ -109,8 +122,10 @@ def write(given: Any, folder: Path) -> None:
     needs_activation(dictionary, NAME, ("topk",))
     refuse(dictionary, NAME, row_norm="none", groups=())
     if dictionary.in_widths != dictionary.out_widths:
-        raise InputError(f"{NAME} cannot express an input of width {dictionary.in_widths[0]} and an output of width "
-                         f"{dictionary.out_widths[0]}")  # fmt: skip
+        raise InputError(
+            f"{NAME} cannot express an input of width {dictionary.in_widths[0]} and an output of width "
+            f"{dictionary.out_widths[0]}"
+        )
     transcodes = dictionary.in_sites != dictionary.out_sites
     plain = without_input_bias(dictionary) if transcodes else with_input_bias(dictionary)
     tensors = {
@@ -126,9 +141,14 @@ def write(given: Any, folder: Path) -> None:
 def _config(given: Dictionary, transcodes: bool) -> dict[str, Any]:
     norms = given.W_dec.norm(dim=1)
     return {
-        "activation": "topk", "expansion_factor": max(1, given.n_latents // given.in_widths[0]),
-        "normalize_decoder": bool((norms - 1).abs().max() < 1e-3), "num_latents": given.n_latents, "k": given.k,
-        "multi_topk": False, "skip_connection": given.skip is not None, "transcode": transcodes,
+        "activation": "topk",
+        "expansion_factor": max(1, given.n_latents // given.in_widths[0]),
+        "normalize_decoder": bool((norms - 1).abs().max() < 1e-3),
+        "num_latents": given.n_latents,
+        "k": given.k,
+        "multi_topk": False,
+        "skip_connection": given.skip is not None,
+        "transcode": transcodes,
         "d_in": given.in_widths[0],
         "vesalius": {"in_site": str(given.in_sites[0]), "out_site": str(given.out_sites[0])},
-    }  # fmt: skip
+    }

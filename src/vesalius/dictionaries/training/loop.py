@@ -17,19 +17,13 @@ import torch
 from vesalius import __version__
 from vesalius.data import Source, as_source
 from vesalius.dictionaries import folder
-from vesalius.dictionaries.coder import Coder
+from vesalius.dictionaries.coder import SparseCoder
 from vesalius.dictionaries.config import TrainConfig
 from vesalius.dictionaries.held_out import for_training, models_of, trained_on
-from vesalius.dictionaries.loading import load
-from vesalius.dictionaries.training.checkpoint import Checkpoints
-from vesalius.dictionaries.training.finish import fitted
 from vesalius.dictionaries.training.fitter import Fitter, make_fitter
-from vesalius.dictionaries.training.metrics import Metrics
-from vesalius.dictionaries.training.microbatch import Run
-from vesalius.dictionaries.training.ranks import Ranks
-from vesalius.dictionaries.training.resample import ROWS as RESAMPLED
-from vesalius.dictionaries.training.resample import resample
-from vesalius.dictionaries.training.wiring import Wiring, wire
+from vesalius.dictionaries.training.layout import Layout, layout_of
+from vesalius.dictionaries.training.run import Processes, Run
+from vesalius.dictionaries.training.run_files import Checkpoints, Metrics
 from vesalius.errors import InputError
 from vesalius.jobs import Estimate, Event, Sink, silent
 from vesalius.jobs.progress import shown
@@ -39,16 +33,22 @@ from vesalius.protocol.canonical import plain
 
 TASK = "train"
 _TIMED = 3
+"""Steps after which it is said how long the rest will take."""
 
 
 @torch.no_grad()
 def train(
-    data: Any, config: TrainConfig | None = None, out: str | Path | None = None, *,
-    device: torch.device | str = "cpu", tensorboard: bool = False, sink: Sink | None = None,
-) -> Coder:  # fmt: skip
+    data: Any,
+    config: TrainConfig | None = None,
+    out: str | Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    tensorboard: bool = False,
+    sink: Sink | None = None,
+) -> SparseCoder:
     """A dictionary trained on activations: a Source (a store, a stream), a tensor [n, d_in], or a tuple (x, y).
 
-    Of a whole store the last documents are held out (`TrainConfig.held_out`), so that there are rows to judge by.
+    Of a whole store the last documents are held out (`TrainConfig.held_out`), so that there are rows to evaluate on.
 
     out: folder for the dictionary, its history and, on the way, checkpoints. A run that was interrupted goes on from
     the last checkpoint, to the same weights bit for bit (on the same machine); a finished one is loaded. Under torchrun
@@ -57,50 +57,56 @@ def train(
     tensorboard, a file for TensorBoard is written too.
 
     Returns a `Dictionary`, or a `CrossLayerTranscoder`. Raises InputError for data and configs that don't fit and for a
-    folder that holds another run, NotFiniteError for NaN in the data and for a loss that is no number any more.
+    folder that holds another run, NotFiniteError for NaN in the data and for a loss that is NaN or infinite.
     """
-    with shown(sink if sink is not None or Ranks.current().leads else silent) as told:
+    with shown(sink if sink is not None or Processes.current().is_main else silent) as progress:
         where = None if out is None else Path(out)
-        return _trained(data, config or TrainConfig(), where, device, tensorboard, told)
+        return _trained(data, config or TrainConfig(), where, torch.device(device), tensorboard, progress)
 
 
 def _trained(
-    data: Any, config: TrainConfig, where: Path | None, device: torch.device | str, board: bool, sink: Sink
-) -> Coder:
-    """A dictionary, from its folder, its checkpoints or the bos."""
+    data: Any, config: TrainConfig, where: Path | None, device: torch.device, tensorboard: bool, sink: Sink
+) -> SparseCoder:
+    """A dictionary, from its folder, its checkpoints or the start."""
     given = as_source(data)
     source = for_training(given, config.held_out)
-    wiring = wire(source, config, paired=isinstance(data, tuple | list))
-    about = _about(source, config, wiring)
+    layout = layout_of(source, config, paired=isinstance(data, tuple | list))
+    metadata = _metadata(source, config, layout)
     if where is not None and (where / folder.CONFIG).exists():
-        return _finished(where, about["plan"], sink)
+        return _finished(where, metadata["plan"], sink)
+    # Said aloud, because it is a surprise to whoever compares numbers of rows.
     if source is not given:
-        left = (given.n_rows or 0) - (source.n_rows or 0)
-        sink(Event("note", TASK, message=f"the last documents, {left:,} rows, are held out, to judge by (held_out)"))
-    with Workers(device=torch.device(device)) as workers:
-        fitter = make_fitter(source, config, wiring, workers, Ranks.current(), torch.device(device))
-        checkpoints = Checkpoints(where, about["plan"], sink)
+        left_out = (given.n_rows or 0) - (source.n_rows or 0)
+        message = f"the last documents, {left_out:,} rows, are held out, to evaluate on (held_out)"
+        sink(Event("note", TASK, message=message))
+    processes = Processes.current()
+    with Workers(device=device) as workers:
+        fitter = make_fitter(source, config, layout, workers, processes, device)
+        checkpoints = Checkpoints(where, metadata["plan"], sink)
+        # Scales and means are sampled again first: they follow from the seed, and are in no checkpoint.
         checkpoints.resume(fitter)
-        with Metrics(where if fitter.run.ranks.leads else None, config.batch_size, board) as metrics:
-            metrics.begin(fitter.rows)
+        with Metrics(where if processes.is_main else None, config.batch_size, tensorboard) as metrics:
+            metrics.begin(fitter.history)
             _run(fitter, source, checkpoints, metrics, sink)
-        coder = fitted(fitter, about)
-    if where is not None and fitter.run.ranks.leads:
+        coder = fitter.fitted(metadata)
+    if where is not None and processes.is_main:
+        # Checkpoints go only after the dictionary is there: killed in between, the next call finds a finished run.
         folder.save(coder, where)
         checkpoints.remove()
-    fitter.run.ranks.wait()
+    processes.wait()
     return coder
 
 
-def _about(source: Source, config: TrainConfig, wiring: Wiring) -> dict[str, Any]:
+def _metadata(source: Source, config: TrainConfig, layout: Layout) -> dict[str, Any]:
     """Where the dictionary comes from; `plan` says what has to be the same for a run to go on."""
-    made_of = {"config": plain(config), "data": source.content_hash, "coder": wiring.coder}
-    return {**made_of, **models_of(source), **trained_on(source), "plan": content_hash(made_of), "version": __version__}
+    inputs = {"config": plain(config), "data": source.content_hash, "coder": layout.coder}
+    known = {**models_of(source), **trained_on(source)}
+    return {**inputs, **known, "plan": content_hash(inputs), "version": __version__}
 
 
-def _finished(where: Path, plan: str, sink: Sink) -> Coder:
-    coder = load(where)
-    if getattr(coder, "about", {}).get("plan") != plan:
+def _finished(where: Path, plan: str, sink: Sink) -> SparseCoder:
+    coder = folder.read(where)
+    if coder.metadata.get("plan") != plan:
         raise InputError(f"{where} holds another dictionary; choose another folder, or delete this one")
     sink(Event("note", TASK, message=f"{where} holds this dictionary already"))
     return coder
@@ -116,31 +122,25 @@ def _run(fitter: Fitter, source: Source, checkpoints: Checkpoints, metrics: Metr
         with _interruption() as interrupted:
             for batch in islice(batches, config.steps - first):
                 fitter.step(batch)
-                _between_steps(fitter, source)
-                told = metrics.add(fitter.steps, fitter.rows[-1])
-                sink(Event("advance", TASK, fitter.steps, config.steps, told))
+                fitter.resample(source)
+                sink(Event("advance", TASK, fitter.steps, config.steps, metrics.add(fitter.steps, fitter.history[-1])))
                 if fitter.steps == first + _TIMED:
                     seconds = (time.perf_counter() - began) / _TIMED * (config.steps - fitter.steps)
                     sink(Event("note", TASK, message=f"{_estimate(fitter.run, seconds).describe()} from here"))
-                stop = fitter.run.ranks.any(interrupted.is_set())
+                # Asked of all processes, so that they stop after the same step.
+                stop = fitter.run.processes.any(interrupted.is_set())
                 if stop or (fitter.steps % config.checkpoint_every == 0 and fitter.steps < config.steps):
-                    _keep(fitter, checkpoints)
+                    _save(fitter, checkpoints)
                 if stop:
                     raise KeyboardInterrupt
     finally:
         sink(Event("end", TASK, fitter.steps, config.steps))
 
 
-def _between_steps(fitter: Fitter, source: Source) -> None:
-    config = fitter.run.config
-    if config.dead_rule == "resample" and fitter.steps % config.resample_every == 0:
-        resample(fitter, source.sample(RESAMPLED, seed=config.seed + fitter.steps))
-
-
-def _keep(fitter: Fitter, checkpoints: Checkpoints) -> None:
-    if fitter.run.ranks.leads:
+def _save(fitter: Fitter, checkpoints: Checkpoints) -> None:
+    if fitter.run.processes.is_main:
         checkpoints.save(fitter)
-    fitter.run.ranks.wait()
+    fitter.run.processes.wait()
 
 
 @contextlib.contextmanager
@@ -166,11 +166,11 @@ def _interruption() -> Iterator[threading.Event]:
 @torch.no_grad()
 def estimate(data: Any, config: TrainConfig | None = None, *, device: torch.device | str = "cpu") -> Estimate:
     """What training would cost, from two steps of it that are thrown away. Raises as `train`."""
-    config = config or TrainConfig()
+    config, device = config or TrainConfig(), torch.device(device)
     source = as_source(data)
-    wiring = wire(source, config, paired=isinstance(data, tuple | list))
-    with Workers(device=torch.device(device)) as workers:
-        fitter = make_fitter(source, config, wiring, workers, Ranks.current(), torch.device(device))
+    layout = layout_of(source, config, paired=isinstance(data, tuple | list))
+    with Workers(device=device) as workers:
+        fitter = make_fitter(source, config, layout, workers, Processes.current(), device)
         first, second = islice(source.batches(config.batch_size, seed=config.seed), 2)
         fitter.step(first)
         began = time.perf_counter()
@@ -180,12 +180,12 @@ def estimate(data: Any, config: TrainConfig | None = None, *, device: torch.devi
 
 def _estimate(run: Run, seconds: float) -> Estimate:
     """Memory: parameters with gradients and moments, a batch's rows and errors, pre-activations of each worker."""
-    config, wiring = run.config, run.wiring
-    weights = sum(
-        config.n_latents * (block.reads.stop - block.reads.start + block.writes.stop - block.writes.start)
-        for block in wiring.blocks
-    )
-    rows = config.batch_size // config.accumulate * (wiring.reads + (2 + len(config.prefixes)) * wiring.writes)
-    pre = 2 * run.workers.n * min(run.piece_rows, config.batch_size) * config.n_latents
+    config, layout = run.config, run.layout
+    widths = [
+        (block.reads.stop - block.reads.start) + (block.writes.stop - block.writes.start) for block in layout.blocks
+    ]
+    weights = config.n_latents * sum(widths)
+    rows = config.batch_size // config.accumulate * (layout.d_in + (2 + len(config.prefixes)) * layout.d_out)
+    pre = 2 * run.workers.n * min(run.chunk_rows, config.batch_size) * config.n_latents
     # On disk: the weights, and two checkpoints with both moments.
     return Estimate(seconds, memory_bytes=4 * (4 * weights + 2 * rows + pre), disk_bytes=4 * (1 + 2 * 3) * weights)

@@ -11,19 +11,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import BFloat16, Float
 from torch import Tensor
 
-from vesalius.dictionaries.training.choose import (
-    kept,
+from vesalius.dictionaries.training.sparse import (
+    SparseChunk,
+    by_column,
+    dots,
+    entries_from,
+    k_largest,
     kth_of_rows,
-    largest,
+    lower_bound,
     padded,
-    reaching,
-    row_bound,
     scratch,
 )
-from vesalius.dictionaries.training.codes import SparsePiece
-from vesalius.dictionaries.training.products import by_column, dots
 from vesalius.jobs.workers import Workers
 from vesalius.model.products import Half
 
@@ -32,9 +33,7 @@ ROUNDING = 2.0**-7
 _SUMMING = 2.0**-23
 """Relative error per summand of two sums in float32, the rough one and the exact one."""
 _MOST = 8
-"""A piece in which more than one entry in _MOST passes the screen is computed in float32 at once."""
-
-
+"""A chunk in which more than one entry in _MOST passes the screen is computed in float32 at once."""
 _LATENTS = 512
 _ROWS = 512
 """About as many as are screened together; the layout is chosen for them, no number depends on it."""
@@ -44,10 +43,10 @@ _ABOVE = 1.0001
 
 @dataclass(frozen=True)
 class Screen:
-    """An encoder [latent, d] with its rounded copy and what the margin needs of it."""
+    """An encoder with its rounded copy and what the margin needs of it."""
 
-    encoder: Tensor
-    bias: Tensor
+    encoder: Float[Tensor, "latent d"]
+    bias: Float[Tensor, " latent"]
     rounded: Half
     norm: float
     """Largest norm of a row, of what rounding took from a row, and largest bias."""
@@ -62,96 +61,95 @@ class Screen:
         def norms(start: int) -> Tensor:
             cut = slice(start, start + _LATENTS)
             rows = encoder[cut]
+            # Measured, because what theory allows for would let more through.
             rest = rows - rounded[cut].copy_(rows)
             return torch.stack([torch.linalg.vecdot(part, part).max() for part in (rows, rest)])
 
         found = torch.stack(workers.map(norms, range(0, len(encoder), _LATENTS))).amax(0).sqrt() * _ABOVE
+        # Laid out once a step for all chunks of rows.
         half = Half(rounded, _ROWS)
         return cls(encoder, bias, half, float(found[0]), float(found[1]), float(bias.abs().max()))
 
-    def rough(self, x: Tensor) -> Tensor:
-        """[rows, latent] bfloat16: pre-activations from products in bfloat16."""
+    def rough(self, x: Float[Tensor, "row d"]) -> BFloat16[Tensor, "row latent"]:
+        """Pre-activations from products in bfloat16."""
         return self.rounded.linear(x.bfloat16(), self.bias.bfloat16())
 
-    def spread(self, x: Tensor) -> Tensor:
-        """[rows]: how far an exact product can be from the rough one, but for the rounding of the result."""
+    def spread(self, x: Float[Tensor, "row d"]) -> Float[Tensor, " row"]:
+        """How far an exact product can be from the rough one, but for the rounding of the result."""
         rounded = x.bfloat16().float()
         summing = _SUMMING * x.shape[1] * self.norm
         spread = (x - rounded).norm(dim=1) * self.norm + rounded.norm(dim=1) * (self.rest + summing)
         return (1 + ROUNDING) * spread
 
     def margin(self, spread: Tensor, level: Tensor) -> Tensor:
-        """[rows]: how far an exact pre-activation near the level [rows] or [] can be from the rough one."""
+        """[row]: how far an exact pre-activation near the level [row] or [] can be from the rough one."""
         return spread + ROUNDING * (level.abs() + self.largest_bias)
 
-    def exact(self, x: Tensor, piece: SparsePiece) -> Tensor:
-        """The pre-activations of a piece's entries, computed in float32."""
-        # Latent by latent: the rows of a piece stay in cache, all of the encoder does not.
-        order, rows, begins = by_column(piece.columns, piece.offsets, piece.n_latents)
-        columns, found = piece.columns[order], x.new_empty(len(order))
+    def exact(self, x: Float[Tensor, "row d"], chunk: SparseChunk) -> Float[Tensor, " entry"]:
+        """The pre-activations of a chunk's entries, computed in float32."""
+        # Latent by latent: the rows of a chunk stay in cache, all of the encoder does not.
+        order, rows, begins = by_column(chunk.columns, chunk.offsets, chunk.n_latents)
+        columns, found = chunk.columns[order], x.new_empty(len(order))
         found[order] = dots(x, self.encoder, columns, begins[:-1], rows) + self.bias[columns]
         return found
 
-    def top_of_rows(self, x: Tensor, k: int) -> SparsePiece | None:
+    def top_of_rows(self, x: Tensor, k: int) -> SparseChunk | None:
         """The k largest of each row; None where the screen does not pay.
 
         The k-th largest rough value less a margin is a bound for the exact one: only what could reach that is computed.
         """
         rough = self.rough(x)
-        bound = row_bound(_keys(rough), k)
+        bound = lower_bound(_as_integers(rough), k)
         # As integers, positive numbers of bfloat16 have their order; negative ones only that they are smaller.
         if bound is None or int(bound.min()) <= 0:
             return None
+        # The margin depends on the row alone, so it is computed once for the bound and for the k-th largest.
         spread = self.spread(x)
-        found = _reaching(rough, self._lowest(spread, bound.view(torch.bfloat16).float()))
+        found = _entries_from(rough, self._lowest(spread, bound.view(torch.bfloat16).float()))
         if _too_many(found, rough):
             return None
-        least = self._lowest(spread, kth_of_rows(padded(found, found.pre), k))
-        possible = kept(found, found.pre >= least[found.bags])
+        smallest = self._lowest(spread, kth_of_rows(padded(found), k))
+        possible = found.where(found.pre >= smallest[found.bags])
         possible.pre = self.exact(x, possible)
-        return largest(possible, k)
+        return k_largest(possible, k)
 
     def _lowest(self, spread: Tensor, level: Tensor) -> Tensor:
-        """[rows]: what a rough value must reach for the exact one to reach those whose rough ones reach the level."""
+        """[row]: what a rough value must reach for the exact one to reach those whose rough ones reach the level."""
         return level - 2 * self.margin(spread, level)
 
-    def above(self, x: Tensor, floor: Tensor) -> SparsePiece | None:
+    def above(self, x: Tensor, floor: Tensor) -> SparseChunk | None:
         """The entries at or above the floor, [latent] or []; None where the screen does not pay."""
         rough = self.rough(x)
         margin = self.margin(self.spread(x), floor.abs().max())
         if floor.ndim:
-            found = reaching(_float(rough).add_(margin[:, None]), floor)
+            found = entries_from(_float(rough).add_(margin[:, None]), floor)
         else:
-            found = _reaching(rough, floor - margin)
+            found = _entries_from(rough, floor - margin)
         if _too_many(found, rough):
             return None
-        piece = SparsePiece(found.columns, found.offsets, self.exact(x, found), found.n_latents)
-        return kept(piece, piece.pre >= (piece.at(floor) if floor.ndim else floor))
+        chunk = SparseChunk(found.columns, found.offsets, self.exact(x, found), found.n_latents)
+        return chunk.where(chunk.pre >= (chunk.per_entry(floor) if floor.ndim else floor))
 
 
-def _keys(rough: Tensor) -> Tensor:
-    """Numbers of bfloat16 as integers of the same bits."""
+def _as_integers(rough: Tensor) -> Tensor:
+    """Numbers of bfloat16 as integers of the same bits, which NumPy compares several times faster."""
     return rough.view(torch.int16)
 
 
 def _float(rough: Tensor) -> Tensor:
-    """Scratch: gone at this thread's next."""
+    """In this thread's scratch memory: overwritten by its next use."""
     return scratch.like(rough, torch.float32).copy_(rough)
 
 
-def _reaching(rough: Tensor, level: Tensor) -> SparsePiece:
-    """The entries that are at least the level [rows]; compared as integers where that is the same."""
+def _entries_from(rough: Tensor, level: Tensor) -> SparseChunk:
+    """The entries that are at least the level [row]; compared as integers where that is the same."""
     if float(level.min()) <= 0:
-        return reaching(_float(rough), level[:, None])
+        return entries_from(_float(rough), level[:, None])
     below = (level * (1 - ROUNDING)).bfloat16()  # rounded down, so that nothing is lost
-    found = reaching(_keys(rough), _keys(below)[:, None])
-    found.pre = _as_float(found.pre)
+    found = entries_from(_as_integers(rough), _as_integers(below)[:, None])
+    found.pre = found.pre.view(torch.bfloat16).float()
     return found
 
 
-def _as_float(keys: Tensor) -> Tensor:
-    return keys.view(torch.bfloat16).float()
-
-
-def _too_many(piece: SparsePiece, rough: Tensor) -> bool:
-    return len(piece.pre) * _MOST > rough.numel()
+def _too_many(chunk: SparseChunk, rough: Tensor) -> bool:
+    return len(chunk.pre) * _MOST > rough.numel()

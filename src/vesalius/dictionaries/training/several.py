@@ -18,9 +18,9 @@ import torch
 
 from vesalius import errors
 from vesalius.data import ActivationStore, as_source
-from vesalius.dictionaries.coder import Coder
+from vesalius.dictionaries import folder
+from vesalius.dictionaries.coder import SparseCoder
 from vesalius.dictionaries.config import TrainConfig
-from vesalius.dictionaries.loading import load
 from vesalius.dictionaries.training.loop import train
 from vesalius.errors import InputError, VesaliusError
 from vesalius.jobs import Event, Sink
@@ -31,9 +31,15 @@ _CHILD = "from vesalius.dictionaries.training.several import child; child()"
 
 
 def train_all(
-    data: Any, configs: Mapping[str, TrainConfig] | Iterable[TrainConfig], out: str | Path, *, jobs: int = 1,
-    device: torch.device | str = "cpu", tensorboard: bool = False, sink: Sink | None = None,
-) -> dict[str, Coder]:  # fmt: skip
+    data: Any,
+    configs: Mapping[str, TrainConfig] | Iterable[TrainConfig],
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    device: torch.device | str = "cpu",
+    tensorboard: bool = False,
+    sink: Sink | None = None,
+) -> dict[str, SparseCoder]:
     """Train a dictionary per config on the same activations, each in a folder of its own in `out`, by name.
 
     configs: by name, or unnamed: then names say in what they differ (`k16-seed1`). jobs: processes at a time, which
@@ -49,18 +55,17 @@ def train_all(
     source = as_source(data)
     if jobs > 1 and not isinstance(source, ActivationStore):
         raise InputError(f"several jobs train from a store, which each can open; got a {type(source).__name__}: jobs=1")
-    folder = Path(out).expanduser()
-    with shown(sink) as told:
+    where = Path(out).expanduser()
+    with shown(sink) as progress:
         if not isinstance(source, ActivationStore) or jobs == 1:
+            options: dict[str, Any] = {"device": device, "tensorboard": tensorboard}
             return {
-                name: train(
-                    data, config, folder / name, device=device, tensorboard=tensorboard, sink=_named(told, name)
-                )
+                name: train(data, config, where / name, **options, sink=_named(progress, name))
                 for name, config in named.items()
             }
-        wanted = [_Job(name, source, config, folder / name, str(device), tensorboard) for name, config in named.items()]
-        _run(wanted, jobs, told)
-    return {name: load(folder / name) for name in named}
+        wanted = [_Job(name, source, config, where / name, str(device), tensorboard) for name, config in named.items()]
+        _run(wanted, jobs, progress)
+    return {name: folder.read(where / name) for name in named}
 
 
 def names(configs: Sequence[TrainConfig]) -> dict[str, TrainConfig]:
@@ -78,18 +83,18 @@ def names(configs: Sequence[TrainConfig]) -> dict[str, TrainConfig]:
 
 def _part(name: str, value: Any) -> str:
     """The field and its value; text says itself what it is. Characters that folders do not have become dashes."""
-    told = str(value) if isinstance(value, str) else f"{name}{value}"
-    return "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in told)
+    text = str(value) if isinstance(value, str) else f"{name}{value}"
+    return "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in text)
 
 
 def _named(sink: Sink, name: str) -> Sink:
     """Events of one training, which say which."""
 
-    def tell(event: Event) -> None:
+    def renamed(event: Event) -> None:
         message = f"{name}: {event.message}" if event.kind == "note" else event.message
         sink(replace(event, task=f"{event.task} {name}", message=message))
 
-    return tell
+    return renamed
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,15 +111,21 @@ class _Job:
     def to_json(self) -> dict[str, Any]:
         source = self.source
         return {
-            "store": str(source.folder), "sites": [str(site) for site in source.sites], "pool_rows": source.pool_rows,
-            "dtype": str(source.dtype).removeprefix("torch."), "rows": [source.rows.start, source.rows.stop],
-            "config": plain(self.config), "out": str(self.out), "device": self.device, "tensorboard": self.tensorboard,
-        }  # fmt: skip
+            "store": str(source.folder),
+            "sites": [str(site) for site in source.sites],
+            "pool_rows": source.pool_rows,
+            "dtype": str(source.dtype).removeprefix("torch."),
+            "rows": [source.rows.start, source.rows.stop],
+            "config": plain(self.config),
+            "out": str(self.out),
+            "device": self.device,
+            "tensorboard": self.tensorboard,
+        }
 
 
 @dataclass(eq=False)
 class _Running:
-    """The processes at work, and a lock for whoever tells of them."""
+    """The processes at work, and a lock for the threads that pass on their events."""
 
     sink: Sink
     threads: int
@@ -124,19 +135,25 @@ class _Running:
 
     def start(self) -> subprocess.Popen[str] | None:
         """A process, unless all are to stop. Ctrl-C reaches it through `stop` alone, once."""
+        # Whatever this process can import the other can too, such as a package that is not installed.
         paths = os.pathsep.join(filter(None, sys.path))
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(self.threads)}
         with self.lock:
             if self.stopped:
                 return None
             process = subprocess.Popen(  # noqa: S603 - this interpreter, and a constant program
-                [sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                env=environment, start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, "-c", _CHILD],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+                start_new_session=True,
+            )
             self.processes.add(process)
         return process
 
-    def tell(self, name: str, event: Event) -> None:
+    def pass_on(self, name: str, event: Event) -> None:
+        """An event of one of the processes."""
         with self.lock:
             _named(self.sink, name)(event)
 
@@ -154,6 +171,7 @@ def _run(wanted: Sequence[_Job], jobs: int, sink: Sink) -> None:
     with ThreadPoolExecutor(jobs, "train") as pool:
         futures = [pool.submit(_in_process, job, running) for job in wanted]
         try:
+            # Waited for one after the other, so that an error of one does not keep the others from finishing.
             failed = [error for future in futures if (error := future.exception()) is not None]
         except KeyboardInterrupt:
             running.stop()
@@ -163,7 +181,7 @@ def _run(wanted: Sequence[_Job], jobs: int, sink: Sink) -> None:
 
 
 def _in_process(job: _Job, running: _Running) -> None:
-    """Train in another process and pass on what it tells. Raises what it raised."""
+    """Train in another process and pass on its events. Raises what it raised."""
     process = running.start()
     if process is None:
         return
@@ -172,33 +190,36 @@ def _in_process(job: _Job, running: _Running) -> None:
     process.stdin.close()
     failure: VesaliusError | None = None
     for line in process.stdout:
-        told = json.loads(line)
-        if "error" in told:
-            failure = _again(told["error"], f"{job.name}: {told['message']}")
+        message = json.loads(line)
+        if "error" in message:
+            failure = _error(message["error"], f"{job.name}: {message['message']}")
         else:
-            running.tell(job.name, Event(**told))
+            running.pass_on(job.name, Event(**message))
     process.stdout.close()
     code = process.wait()
     if failure is not None:
         raise failure
+    # Killed by the system, for example for want of memory: then it could not say so itself.
     if code and not running.stopped:
         raise InputError(f"{job.name}: its process ended with code {code}; the same call goes on from its checkpoint")
 
 
-def _again(kind: str, message: str) -> VesaliusError:
+def _error(kind: str, message: str) -> VesaliusError:
     """The error of another process, by the name of its class; some classes word their own messages."""
     known = getattr(errors, kind)
+    # Some classes word their own messages from arguments that are not known here.
     found: VesaliusError = known.__new__(known, message)
     return found
 
 
 def child() -> None:
-    """The other process: reads what to train, tells events, one JSON object a line."""
+    """The other process: reads what to train, writes events, one JSON object a line."""
     job = json.load(sys.stdin)
+    # Standard output carries the events; whatever else prints goes to standard error.
     out, sys.stdout = sys.stdout, sys.stderr
 
-    def tell(told: Mapping[str, Any]) -> None:
-        out.write(json.dumps(told) + "\n")
+    def write(message: Mapping[str, Any]) -> None:
+        out.write(json.dumps(message) + "\n")
         out.flush()
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -209,11 +230,9 @@ def child() -> None:
         part = ActivationStore(
             store.folder, store.manifest, store.sites, store.dtype, store.pool_rows, range(*job["rows"])
         )
-        train(
-            part, TrainConfig(**job["config"]), job["out"], device=job["device"], tensorboard=job["tensorboard"],
-            sink=lambda event: tell(vars(event)),
-        )  # fmt: skip
+        options = {"device": job["device"], "tensorboard": job["tensorboard"]}
+        train(part, TrainConfig(**job["config"]), job["out"], **options, sink=lambda event: write(vars(event)))
     except VesaliusError as error:
-        tell({"error": type(error).__name__, "message": str(error)})
+        write({"error": type(error).__name__, "message": str(error)})
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -1,8 +1,8 @@
-"""Lanes: on the CPU two batches go through models side by side, each on half of the threads.
+"""Two batches side by side: on the CPU each goes through the models on half of the threads.
 
-Inside a batch threads wait for each other after every operation; beside each other they don't, which saves a twentieth
-of the processor's time. The numbers are the same. Hooks belong to a module, so the second lane has twins of the models:
-copies of the trees of modules around the very same weights.
+Inside a batch threads wait for each other after every operation; between two batches they don't, which saves a
+twentieth of the processor's time. The numbers are the same. Hooks belong to a module, so the second batch goes through
+copies of the models: copies of the trees of modules around the very same weights.
 """
 
 from __future__ import annotations
@@ -29,36 +29,38 @@ def side_by_side(fn: Callable[[Models, T], R], models: Models, batches: Sequence
 
     A batch without a partner is run on all threads.
     """
-    lanes = _lanes(models) if len(batches) > 1 else (models,)
-    paired = len(batches) // len(lanes) * len(lanes)
+    copies = _copies(models) if len(batches) > 1 else (models,)
+    paired = len(batches) // len(copies) * len(copies)
+    # Whoever is free takes the next batch, so that no model is in two passes at once.
     free: SimpleQueue[Models] = SimpleQueue()
-    for lane in lanes:
-        free.put(lane)
+    for each in copies:
+        free.put(each)
 
     def run(batch: T) -> R:
-        lane = free.get()
+        own = free.get()
         try:
-            return fn(lane, batch)
+            return fn(own, batch)
         finally:
-            free.put(lane)
+            free.put(own)
 
-    with Workers(len(lanes), inside=torch.get_num_threads() // len(lanes)) as workers:
+    with Workers(len(copies), inside=torch.get_num_threads() // len(copies)) as workers:
         yield from workers.each(run, batches[:paired])
     yield from (fn(models, batch) for batch in batches[paired:])
 
 
-def _lanes(models: Models) -> tuple[Models, ...]:
-    # Autocast holds for one thread, and would not hold in ours.
-    if torch.get_num_threads() % 2 or torch.is_autocast_enabled("cpu") or not all(map(_has_twin, models.values())):
+def _copies(models: Models) -> tuple[Models, ...]:
+    """The models and a copy of them; without the copy where there can be none."""
+    # Autocast is set for one thread, and would not be in ours.
+    if torch.get_num_threads() % 2 or torch.is_autocast_enabled("cpu") or not all(map(_can_copy, models.values())):
         return (models,)
     try:
-        return models, {tag: _twin(model) for tag, model in models.items()}
+        return models, {tag: _copy(model) for tag, model in models.items()}
     except (RuntimeError, TypeError):  # it holds what cannot be copied, such as a lock, or a tensor with a graph
         return (models,)
 
 
-def _has_twin(model: Model) -> bool:
-    """Whether the model is one we know, on the CPU, and nobody has hung anything on it that expects to be called."""
+def _can_copy(model: Model) -> bool:
+    """Whether the model is of a known family, on the CPU, and without hooks that somebody expects to be called."""
     weights = chain(model.module.parameters(), model.module.buffers())
     return (
         model.adapter is not None
@@ -71,7 +73,8 @@ def _changed(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def _twin(model: Model) -> Model:
+def _copy(model: Model) -> Model:
+    # A deep copy that finds the weights in its memo keeps them as they are and copies only the modules around them.
     shared = {id(weight): weight for weight in chain(model.module.parameters(), model.module.buffers())}
     module = copy.deepcopy(model.module, shared)
     return Model(module, model.tokenizer, model.adapter, model.name, model.note)

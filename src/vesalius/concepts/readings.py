@@ -1,4 +1,7 @@
-"""Readings: of every text of a concept, the activations at a site and the latents of some dictionaries there."""
+"""Readings: of every text of a concept, the activations at a site and the latents of some dictionaries there.
+
+Everything in this room takes any `Coder` of one site: it asks for latents, and for what one unit of each adds.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vesalius.coder import Coder
 from vesalius.data import Labelled
 from vesalius.data.forward import captured
 from vesalius.data.outliers import MAX_NORM
 from vesalius.data.packing import Tally, bos_for, tokenized
-from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Tokens
 from vesalius.jobs import Sink, track
@@ -40,7 +44,7 @@ class Readings:
     test: share of the texts that is tested on; seed: which.
     """
 
-    coders: tuple[Dictionary, ...]
+    coders: tuple[Coder, ...]
     concept: Labelled
     rows: Floats
     latents: tuple[Matrix, ...]
@@ -56,9 +60,15 @@ class Readings:
 
     @classmethod
     def of(
-        cls, coders: Sequence[Dictionary], concept: Labelled, rows: Tensor, *, test: float = 0.25, seed: int = 0
+        cls,
+        coders: Sequence[Coder],
+        concept: Labelled,
+        rows: Float[Tensor, "text width"],
+        *,
+        test: float = 0.25,
+        seed: int = 0,
     ) -> Readings:
-        """Readings of one row of activations per text, [text, width]."""
+        """Readings of one row of activations per text."""
         _one_site(coders)
         latents = tuple(coder.encode(rows).cpu().float().numpy() for coder in coders)
         return cls(tuple(coders), concept, rows.cpu().double().numpy(), latents, "last", test, seed)
@@ -70,15 +80,23 @@ class Readings:
 
     def directions(self, number: int) -> Floats:
         """[latent, width] what one unit of each latent of a dictionary adds to the activations."""
-        coder = self.coders[number]
-        return (coder.decoders[0] / coder.out_scale[0]).detach().cpu().double().numpy()
+        return self.coders[number].decoder_rows().detach().cpu().double().numpy()
 
 
 @torch.no_grad()
 def read_concept(
-    coders: Dictionary | Sequence[Dictionary], concept: Labelled, model: Model, *, at: At = "mean", context: int = 128,
-    bos: str = "auto", test: float = 0.25, seed: int = 0, batch_tokens: int = 2048, sink: Sink | None = None,
-) -> Readings:  # fmt: skip
+    coders: Coder | Sequence[Coder],
+    concept: Labelled,
+    model: Model,
+    *,
+    at: At = "mean",
+    context: int = 128,
+    bos: str = "auto",
+    test: float = 0.25,
+    seed: int = 0,
+    batch_tokens: int = 2048,
+    sink: Sink | None = None,
+) -> Readings:
     """Run a model over the texts of a concept and read a dictionary, or several trained alike, at its site.
 
     at: "mean" over the tokens of a text, as SAEBench's sparse probing does, or the "last" token. A first token is put
@@ -88,21 +106,29 @@ def read_concept(
     Raises InputError for dictionaries of several or other sites, and for texts that are too long or have no token to
     read; TokenizerError for a bos token that is no token of this model.
     """
-    listed = (coders,) if isinstance(coders, Dictionary) else tuple(coders)
+    listed = as_tuple(coders)
     site = _one_site(listed)
     if at not in AT:
-        raise UnknownNameError("place to read at", str(at), AT)
+        raise UnknownNameError("way to read a text", str(at), AT)
     ids = _ids(model, concept, bos, context, cut=at == "mean")
-    rows = np.zeros((len(ids), listed[0].in_widths[0]))
+    rows: Floats | None = None
     latents = tuple(np.zeros((len(ids), coder.n_latents), dtype=np.float32) for coder in listed)
-    with computing(), shown(sink) as told:
-        for texts in track(_batches(ids, batch_tokens), "read texts", sink=told):
+    with computing(), shown(sink) as progress:
+        for texts in track(_batches(ids, batch_tokens), "read texts", sink=progress):
             x, owner = _tokens_read(model, site, [ids[text] for text in texts], at)
+            rows = np.zeros((len(ids), x.shape[1])) if rows is None else rows
             rows[texts] = _means(x.double(), owner, len(texts)).numpy()
             for coder, into in zip(listed, latents, strict=True):
                 parts = [coder.encode(part).cpu().float() for part in x.split(_ROWS)]
                 into[texts] = _means(torch.cat(parts), owner, len(texts)).numpy()
+    assert rows is not None  # a concept has texts
     return Readings(listed, concept, rows, latents, at, test, seed)
+
+
+def as_tuple(coders: Coder | Sequence[Coder]) -> tuple[Coder, ...]:
+    """One coder or several, as several."""
+    # Not isinstance of Coder: that would look every property up, and hash what may be gigabytes.
+    return tuple(coders) if isinstance(coders, Sequence) else (coders,)
 
 
 def random_order(n: int, *key: object) -> NDArray[np.intp]:
@@ -110,11 +136,11 @@ def random_order(n: int, *key: object) -> NDArray[np.intp]:
     return np.asarray(torch.randperm(n, generator=generator_for("probing", *key)).numpy(), dtype=np.intp)
 
 
-def _one_site(coders: Sequence[Dictionary]) -> Site:
-    """The site that all of them read and rebuild. Raises InputError when there is no such."""
+def _one_site(coders: Sequence[Coder]) -> Site:
+    """The site that all of them read and reconstruct. Raises InputError when there is no such."""
     sites = {coder.in_sites for coder in coders} | {coder.out_sites for coder in coders}
     if len(sites) != 1 or len(next(iter(sites))) != 1:
-        raise InputError("concepts are read with dictionaries that read and rebuild one site, all of them the same")
+        raise InputError("concepts are read with dictionaries that read and reconstruct one site, all of them the same")
     return coders[0].in_sites[0]
 
 
@@ -135,6 +161,7 @@ def _ids(model: Model, concept: Labelled, bos: str, context: int, cut: bool) -> 
 
 def _batches(ids: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
     """Numbers of texts that are run together, by length."""
+    # Texts of like length together, so that little is padding.
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
     found: list[list[int]] = []
     for number in order:
@@ -145,24 +172,29 @@ def _batches(ids: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]
     return found
 
 
-def _tokens_read(model: Model, site: Site, ids: Sequence[Sequence[int]], at: str) -> tuple[Tensor, Tensor]:
-    """Rows [token, width] of the tokens that are read, and the number of the text of each."""
+def _tokens_read(
+    model: Model, site: Site, ids: Sequence[Sequence[int]], at: str
+) -> tuple[Float[Tensor, "token width"], Int[Tensor, " token"]]:
+    """Rows of the tokens that are read, and the number of the text of each."""
     tokens = Tokens.from_rows(ids)
     whole = captured(model, tokens, [site])[site].flatten(2).cpu()
     kept = tokens.real.clone()
+    # The first position is a norm outlier in most models, whatever token stands there.
     kept[:, 0] = False
     if at == "last":
         kept = torch.zeros_like(kept)
         kept[torch.arange(len(ids)), tokens.lengths - 1] = True
     else:
         norms = whole.float().norm(dim=-1)
+        # Dictionaries are trained without these rows, so that their latents say nothing there.
         usual = kept & (norms <= MAX_NORM * norms[kept].median())
+        # A text that would have no token left is read as it is.
         kept = torch.where(usual.any(1, keepdim=True), usual, kept)
-    owner, place = kept.nonzero(as_tuple=True)
-    return whole[owner, place].float(), owner
+    owner, position = kept.nonzero(as_tuple=True)
+    return whole[owner, position].float(), owner
 
 
-def _means(values: Tensor, owner: Tensor, n: int) -> Tensor:
-    """[text, ...] mean of the rows of each text."""
-    sums = torch.zeros(n, values.shape[1], dtype=values.dtype).index_add_(0, owner, values)
-    return sums / torch.bincount(owner, minlength=n)[:, None]
+def _means(values: Float[Tensor, "token d"], owner: Int[Tensor, " token"], n: int) -> Float[Tensor, "text d"]:
+    """Mean of the rows of each text."""
+    totals = torch.zeros(n, values.shape[1], dtype=values.dtype).index_add_(0, owner, values)
+    return totals / torch.bincount(owner, minlength=n)[:, None]

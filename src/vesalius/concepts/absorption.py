@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vesalius.concepts.classifier import logistic
-from vesalius.dictionaries.probing.readings import Floats, Readings
-from vesalius.dictionaries.probing.scores import Score, Scores, scored
-from vesalius.dictionaries.probing.sparse import Cell, cells_of, ranked
+from vesalius.concepts.readings import Floats, Readings
+from vesalius.concepts.scores import ConceptScores, line_of_dictionaries, line_of_texts
+from vesalius.concepts.sparse import OneVsRest, one_vs_rest, ranked
 from vesalius.errors import InputError
 
 SILENT = 1e-8
@@ -52,7 +52,7 @@ def absorbed_fraction(projection: float, main: float, absorbing: float) -> float
 
 
 @dataclass(frozen=True, eq=False)
-class Along:
+class AlongDirection:
     """Latents of some texts along a direction. values: [text, latent]. added: what each adds along it. cosine: [latent]
     of decoder rows with it. projection: [text] of the activations. own: the concept's latents.
     """
@@ -67,6 +67,7 @@ class Along:
         """[text] `absorbed_fraction`."""
         main = self.added[:, self.own].sum(1)
         others = np.where((self.cosine >= PART_COSINE) & (self.added > 0), self.added, 0.0)
+        # A concept's own latents cannot absorb it.
         others[:, self.own] = 0.0
         strongest = np.sort(others, axis=1)[:, -MOST_ABSORBING:].sum(1)
         rows = zip(self.projection, main, strongest, strict=True)
@@ -85,7 +86,7 @@ class Along:
         return np.asarray((np.abs(self.values[:, self.own]) >= SILENT).any(1))
 
 
-def absorption(readings: Readings) -> Scores:
+def absorption(readings: Readings) -> ConceptScores:
     """How far other latents take over from a concept's own, on the test texts that the probe rightly gives the concept.
 
     A concept's own latents are found on the training texts: the one whose class means differ most, then the next ones
@@ -94,60 +95,73 @@ def absorption(readings: Readings) -> Scores:
 
     Raises InputError when the probe finds the concept in no test text.
     """
-    cells = cells_of(readings)
-    probes = [_probe(readings, cell) for cell in cells]
-    chosen = [numbers for _, _, numbers in probes]
+    tasks = one_vs_rest(readings)
+    probes = [_probe(readings, task) for task in tasks]
+    chosen = [probe.texts for probe in probes]
     if not sum(map(len, chosen)):
         raise InputError(f"{readings.concept.name}: the probe finds the concept in no test text; nothing is to absorb")
     groups = [readings.concept.groups[number] for numbers in chosen for number in numbers]
-    labels = [cell.label for cell, numbers in zip(cells, chosen, strict=True) for _ in numbers]
+    labels = [task.label for task, numbers in zip(tasks, chosen, strict=True) for _ in numbers]
     found = [
-        [_along(readings, number, cell, *probe) for cell, probe in zip(cells, probes, strict=True)]
+        [_along(readings, number, task, probe) for task, probe in zip(tasks, probes, strict=True)]
         for number in range(len(readings.coders))
     ]
     joined = lambda method: [np.concatenate([method(one) for one in each]).astype(float) for each in found]  # noqa: E731
-    line = lambda name, method: scored(name, WORDS[name], joined(method), groups, labels=labels)  # noqa: E731
-    own = [[len(along.own) for along in each] for each in found]
-    accuracy = np.mean([right for _, right, _ in probes])
-    lines = [
-        line("fraction", Along.fractions),
-        line("full", Along.full),
-        line("own latents fire", Along.firing),
-        Score("own latents", WORDS["own latents"], tuple(float(np.mean(sizes)) for sizes in own)),
-        Score("probe", WORDS["probe"], (float(accuracy),)),
-    ]
-    return Scores(
-        "absorption", readings.concept.name, len(readings.halves[0]), len(groups), tuple(lines),
+    line = lambda name, method: line_of_texts(name, WORDS[name], joined(method), groups, labels=labels)  # noqa: E731
+    n_own = [[len(along.own) for along in each] for each in found]
+    lines = (
+        line("fraction", AlongDirection.fractions),
+        line("full", AlongDirection.full),
+        line("own latents fire", AlongDirection.firing),
+        line_of_dictionaries("own latents", WORDS["own latents"], [float(np.mean(sizes)) for sizes in n_own]),
+        line_of_dictionaries("probe", WORDS["probe"], [float(np.mean([probe.accuracy for probe in probes]))]),
+    )
+    return ConceptScores(
+        "absorption",
+        readings.concept.name,
+        len(readings.halves[0]),
+        len(groups),
+        lines,
         "Low is good only where the own latents fire: without a latent for the concept there is nothing to absorb. "
         "SAEBench means it for models of a billion parameters and 16 thousand latents or more.",
-    )  # fmt: skip
+    )
 
 
-def _probe(readings: Readings, cell: Cell) -> tuple[Floats, float, NDArray[np.intp]]:
-    """Unit direction of the concept in the activations, test accuracy, and the test texts it rightly finds it in."""
-    plane = logistic(readings.rows[cell.train], cell.inside[cell.train])
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """direction: [width] unit direction of the concept in the activations. accuracy: on test texts. texts: numbers of
+    the test texts that it rightly finds the concept in.
+    """
+
+    direction: Floats
+    accuracy: float
+    texts: NDArray[np.intp]
+
+
+def _probe(readings: Readings, task: OneVsRest) -> Probe:
+    plane = logistic(readings.rows[task.train], task.inside[task.train])
     test = readings.halves[1]
     said = plane.predict(readings.rows[test])
-    accuracy = plane.accuracy(readings.rows[cell.test], cell.inside[cell.test])
+    accuracy = plane.accuracy(readings.rows[task.test], task.inside[task.test])
     direction = plane.weights / max(float(np.linalg.norm(plane.weights)), 1e-300)
-    return direction, accuracy, test[said & cell.inside[test]]
+    return Probe(direction, accuracy, test[said & task.inside[test]])
 
 
-def _along(
-    readings: Readings, number: int, cell: Cell, direction: Floats, _accuracy: float, texts: NDArray[np.intp]
-) -> Along:
+def _along(readings: Readings, number: int, task: OneVsRest, probe: Probe) -> AlongDirection:
+    # Decoder rows with their norms: what a latent adds, not only in which direction.
     rows = readings.directions(number)
-    along = rows @ direction
+    along = rows @ probe.direction
     cosine = along / np.maximum(np.linalg.norm(rows, axis=1), 1e-30)
-    values = readings.latents[number][texts].astype(np.float64)
-    own = own_latents(readings, number, cell)
-    return Along(values, values * along, cosine, readings.rows[texts] @ direction, own)
+    values = readings.latents[number][probe.texts].astype(np.float64)
+    own = own_latents(readings, number, task)
+    return AlongDirection(values, values * along, cosine, readings.rows[probe.texts] @ probe.direction, own)
 
 
-def own_latents(readings: Readings, number: int, cell: Cell) -> NDArray[np.intp]:
+def own_latents(readings: Readings, number: int, task: OneVsRest) -> NDArray[np.intp]:
     """The latents that stand for the concept, found on the training texts."""
-    kept_back = np.arange(len(cell.train)) % 3 == 0
-    inner = Cell(cell.label, cell.inside, cell.train[~kept_back], cell.train[kept_back])
+    # Scored on training texts that were not fitted to, since more latents always fit better.
+    kept_back = np.arange(len(task.train)) % 3 == 0
+    inner = OneVsRest(task.label, task.inside, task.train[~kept_back], task.train[kept_back])
     values = readings.latents[number]
     order = ranked(values, inner)[:MOST_SPLIT]
     best = -np.inf
@@ -159,7 +173,7 @@ def own_latents(readings: Readings, number: int, cell: Cell) -> NDArray[np.intp]
     return order
 
 
-def _f1(values: NDArray[np.float32], cell: Cell, columns: Sequence[int] | NDArray[np.intp]) -> float:
-    plane = logistic(values[cell.train][:, columns], cell.inside[cell.train])
-    said, true = plane.predict(values[cell.test][:, columns]), cell.inside[cell.test]
+def _f1(values: NDArray[np.float32], task: OneVsRest, columns: Sequence[int] | NDArray[np.intp]) -> float:
+    plane = logistic(values[task.train][:, columns], task.inside[task.train])
+    said, true = plane.predict(values[task.test][:, columns]), task.inside[task.test]
     return float(2 * (said & true).sum() / max(said.sum() + true.sum(), 1))

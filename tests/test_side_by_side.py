@@ -13,9 +13,9 @@ import families
 import tiny
 import vesalius as vs
 from test_forward import alone, group, rows
-from vesalius.data import lanes
+from vesalius.data import side_by_side as module
 from vesalius.data.forward import forward_for
-from vesalius.data.lanes import side_by_side
+from vesalius.data.side_by_side import side_by_side
 from vesalius.errors import NotFiniteError
 from vesalius.model.hooks import Tap, tapped
 
@@ -34,7 +34,7 @@ def threads_of(models: Any, batches: list[int]) -> list[tuple[str, bool]]:
 
     def run(given: Any, _: int) -> tuple[str, bool]:
         if threading.current_thread() is not threading.main_thread():
-            meeting.wait(10)  # both lanes are at work, or this breaks
+            meeting.wait(10)  # both batches are at work, or this breaks
         return threading.current_thread().name, given is models
 
     return list(side_by_side(run, models, batches))
@@ -54,7 +54,7 @@ def test_pairs_of_batches_meet_and_the_odd_one_runs_alone() -> None:
 def test_every_family_gives_the_same_rows(name: str) -> None:
     model, chosen = families.model(name), group()
     site = str(model.sites("layers.*.resid_post")[-1])
-    assert len(lanes._lanes({"": model})) == 2
+    assert len(module._copies({"": model})) == 2
     (beside,) = rows(model, [site], chosen, batch_tokens=20)
     torch.testing.assert_close(beside, alone(model, site, chosen), rtol=1e-4, atol=1e-5)
 
@@ -69,14 +69,14 @@ def test_rows_are_bit_for_bit_those_of_one_batch_after_the_other(compute: torch.
     assert all(torch.equal(one, other) for one, other in zip(beside, after, strict=True))
 
 
-def test_a_twin_has_the_same_weights_and_no_hook_in_common() -> None:
+def test_a_copy_has_the_same_weights_and_no_hook_in_common() -> None:
     model = tiny.model("llama")
-    (_, twin) = lanes._lanes({"": model})
-    own, others = (dict(m.module.named_parameters()) for m in (model, twin[""]))
+    (_, copied) = module._copies({"": model})
+    own, others = (dict(m.module.named_parameters()) for m in (model, copied[""]))
     assert all(others[name] is weight for name, weight in own.items())
     seen: list[int] = []
     with tapped([Tap(model.layer(0), "out", lambda t: seen.append(1))]):
-        twin[""].run(vs.Tokens(torch.tensor([[2, 3, 4]])))
+        copied[""].run(vs.Tokens(torch.tensor([[2, 3, 4]])))
         assert seen == []
         model.run(vs.Tokens(torch.tensor([[2, 3, 4]])))
         assert seen == [1]
@@ -100,31 +100,31 @@ def test_what_others_hung_on_a_model_is_called_for_every_batch() -> None:
     assert len(called) > 2
     assert set(called) == {threading.get_ident()}
     handle.remove()
-    assert len(lanes._lanes({"": model})) == 2
+    assert len(module._copies({"": model})) == 2
     layer = model.module.model.layers[0]
     layer.forward = layer.forward  # an attribute now, such as those that wrap a forward leave behind
-    assert len(lanes._lanes({"": model})) == 1
+    assert len(module._copies({"": model})) == 1
 
 
 def test_unknown_modules_autocast_and_one_thread_go_one_after_the_other() -> None:
     plain = vs.Model(torch.nn.Sequential(torch.nn.Embedding(9, 4)), adapter=None)
-    assert len(lanes._lanes({"": plain})) == 1
+    assert len(module._copies({"": plain})) == 1
     model = tiny.model("llama")
     with torch.autocast("cpu", torch.bfloat16):
-        assert len(lanes._lanes({"": model})) == 1
+        assert len(module._copies({"": model})) == 1
     torch.set_num_threads(1)
-    assert len(lanes._lanes({"": model})) == 1
+    assert len(module._copies({"": model})) == 1
 
 
 def test_a_model_that_cannot_be_copied_is_run_one_batch_after_the_other() -> None:
     model, chosen = tiny.model("llama"), group()
     model.module.model.layers[0].guard = threading.Lock()
-    assert len(lanes._lanes({"": model})) == 1
+    assert len(module._copies({"": model})) == 1
     (found,) = rows(model, ["layers.1.resid_post"], chosen, batch_tokens=20)
     torch.testing.assert_close(found, alone(model, "layers.1.resid_post", chosen), rtol=1e-4, atol=1e-5)
 
 
-def test_an_error_of_who_listens_ends_both_lanes() -> None:
+def test_an_error_of_who_listens_ends_both_batches() -> None:
     forward = forward_for(tiny.model("llama"), ["layers.1.resid_post"], None, 4)
 
     def done(_: int) -> None:
@@ -135,7 +135,7 @@ def test_an_error_of_who_listens_ends_both_lanes() -> None:
     assert not [one for one in threading.enumerate() if one.name.startswith("vesalius")]
 
 
-def test_an_error_in_a_lane_is_raised_and_leaves_no_hook() -> None:
+def test_an_error_in_one_of_them_is_raised_and_leaves_no_hook() -> None:
     model, chosen = tiny.model("llama"), group()
     with torch.no_grad():
         model.module.model.embed_tokens.weight[int(chosen.contexts[-1].ids[-1])] = float("nan")

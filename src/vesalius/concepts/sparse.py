@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vesalius.concepts.classifier import Plane, logistic, mean_difference
-from vesalius.dictionaries.probing.readings import Readings, random_order
-from vesalius.dictionaries.probing.scores import Score, Scores, scored
+from vesalius.concepts.readings import Readings, random_order
+from vesalius.concepts.scores import ConceptScores, ScoreLine, line_of_texts
 from vesalius.errors import InputError
 
 WORDS = {
@@ -30,8 +30,10 @@ Numbers = NDArray[np.intp]
 
 
 @dataclass(frozen=True, eq=False)
-class Cell:
-    """One class to tell from the rest: texts to fit on and to test on, as many in it as outside."""
+class OneVsRest:
+    """One class to tell from the rest. inside: [text] whether each is of it. train, test: numbers of the texts that are
+    fitted to and tested on, as many of the class as of the rest.
+    """
 
     label: str
     inside: NDArray[np.bool_]
@@ -39,13 +41,13 @@ class Cell:
     test: Numbers
 
 
-def cells_of(readings: Readings) -> list[Cell]:
-    """One cell per target label, balanced at random by the readings' seed, so that guessing is right half the time."""
+def one_vs_rest(readings: Readings) -> list[OneVsRest]:
+    """One per target label, balanced at random by the readings' seed, so that guessing is right half the time."""
     concept, found = readings.concept, []
     for label in concept.targets:
         inside = concept.of(label)
         train, test = (balanced(numbers, inside, readings.seed) for numbers in readings.halves)
-        found.append(Cell(label, inside, train, test))
+        found.append(OneVsRest(label, inside, train, test))
     return found
 
 
@@ -57,47 +59,56 @@ def balanced(numbers: Numbers, inside: NDArray[np.bool_], seed: int) -> Numbers:
     return np.sort(np.concatenate(kept))
 
 
-def ranked(values: NDArray[Any], cell: Cell) -> Numbers:
+def ranked(values: NDArray[Any], task: OneVsRest) -> Numbers:
     """Columns by how far their means in and outside the class are apart on the training texts, farthest first."""
-    inside = cell.inside[cell.train]
-    rows = values[cell.train].astype(np.float64)
+    inside = task.inside[task.train]
+    rows = values[task.train].astype(np.float64)
     apart = np.abs(rows[inside].mean(0) - rows[~inside].mean(0))
     return np.argsort(-apart, kind="stable")
 
 
-def sparse_probing(readings: Readings, ks: Sequence[int] = (1, 2, 5)) -> Scores:
+def sparse_probing(readings: Readings, ks: Sequence[int] = (1, 2, 5)) -> ConceptScores:
     """Accuracy of k-sparse probes on the test texts, per k and for the baselines; chance is .5.
 
     Of several labels each is told from the others, and lines are means over them. Raises InputError for a k under 1.
     """
     if min(ks) < 1:
         raise InputError(f"ks must be at least 1; got {list(ks)}")
-    cells = cells_of(readings)
-    lines = [_line(readings, cells, "latents", readings.latents, k) for k in ks]
-    lines += [_line(readings, cells, "coordinates", [readings.rows], k) for k in ks]
+    tasks = one_vs_rest(readings)
+    lines = [_line(readings, tasks, "latents", readings.latents, k) for k in ks]
+    lines += [_line(readings, tasks, "coordinates", [readings.rows], k) for k in ks]
     lines += [
-        _line(readings, cells, "activations", [readings.rows], None),
-        _line(readings, cells, "difference", [readings.rows], None, mean_difference),
+        _line(readings, tasks, "activations", [readings.rows], None),
+        _line(readings, tasks, "difference", [readings.rows], None, mean_difference),
     ]
-    return Scores(
-        "sparse probing", readings.concept.name, len(readings.halves[0]), len(readings.halves[1]), tuple(lines),
+    return ConceptScores(
+        "sparse probing",
+        readings.concept.name,
+        len(readings.halves[0]),
+        len(readings.halves[1]),
+        tuple(lines),
         "Accuracy on texts that share no group with those fitted to; chance is .5.",
-    )  # fmt: skip
+    )
 
 
 def _line(
-    readings: Readings, cells: Sequence[Cell], method: str, values: Sequence[NDArray[Any]], k: int | None,
+    readings: Readings,
+    tasks: Sequence[OneVsRest],
+    method: str,
+    values: Sequence[NDArray[Any]],
+    k: int | None,
     fit: Fit = logistic,
-) -> Score:  # fmt: skip
-    right = [np.concatenate([_right(own, cell, k, fit) for cell in cells]).astype(float) for own in values]
-    groups = [readings.concept.groups[number] for cell in cells for number in cell.test]
-    labels = [cell.label for cell in cells for _ in cell.test]
-    return scored(method, WORDS[method], right, groups, k=k, labels=labels)
+) -> ScoreLine:
+    right = [np.concatenate([_right(own, task, k, fit) for task in tasks]).astype(float) for own in values]
+    groups = [readings.concept.groups[number] for task in tasks for number in task.test]
+    labels = [task.label for task in tasks for _ in task.test]
+    return line_of_texts(method, WORDS[method], right, groups, k=k, labels=labels)
 
 
-def _right(values: NDArray[Any], cell: Cell, k: int | None, fit: Fit) -> NDArray[np.bool_]:
+def _right(values: NDArray[Any], task: OneVsRest, k: int | None, fit: Fit) -> NDArray[np.bool_]:
     """[test text] whether its class is predicted."""
-    columns = slice(None) if k is None else ranked(values, cell)[:k]
-    plane = fit(values[cell.train][:, columns], cell.inside[cell.train])
-    found: NDArray[np.bool_] = plane.predict(values[cell.test][:, columns]) == cell.inside[cell.test]
+    # By the training texts alone: latents that were chosen on test texts would always look good.
+    columns = slice(None) if k is None else ranked(values, task)[:k]
+    plane = fit(values[task.train][:, columns], task.inside[task.train])
+    found: NDArray[np.bool_] = plane.predict(values[task.test][:, columns]) == task.inside[task.test]
     return found

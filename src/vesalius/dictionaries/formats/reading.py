@@ -1,4 +1,5 @@
-"""Reading files of strangers: safetensors, npz without pickle, JSON; a pickle only when the user says so, tensors only.
+"""Reading files of unknown origin: safetensors, npz without pickle, JSON; a pickle only when the user says so, and of
+it tensors only. `Weights` hands out the tensors of a file one by one, so that what is missing or left over is noticed.
 
 Every function raises FileFormatError naming the file and what to do about it.
 """
@@ -8,7 +9,8 @@ from __future__ import annotations
 import json
 import warnings
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,7 @@ def partly(path: Path, without: Collection[str]) -> dict[str, Tensor]:
 def _unreadable(path: Path, error: Exception) -> FileFormatError:
     if not path.is_file():
         return FileFormatError(f"{path} is missing. {AGAIN}")
+    # Files renamed to .safetensors are how a pickle would be smuggled in.
     if looks_pickled(path):
         return FileFormatError(
             f"{path} is a pickle and not a safetensors file, whatever its name; it is not opened, because a pickle can "
@@ -108,6 +111,7 @@ def read_pickle(path: Path, unpickle: bool) -> dict[str, Any]:
         stacklevel=2,
     )
     try:
+        # weights_only builds tensors, numbers and text and calls nothing that a file names.
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle raises anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -117,3 +121,53 @@ def read_pickle(path: Path, unpickle: bool) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FileFormatError(f"{path} should hold a state dict, it holds a {type(found).__name__}")
     return found
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors of one file."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    dtype: torch.dtype = torch.float32
+    """What floating-point tensors are turned into."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def take(self, name: str, *axes: str | int) -> Tensor:
+        """The tensor with this name. axes: a size each, or a word for an axis of any size.
+
+        Raises FileFormatError for a tensor that is missing or of another shape.
+        """
+        if name not in self.tensors:
+            raise FileFormatError(
+                f"{self.path} holds no tensor {name!r}; it holds {', '.join(sorted(self.tensors)) or 'none'}"
+            )
+        tensor = self.tensors[name]
+        fits = tensor.ndim == len(axes) and all(
+            isinstance(axis, str) or axis == size for axis, size in zip(axes, tensor.shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join(map(str, axes))
+            raise FileFormatError(
+                f"{self.path}: {name} should have shape [{wanted}] beside the other tensors, it has "
+                f"{tuple(tensor.shape)}"
+            )
+        return self._cast(tensor)
+
+    def maybe(self, name: str, *axes: str | int) -> Tensor | None:
+        """The tensor, or None where there is none."""
+        return self.take(name, *axes) if name in self.tensors else None
+
+    def refuse_others(self, kind: str, known: Iterable[str]) -> None:
+        """Raises FileFormatError for tensors that a dictionary of this kind has no use for."""
+        others = sorted(set(self.tensors) - set(known))
+        if others:
+            raise FileFormatError(
+                f"{self.path} holds {', '.join(others)}, which {kind} has no use for: reading it would leave out "
+                "something that it computes"
+            )
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype).contiguous() if tensor.is_floating_point() else tensor

@@ -1,4 +1,4 @@
-"""Places that a dictionary's file names in a way that stands for no Site, or does not name at all."""
+"""Sites that a dictionary's file names in words that stand for no Site, or does not name at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vesalius.site import Site
 _MARK = "?"
 
 
-def unknown_place(name: str | None) -> Site:
+def unknown_site(name: str | None) -> Site:
     """A Site that no model has and that keeps the name."""
     return Site("module", module=_MARK + (name or "").replace("|", "/"))
 
@@ -19,15 +19,15 @@ def is_unknown(site: Site) -> bool:
 
 
 def name_of(site: Site) -> str:
-    """The name that the file gave to an unknown place; empty when it gave none."""
+    """The name that the file gave to an unknown site; empty when it gave none."""
     return site.module.removeprefix(_MARK)
 
 
 def known_site(site: Site) -> Site:
-    """The same site. Raises InputError saying what to do when its place is unknown."""
+    """The same site. Raises InputError saying what to do when it is unknown."""
     if not is_unknown(site):
         return site
-    said = f"named its place {name_of(site)!r}, which stands for no site here" if name_of(site) else "named no place"
+    said = f"named its site {name_of(site)!r}, which stands for no site here" if name_of(site) else "named no site"
     raise InputError(
         f"the file of this dictionary {said}. Load it with site= (and out_site= for what it writes), such as "
         "site='layers.3.resid_post'"

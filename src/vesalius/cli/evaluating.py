@@ -58,12 +58,19 @@ def quality(request: Request) -> None:
     with bars() as progress:
         screen = Screen(progress)
         model = None if request.model is None else vs.load(request.model, sink=screen)
-        if model is not None and "format" in getattr(coder, "about", {}):
-            vs.dictionaries.verify(coder, model, sink=screen)  # another library's: is it read as it was meant?
+        if model is not None and "format" in getattr(coder, "metadata", {}):
+            vs.dictionaries.verify(coder, model, sink=screen)  # another library's: is it read as it was written?
         found = vs.dictionaries.quality(
-            coder, store, model=model, others=others, concepts=concepts, n=request.rows, contexts=request.contexts,
-            seed=request.seed, sink=screen,
-        ).to_json()  # fmt: skip
+            coder,
+            store,
+            model=model,
+            others=others,
+            concepts=concepts,
+            n=request.rows,
+            contexts=request.contexts,
+            seed=request.seed,
+            sink=screen,
+        ).to_json()
     path = vs.report.write_quality(found, vs.dictionaries.WORDS, request.folder, request.command)
     note(found["data"]["words"])
     if model is None:
@@ -75,13 +82,13 @@ def quality(request: Request) -> None:
 
 def intervals(found: Mapping[str, Any]) -> str:
     """The main figures with their 95 % intervals, in one line."""
-    told = []
+    parts = []
     for name in ("fvu", "l0", "ce_increase", "loss_recovered_mean", "loss_recovered"):
         if name in found["figures"]:
             one = found["figures"][name]
             ends = "" if one["low"] is None else f" [{one['low']:.3g}, {one['high']:.3g}]"
-            told.append(f"{name} {one['value']:.3g}{ends}")
-    return f"{', '.join(told)} (95 % over {found['data']['groups']} {found['data']['unit']})"
+            parts.append(f"{name} {one['value']:.3g}{ends}")
+    return f"{', '.join(parts)} (95 % over {found['data']['groups']} {found['data']['unit']})"
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,12 @@ def page(
 ) -> Page:
     """Measure a dictionary that was just trained, and write its page beside it."""
     found = vs.dictionaries.quality(
-        coder, store, model=model if len(coder.out_sites) == 1 else None, others=others, sink=sink
+        # A model can be spliced at one site only; other coders are measured on rows alone.
+        coder,
+        store,
+        model=model if len(coder.out_sites) == 1 else None,
+        others=others,
+        sink=sink,
     ).to_json()
     path = vs.report.write_quality(found, vs.dictionaries.WORDS, folder, command)
     return Page(path, [*vs.report.quality_answer(found), intervals(found)])

@@ -1,4 +1,4 @@
-"""SAEBench's metrics: closed forms, loops that do the same, and toy data in which the answer was planted."""
+"""Concepts: closed forms of SAEBench's metrics, loops that do the same, toy data in which the answer was planted."""
 
 from __future__ import annotations
 
@@ -15,23 +15,20 @@ from torch import Tensor
 
 import vesalius as vs
 from planted_features import draw, unit
-from vesalius.data import Labelled
-from vesalius.dictionaries import (
-    Dictionary,
+from vesalius.concepts import (
     Readings,
-    TrainConfig,
     absorption,
     read_concept,
     sparse_probing,
     spurious_removal,
     targeted_perturbation,
-    train,
 )
-from vesalius.dictionaries.probing.absorption import Along, absorbed_fraction
-from vesalius.dictionaries.probing.perturbation import perturbation_score
-from vesalius.dictionaries.probing.removal import ablated, removal_score
-from vesalius.dictionaries.probing.scores import scored
-from vesalius.dictionaries.probing.sparse import balanced, cells_of, ranked
+from vesalius.concepts.ablation import ablated, perturbation_score, removal_score
+from vesalius.concepts.absorption import AlongDirection, absorbed_fraction
+from vesalius.concepts.scores import line_of_texts
+from vesalius.concepts.sparse import balanced, one_vs_rest, ranked
+from vesalius.data import Labelled
+from vesalius.dictionaries import Dictionary, TrainConfig, train
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.site import Site
 
@@ -108,7 +105,7 @@ def test_absorption_of_many_texts_is_that_of_each_alone(seed: int, n_own: int) -
     x = values @ decoder + 0.1 * rng.normal(size=(6, 4))
     along = decoder @ d
     own = rng.permutation(9)[:n_own]
-    found = Along(values, values * along, along / np.linalg.norm(decoder, axis=1), x @ d, own)
+    found = AlongDirection(values, values * along, along / np.linalg.norm(decoder, axis=1), x @ d, own)
     wanted = [one_text(*row, d, own.tolist()) for row in zip(values, [decoder] * 6, x, strict=True)]
     assert found.fractions().tolist() == pytest.approx([fraction for fraction, _ in wanted])
     assert found.full().tolist() == [full for _, full in wanted]
@@ -142,7 +139,7 @@ def test_independent_features_are_found_one_by_one(toys: dict[bool, Dictionary])
     assert torch.allclose(cosines[order], torch.eye(4), atol=0.05)
 
 
-def along_parent(dictionary: Dictionary, hierarchical: bool) -> tuple[Along, np.ndarray]:
+def along_parent(dictionary: Dictionary, hierarchical: bool) -> tuple[AlongDirection, np.ndarray]:
     """Texts with the first feature, along it; and which of them have the second. Its own latent is the nearest one."""
     there, rows = toy(3000, hierarchical, 2)
     rows, child = rows[there[:, 0]], there[there[:, 0], 1].numpy()
@@ -151,7 +148,7 @@ def along_parent(dictionary: Dictionary, hierarchical: bool) -> tuple[Along, np.
     along = decoder @ d
     cosine = along / np.linalg.norm(decoder, axis=1)
     values = dictionary.encode(rows).double().numpy()
-    return Along(values, values * along, cosine, rows.double().numpy() @ d, np.array([cosine.argmax()])), child
+    return AlongDirection(values, values * along, cosine, rows.double().numpy() @ d, np.array([cosine.argmax()])), child
 
 
 def test_a_feature_inside_another_absorbs_it_and_an_independent_one_does_not(toys: dict[bool, Dictionary]) -> None:
@@ -247,16 +244,16 @@ def test_a_latent_that_is_the_concept_tells_it_alone_and_random_ones_do_not() ->
 def test_latents_are_chosen_by_training_texts_alone() -> None:
     labelled, rows = two_concepts()
     readings = Readings.of([coder(unit(40, 50, 4))], labelled, rows)
-    (cell,) = cells_of(readings)
+    (task,) = one_vs_rest(readings)
     values = readings.latents[0]
-    inside = cell.inside[cell.train]
+    inside = task.inside[task.train]
     apart = [
-        abs(float(values[cell.train][inside, j].mean() - values[cell.train][~inside, j].mean())) for j in range(40)
+        abs(float(values[task.train][inside, j].mean() - values[task.train][~inside, j].mean())) for j in range(40)
     ]
-    assert ranked(values, cell)[:5].tolist() == sorted(range(40), key=lambda j: -apart[j])[:5]
+    assert ranked(values, task)[:5].tolist() == sorted(range(40), key=lambda j: -apart[j])[:5]
     changed = values.copy()
-    changed[cell.test] = 1e6 * np.random.default_rng(0).random((len(cell.test), 40))
-    assert ranked(changed, cell).tolist() == ranked(values, cell).tolist()
+    changed[task.test] = 1e6 * np.random.default_rng(0).random((len(task.test), 40))
+    assert ranked(changed, task).tolist() == ranked(values, task).tolist()
 
 
 def test_classes_are_balanced_so_that_guessing_is_right_half_the_time() -> None:
@@ -281,11 +278,51 @@ def test_texts_of_a_group_are_on_one_side_and_intervals_know_them() -> None:
     readings = Readings.of([coder(unit(31, 50, 4))], grouped, rows)
     training, testing = readings.halves
     assert {grouped.groups[n] for n in training} & {grouped.groups[n] for n in testing} == set()
-    alone = scored("m", "", [np.array([1.0, 0.0] * 20)], [str(n) for n in range(40)])
-    together = scored("m", "", [np.array([1.0, 0.0] * 20)], ["a", "b"] * 20)
+    alone = line_of_texts("m", "", [np.array([1.0, 0.0] * 20)], [str(n) for n in range(40)])
+    together = line_of_texts("m", "", [np.array([1.0, 0.0] * 20)], ["a", "b"] * 20)
     assert alone.high is not None and together.high is not None
     assert together.high - together.value > alone.high - alone.value
-    assert scored("m", "", [np.ones(40)], ["a", "b"] * 20).low == pytest.approx(0.912, abs=0.001)  # never 1 +- 0
+    assert line_of_texts("m", "", [np.ones(40)], ["a", "b"] * 20).low == pytest.approx(0.912, abs=0.001)  # never 1 +- 0
+
+
+class Own:
+    """A coder of somebody else's: it only encodes, and says what its latents add."""
+
+    in_sites = out_sites = (SITE,)
+    content_hash = ""
+
+    def __init__(self, dictionary: Dictionary) -> None:
+        self.n_latents, self._dictionary = dictionary.n_latents, dictionary
+
+    def encode(self, x: Tensor, latents: Sequence[int] | None = None) -> Tensor:
+        return self._dictionary.encode(x, latents)
+
+    def decoder_rows(self, site: Site | str | None = None) -> Tensor:
+        return self._dictionary.W_dec
+
+    def latent(self, index: int) -> Any:
+        raise NotImplementedError
+
+
+def test_the_metrics_take_any_coder_that_encodes_and_says_what_its_latents_add() -> None:
+    labelled, rows = biased()
+    dictionary = coder(torch.cat([BASIS, -BASIS]))
+    for metric in (sparse_probing, absorption, spurious_removal):
+        ours, theirs = (metric(Readings.of([one], labelled, rows)) for one in (dictionary, Own(dictionary)))
+        assert ours == theirs
+
+
+def test_a_score_per_text_is_a_measurement_with_one_value_per_text() -> None:
+    labelled, rows = two_concepts()
+    readings = Readings.of([coder(unit(31, 50, 4)), coder(unit(31, 50, 5))], labelled, rows)
+    line = sparse_probing(readings)["latents", 5]
+    (task,) = one_vs_rest(readings)
+    assert line.measurement.n == len(task.test)
+    assert set(line.measurement.values) <= {0.0, 0.5, 1.0}
+    assert line.value == pytest.approx(np.mean(line.measurement.values))
+    assert line.measurement.groups == {"group": tuple(labelled.groups[number] for number in task.test)}
+    sizes = absorption(readings)["own latents"]
+    assert (sizes.measurement.values, sizes.low) == (sizes.values, None)
 
 
 # Removal and perturbation
@@ -347,7 +384,7 @@ def test_what_the_metrics_need_is_said() -> None:
     with pytest.raises(InputError, match="240 texts of set"):
         Readings.of([coder(unit(8, 50))], labelled, rows[:10])
     other = coder(unit(8, 50), in_sites=(Site("embed"),))
-    with pytest.raises(InputError, match="read and rebuild one site"):
+    with pytest.raises(InputError, match="read and reconstruct one site"):
         Readings.of([other], labelled, rows)
     together = concept(["a", "b"] * 20, marks=("x", "y") * 20)
     with pytest.raises(InputError, match="a combination of label and mark has 0 texts"):

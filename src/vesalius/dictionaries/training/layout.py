@@ -1,4 +1,4 @@
-"""Wiring: which sites of a source are read and which are rebuilt, by which sets of latents."""
+"""Layout: which sites of a source are read and which are reconstructed, by which sets of latents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vesalius.site import Site, select
 
 
 @dataclass(frozen=True)
-class BlockWiring:
+class BlockLayout:
     """One set of latents: the columns it reads of all inputs side by side, and those it writes of all outputs."""
 
     reads: slice
@@ -22,33 +22,36 @@ class BlockWiring:
 
 
 @dataclass(frozen=True)
-class Wiring:
-    """Sites read and rebuilt, and their places in a batch of the source."""
+class Layout:
+    """Sites read and reconstructed, their numbers among the sites of the source, and the sets of latents (blocks).
+
+    There is one block, but for a cross-layer transcoder, which has one per layer.
+    """
 
     coder: str
     in_sites: tuple[Site, ...]
     out_sites: tuple[Site, ...]
-    in_places: tuple[int, ...]
-    out_places: tuple[int, ...]
+    in_numbers: tuple[int, ...]
+    out_numbers: tuple[int, ...]
     in_widths: tuple[int, ...]
     out_widths: tuple[int, ...]
-    blocks: tuple[BlockWiring, ...]
-    centred: bool
+    blocks: tuple[BlockLayout, ...]
+    apply_b_dec_to_input: bool
     """Whether the decoder's bias is subtracted from the input."""
 
     @property
-    def reads(self) -> int:
+    def d_in(self) -> int:
         """Width of all inputs side by side."""
         return sum(self.in_widths)
 
     @property
-    def writes(self) -> int:
+    def d_out(self) -> int:
         """Width of all outputs side by side."""
         return sum(self.out_widths)
 
 
-def wire(source: Source, config: TrainConfig, paired: bool = False) -> Wiring:
-    """The wiring that a config implies for a source. paired: the source is a plain (x, y).
+def layout_of(source: Source, config: TrainConfig, paired: bool = False) -> Layout:
+    """The layout that a config implies for a source. paired: the source is a plain (x, y).
 
     Raises InputError when the sites leave open what is meant or don't fit the coder, UnknownNameError for sites that
     the source does not have.
@@ -57,15 +60,15 @@ def wire(source: Source, config: TrainConfig, paired: bool = False) -> Wiring:
     coder = config.coder if config.coder != "auto" else _guess(ins, outs, source.sites, paired)
     ins, outs = _defaults(coder, ins, outs, source.sites)
     _check(coder, ins, outs, config)
-    in_places, out_places = (tuple(source.sites.index(site) for site in sites) for sites in (ins, outs))
-    in_widths, out_widths = (tuple(source.widths[place] for place in places) for places in (in_places, out_places))
+    in_numbers, out_numbers = (tuple(source.sites.index(site) for site in sites) for sites in (ins, outs))
+    in_widths, out_widths = (tuple(source.widths[n] for n in numbers) for numbers in (in_numbers, out_numbers))
     same = ins == outs
     if config.apply_b_dec_to_input and not same:
-        raise InputError("TrainConfig.apply_b_dec_to_input is for coders that rebuild what they read")
-    centred = same if config.apply_b_dec_to_input is None else config.apply_b_dec_to_input
+        raise InputError("TrainConfig.apply_b_dec_to_input is for coders that reconstruct what they read")
+    subtracts = same if config.apply_b_dec_to_input is None else config.apply_b_dec_to_input
     everything = _block(in_widths, out_widths, range(len(ins)), range(len(outs)))
     blocks = _layers(in_widths, out_widths) if coder == "cross_layer" else (everything,)
-    return Wiring(coder, ins, outs, in_places, out_places, in_widths, out_widths, blocks, centred)
+    return Layout(coder, ins, outs, in_numbers, out_numbers, in_widths, out_widths, blocks, subtracts)
 
 
 def _named(patterns: Sequence[str], source: Source) -> tuple[Site, ...]:
@@ -101,10 +104,10 @@ def _defaults(
 def _check(coder: str, ins: tuple[Site, ...], outs: tuple[Site, ...], config: TrainConfig) -> None:
     given = f"got {', '.join(map(str, ins)) or 'none'} -> {', '.join(map(str, outs)) or 'none'}"
     wanted = {
-        "sae": (len(ins) == 1 and ins == outs, "one site, which it reads and rebuilds"),
-        "transcoder": (len(ins) == len(outs) == 1 and ins != outs, "one site to read and another to rebuild"),
+        "sae": (len(ins) == 1 and ins == outs, "one site, which it reads and reconstructs"),
+        "transcoder": (len(ins) == len(outs) == 1 and ins != outs, "one site to read and another to reconstruct"),
         "crosscoder": (len(ins) + len(outs) > 2, "several sites"),
-        "cross_layer": (len(ins) == len(outs) > 1, "as many sites to read as to rebuild, in the order of layers"),
+        "cross_layer": (len(ins) == len(outs) > 1, "as many sites to read as to reconstruct, in the order of layers"),
     }
     fits, words = wanted[coder]
     if not fits:
@@ -113,9 +116,9 @@ def _check(coder: str, ins: tuple[Site, ...], outs: tuple[Site, ...], config: Tr
         raise InputError(f"TrainConfig.skip is for transcoders; this is a {coder.replace('_', '-')} coder")
 
 
-def _block(ins: tuple[int, ...], outs: tuple[int, ...], reads: range, writes: range) -> BlockWiring:
+def _block(ins: tuple[int, ...], outs: tuple[int, ...], reads: range, writes: range) -> BlockLayout:
     """A set of latents that reads and writes neighbouring sites, by their numbers."""
-    return BlockWiring(
+    return BlockLayout(
         _columns(ins, reads), _columns(outs, writes), tuple(ins[n] for n in reads), tuple(outs[n] for n in writes)
     )
 
@@ -124,6 +127,6 @@ def _columns(widths: tuple[int, ...], numbers: range) -> slice:
     return slice(sum(widths[: numbers.start]), sum(widths[: numbers.stop]))
 
 
-def _layers(ins: tuple[int, ...], outs: tuple[int, ...]) -> tuple[BlockWiring, ...]:
+def _layers(ins: tuple[int, ...], outs: tuple[int, ...]) -> tuple[BlockLayout, ...]:
     """One set of latents per layer, which writes at its own layer and all later ones."""
     return tuple(_block(ins, outs, range(n, n + 1), range(n, len(outs))) for n in range(len(ins)))

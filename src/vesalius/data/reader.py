@@ -1,4 +1,4 @@
-"""Feed: texts on their way through models, and what all who read activations can ask for."""
+"""ActivationReader: texts cut into contexts and run through models; what `harvest` and `stream` share."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _BLOCK_BYTES, _BLOCK_LEAST, _BLOCK_MOST = 2**18, 16, 4096
 
 
 @dataclass(frozen=True, eq=False)
-class Feed:
-    """Texts on their way through models: groups of contexts, and what they are."""
+class ActivationReader:
+    """Groups of contexts of some texts, and the activations of some models there."""
 
     forward: Forward
     texts: Texts
@@ -65,7 +65,7 @@ class Feed:
 
 @dataclass(frozen=True)
 class Request:
-    """How activations are to be read; see `harvest` for what the fields mean."""
+    """How activations are to be read; `harvest` says what the fields mean."""
 
     sites: Sequence[Site | str]
     tokens: int | None = None
@@ -78,8 +78,10 @@ class Request:
     column: str = "text"
     batch_tokens: int = 2048
 
-    def feed(self, models: Any, texts: Any, *, group_rows: int | None = None, group_bytes: int = 1) -> Feed:
-        """Everything checked that can be checked before a model is run on text.
+    def reader(
+        self, models: Any, texts: Any, *, group_rows: int | None = None, group_bytes: int = 1
+    ) -> ActivationReader:
+        """A reader, after everything is checked that can be before a model is run on text.
 
         A group has group_rows rows, or group_bytes bytes of activations, at most.
         """
@@ -88,13 +90,15 @@ class Request:
         forward = forward_for(models, self.sites, self.compute, self.batch_tokens)
         for model in forward.models.values():
             _check_context(model, self.context)
+        # Decided by sizes and not by free memory, so that every machine makes the same shards.
         rows = max(1, group_bytes // self._row_bytes(forward)) if group_rows is None else group_rows
         bos = bos_for(forward.tokenizer, self.bos, self.keep_bos)
         packing = Packing(self.context, bos, special_ids(forward.tokenizer), rows, self.tokens)
-        return Feed(forward, texts_from(texts, self.column), packing, self.max_norm)
+        return ActivationReader(forward, texts_from(texts, self.column), packing, self.max_norm)
 
-    def block_rows(self, feed: Feed) -> int:
-        return min(max(_BLOCK_BYTES // self._row_bytes(feed.forward), _BLOCK_LEAST), _BLOCK_MOST)
+    def block_rows(self, reader: ActivationReader) -> int:
+        """Rows of a store that share a checksum and are read together."""
+        return min(max(_BLOCK_BYTES // self._row_bytes(reader.forward), _BLOCK_LEAST), _BLOCK_MOST)
 
     def _row_bytes(self, forward: Forward) -> int:
         return sum(forward.widths) * self.dtype.itemsize
@@ -114,23 +118,24 @@ def _check_context(model: Model, context: int) -> None:
         raise InputError(f"context {context} is longer than the {most} positions of {model.name}; give {most} or less")
 
 
-def times_first(feed: Feed, first: Group, tally: Tally) -> float | None:
-    """How many times the rows of the first group there will be, about; None when that cannot be known."""
-    limit, size = feed.packing.limit, feed.texts.size
+def times_first(reader: ActivationReader, first: Group, tally: Tally) -> float | None:
+    """About how many times the rows of the first group there will be in all; None when that cannot be known."""
+    limit, size = reader.packing.limit, reader.texts.size
+    # Characters read so far against all of them: an estimate, since texts differ in tokens per character.
     by_size = None if size is None else max(1.0, size / max(1, tally.characters))
     by_limit = None if limit is None else limit / first.rows
     known = [times for times in (by_size, by_limit) if times is not None]
     return min(known) if known else None
 
 
-def expected_cost(feed: Feed, first: Group, trial: Trial, times: float, dtype: torch.dtype) -> Estimate:
+def expected_cost(reader: ActivationReader, first: Group, trial: Trial, times: float, dtype: torch.dtype) -> Estimate:
     """Cost of `times` the first group; a forward pass is one context."""
     tokens = sum(len(context.ids) for context in first.contexts)
-    bytes_of_row = sum(feed.forward.widths) * dtype.itemsize + _ORIGIN_BYTES
-    weights = sum(p.numel() * p.element_size() for m in feed.forward.models.values() for p in m.module.parameters())
+    bytes_of_row = sum(reader.forward.widths) * dtype.itemsize + _ORIGIN_BYTES
+    weights = sum(p.numel() * p.element_size() for m in reader.forward.models.values() for p in m.module.parameters())
     return Estimate(
         seconds=tokens * times / trial.tokens_per_second,
-        forwards=math.ceil(len(first.contexts) * times * len(feed.forward.models)),
+        forwards=math.ceil(len(first.contexts) * times * len(reader.forward.models)),
         memory_bytes=weights + 3 * first.rows * bytes_of_row,
         disk_bytes=int(first.rows * times * bytes_of_row),
     )

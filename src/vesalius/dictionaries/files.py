@@ -1,8 +1,8 @@
-"""From a file or folder, ours or another library's, to a coder."""
+"""`load` and `save`: from a file or folder, ours or another library's, to a coder, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,28 +10,51 @@ from typing import Any, cast
 import torch
 
 from vesalius.dictionaries import folder as own
-from vesalius.dictionaries.coder import Coder
-from vesalius.dictionaries.cross_layer import CrossLayerTranscoder, cross_layer_from
+from vesalius.dictionaries.coder import SparseCoder
+from vesalius.dictionaries.cross_layer import CrossLayerTranscoder
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.evaluation.verify import verify
-from vesalius.dictionaries.formats import FORMATS, Found, Order
+from vesalius.dictionaries.formats import FORMATS, READ_ONLY, WRITERS, Found, Options
 from vesalius.dictionaries.stored_layer import StoredLayer
-from vesalius.errors import FileFormatError, InputError
+from vesalius.errors import FileFormatError, InputError, UnknownNameError
 from vesalius.model import Model
 from vesalius.site import Site
 
-READERS: dict[str, Callable[..., Coder]] = {
-    "dictionary": own.dictionary_from,
-    "cross_layer_transcoder": cross_layer_from,
-}
-Places = str | Site | Sequence[str | Site]
+OWN = "vesalius"
+"""Name of our own format."""
+Sites = str | Site | Sequence[str | Site]
+
+
+def save(coder: Any, out: str | Path, *, format: str = OWN) -> Path:
+    """Writes a coder to a folder, which is made when missing.
+
+    format: `vesalius` keeps everything; `saelens`, `sparsify`, `gemma_scope`, `gemma_scope_2` and `circuit_tracer`
+    write what those libraries open. What a format has no field for is folded into the weights where the function stays
+    the same (scales of inputs, b_dec on inputs), and refused where it does not.
+
+    In our format the same coder may be saved again over itself. Raises InputError naming what the format cannot
+    express, or when the folder holds another dictionary; UnknownNameError listing the formats that are written.
+    """
+    where = Path(out)
+    if format == OWN:
+        return own.save(coder, where)
+    if format not in WRITERS:
+        why = f"{format} is read only." if format in READ_ONLY else ""
+        raise UnknownNameError("format to write", format, [OWN, *WRITERS], why)
+    if isinstance(coder, CrossLayerTranscoder) and format != "circuit_tracer":
+        raise InputError(f"{format} cannot express a cross-layer transcoder; circuit_tracer and {OWN} can")
+    # Other formats have a config.json too, and the two would overwrite each other's.
+    if (where / own.CONFIG).exists() and own.is_folder(where):
+        raise InputError(f"{where} holds a dictionary in our own format; choose another folder")
+    WRITERS[format](coder, where)
+    return where
 
 
 def load(
     where: str | Path,
     *,
-    site: Places | None = None,
-    out_site: Places | None = None,
+    site: Sites | None = None,
+    out_site: Sites | None = None,
     layer: int | None = None,
     unpickle: bool = False,
     in_scale: float | None = None,
@@ -39,15 +62,15 @@ def load(
     dtype: torch.dtype | None = None,
     model: Model | None = None,
     texts: Any = "stdlib",
-) -> Coder:
-    """The dictionary in a file or folder, told by what is in it: ours, or one of the formats in `formats`.
+) -> SparseCoder:
+    """The dictionary in a file or folder, recognised by what is in it: ours, or one of the formats in `formats`.
 
     Nothing of a file is run. site: where it reads, when the file does not say or says it in words that stand for no
-    site here; one per site that is read. out_site: where it writes; default `site` for a dictionary that rebuilds what
-    it reads. layer: which, of a folder of transcoders. unpickle: read the tensors of a pickle (dictionary_learning,
-    OpenAI), with a warning. in_scale: factor on inputs that a SAELens dictionary was trained with, where its folder
-    lacks it. dtype: default as stored for our own format, else float32. model: it is checked on this
-    model with some of `texts` against what its file claims (`verify`), so that a misreading is an error.
+    site here; one per site that is read. out_site: where it writes; default `site` for a dictionary that reconstructs
+    what it reads. layer: which, of a folder of transcoders. unpickle: read the tensors of a pickle
+    (dictionary_learning, OpenAI), with a warning. in_scale: factor on inputs that a SAELens dictionary was trained
+    with, where its folder lacks it. dtype: default as stored for our own format, else float32. model: it is checked on
+    this model with some of `texts` against what its file claims (`verify`), so that a misreading is an error.
 
     A cross-layer transcoder's layers stay on disk (`StoredLayer`) and are read when they are used.
 
@@ -58,30 +81,31 @@ def load(
     path = Path(where).expanduser()
     if not path.exists():
         raise FileFormatError(f"there is no file or folder {path}")
-    coder = _read(path, Order(layer, unpickle, in_scale, dtype or torch.float32))
+    coder = _read(path, Options(layer, unpickle, in_scale, dtype or torch.float32))
+    # The type first: a device may not have the type of the file.
     for change in (dtype, device):
         coder = coder if change is None else cast(Any, coder).to(change)
-    coder = _placed(coder, sites, outs)
+    coder = _at_sites(coder, sites, outs)
     if model is not None:
         verify(coder, model, texts)
     return coder
 
 
-def _parsed(site: Places | None) -> tuple[Site, ...]:
+def _parsed(site: Sites | None) -> tuple[Site, ...]:
     if site is None:
         return ()
     return tuple(map(Site.parse, [site] if isinstance(site, str | Site) else site))
 
 
-def _read(path: Path, order: Order) -> Coder:
+def _read(path: Path, options: Options) -> SparseCoder:
     if path.is_dir() and own.is_folder(path):
-        coder: Coder = own.read(path, READERS)
-        return coder
-    found = Found(path, order)
+        return own.read(path)
+    found = Found(path, options)
     known = next((known for known in FORMATS if known.claims(found)), None)
     if known is None:
         raise FileFormatError(_nothing(path))
     try:
+        # Nothing in a stranger's JSON can be trusted to be of the type it should be.
         return known.read(found)
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # a value of another type than it should be
         raise FileFormatError(f"{path} is not understood as a dictionary of {known.name} ({error!r})") from error
@@ -103,8 +127,8 @@ def _nothing(path: Path) -> str:
     )
 
 
-def _placed(coder: Coder, sites: tuple[Site, ...], outs: tuple[Site, ...]) -> Coder:
-    """The coder at other sites."""
+def _at_sites(coder: SparseCoder, sites: tuple[Site, ...], outs: tuple[Site, ...]) -> SparseCoder:
+    """The coder at other sites than its file says."""
     if not sites and not outs:
         return coder
     if not outs:

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
+from vesalius.bench import Bench
 
 import tiny
 import vesalius as vs
-from vesalius.bench import Bench
 from vesalius.patching.record import Record
 from vesalius.site import Site
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from vesalius.bench import DIRECTIONS, EMBED, Bench, components
 
 import patching
 import tiny
 import vesalius as vs
-from vesalius.bench import DIRECTIONS, EMBED, Bench, components
 from vesalius.errors import PairsError, UnknownNameError
 from vesalius.jobs import Blocks
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from scipy.stats import binom
+from vesalius.studies.handed import judged, true_claims
 
 from vesalius.errors import InputError
 from vesalius.jobs import Event
@@ -27,7 +28,6 @@ from vesalius.studies.calibrate import (
     on_planted,
     on_random,
 )
-from vesalius.studies.handed import judged, true_claims
 from vesalius.studies.question import Question
 from vesalius.toys import PLANTED, planted_pairs, random_model
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from vesalius.bench import Bench
 
 import handmade
 import tiny
 import vesalius as vs
 from handmade import SITES
-from vesalius.bench import Bench
 from vesalius.describe import Context, describe
 from vesalius.errors import InputError, PairsError, UnknownNameError
 from vesalius.intervention import off_distribution

@@ -12,12 +12,12 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 from torch import Tensor
+from vesalius.bench import EMBED, Bench, components
 
 import handmade
 import patching
 import tiny
 import vesalius as vs
-from vesalius.bench import EMBED, Bench, components
 from vesalius.circuits import (
     ABLATIONS,
     Circuit,

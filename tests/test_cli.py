@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vesalius.bench import Bench
 
 import vesalius as vs
 from solvable import timeless
 from tiny_folder import change_config, tiny_folder
 from tiny_gguf import tiny_llama, write_gguf
 from vesalius import report
-from vesalius.bench import Bench
 from vesalius.cli import main
 from vesalius.cli.ledgers import STYLES, _cells
 from vesalius.protocol.ledger import Ledger

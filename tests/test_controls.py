@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from vesalius.bench import Bench, components
 
 import handmade
 import tiny
 import vesalius as vs
-from vesalius.bench import Bench, components
 from vesalius.describe import Context, describe
 from vesalius.errors import InputError
 from vesalius.site import Site

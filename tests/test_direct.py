@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from vesalius.bench import Bench, components
 
 import patching
 import tiny
 import vesalius as vs
-from vesalius.bench import Bench, components
 from vesalius.errors import UnknownNameError
 from vesalius.model.direct import direct_effects
 

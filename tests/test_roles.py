@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from vesalius.bench import Bench
+from vesalius.describe.ingredients import above, within
+from vesalius.describe.measures import lean, measure_shifts
+from vesalius.describe.places import in_words, positions, present
 
 import handmade
 import tiny
 import vesalius as vs
 from handmade import SITES, Planted
-from vesalius.bench import Bench
 from vesalius.describe import FITS, MEASURES, ROLES, Context, Descriptions, best_of, describe, figure
-from vesalius.describe.ingredients import above, within
-from vesalius.describe.measures import lean, measure_shifts
-from vesalius.describe.places import in_words, positions, present
 from vesalius.errors import InputError, PairsError, UnknownNameError
 from vesalius.site import Site
 

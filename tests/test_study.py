@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from vesalius.bench import Bench
+from vesalius.studies.kept import edges_from_arrays, edges_to_arrays, found_from_arrays, found_to_arrays
 
 import solvable
 import tiny
 import vesalius as vs
 from solvable import OPTIONS, small_study, summary_of, timeless
 from vesalius import report
-from vesalius.bench import Bench
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs import Event
 from vesalius.protocol.ledger import Ledger
 from vesalius.studies import Question, Study, claims_on, run_study, supported_roles, task_circuit
-from vesalius.studies.kept import edges_from_arrays, edges_to_arrays, found_from_arrays, found_to_arrays
 from vesalius.toys import PLANTED
 from vesalius.validate import reinitialised
 

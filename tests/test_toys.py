@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from vesalius.bench import components
 
 import vesalius as vs
-from vesalius.bench import components
 from vesalius.data.positions import named_positions
 from vesalius.errors import InputError
 from vesalius.model.direct import direct_effects

@@ -80,7 +80,8 @@ def test_the_reason_of_a_refutation_is_told_apart() -> None:
     cases = {
         "absent": found(made, sample(0.0)),
         "opposite": found(made, sample(-2.0)),
-        "not_specific": found(made, sample(2.0), control=sample(2.5, seed=1)),
+        # An effect that is not sure, of which the control has more.
+        "not_specific": found(made, sample(0.6), control=sample(4.0, seed=1)),
     }
     for reason, evidence in cases.items():
         result = verdict(made, evidence)
@@ -97,10 +98,28 @@ def test_an_effect_below_delta_that_is_neither_absent_nor_opposite_is_too_small(
     assert (result.outcome, result.reason) == ("REFUTED", "too_small")
 
 
-def test_a_declared_null_that_explains_the_effect_refutes_as_not_specific() -> None:
+def test_an_effect_that_holds_and_that_the_control_has_as_well_is_not_specific() -> None:
+    made = claim()
+    result = verdict(made, found(made, sample(2.0), control=sample(2.5, seed=1)))
+    assert (result.outcome, result.reason) == ("NOT SPECIFIC", None)
+    assert result.p_refuted_holm <= 0.05 < result.p_supported_holm
+
+
+def test_a_declared_null_that_explains_the_effect_is_not_specific() -> None:
     made = claim(nulls=(("shuffled", 0.0),))
     evidence = found(made, sample(2.0), nulls={"shuffled": sample(3.0, seed=5).tolist()})
-    assert verdict(made, evidence).reason == "not_specific"
+    assert verdict(made, evidence).outcome == "NOT SPECIFIC"
+
+
+def test_that_an_effect_holds_is_corrected_for_the_family() -> None:
+    """In a family of many, an effect of p just under .05 is not sure, and its control refutes it."""
+    made = claim()
+    barely = sample(0.0)
+    barely = 0.5 + barely * (0.4 / clustered_t(barely, LABELS).se) + 0.9
+    evidence = found(made, barely, control=sample(6.0, seed=1, spread=0.1))
+    assert verdict(made, evidence).outcome == "NOT SPECIFIC"
+    family = [made, *(claim(role=str(number)) for number in range(200))]
+    assert (decide(family, {made.id: evidence})[0].outcome) == "REFUTED"
 
 
 def test_an_absent_effect_is_called_absent_even_if_the_control_leg_fails_harder() -> None:
@@ -277,7 +296,7 @@ def test_a_rank_leg_counts_null_draws() -> None:
     assert verdict(made, evidence).outcome == "SUPPORTED"
     beaten = found(made, sample(2.0), control=None, draws={"control": (draws + 4).tolist()})
     assert verdict(made, beaten).legs[1]["p_less"] == 1 / 40
-    assert verdict(made, beaten).reason == "not_specific"
+    assert verdict(made, beaten).outcome == "NOT SPECIFIC"
 
 
 def test_too_few_draws_fall_back_on_the_paired_leg_or_are_refused() -> None:

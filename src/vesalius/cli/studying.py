@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vesalius.studies import Options, Question, Study
 
 CONTROLS = ("random-weights",)
-STEPS = ("decompose", "circuit", "describe", "validate")
+STEPS = ("patching", "circuit", "describe", "validate")
 
 
 @dataclass(frozen=True)
@@ -99,38 +99,26 @@ def _announcement(model: Model, question: Question) -> str:
 
 
 def _plain_study(request: Request, model: Model, question: Question, screen: Screen) -> dict[str, Any]:
-    return _studied(request, model, question, screen, request.folder, request.options())[1]
+    done = vs.studies.run_study(question, model, out=request.folder, options=request.options(), sink=screen)
+    return _summary(request, done, screen)
 
 
 def _control_study(request: Request, model: Model, question: Question, screen: Screen) -> dict[str, Any]:
-    """The same study on the re-initialised model; the trained model's claims are tested on it as well.
-
-    The trained model's study goes into a subfolder. When it stops at the gate, there is nothing to compare with.
-    """
-    inside = request.folder / "trained"
-    trained, summary = _studied(request, model, question, screen, inside, request.options())
-    vs.report.write(summary, inside)
-    if trained.stopped:
-        return {**summary, "control": request.control}
-    untrained = vs.validate.reinitialised(model, request.seed)
-    # No untrained model does the task, so that its gate would always stop it.
-    options = request.options(past_gate=True, control=request.control)
-    rows = vs.studies.claims_on(trained, untrained, request.folder, screen)
-    return _studied(request, untrained, question, screen, request.folder, options, rows)[1]
+    """The control's summary; the trained model's own study and page go into a folder inside."""
+    found = vs.studies.random_weights_control(
+        question, model, out=request.folder, options=request.options(), sink=screen
+    )
+    trained = _summary(request, found.trained, screen)
+    vs.report.write(trained, request.folder / "trained")
+    if found.control is None:
+        return {**trained, "control": request.control}
+    return _summary(request, found.control, screen, [dict(row) for row in found.rows])
 
 
-def _studied(
-    request: Request,
-    model: Model,
-    question: Question,
-    screen: Screen,
-    out: Path,
-    options: Options,
-    on_control: list[dict[str, Any]] | None = None,
-) -> tuple[Study, dict[str, Any]]:
-    done = vs.studies.run_study(question, model, out=out, options=options, sink=screen)
-    summary = vs.studies.summarise(done, command=request.command, timings=timings(screen, done), on_control=on_control)
-    return done, summary
+def _summary(
+    request: Request, done: Study, screen: Screen, on_control: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    return vs.studies.summarise(done, command=request.command, timings=timings(screen, done), on_control=on_control)
 
 
 def timings(screen: Screen, done: Study) -> Mapping[str, Any]:

@@ -23,9 +23,9 @@ from vesalius.dictionaries.coder import Reconstruction
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.latent import Latent
 from vesalius.dictionaries.rows import CHUNK, aligned_rows, check_latents, site_number
+from vesalius.directions import Direction
 from vesalius.errors import FileFormatError, InputError
 from vesalius.intervention import digest
-from vesalius.parts import Direction
 from vesalius.protocol import content_hash
 from vesalius.site import Site
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.protocol.canonical import build, content_hash, mapping, number, plain
 
-KINDS = ("predictive", "causal", "circuit")
+SCHEMA = 2
+"""Claims of schema 1 (before quantities declared their scales) are still read, and keep their hashes."""
+_SCHEMA_1 = {"quantity": "check", "scale": "total_effect"}
+TOTAL_EFFECT = "total effect"
 DIRECTIONS = ("noising", "denoising")
 EFFECTS = ("total", "direct")
 RESERVED_LEGS = ("effect", "control")
@@ -27,35 +31,40 @@ def default_delta(total_effect: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One testable statement about a Part or a Circuit. Data only; its `id` is the hash of its content.
+    """One testable statement about a Part or a circuit. Data only; its `id` is the hash of its content.
 
     statement      in words
-    subject        reference to what it is about: kind, site, index, model hash ...
-    check          name of the check that measures it, with `parameters`. The rule itself reads `"test": "rank"` (legs
-                   with enough null draws use ranks) and `"clusters": [..]` (kinds of group that p-values respect)
+    subject        reference to what it is about: the Part's `ref`, its name, the model's hash
+    quantity       name of the quantity that is measured, with `parameters`. The rule itself reads `"test": "rank"`
+                   (legs with enough null draws use ranks) and `"clusters": [..]` (kinds of group that p-values respect)
     sign           +1 or -1: the predicted sign of the effect
-    delta          smallest |effect| worth claiming, > 0, in `unit`; with a total effect R never under 2 % of |R|
-    total_effect   R, clean minus corrupted, measured on discovery; required for causal claims
+    delta          smallest |effect| worth claiming, > 0, in `unit`; never under 2 % of a total effect
+    scale          what delta is measured against, on discovery, and `scale_name` what that is: a total effect R (clean
+                   minus corrupted), a standard deviation, an accuracy; required for causal claims
+    kind           free: "predictive", "causal", "circuit", ...
     control        how the matched control was chosen, and the chosen parts; empty: the claim has no control leg
     delta_c        margin over the control, default delta / 2
     nulls          (name, margin) of each further null hypothesis that must be beaten
-    condition      corruption, positions, direction ("noising" or "denoising"), effect ("total" or "direct")
+    condition      what holds while it is measured, in the quantity's words: corruption, direction ("noising" or
+                   "denoising"), effect ("total" or "direct"), prompts, ...
     n              planned number of examples
     parents        content hashes of the data it was made from
     role           free label;  study: the study whose family it belongs to
 
-    Raises InputError for impossible values, UnknownNameError for an unknown kind, direction or effect.
+    `check=` and `total_effect=` are taken for `quantity=` and `scale=`, and can be read. Raises InputError for
+    impossible values, UnknownNameError for an unknown direction or effect.
     """
 
     statement: str
     subject: Mapping[str, Any]
-    check: str
+    quantity: str = ""
     delta: float
     n: int
     kind: str = "causal"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     sign: int = 1
-    total_effect: float | None = None
+    scale: float | None = None
+    scale_name: str = TOTAL_EFFECT
     unit: str = ""
     control: Mapping[str, Any] = field(default_factory=dict)
     delta_c: float | None = None
@@ -65,8 +74,15 @@ class Claim:
     parents: tuple[str, ...] = ()
     role: str | None = None
     study: str = ""
+    schema: int = SCHEMA
+    check: InitVar[str | None] = None
+    total_effect: InitVar[float | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, check: str | None, total_effect: float | None) -> None:
+        for name, given in (("quantity", check), ("scale", total_effect)):
+            self._take_alias(name, given)
+        if self.schema not in (1, SCHEMA):
+            raise InputError(f"claims of schema {self.schema} are not understood; this version writes {SCHEMA}")
         for name in ("subject", "parameters", "control", "condition"):
             object.__setattr__(self, name, mapping(getattr(self, name), name))
         object.__setattr__(self, "delta", number(self.delta, "delta"))
@@ -78,11 +94,17 @@ class Claim:
         self._check_numbers()
         self._check_share()
 
+    def _take_alias(self, name: str, given: Any) -> None:
+        if given is None:
+            return
+        if getattr(self, name) not in ("", None, given):
+            raise InputError(f"{name}={getattr(self, name)!r} and {_SCHEMA_1[name]}={given!r} say different things")
+        object.__setattr__(self, name, given)
+
     def _check_words(self) -> None:
-        for name in ("statement", "check"):
+        for name in ("statement", "quantity", "kind"):
             if not str(getattr(self, name)).strip():
                 raise InputError(f"a claim needs a {name}; got {getattr(self, name)!r}")
-        _known("kind of claim", self.kind, KINDS)
         for key, known in (("direction", DIRECTIONS), ("effect", EFFECTS)):
             if key in self.condition:
                 _known(key, str(self.condition[key]), known)
@@ -101,16 +123,16 @@ class Claim:
             raise InputError(f"n, the planned number of examples, must be a positive integer; got {self.n!r}")
 
     def _check_share(self) -> None:
-        if self.total_effect is None:
+        if self.scale is None:
             if self.kind == "causal":
-                raise InputError("a causal claim needs total_effect (clean minus corrupted, measured on discovery)")
+                raise InputError("a causal claim needs scale=: the total effect, clean minus corrupted, on discovery")
             return
-        total = number(self.total_effect, "total_effect")
-        object.__setattr__(self, "total_effect", total)
-        if self.delta < SMALLEST_SHARE * abs(total) * (1 - 1e-12):
+        scale = number(self.scale, "scale")
+        object.__setattr__(self, "scale", scale)
+        if self.scale_name == TOTAL_EFFECT and self.delta < SMALLEST_SHARE * abs(scale) * (1 - 1e-12):
             raise InputError(
-                f"delta {self.delta:g} is {self.delta / abs(total):.1%} of the total effect {total:g}; effects under "
-                f"{SMALLEST_SHARE:.0%} are not worth claiming: use at least {SMALLEST_SHARE * abs(total):g}"
+                f"delta {self.delta:g} is {self.delta / abs(scale):.1%} of the total effect {scale:g}; effects under "
+                f"{SMALLEST_SHARE:.0%} are not worth claiming: use at least {SMALLEST_SHARE * abs(scale):g}"
             )
 
     @property
@@ -126,12 +148,23 @@ class Claim:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists; `Claim.from_json` gives an equal claim back."""
-        return mapping({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "claim")
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.schema == 1:
+            plain = {_SCHEMA_1.get(name, name): plain[name] for name in plain if name not in ("schema", "scale_name")}
+        return mapping(plain, "claim")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Claim:
         """Raises UnknownNameError for an unknown key, InputError for a missing one."""
-        return build(cls, data)
+        if not isinstance(data, Mapping) or "schema" in data:
+            return build(cls, data)
+        renamed = {old: new for new, old in _SCHEMA_1.items()}
+        return build(cls, {**{renamed.get(name, name): value for name, value in data.items()}, "schema": 1})
+
+
+# Set after the class was made: a dataclass takes a class attribute of the name for the parameter's default.
+for _new, _old in _SCHEMA_1.items():
+    setattr(Claim, _old, property(attrgetter(_new)))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from vesalius.errors import InputError, UnknownNameError
 from vesalius.protocol.canonical import build, content_hash, mapping, number, numbers
 
 STATUSES = ("measured", "unmeasured")
-OUTCOMES = ("SUPPORTED", "REFUTED", "INCONCLUSIVE")
+OUTCOMES = ("SUPPORTED", "REFUTED", "NOT SPECIFIC", "INCONCLUSIVE")
 # When and how dearly something was measured does not change what was measured.
 _NOT_IN_ID = ("cost", "created_at")
 
@@ -117,9 +117,11 @@ def unmeasured(claim_id: str, reason: str, *, plan_hash: str = "", **rest: Any) 
 class Verdict:
     """What follows from the evidence for one claim; computed, never typed in.
 
-    outcome      SUPPORTED, REFUTED or INCONCLUSIVE
-    reason       of REFUTED: absent, opposite, too_small, not_specific; INCONCLUSIVE: unmeasured, n_too_small, or None
-                 when more examples would not decide (null draws are too few); of SUPPORTED: None
+    outcome      SUPPORTED, REFUTED, NOT SPECIFIC (the effect holds, and the control or a null does as well) or
+                 INCONCLUSIVE
+    reason       of REFUTED: absent, opposite, too_small, not_specific (the control does as well, and the effect itself
+                 is not sure); of INCONCLUSIVE: unmeasured, n_too_small, or None when more examples would not decide
+                 (null draws are too few); else None
     p_supported  largest leg p-value of H0: theta <= 0;  p_refuted: K times the smallest of H0: theta >= 0;
                  `_holm`: adjusted over the family
     estimate, low, high   mean RAW effect (before the sign) and its 95 % clustered interval; None when unmeasured

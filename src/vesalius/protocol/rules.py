@@ -204,7 +204,8 @@ def _refuse_overlap(
             listed = ", ".join(sorted(common)[:5])
             raise ProtocolError(
                 f"{name} shares {len(common)} {kind!r} group(s) ({listed}) with split {other.split!r}, {why}; new "
-                "examples of old groups are not fresh data"
+                "examples of old groups are not fresh data (of a kind that splits share on purpose, such as an order, "
+                "take pairs.sampled_groups())"
             )
 
 

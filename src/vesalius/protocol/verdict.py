@@ -8,6 +8,8 @@ With s the sign of the claim, e_i the raw effects, c_i the matched control's and
 
 SUPPORTED    iff the Holm-adjusted p_S <= .05, p_S the largest p-value over legs of H0: theta <= 0.
 REFUTED      iff the Holm-adjusted p_R <= .05, p_R = min(1, K * smallest p-value over the K legs of H0: theta >= 0).
+NOT SPECIFIC instead of REFUTED, when it is the control or a null that refutes and the effect itself holds: its own p of
+             H0: theta <= 0, Holm-adjusted over the effect legs of the family, is <= .05. True, and nothing special.
 INCONCLUSIVE otherwise. A large p-value never refutes.
 
 Where the protocol leaves room, this is what is done:
@@ -24,7 +26,7 @@ Where the protocol leaves room, this is what is done:
   and REFUTED stay.
 - The reason of REFUTED is about the effect when the effect leg alone refutes (K p <= .05), or else when its p is the
   smallest: "absent" if TOST at .05 puts the mean within +-delta, else "opposite" if the signed mean is significantly
-  below 0, else "too_small". Otherwise the control or a null refutes: "not_specific".
+  below 0, else "too_small". Otherwise the control or a null refutes, of an effect that is not sure: "not_specific".
 - INCONCLUSIVE says n_too_small with the n that would reach 80 % power at alpha / m, were the true effects the observed
   ones: for support if all observed thetas are positive, else for refutation by a leg that is not. When only the number
   of null draws stands in the way, it says None.
@@ -93,6 +95,11 @@ class _Test:
         return min(1.0, len(self.legs) * min(leg.p_less for leg in self.legs))
 
     @property
+    def p_effect(self) -> float:
+        """Of H0: the effect alone is no more than delta."""
+        return self.legs[0].p_greater if self.legs else 1.0
+
+    @property
     def effects(self) -> Floats:
         return np.array(self.evidence.effects)
 
@@ -113,13 +120,15 @@ def decide(
     tests = [_test(claim, evidences.get(claim.id), m) for claim in claims]
     supported = holm([1.0 if test is None else test.p_supported for test in tests])
     refuted = holm([1.0 if test is None else test.p_refuted for test in tests])
+    effect = holm([1.0 if test is None else test.p_effect for test in tests])
     conflicts = _conflicts([test for test in tests if test is not None])
     verdicts = []
-    for claim, test, p_s, p_r in zip(claims, tests, supported.tolist(), refuted.tolist(), strict=True):
+    adjusted = zip(supported.tolist(), refuted.tolist(), effect.tolist(), strict=True)
+    for claim, test, p in zip(claims, tests, adjusted, strict=True):
         if test is None:
             verdicts.append(_unmeasured(claim, exploratory))
         else:
-            verdicts.append(_verdict(test, p_s, p_r, m, _scope(test, claim.id in conflicts), exploratory))
+            verdicts.append(_verdict(test, p, m, _scope(test, claim.id in conflicts), exploratory))
     return tuple(verdicts)
 
 
@@ -203,17 +212,18 @@ def _rank_leg(name: str, observed: float, draws: Floats) -> Leg:
     return Leg(name, float(observed - draws.mean()), low, high, greater, less)
 
 
-def _verdict(test: _Test, p_s: float, p_r: float, m: int, scope: str, exploratory: bool) -> Verdict:
-    outcome, reason, enough = _outcome(test, p_s, p_r, m)
+def _verdict(test: _Test, p: tuple[float, float, float], m: int, scope: str, exploratory: bool) -> Verdict:
+    """p: Holm-adjusted, of support, of refutation, and of the effect alone."""
+    outcome, reason, enough = _outcome(test, p, m)
     interval = clustered_t(test.effects, *test.clusters) if test.legs else None
     return Verdict(
         claim_id=test.claim.id,
         outcome=outcome,
         reason=reason,
         p_supported=test.p_supported,
-        p_supported_holm=p_s,
+        p_supported_holm=p[0],
         p_refuted=test.p_refuted,
-        p_refuted_holm=p_r,
+        p_refuted_holm=p[1],
         estimate=float(test.effects.mean()),
         low=interval.low if interval else None,
         high=interval.high if interval else None,
@@ -226,11 +236,13 @@ def _verdict(test: _Test, p_s: float, p_r: float, m: int, scope: str, explorator
     )
 
 
-def _outcome(test: _Test, p_s: float, p_r: float, m: int) -> tuple[str, str | None, int | None]:
-    if p_s <= ALPHA:
+def _outcome(test: _Test, p: tuple[float, float, float], m: int) -> tuple[str, str | None, int | None]:
+    supported, refuted, effect = p
+    if supported <= ALPHA:
         return "SUPPORTED", None, None
-    if p_r <= ALPHA:
-        return "REFUTED", _why_refuted(test), None
+    if refuted <= ALPHA:
+        why = _why_refuted(test)
+        return ("NOT SPECIFIC", None, None) if why == "not_specific" and effect <= ALPHA else ("REFUTED", why, None)
     enough = _n_to_decide(test, m)
     limited_by_draws = bool(test.legs) and enough is None
     return "INCONCLUSIVE", None if limited_by_draws else "n_too_small", enough
@@ -285,7 +297,7 @@ def _conflicts(tests: Sequence[_Test]) -> set[str]:
 
 
 def _about(test: _Test) -> str:
-    return canonical_json([test.claim.subject, test.claim.check, test.claim.unit])
+    return canonical_json([test.claim.subject, test.claim.quantity, test.claim.unit])
 
 
 def _differs(test: _Test, elsewhere: Sequence[tuple[str, float]]) -> bool:

@@ -138,6 +138,7 @@ def _rows(found: Mapping[str, Any], name: str) -> list[Row]:
 
 def _scored(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Bar]]:
     """The lines of a metric with a bar each, on one scale; counts, which are no shares, get none that says anything."""
+    # Of all metrics only counts of latents exceed this; on their axis every share would shrink to nothing.
     shares = [line for line in lines if -1.5 <= line["value"] <= 1.5]
     ends = [value for line in shares for value in (line["value"], line["low"], line["high"]) if value is not None]
     scale = Scale(min(0.0, *ends), max(1.0, *ends), 1.0, BAR_WIDTH - 1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vesalius.stats.arrays import Interval
-from vesalius.stats.clustered import TTest, clustered_t, intraclass_correlation, n_to_decide, tost
+from vesalius.stats.clustered import TTest, clustered_t, groups_to_decide, intraclass_correlation, n_to_decide, tost
 from vesalius.stats.dependence import IndependenceTest, hsic_test
 from vesalius.stats.exact import binomial_test, clopper_pearson, even_odds_test
 from vesalius.stats.measurement import Measurement, measure, measure_totals
@@ -35,6 +35,7 @@ __all__ = [
     "clustered_t",
     "draws_needed",
     "even_odds_test",
+    "groups_to_decide",
     "holm",
     "hsic_test",
     "intraclass_correlation",

@@ -101,6 +101,19 @@ def n_to_decide(
     return _first_n(effect / (test.se * math.sqrt(test.n)), test.n_groups / test.n, alpha, power, smallest)
 
 
+def groups_to_decide(effect: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
+    """Smallest number of independent groups at which the one-sided t-test reaches `power`.
+
+    effect: how far the mean lies beyond the null, in standard deviations between groups. Raises InputError for one that
+    is not positive.
+    """
+    probability(alpha, "alpha")
+    probability(power, "power")
+    if not effect > 0:
+        raise InputError(f"effect must be positive; got {effect}")
+    return int(_first_n(effect, 1.0, alpha, power, 2))
+
+
 def intraclass_correlation(values: ArrayLike, groups: Labels) -> float:
     """Share of variance between groups: (MSB - MSW) / (MSB + (n0 - 1) MSW), the one-way random ANOVA estimator.
 

@@ -71,9 +71,10 @@ class Measurement:
         return plain | {"cost": dict(self.cost), "diagnostics": dict(self.diagnostics)}
 
     def _repr_html_(self) -> str:
+        interval = "none" if self.low is None or self.high is None else f"{self.low:.4g} to {self.high:.4g}"
         rows = {
             "estimate": f"{self.estimate:.4g} {self.unit}".strip(),
-            f"{self.level:.0%} interval": "none" if self.low is None else f"{self.low:.4g} to {self.high:.4g}",
+            f"{self.level:.0%} interval": interval,
             "examples": f"{self.n} in {self.n_groups} groups",
         }
         cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())

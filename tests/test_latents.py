@@ -91,9 +91,7 @@ def test_a_steered_latent_moves_along_its_rows(model: vs.Model, kind: str) -> No
     part, tokens = latent(kind), tiny.pairs(4).tokens("clean")
     base = model.run(tokens, capture=sites(part))
     chosen = torch.tensor([2, 3, 2, 3])
-    edited = model.run(
-        tokens, capture=sites(part), interventions=[vs.Steer(part, scale=1.5, positions=chosen)]
-    )
+    edited = model.run(tokens, capture=sites(part), interventions=[vs.Steer(part, scale=1.5, positions=chosen)])
     for site in part.writes:
         moved = edited[site] - base[site]
         rows = torch.arange(4)

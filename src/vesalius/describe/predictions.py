@@ -155,7 +155,10 @@ def claim_about(
     if refused:
         raise InputError(f"{measured.name} of {subject} cannot be measured: {refused}")
     discovery = Discovery.of(runs, [*members, subject], study=study, n=n)
-    mean = float(measured.measure(runs, subject, given).mean())
+    try:
+        mean = float(measured.measure(runs, subject, given).mean())
+    except KeyError as error:
+        raise InputError(f"{measured.name} needs the parameter {error}; got {sorted(given)}") from error
     scale = measured.scale_of(runs, subject, given)
     least = DEFAULT_SHARE * abs(scale) if scale is not None and measured.scale == TOTAL_EFFECT_SCALE else 0.0
     margin = max(abs(mean) / 2, least) if size is None else size
@@ -164,7 +167,7 @@ def claim_about(
             f"{measured.name} of {subject} is {mean:g} on discovery, so there is nothing to claim; give size="
         )
     nulls = tuple((name, margin / 2) for name in measured.nulls(runs, subject, given))
-    words = statement or f"has {measured.name.replace('_', ' ')}{f' ({given})' if given else ''}"
+    words = statement or measured.phrase(given)
     prediction = Prediction(
         measured.name, given, mean, 1.0, f"{words}: {mean:+.3g}", words, 1 if mean >= 0 else -1, margin, scale, nulls
     )

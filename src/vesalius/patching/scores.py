@@ -71,7 +71,7 @@ class Layout:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ranked:
     """One of the largest effects. position: None where items were edited at all positions; token: its text."""
 
@@ -83,6 +83,9 @@ class Ranked:
     def __str__(self) -> str:
         where = "" if self.position is None else f" at {self.position} {self.token!r}"
         return f"{self.item}{where}: {self.effect.estimate:+.3f}"
+
+    def __repr__(self) -> str:
+        return f"Ranked({self})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

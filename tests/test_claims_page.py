@@ -1,4 +1,4 @@
-"""The Python on the page about claims runs: every kind of part goes from a sweep to a verdict in a ledger that verifies."""
+"""The Python on the page about claims runs: every kind of part goes from a sweep to a verdict."""
 
 from __future__ import annotations
 

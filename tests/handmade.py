@@ -24,7 +24,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny
 import vesalius as vs
+from vesalius.describe import GOES_FIRST, ROLES, Descriptions, Discovery, claims_of, describe
 from vesalius.patching.record import Recording
+from vesalius.protocol import Claim
 from vesalius.quantities import COPIES, Runs
 from vesalius.quantities.direct_effect import frozen, written
 from vesalius.site import Site
@@ -136,6 +138,17 @@ def network(*, mover: float = 3.0, looks: bool = True, suppressor: float = -2.0,
 
 def runs(model: vs.Model, split: str = "discovery", n: int = 24) -> Runs:
     return Runs(model, pairs(n).split(split))
+
+
+def described(discovery: Discovery) -> Descriptions:
+    """Every member described by the role library, as in a study."""
+    return describe(discovery, ROLES, GOES_FIRST)
+
+
+def claims(discovery: Discovery) -> tuple[Claim, ...]:
+    """What the roles of the members claim."""
+    fits = [fit for fit in described(discovery).fits.values() if fit is not None]
+    return tuple(claim for fit in fits for claim, _ in claims_of(fit, discovery))
 
 
 @cache

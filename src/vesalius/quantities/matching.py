@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from vesalius.directions import Direction
-from vesalius.parts import OfDictionary, Part, Unit
+from vesalius.inputs import Corpus
+from vesalius.parts import At, OfDictionary, Part, Unit, places
 from vesalius.quantities.runs import Runs
 from vesalius.seeds import generator_for
 from vesalius.site import Site
@@ -20,6 +23,8 @@ WINDOW, MOST, LEAST = 4, 8, 2
 RANDOM = "random directions"
 DRAWN = 64
 """Of parts that there are thousands of (neurons, latents), so many are looked at."""
+TEXTS = 64
+"""Of a corpus, so many texts are read to see how active they are."""
 _WHOLE = ("z", "mlp_out")
 
 
@@ -41,13 +46,14 @@ def matched_controls(runs: Runs, part: Part, members: Sequence[Part], *, before:
     Heads and MLPs: within 4 layers; heads nearest in attention entropy at the end, MLPs the nearest layers. before:
     only layers under this one (a control must be able to do what it is compared at). When fewer than 2 are left the
     window grows a layer at a time, and the rule says so. Neurons and latents: of 64 drawn from the same layer or
-    dictionary, those nearest in mean activity. Directions: random ones at the same site. Other parts have none.
+    dictionary, those nearest in mean activity on the prompts or texts. Directions: random ones at the same site. Other
+    parts have none.
     """
     site = part.writes[0]
     if isinstance(part, Unit) and site.layer is not None and site.kind in _WHOLE:
         return _among_components(runs, part, members, before)
     if isinstance(part, Unit) and site.kind == "mlp_post" and site.index is not None:
-        width = runs.run("clean", [part])[site.whole].shape[-1]
+        width = _recorded(runs, part)[0][site.whole].shape[-1]
         return _like_it(runs, part, members, lambda index: Unit(site.whole[index]), width, site.index)
     if isinstance(part, Direction):
         found = random_directions(part, MOST)
@@ -114,10 +120,10 @@ def _rule(site: Site, window: int, count: int, before: int | None) -> str:
 
 
 def _like_it(runs: Runs, part: Part, members: Sequence[Part], other: Any, count: int, own: int) -> Matched:
-    """Of some drawn neurons or latents, those nearest in mean activity on the clean prompts up to the read position."""
+    """Of some drawn neurons or latents, those nearest in mean activity."""
     order = torch.randperm(count, generator=generator_for("matched controls", own)).tolist()
     taken = {*members, part}
-    drawn = [one for index in order[: DRAWN + 1] if index != own and (one := other(index)) not in taken]
+    drawn = list(islice((one for index in order if index != own and (one := other(index)) not in taken), DRAWN))
     here = _activity(runs, part)
     nearest = sorted(drawn, key=lambda one: abs(_activity(runs, one) - here))[:MOST]
     name = "neurons of the same layer" if isinstance(part, Unit) else "latents of the same dictionary"
@@ -125,10 +131,20 @@ def _like_it(runs: Runs, part: Part, members: Sequence[Part], other: Any, count:
 
 
 def _activity(runs: Runs, part: Part) -> float:
-    run = runs.run("clean", [part])
-    read = torch.arange(run.tokens.ids.shape[1])[None] <= runs.pairs.at[:, None]
+    """Mean size on the clean prompts up to the read position, or on texts."""
+    run, counted = _recorded(runs, part)
     value: Tensor = part.value(run)[: runs.n]
-    return float(value[read].abs().mean())
+    return float(value[counted].abs().mean())
+
+
+def _recorded(runs: Runs, part: Part) -> tuple[At, Bool[Tensor, "example pos"]]:
+    """What a part is read from, and which positions count; of texts, the first ones."""
+    if isinstance(runs.data, Corpus):
+        tokens, sites = runs.data.tokens.take(torch.arange(min(len(runs.data), TEXTS))), places([part])
+        key = ("matched controls", *map(str, sites))
+        return runs.once(key, lambda: runs.model.run(tokens, capture=sites, last_logits=True)), tokens.real
+    run = runs.run("clean", [part])
+    return run, torch.arange(run.tokens.ids.shape[1])[None] <= runs.pairs.at[:, None]
 
 
 def random_directions(part: Direction, count: int) -> tuple[Direction, ...]:

@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from vesalius.activations import Run
 from vesalius.directions import Direction
 from vesalius.inputs import Corpus
-from vesalius.parts import At, OfDictionary, Part, Unit, places
+from vesalius.parts import OfDictionary, Part, Unit, places
+from vesalius.patching.record import Recording
 from vesalius.quantities.runs import Runs
 from vesalius.seeds import generator_for
 from vesalius.site import Site
@@ -137,7 +139,7 @@ def _activity(runs: Runs, part: Part) -> float:
     return float(value[counted].abs().mean())
 
 
-def _recorded(runs: Runs, part: Part) -> tuple[At, Bool[Tensor, "example pos"]]:
+def _recorded(runs: Runs, part: Part) -> tuple[Recording | Run, Bool[Tensor, "example pos"]]:
     """What a part is read from, and which positions count; of texts, the first ones."""
     if isinstance(runs.data, Corpus):
         tokens, sites = runs.data.tokens.take(torch.arange(min(len(runs.data), TEXTS))), places([part])

@@ -29,6 +29,7 @@ from vesalius.circuits import (
 )
 from vesalius.circuits.edges import feeds
 from vesalius.circuits.effects import summarise
+from vesalius.describe import Discovery, claims_of, describe_circuit
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.quantities import Runs, heads_and_mlps
 from vesalius.quantities.circuit import ABLATIONS, metric_with_only, metric_without, random_sets
@@ -36,6 +37,7 @@ from vesalius.quantities.contrast import EMBED
 from vesalius.quantities.direct_effect import frozen
 from vesalius.stats import measure
 from vesalius.toys import PLANTED, planted_induction, planted_pairs
+from vesalius.validate import check
 
 FAMILIES = sorted(tiny.FAMILIES)
 PLANTED_PARTS = {EMBED, *(vs.Unit(site) for sites in PLANTED.values() for site in sites)}
@@ -508,3 +510,79 @@ def test_noising_finds_and_denoising_finds_or(logic: str, noising: float, denois
         shares = runs.effects([A, B, OUT], "corrupted", direction) / total
         assert torch.allclose(shares[:2], torch.full_like(shares[:2], expected), atol=0.15), (direction, shares)
         assert torch.allclose(shares[2], torch.ones_like(shares[2]), atol=0.05)
+
+
+# --- a circuit as a description
+
+
+def claimed(members: Sequence[vs.Part], runs: Runs) -> dict[str, vs.Claim]:
+    discovery = Discovery.of(runs, members)
+    return {claim.quantity: claim for claim, _ in claims_of(describe_circuit(discovery, members, 12), discovery)}
+
+
+def test_a_circuit_with_too_few_components_outside_it_has_completeness_without_a_control() -> None:
+    runs = handmade.runs(handmade.network())
+    few, many = [EMBED, *handmade.MEMBERS], [EMBED, *handmade.MEMBERS, handmade.PARTS["idle"]]
+    assert len(random_sets(runs, few, 3, 0, outside=True)) == 3
+    assert random_sets(runs, many, 3, 0, outside=True) == []
+    fresh = handmade.runs(handmade.network(), "validation")
+    for members, compared in ((few, True), (many, False)):
+        claims = claimed(members, runs)
+        lost, alone = claims["completeness"], claims["faithfulness"]
+        assert ("too few components lie outside it" in lost.statement) is not compared
+        assert lost.control.get("draws", 0) == (4 if compared else 0)
+        assert (check(lost, runs=fresh).control is not None) is compared
+        assert check(alone, runs=fresh).control is not None
+        evidence = {claim.id: check(claim, runs=fresh) for claim in (lost, alone)}
+        verdicts = vs.decide([lost, alone], evidence)
+        assert [verdict.outcome for verdict in verdicts] == ["SUPPORTED", "SUPPORTED"]
+        assert ("control" in {leg["name"] for leg in verdicts[0].legs}) is compared
+
+
+def test_what_a_circuit_claims_is_what_plain_sets_show() -> None:
+    runs = handmade.runs(handmade.network())
+    members = (EMBED, *handmade.MEMBERS)
+    claims = claimed(members, runs)
+    full, empty = runs.metric("clean").double().numpy(), metric_with_only(runs, [()], "resample")[0]
+    alone, lost = (np.array(check(claims[name], runs=runs).effects) for name in ("faithfulness", "completeness"))
+    np.testing.assert_allclose(alone, metric_with_only(runs, [members], "resample")[0] - empty, atol=1e-5)
+    np.testing.assert_allclose(lost, full - metric_without(runs, [handmade.MEMBERS], "resample")[0], atol=1e-5)
+    outside = [part for part in runs.components if part.writes[0].kind == "z" and part not in members]
+    sets = random_sets(runs, members, 4, runs.seed, outside=True)
+    assert all(set(chosen) == {EMBED, *outside} for chosen in sets)
+    control = np.array(check(claims["completeness"], runs=runs).control)
+    np.testing.assert_allclose(control, full - metric_without(runs, [outside], "resample")[0], atol=1e-5)
+
+
+# --- circuits of other components
+
+
+def test_a_circuit_of_neurons_is_searched_among_neurons() -> None:
+    neurons = [f"layers.1.mlp_post[{index}]" for index in range(8)]
+    runs = Runs(gate_network("and"), {"corrupted": gate_pairs()}, components=neurons)
+    assert runs.components == tuple(vs.neuron(1, index) for index in range(8))
+    effects = component_effects(runs)
+    assert effects.components == runs.components
+    found = find_circuit(runs, effects)
+    assert found.members == (vs.neuron(1, 1),)
+    assert found.kept == pytest.approx(1.0, abs=1e-3)
+    for direction in ("noising", "denoising"):
+        shares = runs.effects(runs.components, "corrupted", direction) / runs.total("corrupted")
+        expected = torch.tensor([[0.0], [1.0], *[[0.0]] * 6]).expand_as(shares)
+        torch.testing.assert_close(shares, expected, atol=0.01, rtol=0)
+    assert all(part in runs.components for chosen in random_sets(runs, found.members, 5, 0) for part in chosen)
+    with pytest.raises(InputError, match=r"layers.0.z\[0\] is no component; components are 8 of mlp_post: Runs"):
+        metric_with_only(runs, [(vs.head(0, 0),)], "zero")
+
+
+def test_patched_neurons_are_plain_patched_runs(runs: Runs) -> None:
+    some = Runs(runs.model, runs.contrast, components=[vs.neuron(0, 3), vs.Site("mlp_post", 1, 7), "layers.1.z[2]"])
+    assert some.components == (vs.neuron(0, 3), vs.neuron(1, 7), vs.head(1, 2))
+    corrupted = runs.model.run(runs.pairs.tokens("corrupted"), capture=["layers.*.mlp_post", "layers.*.z"])
+    clean = runs.model.run(runs.pairs.tokens("clean")).logits
+    for row, part in enumerate(some.components):
+        patch = vs.Patch(part, source=corrupted.activations)
+        edited = runs.model.run(runs.pairs.tokens("clean"), interventions=[patch]).logits
+        expected = patching.difference(clean, runs.pairs) - patching.difference(edited, runs.pairs)
+        found = some.effects(some.components, "corrupted", "noising")[row]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)

@@ -10,9 +10,10 @@ import torch
 import handmade
 import tiny
 import vesalius as vs
-from vesalius.describe import Discovery
+from vesalius.describe import Discovery, claim_about
+from vesalius.dictionaries import Dictionary
 from vesalius.quantities import heads_and_mlps, matched_controls
-from vesalius.validate import reinitialised
+from vesalius.validate import check, reinitialised
 
 
 class Deep(handmade.Planted):
@@ -84,6 +85,90 @@ def test_controls_can_be_asked_to_precede_a_layer(deep: Deep) -> None:
 def test_parts_of_which_there_is_one_a_layer_or_less_have_no_matched_controls(deep: Deep, name: str) -> None:
     chosen = matched_controls(deep, vs.Unit(vs.Site.parse(name)), [])
     assert (chosen.parts, chosen.rule) == ((), "there are no parts like it to compare with")
+
+
+# --- neurons, latents and directions
+
+
+def activity(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Mean size [unit] of values [example, pos, unit] at the positions that count."""
+    return values[counted].abs().mean(0)
+
+
+def nearest(sizes: torch.Tensor, own: int, taken: set[int]) -> list[int]:
+    apart = (sizes - sizes[own]).abs().tolist()
+    return sorted(set(range(len(sizes))) - {own} - taken, key=apart.__getitem__)[:8]
+
+
+def upto_end(pairs: vs.Pairs) -> torch.Tensor:
+    return torch.arange(pairs.clean.shape[1])[None] <= pairs.at[:, None]
+
+
+@pytest.mark.parametrize("on", ["prompts", "texts"])
+def test_controls_of_a_neuron_are_the_neurons_of_its_layer_nearest_in_activity(on: str) -> None:
+    model, pairs = vs.Model(tiny.llama(intermediate_size=40)), tiny.pairs(8)
+    tokens = pairs.tokens("clean")
+    run = model.run(tokens, capture=["layers.1.mlp_post"])
+    sizes = activity(run["layers.1.mlp_post"], upto_end(pairs) if on == "prompts" else tokens.real)
+    runs = vs.Runs(model, pairs if on == "prompts" else vs.Corpus(tokens))
+    chosen = matched_controls(runs, vs.neuron(1, 5), [vs.neuron(1, 7), vs.neuron(2, 3)])
+    assert chosen.parts == tuple(vs.neuron(1, index) for index in nearest(sizes, 5, {7}))
+    assert chosen.rule == "8 neurons of the same layer, of 38 drawn those nearest in mean activity"
+
+
+@pytest.mark.parametrize("own", [5, 70])
+def test_of_many_neurons_some_are_drawn_and_always_the_same(own: int) -> None:
+    runs = vs.Runs(tiny.model("llama"), tiny.pairs(4))
+    part, members = vs.neuron(1, own), [vs.neuron(1, index) for index in range(4)]
+    chosen = matched_controls(runs, part, members)
+    assert chosen == matched_controls(vs.Runs(tiny.model("llama"), tiny.pairs(4)), part, members)
+    assert len(set(chosen.parts)) == 8
+    assert not {part, *members} & set(chosen.parts)
+    assert "of 64 drawn" in chosen.rule
+
+
+@pytest.mark.parametrize("on", ["prompts", "texts"])
+def test_controls_of_a_latent_are_latents_of_its_dictionary_nearest_in_activity(on: str) -> None:
+    model, pairs, width, count = tiny.model("gpt2"), tiny.pairs(8), 48, 20
+    drawn = torch.Generator().manual_seed(0)
+    site = vs.Site("resid_post", 1)
+    dictionary = Dictionary(
+        "relu", (site,), (site,), encoders=(torch.randn(width, count, generator=drawn) / 3,),
+        decoders=(torch.randn(count, width, generator=drawn),), b_enc=torch.linspace(-1.0, 1.0, count),
+        b_dec=(torch.zeros(width),),
+    )  # fmt: skip
+    tokens = pairs.tokens("clean")
+    read = model.run(tokens, capture=[str(site)])[str(site)]
+    latents = (read @ dictionary.encoders[0] + dictionary.b_enc).relu()
+    sizes = activity(latents, upto_end(pairs) if on == "prompts" else tokens.real)
+    runs = vs.Runs(model, pairs if on == "prompts" else vs.Corpus(tokens))
+    chosen = matched_controls(runs, vs.latent(dictionary, 4), [vs.latent(dictionary, 9)])
+    assert [str(part) for part in chosen.parts] == [
+        str(vs.latent(dictionary, index)) for index in nearest(sizes, 4, {9})
+    ]
+    assert chosen.rule == "8 latents of the same dictionary, of 18 drawn those nearest in mean activity"
+
+
+def test_controls_of_a_direction_are_random_ones_at_its_site_that_a_claim_makes_again() -> None:
+    runs = vs.Runs(tiny.model("gpt2"), tiny.pairs(8))
+    site = vs.Site("resid_post", 0)
+    part = vs.Direction(site, torch.randn(48, generator=torch.Generator().manual_seed(4)), "mine")
+    chosen = matched_controls(runs, part, [])
+    assert chosen.rule == "8 random directions at layers.0.resid_post"
+    assert [other.writes for other in chosen.parts] == [(site,)] * 8
+    vectors = torch.stack([other.vector for other in chosen.parts if isinstance(other, vs.Direction)])
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(8))
+    cosines = (torch.cat([vectors, part.vector[None]]) @ vectors.T)[~torch.eye(9, 8, dtype=torch.bool)]
+    assert float(cosines.abs().max()) < 0.6
+
+    claim = claim_about(runs, part, "total_effect", size=0.5)
+    assert claim.control == {"rule": chosen.rule, "random directions": 8}
+    control = check(claim, runs=runs, parts=[part]).control
+    expected = runs.effects(chosen.parts, "corrupted", "noising").mean(0)
+    assert control == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+# --- a model with random weights
 
 
 def family(name: str) -> vs.Model:

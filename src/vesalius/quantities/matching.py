@@ -45,7 +45,8 @@ class Matched:
 def matched_controls(runs: Runs, part: Part, members: Sequence[Part], *, before: int | None = None) -> Matched:
     """Up to 8 parts of the same kind that are not members, chosen on these runs (use discovery); the same every time.
 
-    Heads and MLPs: within 4 layers; heads nearest in attention entropy at the end, MLPs the nearest layers. before:
+    Heads and MLPs: within 4 layers; heads nearest in attention entropy at the end (where attention is not recorded:
+    in the nearest layers, as MLPs). before:
     only layers under this one (a control must be able to do what it is compared at). When fewer than 2 are left the
     window grows a layer at a time, and the rule says so. Neurons and latents: of 64 drawn from the same layer or
     dictionary, those nearest in mean activity on the prompts or texts. Directions: random ones at the same site. Other
@@ -87,9 +88,10 @@ def _among_components(runs: Runs, part: Unit, members: Sequence[Part], before: i
     while len(found) < min(LEAST, len(pool)):
         window += 1
         found = _within(pool, part, window)
-    chosen = sorted(found, key=lambda other: _distance(runs, part, other))[:MOST]
+    by_entropy = part.site.kind == "z" and not runs.run("clean").reason
+    chosen = sorted(found, key=lambda other: _distance(runs, part, other, by_entropy))[:MOST]
     ordered = tuple(sorted(chosen, key=lambda other: other.writes[0].order))
-    return Matched(_rule(part.site, window, len(chosen), before), ordered)
+    return Matched(_rule(part.site, window, len(chosen), before, by_entropy), ordered)
 
 
 def _alike(other: Part, part: Part) -> bool:
@@ -107,15 +109,16 @@ def _layer(part: Part) -> int:
     return layer
 
 
-def _distance(runs: Runs, part: Part, other: Part) -> tuple[float, int, tuple[int, ...]]:
+def _distance(runs: Runs, part: Part, other: Part, by_entropy: bool) -> tuple[float, int, tuple[int, ...]]:
     """Nearest first: in entropy for heads, then in layers; ties go to the earlier part."""
-    is_head = part.writes[0].kind == "z"
-    apart = abs(entropy(runs, other) - entropy(runs, part)) if is_head else 0.0
+    apart = abs(entropy(runs, other) - entropy(runs, part)) if by_entropy else 0.0
     return apart, abs(_layer(other) - _layer(part)), other.writes[0].order
 
 
-def _rule(site: Site, window: int, count: int, before: int | None) -> str:
-    kind = "heads nearest in attention entropy at the end" if site.kind == "z" else "MLPs"
+def _rule(site: Site, window: int, count: int, before: int | None, by_entropy: bool) -> str:
+    kind = ("heads" if site.kind == "z" else "MLPs") + (
+        " nearest in attention entropy at the end" if by_entropy else ""
+    )
     widened = f" (widened from {WINDOW}: fewer than {LEAST} were left)" if window > WINDOW else ""
     under = f", before layer {before}" if before is not None else ""
     return f"{count} {kind} outside the circuit, within {window} layers{widened}{under}"

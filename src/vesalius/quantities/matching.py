@@ -45,12 +45,11 @@ class Matched:
 def matched_controls(runs: Runs, part: Part, members: Sequence[Part], *, before: int | None = None) -> Matched:
     """Up to 8 parts of the same kind that are not members, chosen on these runs (use discovery); the same every time.
 
-    Heads and MLPs: within 4 layers; heads nearest in attention entropy at the end (where attention is not recorded:
-    in the nearest layers, as MLPs). before:
-    only layers under this one (a control must be able to do what it is compared at). When fewer than 2 are left the
-    window grows a layer at a time, and the rule says so. Neurons and latents: of 64 drawn from the same layer or
-    dictionary, those nearest in mean activity on the prompts or texts. Directions: random ones at the same site. Other
-    parts have none.
+    Heads and MLPs: within 4 layers; heads nearest in attention entropy at the end (or, where attention is not recorded,
+    in the nearest layers), MLPs in the nearest layers. before: only layers under this one (a control must be able to do
+    what it is compared at). When fewer than 2 are left the window grows a layer at a time, and the rule says so. Neurons
+    and latents: of 64 drawn from the same layer or dictionary, those nearest in mean activity on the prompts or texts.
+    Directions: random ones at the same site. Other parts have none.
     """
     site = part.writes[0]
     if isinstance(part, Unit) and site.layer is not None and site.kind in _WHOLE:
@@ -116,9 +115,7 @@ def _distance(runs: Runs, part: Part, other: Part, by_entropy: bool) -> tuple[fl
 
 
 def _rule(site: Site, window: int, count: int, before: int | None, by_entropy: bool) -> str:
-    kind = ("heads" if site.kind == "z" else "MLPs") + (
-        " nearest in attention entropy at the end" if by_entropy else ""
-    )
+    kind = f"heads{' nearest in attention entropy at the end' if by_entropy else ''}" if site.kind == "z" else "MLPs"
     widened = f" (widened from {WINDOW}: fewer than {LEAST} were left)" if window > WINDOW else ""
     under = f", before layer {before}" if before is not None else ""
     return f"{count} {kind} outside the circuit, within {window} layers{widened}{under}"

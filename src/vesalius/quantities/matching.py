@@ -47,9 +47,9 @@ def matched_controls(runs: Runs, part: Part, members: Sequence[Part], *, before:
 
     Heads and MLPs: within 4 layers; heads nearest in attention entropy at the end (or, where attention is not recorded,
     in the nearest layers), MLPs in the nearest layers. before: only layers under this one (a control must be able to do
-    what it is compared at). When fewer than 2 are left the window grows a layer at a time, and the rule says so. Neurons
-    and latents: of 64 drawn from the same layer or dictionary, those nearest in mean activity on the prompts or texts.
-    Directions: random ones at the same site. Other parts have none.
+    what it is compared at). When fewer than 2 are left the window grows a layer at a time, and the rule says so.
+    Neurons and latents: of 64 drawn from the same layer or dictionary, those nearest in mean activity on the prompts or
+    texts. Directions: random ones at the same site. Other parts have none.
     """
     site = part.writes[0]
     if isinstance(part, Unit) and site.layer is not None and site.kind in _WHOLE:

@@ -69,9 +69,13 @@ class _Attention:
             token, number = needed[row_of], needed.cumsum(0) - 1
             # Tokens keep their places in the batch; rows are numbered anew.
             some = (
-                rows.take(needed.nonzero()[:, 0]), index[needed], mask[needed], number[row_of[token]], pos_of[token],
+                rows.take(needed.nonzero()[:, 0]),
+                index[needed],
+                mask[needed],
+                number[row_of[token]],
+                pos_of[token],
                 within[token],
-            )  # fmt: skip
+            )
             out[:, token] = self._attended(layer, q, k[:, :, token], v[:, :, token], some, scaling)
         return out
 

@@ -96,10 +96,23 @@ def _tested(
         sealed = ledger.register(family.claims, study=f"{family.study}, on {model.name}")
         opened = {name: ledger.open(pairs, "validation") for name, pairs in question.corruptions.items()}
         contrast = replace(question.contrast("validation"), corruptions=opened)
-        runs = Runs(model, contrast, components=question.components, seed=trained.options.seed, sink=sink,
-                    blocks=blocks, name="validation")  # fmt: skip
+        runs = Runs(
+            model,
+            contrast,
+            components=question.components,
+            seed=trained.options.seed,
+            sink=sink,
+            blocks=blocks,
+            name="validation",
+        )
         tested = test_family(
-            ledger, sealed, circuit, runs, gate(model, contrast.pairs, "validation"), trained.options.random_sets,
-            blocks.plan_hash, other_model=True,
-        )  # fmt: skip
+            ledger,
+            sealed,
+            circuit,
+            runs,
+            gate(model, contrast.pairs, "validation"),
+            trained.options.random_sets,
+            blocks.plan_hash,
+            other_model=True,
+        )
         return ledger.verdicts(sealed), tested.evidence

@@ -181,14 +181,18 @@ def run_steps(work: Work, steps: Sequence[Step[Any]], answer: Callable[[Mapping[
     openings = work.ledger.openings()
     verdicts = () if family is None else work.ledger.verdicts(family)
     return Study(
-        work.question, work.model, work.options, dict(work), stopped,
+        work.question,
+        work.model,
+        work.options,
+        dict(work),
+        stopped,
         answer=(stopped, NOTHING) if stopped else tuple(answer({**work, "verdicts": verdicts})),
         claims=() if family is None else family.claims,
         verdicts=verdicts,
         costs=tuple(work.costs),
         ledger_head="" if family is None else work.ledger.verify().head,
         sealed_at=openings[0].at if openings else None,
-    )  # fmt: skip
+    )
 
 
 NOTHING = "Nothing was taken apart and nothing is claimed."

@@ -108,9 +108,15 @@ def _record(work: Work) -> Runs:
     """Runs on the discovery prompts of templates that passed; says what the study will cost, and what it can decide."""
     contrast = work.question.contrast("discovery").subset(work[GATE].used)
     runs = Runs(
-        work.model, contrast, components=work.question.components, seed=work.options.seed, check=work.options.check,
-        sink=work.sink, blocks=work.blocks, name="discovery",
-    )  # fmt: skip
+        work.model,
+        contrast,
+        components=work.question.components,
+        seed=work.options.seed,
+        check=work.options.check,
+        sink=work.sink,
+        blocks=work.blocks,
+        name="discovery",
+    )
     expected = expected_cost(runs, work.options.random_sets)
     work.sink(Event("note", "cost", message=f"expected cost: {expected.describe()}"))
     for sentence in power_note(work.question):
@@ -142,8 +148,9 @@ def _describe(work: Work) -> Descriptions:
     def make() -> dict[str, NDArray[Any]]:
         setting = replace(
             Discovery.of(runs, members, study=work.question.name, n=work.question.sizes["validation"]),
-            parents=_parents(work.question), seed=work.options.seed,
-        )  # fmt: skip
+            parents=_parents(work.question),
+            seed=work.options.seed,
+        )
         found = describe(setting, ROLES, GOES_FIRST)
         whole = describe_circuit(setting, members, work.options.random_sets)
         claims = [*_of_members(setting, found), *claims_of(whole, setting)]
@@ -187,9 +194,15 @@ def _validate(work: Work) -> Tested:
     passed = gate(work.model, contrast.pairs, "validation")
     # All of its prompts: to leave out what the model gets wrong would choose the test data by their outcome.
     runs = Runs(
-        work.model, contrast, components=work.question.components, seed=work.options.seed, check=work.options.check,
-        sink=work.sink, blocks=work.blocks, name="validation",
-    )  # fmt: skip
+        work.model,
+        contrast,
+        components=work.question.components,
+        seed=work.options.seed,
+        check=work.options.check,
+        sink=work.sink,
+        blocks=work.blocks,
+        name="validation",
+    )
     with work.counting(runs):
         return test_family(
             work.ledger, work[FAMILY], work[CIRCUIT], runs, passed, work.options.random_sets, work.blocks.plan_hash
@@ -252,9 +265,16 @@ def _blocks(out: Path, plan: str, sink: Sink) -> Blocks:
 
 
 def test_family(
-    ledger: Ledger, family: Family, circuit: Circuit, runs: Runs, passed: Gate, draws: int, plan_hash: str,
-    *, other_model: bool = False,
-) -> Tested:  # fmt: skip
+    ledger: Ledger,
+    family: Family,
+    circuit: Circuit,
+    runs: Runs,
+    passed: Gate,
+    draws: int,
+    plan_hash: str,
+    *,
+    other_model: bool = False,
+) -> Tested:
     """Measure everything the family claims, once, and append one piece of evidence per claim.
 
     Claims that have their evidence (a resumed study) are not measured again.
@@ -266,9 +286,14 @@ def test_family(
     for claim in track(todo, "test claims", sink=runs.sink):
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         evidence = check(
-            claim, runs=runs, data_hash=runs.pairs.content_hash, plan_hash=plan_hash, version=__version__,
-            created_at=now, allow_other_model=other_model,
-        )  # fmt: skip
+            claim,
+            runs=runs,
+            data_hash=runs.pairs.content_hash,
+            plan_hash=plan_hash,
+            version=__version__,
+            created_at=now,
+            allow_other_model=other_model,
+        )
         ledger.append(evidence)
     runs.forget()
     return Tested(runs, passed, *measured, {claim.id: ledger.evidence(claim)[-1] for claim in family.claims})

@@ -185,6 +185,7 @@ def test_the_names_of_schema_1_are_taken_and_can_be_read() -> None:
     assert old == claim()
     assert (old.check, old.total_effect) == (old.quantity, old.scale) == ("patch", 4.0)
     assert dataclasses.replace(old, delta=0.3).quantity == "patch"
+    assert dataclasses.replace(old, quantity="ablate", scale=5.0).check == "ablate"
     with pytest.raises(InputError, match="quantity='patch' and check='ablate' say different things"):
         claim(check="ablate")
 

@@ -39,8 +39,15 @@ def within(value: float, limit: float) -> float:
     return limit / (limit + abs(value))
 
 
+class NotMeasuredError(InputError):
+    """A quantity does not apply to a part, on these data or in this model."""
+
+
 def mean_of(discovery: Discovery, of: Quantity, part: Part, **parameters: Any) -> float:
-    """Mean of a quantity over the discovery prompts."""
+    """Mean of a quantity over the discovery prompts. Raises NotMeasuredError where it does not apply to the part."""
+    refused = of.refuses(discovery.runs, part)
+    if refused:
+        raise NotMeasuredError(f"{of.name} of {part} cannot be measured: {refused}")
     return float(of.measure(discovery.runs, part, parameters).mean())
 
 

@@ -467,10 +467,17 @@ def test_hsic_statistic_equals_the_trace_formula() -> None:
     assert stats.hsic_test(x, y).statistic == pytest.approx(expected)
 
 
-def test_a_constant_is_independent_of_everything() -> None:
-    assert stats.hsic_test(np.zeros(10), np.arange(10.0)).p == 1
+def test_what_hsic_cannot_be_asked_is_refused() -> None:
+    with pytest.raises(InputError, match="x is constant"):
+        stats.hsic_test(np.zeros(10), np.arange(10.0))
+    with pytest.raises(InputError, match="distances in y are too large or too small"):
+        stats.hsic_test(np.arange(10.0), np.arange(10.0) * 1e200)
+    with pytest.raises(InputError, match="distances in x are too large or too small"):
+        stats.hsic_test(np.arange(10.0) * 1e-200, np.arange(10.0))
     with pytest.raises(InputError, match="x has 3 and y 4 examples"):
         stats.hsic_test([1, 2, 3], [1, 2, 3, 4])
+    with pytest.raises(InputError, match="2 clusters"):
+        stats.hsic_test(np.arange(6.0), np.arange(6.0), clusters="aaabbb")
 
 
 # --- measurement -----------------------------------------------------------------------------------------------------
@@ -482,6 +489,7 @@ def test_a_measurement_carries_the_clustered_interval_and_survives_json() -> Non
     made = stats.measure("effect of <head>", x, groups=groups, unit="logits", seed=3, cost={"forwards": 20})
     test = stats.clustered_t(x, labels)
     assert (made.estimate, made.low, made.high, made.n_groups) == (test.estimate, test.low, test.high, 5)
+    assert made.effective_groups == 5
     assert stats.Measurement(**json.loads(json.dumps(made.to_json()))) == made
     assert "effect of &lt;head&gt;" in made._repr_html_()
 
@@ -543,7 +551,9 @@ def test_a_ratio_of_sums_is_measured_with_one_value_per_group() -> None:
     found = stats.measure_totals("ratio", totals, ratio, draws=500, seed=3, unit="nats", cost={"rows": 9})
     assert found.estimate == pytest.approx(totals[:, 0].sum() / totals[:, 1].sum())
     assert found.values == pytest.approx(tuple(totals[:, 0] / totals[:, 1]))
-    assert (found.low, found.high) == tuple(stats.bootstrap_of_sums(totals, ratio, draws=500, seed=3))
+    assert (found.low, found.high) == tuple(stats.interval_of_sums(totals, ratio, draws=500, seed=3))
+    plain = stats.bootstrap_of_sums(totals, ratio, draws=500, seed=3)
+    assert found.low is not None and found.high is not None and found.low <= plain.low < plain.high <= found.high
     assert (found.n, found.n_groups, found.unit, found.cost) == (20, 20, "nats", {"rows": 9})
 
 

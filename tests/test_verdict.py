@@ -119,7 +119,7 @@ def test_that_an_effect_holds_is_corrected_for_the_family() -> None:
     made = claim()
     barely = sample(0.0)
     barely = 0.5 + barely * (0.4 / clustered_t(barely, LABELS).se) + 1.5
-    evidence = found(made, barely, control=sample(6.0, seed=1, spread=0.1))
+    evidence = found(made, barely, control=sample(9.0, seed=1, spread=0.1))
     assert verdict(made, evidence).outcome == "NOT SPECIFIC"
     family = [made, *(claim(role=str(number)) for number in range(200))]
     assert (decide(family, {made.id: evidence})[0].outcome) == "REFUTED"

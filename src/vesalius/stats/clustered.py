@@ -70,6 +70,11 @@ class Means:
         sided = np.where(away == 0, 0.0, np.copysign(np.inf, away))
         return np.where(self.se > 0, away / np.where(self.se > 0, self.se, 1.0), sided)
 
+    def interval(self, level: float = 0.95) -> tuple[Floats, Floats]:
+        """Both ends of each t interval."""
+        half = float(special.stdtrit(self.df, 0.5 + probability(level, "level") / 2)) * self.se
+        return self.estimate - half, self.estimate + half
+
     @property
     def p_two_sided(self) -> Floats:
         """Student's p-values of H0: mean = 0."""

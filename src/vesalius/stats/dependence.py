@@ -76,7 +76,7 @@ def _gaussian(points: Floats, name: str) -> Floats:
 
 
 def _between(kernel: Floats, of: Groups) -> Floats:
-    """Mean kernel of two different clusters, `[cluster, cluster]`; on the diagonal the mean of the others in its row."""
+    """Mean kernel of different clusters, `[cluster, cluster]`; on the diagonal the mean of the others in its row."""
     means = np.zeros((of.count, len(of.codes)))
     means[of.codes, np.arange(len(of.codes))] = 1 / np.bincount(of.codes)[of.codes]
     table = means @ kernel @ means.T

@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 Labels = tuple[str, ...]
 Draw = Callable[[np.random.Generator, int], Floats]
 
-TEMPLATES, PROMPTS, ICC, LEVEL = 12, 48, 0.4, 0.95
+TEMPLATES, ICC, LEVEL = 12, 0.4, 0.95
 FAMILIES = {1: 2000, 20: 1000, 200: 400}
 """Claims in a family -> families that are drawn of each kind of data."""
 
@@ -93,10 +93,10 @@ class Simulated:
 
 def kinds() -> tuple[Data, ...]:
     """All kinds of data: 12 templates of 4 prompts, and what can be unlike it."""
-    even = _templates([1] * TEMPLATES)
-    large = _templates([18] + [1] * (TEMPLATES - 1))
-    falling = _templates([1 / (1 + rank) for rank in range(TEMPLATES)])
-    names = _names(16)
+    even = _templates([4] * TEMPLATES)
+    large = _templates([33] + [2] * (TEMPLATES - 1))
+    falling = _templates([round(24 / rank) for rank in range(1, TEMPLATES + 1)])
+    names = _names(16, len(even))
     return (
         Data("12 templates of equal size", (even,), _clustered(even)),
         Data("one template holds 60 % of the prompts", (large,), _clustered(large)),
@@ -141,16 +141,13 @@ def _rate(hits: NDArray[np.bool_]) -> Rate:
     return Rate(int(np.count_nonzero(hits)), hits.size)
 
 
-def _templates(weights: Sequence[float]) -> Labels:
-    """Labels of the prompts, at least one of each template."""
-    share = np.array(weights) / sum(weights)
-    sizes = np.maximum(1, np.round(share * PROMPTS)).astype(int)
+def _templates(sizes: Sequence[int]) -> Labels:
     return tuple(f"t{number}" for number, size in enumerate(sizes) for _ in range(size))
 
 
-def _names(count: int) -> Labels:
+def _names(count: int, prompts: int) -> Labels:
     rng = np.random.default_rng(0)
-    return tuple("|".join(f"n{name}" for name in rng.choice(count, 2, replace=False)) for _ in range(PROMPTS))
+    return tuple("|".join(f"n{name}" for name in rng.choice(count, 2, replace=False)) for _ in range(prompts))
 
 
 def _incidence(labels: Labels) -> Floats:

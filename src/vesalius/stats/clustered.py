@@ -81,6 +81,15 @@ class Means:
         return np.asarray(2 * special.stdtr(self.df, -np.abs(self.t())))
 
 
+def group_mean(values: ArrayLike, labels: Labels | None = None) -> float:
+    """Mean of values `[example]` over groups, each counting once: the estimate of `clustered_t`, of one group as well."""
+    x = vector(values)
+    if labels is None:
+        return float(x.mean())
+    g = group(labels, len(x))
+    return float((group_sums(x, g) / np.bincount(g.codes)).mean())
+
+
 def clustered_means(values: ArrayLike, *clusters: Labels) -> Means:
     """`clustered_t` of many variables at once. values: `[variable, example]`. Raises InputError, NotFiniteError."""
     table = finite(values)

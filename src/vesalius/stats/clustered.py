@@ -82,7 +82,7 @@ class Means:
 
 
 def group_mean(values: ArrayLike, labels: Labels | None = None) -> float:
-    """Mean of values `[example]` over groups, each counting once: the estimate of `clustered_t`, of one group as well."""
+    """Mean of values `[example]` over groups, each counting once: what `clustered_t` estimates. One group will do."""
     x = vector(values)
     if labels is None:
         return float(x.mean())

@@ -11,8 +11,8 @@ from typing import Any
 
 from vesalius.errors import InputError, ProtocolError, TamperedError, VesaliusError
 from vesalius.protocol import Claim, Evidence, Family
+from vesalius.protocol.legs import check_legs
 from vesalius.protocol.store import GENESIS, Record
-from vesalius.protocol.verdict import check_legs
 
 
 @dataclass(frozen=True)

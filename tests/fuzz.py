@@ -57,7 +57,9 @@ def _status(name: str) -> int:
 
 def _frame_of(error: BaseException) -> str:
     """The line of the package at which it went wrong."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "vesalius/" in f.filename and "tests" not in f.filename]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if "vesalius/" in f.filename and "tests" not in f.filename
+    ]
     last = frames[-1] if frames else traceback.extract_tb(error.__traceback__)[-1]
     return f"{last.filename.rpartition('vesalius/')[2]}:{last.name}"
 
@@ -77,7 +79,7 @@ def attempt(kind: Kind, folder: Path) -> str:
         found = "refused"
     except Slow as error:
         found = f"! more than {SECONDS:.0f} s in {_frame_of(error)}"
-    except BaseException as error:  # noqa: BLE001 - pyo3's panics are no Exception
+    except BaseException as error:
         found = f"! {type(error).__name__} in {_frame_of(error)}: {str(error)[:90]!r}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -27,10 +27,10 @@ from tiny_gguf import tiny_llama, write_gguf
 from vesalius.concepts.entities import load_ravel
 from vesalius.data.labelled import load_labelled
 from vesalius.data.texts import texts_from
+from vesalius.errors import VesaliusError
 from vesalius.intervention import stored
 from vesalius.jobs import Blocks
 from vesalius.model.gguf import convert_gguf
-from vesalius.errors import VesaliusError
 from vesalius.protocol import content_hash, unmeasured
 from vesalius.protocol.ledger import Ledger
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import os
 import re
 import socket
@@ -20,6 +19,7 @@ from typing import Any, Literal
 from huggingface_hub import constants
 
 from vesalius.errors import FileFormatError, InputError
+from vesalius.jobs import untrusted
 
 DEMO = "smollm2-135m-instruct"
 """The alias of the packaged demo model."""
@@ -83,7 +83,8 @@ def no_local_model(name: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in a file. Raises FileFormatError for anything else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        # Some configs bound a range by Infinity.
+        found = untrusted.read_json(path, finite=False)
     except (OSError, ValueError) as error:
         raise FileFormatError(f"{path} cannot be read as JSON: {error}. Download or copy it again.") from error
     if not isinstance(found, dict):

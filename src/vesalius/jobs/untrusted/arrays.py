@@ -77,9 +77,7 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
         dtype, shape, by_columns, header = _npy_header(stream)
         count = math.prod(shape)
         if count * dtype.itemsize != info.file_size - header:
-            raise UnreadableError(
-                f"{info.filename[:60]!r} promises {count:,} values of {dtype}, and holds another number"
-            )
+            raise UnreadableError(f"{info.filename[:60]!r} promises {count:,} {dtype} and holds another number")
         flat = np.empty(count, dtype)
         into, at = flat.view(np.uint8) if count else np.empty(0, np.uint8), 0
         # One read more than there are bytes: at the end, the archive compares its checksum.

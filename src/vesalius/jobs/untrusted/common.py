@@ -43,7 +43,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of an ordinary file. Raises OSError when it is not there, UnreadableError for a folder, a pipe or a device."""
+    """Bytes of an ordinary file. Raises OSError when it is not there, UnreadableError for a folder, pipe or device."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         # A pipe would be waited for, and a device may never end.

@@ -41,15 +41,15 @@ def parse_json(
 ) -> Any:
     """The value of a JSON text.
 
-    Raises UnreadableError for what is no JSON, too large or too deep, a key that is there twice, half a surrogate pair, and
-    (unless finite is False) NaN, infinity or a number beyond 1e150. values, containers: the most there may be; values
-    None bounds neither.
+    Raises UnreadableError for what is no JSON, too large or too deep, a key that is there twice, half a surrogate pair,
+    and (unless finite is False) NaN, infinity or a number beyond 1e150. values, containers: the most there may be;
+    values None bounds neither.
     """
     if values is not None and (text.count(",") > values or _containers(text) > containers):
         raise UnreadableError(f"it holds more than {values:,} values or {containers:,} lists and objects")
     check_depth(text)
     try:
-        found = _decoder(text, finite).decode(text)
+        found = (_CAREFUL if finite else _LENIENT).decode(text)
     except UnreadableError:
         raise
     except (ValueError, RecursionError) as error:
@@ -59,7 +59,7 @@ def parse_json(
 
 
 def check_depth(text: str) -> None:
-    """Raises UnreadableError for JSON deeper than MOST_DEPTH, at which reading and walking through it would break off."""
+    """Raises UnreadableError for JSON deeper than MOST_DEPTH: going through it would break off somewhere."""
     if _containers(text) <= MOST_DEPTH:
         return
     depth = 0
@@ -87,7 +87,6 @@ def decode_at(text: str, at: int) -> tuple[Any, int]:
 
 # Possessive, so that neither a string that never ends nor one with many escapes is gone through again and again.
 _BRACKET_OR_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
-_MAY_BE_LARGE = re.compile(r"[eE]\+?\d{3}|\d{50}")
 _HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 _MOST_DIGITS = 300
 
@@ -103,13 +102,6 @@ def _check_pairs(found: Any, text: str) -> None:
             json.dumps(found, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
             raise UnreadableError("a text holds half a surrogate pair, which is no character") from error
-
-
-def _decoder(text: str, finite: bool) -> json.JSONDecoder:
-    if not finite:
-        return _LENIENT
-    # Asking about every number takes several times as long, and few files have one that could be too large.
-    return _CAREFUL if _MAY_BE_LARGE.search(text) else _QUICK
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -142,6 +134,5 @@ def _short_integer(digits: str) -> int:
     return int(digits) if len(digits) <= _MOST_DIGITS else _integer(digits)
 
 
-_QUICK = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
 _CAREFUL = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number, parse_int=_integer, parse_float=_real)
 _LENIENT = json.JSONDecoder(object_pairs_hook=_object, parse_int=_short_integer)

@@ -210,7 +210,7 @@ def _npz(content: bytes, generator: random.Random) -> bytes:
     if kind < 0.7:
         members[name] = _npy(members[name], generator)
     elif kind < 0.8:
-        members[name] = b"\0" * generator.choice((10**6, 10**8))
+        members[name] = b"\0" * generator.choice((10**5, 10**6, 10**6, 10**6, 10**8))
     elif kind < 0.9:
         members[generator.choice(("", "../x.npy", "x.npy", "a.txt", "__checksum__.npy"))] = members[name]
     else:

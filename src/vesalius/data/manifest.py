@@ -16,7 +16,7 @@ import torch
 
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs import write_atomic
-from vesalius.jobs.untrusted import read_json, understood
+from vesalius.jobs.untrusted import WRONG, read_json, reason_of
 from vesalius.protocol import content_hash
 from vesalius.site import Site
 
@@ -121,11 +121,10 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise FileFormatError(f"{path} cannot be read: {error}") from error
     try:
-        with understood("its values are not what they should be"):
-            return _parsed(found)
-    except InputError as error:
+        return _parsed(found)
+    except (*WRONG, InputError) as error:
         raise FileFormatError(
-            f"{path} is not a manifest of activations as it was written ({error}); harvest again into another folder, "
+            f"{path} is not a manifest of activations as it was written ({reason_of(error)}); harvest again into another folder, "
             "or restore it from a copy"
         ) from error
 

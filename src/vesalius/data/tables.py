@@ -96,7 +96,8 @@ def _read_json_lines(path: Path, text: str, needed: Sequence[str]) -> Records:
         if not raw.strip():
             continue
         try:
-            record = parse_json(raw)
+            # What a number is has no meaning here: cells are text, and those that are not are named.
+            record = parse_json(raw, finite=False)
         except UnreadableError as error:
             raise FileFormatError(f"{path.name}, line {line} is not JSON ({error}): {raw[:60]!r}") from error
         if not isinstance(record, dict):

@@ -215,7 +215,7 @@ def _json_rows(file: Path, column: str) -> Iterator[str]:
 
 def _json_row(line: str, where: str, column: str) -> str:
     try:
-        row = parse_json(line)
+        row = parse_json(line, finite=False)
     except ValueError as error:
         raise FileFormatError(f"{where} is not JSON ({error}): {line[:60]!r}") from error
     if isinstance(row, str):

@@ -312,7 +312,7 @@ def _check_path(path: Path, create: bool) -> None:
     if not start and not create:
         raise FileFormatError(f"{path} is empty, so it is no ledger; restore it from a copy")
     if start not in (b"", _BEGIN):
-        raise FileFormatError(f"{path} cannot be used as a ledger: it is not SQLite")
+        raise FileFormatError(f"{path} cannot be used as a ledger (it does not begin as one): not SQLite")
 
 
 def _may_be_written(path: Path) -> bool:

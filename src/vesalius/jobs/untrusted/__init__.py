@@ -8,11 +8,11 @@ door of their own in `protocol.store`.
 from __future__ import annotations
 
 from vesalius.jobs.untrusted.arrays import read_npz
-from vesalius.jobs.untrusted.common import UnreadableError, reason_of, understood
 from vesalius.jobs.untrusted.tensors import Stored, opened_safetensors, read_safetensors, safetensors_header
 from vesalius.jobs.untrusted.text import LARGEST, check_depth, decode_at, parse_json, read_json, read_text
+from vesalius.jobs.untrusted.unreadable import WRONG, UnreadableError, reason_of, understood
 
 __all__ = [
-    "LARGEST", "Stored", "UnreadableError", "check_depth", "decode_at", "opened_safetensors", "parse_json", "read_json",
+    "LARGEST", "WRONG", "Stored", "UnreadableError", "check_depth", "decode_at", "opened_safetensors", "parse_json", "read_json",
     "read_npz", "read_safetensors", "read_text", "reason_of", "safetensors_header", "understood",
 ]  # fmt: skip

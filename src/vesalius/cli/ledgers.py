@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vesalius.cli.screen import output, say
-from vesalius.errors import FileFormatError, InputError
+from vesalius.errors import InputError
 from vesalius.protocol import Claim, Verdict
 from vesalius.protocol.ledger import Ledger
 
@@ -21,9 +21,6 @@ STYLES = {"SUPPORTED": "green", "REFUTED": "red", "NOT SPECIFIC": "magenta", "IN
 
 
 def _open(file: Path) -> Ledger:
-    """A ledger that is there. SQLite would take an empty file for a database that is still to be made."""
-    if file.is_file() and file.stat().st_size == 0:
-        raise FileFormatError(f"{file} is empty, so it is no ledger; restore it from a copy")
     return Ledger(file, create=False)
 
 

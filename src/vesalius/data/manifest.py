@@ -16,6 +16,7 @@ import torch
 
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs import write_atomic
+from vesalius.jobs.untrusted import WRONG, read_json, reason_of
 from vesalius.protocol import content_hash
 from vesalius.site import Site
 
@@ -114,16 +115,16 @@ def read_manifest(folder: Path) -> Manifest:
             f"with {NAME} and safetensors files"
         )
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = read_json(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileFormatError(f"{folder.absolute()} is no activation store: there is no {NAME} in it") from error
     except (OSError, ValueError) as error:
         raise FileFormatError(f"{path} cannot be read: {error}") from error
     try:
         return _parsed(found)
-    except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
+    except (*WRONG, InputError) as error:
         raise FileFormatError(
-            f"{path} is not a manifest of activations as it was written ({error}); harvest again into another folder, "
+            f"{path} is not a manifest of activations as it was written ({reason_of(error)}); harvest again into another folder, "
             "or restore it from a copy"
         ) from error
 

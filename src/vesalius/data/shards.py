@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from vesalius.data.packing import Context, Group
 from vesalius.errors import FileFormatError
 from vesalius.jobs import write_atomic
 from vesalius.jobs.cache import file_sha256
+from vesalius.jobs.untrusted import opened_safetensors
 
 TOKEN, CONTEXT, POSITION = "rows.token", "rows.context", "rows.position"
 IDS, START, DOCUMENT, OFFSET = "contexts.ids", "contexts.start", "contexts.document", "contexts.offset"
@@ -143,9 +143,9 @@ def open_shard(folder: Path, number: int, manifest: Manifest) -> Shard:
         raise FileFormatError(f"{wrong}; {_AGAIN}")
     names = (*map(str, manifest.sites), *OF_ROWS)
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened_safetensors(path) as file:
             tensors = {name: file.get_tensor(name) for name in (*names, *OF_CONTEXTS, BLOCKS_CRC, CONTEXTS_CRC)}
-    except (SafetensorError, OSError) as error:
+    except (OSError, ValueError) as error:
         raise FileFormatError(f"{path} is damaged: {error}; {_AGAIN}") from error
     shard = Shard(path, tensors, names, manifest.block_rows)
     if not _fits(shard, record, manifest):

@@ -181,7 +181,15 @@ class Ledger:
             try:
                 record.check(state.last.hash if state.last else GENESIS)
                 judge(state, record)
-            except (InputError, ProtocolError, ValueError, KeyError, TypeError) as error:
+            except (
+                InputError,
+                ProtocolError,
+                ValueError,
+                TypeError,
+                LookupError,
+                AttributeError,
+                ArithmeticError,
+            ) as error:
                 raise TamperedError(f"record {record.seq} ({record.kind}) breaks the protocol: {error}") from error
             state.add(record)
         return _report(state)

@@ -80,7 +80,7 @@ class State:
         record.check(self.last.hash if self.last else GENESIS)
         try:
             identity = _TAKE[record.kind](self, record)
-        except (VesaliusError, ValueError, TypeError, KeyError) as error:
+        except (VesaliusError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             raise TamperedError(
                 f"record {record.seq} ({record.kind} {record.id[:12]}) cannot be read: {error}"
             ) from error

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vesalius.bench import Bench
+
 
 import vesalius as vs
 from solvable import timeless
@@ -201,16 +201,16 @@ def test_the_default_folder_is_named_after_the_question(
 def test_interrupted_by_ctrl_c_it_says_so_and_goes_on_from_there(
     run: Callable[..., Done], finished: Path, model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate, calls = Bench.evaluate, [0]
+    evaluate, calls = Runs.evaluate, [0]
 
-    def interrupted(self: Bench, *given: Any, **named: Any) -> Any:
+    def interrupted(self: Runs, *given: Any, **named: Any) -> Any:
         calls[0] += 1
         if calls[0] == 6:
             raise KeyboardInterrupt
         return evaluate(self, *given, **named)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(Bench, "evaluate", interrupted)
+    monkeypatch.setattr(Runs, "evaluate", interrupted)
     done = run("study", pairs, "--model", model, "--out", out, *FAST)
     assert done.code == 130
     assert "Interrupted. Finished work is kept; the same command goes on from there." in done.words

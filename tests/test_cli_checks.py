@@ -21,7 +21,7 @@ from vesalius.data import tables, texts
 from vesalius.data.manifest import DTYPES, NAME
 from vesalius.dictionaries import config
 from vesalius.model.products import COMPUTE
-from vesalius.studies.task_circuit import FEWEST_SETS
+from vesalius.studies.study import FEWEST_SETS
 
 SITE = ("--site", "layers.0.mlp_out")
 EARLY = {

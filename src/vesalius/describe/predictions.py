@@ -39,8 +39,15 @@ def within(value: float, limit: float) -> float:
     return limit / (limit + abs(value))
 
 
+class RefusedError(InputError):
+    """A quantity that does not apply to the part, or to these prompts."""
+
+
 def mean_of(discovery: Discovery, of: Quantity, part: Part, **parameters: Any) -> float:
-    """Mean of a quantity over the discovery prompts."""
+    """Mean of a quantity over the discovery prompts. Raises RefusedError where it does not apply."""
+    refused = of.refuses(discovery.runs, part)
+    if refused:
+        raise RefusedError(f"{of.name} of {part} cannot be measured: {refused}")
     return float(of.measure(discovery.runs, part, parameters).mean())
 
 

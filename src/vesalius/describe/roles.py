@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vesalius.describe.description import FITS, Description, Discovery, Prediction
-from vesalius.describe.predictions import copies, looks, matters, mean_of, quiet, turns, writes
+from vesalius.describe.predictions import RefusedError, copies, looks, matters, mean_of, quiet, turns, writes
 from vesalius.parts import Part, Unit
 from vesalius.quantities import ATTENDS, MOVES_ATTENTION
 from vesalius.quantities.attends import FIRST_QUERY
@@ -52,8 +52,11 @@ class Role:
         self.together(discovery, [part for part in parts if self.suits(part)])
 
     def describe(self, discovery: Discovery, part: Part) -> Description | None:
-        """How well the role describes the part."""
-        predicted = self.predict(discovery, part) if self.suits(part) else None
+        """How well the role describes the part; None as well where a quantity that it names does not apply."""
+        try:
+            predicted = self.predict(discovery, part) if self.suits(part) else None
+        except RefusedError:
+            return None
         if predicted is None:
             return None
         made = tuple(one for one in predicted if one is not None)

@@ -119,9 +119,18 @@ def test_a_step_can_stop_the_study_and_leave_what_it_found(work: Work, tmp_path:
     steps = [step("count", stop), step("later", lambda _: later.append("ran") or 1, Artefact("more", int))]
     study = run_steps(work, steps, answer)
     assert (study.stopped, study[COUNT], later) == ("there is nothing here", 0, [])
-    assert study.answer[0] == "there is nothing here"
+    assert study.answer == ("there is nothing here", "Nothing is claimed.")
     assert (study.claims, study.verdicts, study.sealed_at, study.ledger_head) == ((), (), None, "")
     assert not (tmp_path / "ledger.sqlite").exists()
+
+
+def test_a_study_that_stops_after_its_claims_keeps_them(work: Work) -> None:
+    def stop(_: Work) -> int:
+        raise StoppedError("too little memory to go on")
+
+    study = run_steps(work, [*STEPS, step("stop", stop)], answer)
+    assert study.answer == ("too little memory to go on",)
+    assert (len(study.claims), len(study.verdicts)) == (1, 1)
 
 
 def test_a_ledger_that_is_open_can_be_given(tmp_path: Path) -> None:

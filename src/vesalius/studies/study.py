@@ -222,7 +222,7 @@ def run_steps(work: Work, steps: Sequence[Step[Any]], answer: Callable[[Mapping[
     verdicts = () if family is None else work.ledger.verdicts(family)
     return Study(
         work.question, work.model, work.options, dict(work), stopped,
-        answer=(stopped, NOTHING) if stopped else tuple(answer({**work, "verdicts": verdicts})),
+        answer=_stopped(stopped, family) if stopped else tuple(answer({**work, "verdicts": verdicts})),
         claims=() if family is None else family.claims,
         verdicts=verdicts,
         costs=tuple(work.costs),
@@ -231,7 +231,8 @@ def run_steps(work: Work, steps: Sequence[Step[Any]], answer: Callable[[Mapping[
     )  # fmt: skip
 
 
-NOTHING = "Nothing was taken apart and nothing is claimed."
+def _stopped(reason: str, family: Any) -> tuple[str, ...]:
+    return (reason, "Nothing is claimed.") if family is None else (reason,)
 
 
 def _name(key: Any) -> Any:

@@ -63,6 +63,7 @@ def summarise(
 
 def _question(study: Study, tested: Tested | None) -> dict[str, Any]:
     question, used = study.question, study[GATE].used
+    tested_on = tested.runs.n if tested else question.sizes["validation"]
     return {
         "name": question.name,
         "text": question.text,
@@ -70,7 +71,7 @@ def _question(study: Study, tested: Tested | None) -> dict[str, Any]:
         "bos": question.bos,
         "n": question.sizes,
         "seed": question.seed,
-        "used": {"discovery": len(used), "validation": tested.runs.n if tested else question.sizes["validation"]},
+        "used": {"discovery": 0 if study.stopped else len(used), "validation": 0 if study.stopped else tested_on},
         "prompts": example_texts(question, study.model, used[0]),
     }
 
@@ -89,7 +90,9 @@ def _model(study: Study) -> dict[str, Any]:
 
 def _gate(study: Study, tested: Tested | None) -> dict[str, Any]:
     gates: list[Gate] = [study[GATE], *([tested.gate] if tested else [])]
-    return {**gates[0].to_json(), "templates": [row.to_json() for found in gates for row in found.templates]}
+    rows = [row for found in gates for row in found.templates]
+    used = {} if study.stopped is None else {"used": False}
+    return {**gates[0].to_json(), "templates": [{**row.to_json(), **used} for row in rows]}
 
 
 def _measured(runs: Runs, values: Any, name: str) -> Measurement:

@@ -16,6 +16,7 @@ import datetime
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def _gate(work: Work) -> Gate:
         f"{found.preference.n} discovery prompts, with a mean logit difference of {found.logit_diff.estimate:+.2f} "
         f"(needed: {PREFERENCE:.0%}, above 0, and {FEWEST_ROWS} prompts of templates that it gets right): it does not "
         "do this task well enough for its mechanism to be looked for. --past-gate (past_gate=True) goes on all the "
-        "same."
+        "same.",
+        found,
     )
 
 
@@ -238,8 +240,9 @@ def run_study(
     plan = _plan(question, model, chosen)
     with shown(sink) as screen, tempfile.TemporaryDirectory() as folder:
         blocks = _blocks(out, plan, screen) if out is not None else Blocks(None, plan)
-        with Ledger((out or Path(folder)) / "ledger.sqlite") as ledger:
-            return run_steps(Work(question, model, chosen, blocks, ledger, screen), steps, sentences)
+        path = (out or Path(folder)) / "ledger.sqlite"
+        with closing(Work(question, model, chosen, blocks, path, screen)) as work:
+            return run_steps(work, steps, sentences)
 
 
 def _plan(question: Question, model: Model, options: Options) -> str:

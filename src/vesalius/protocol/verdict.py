@@ -69,6 +69,7 @@ class _Test:
     evidence: Evidence
     clusters: tuple[Labels, ...]
     legs: tuple[Leg, ...]
+    tries: int = 1
 
     @property
     def decides(self) -> bool:
@@ -117,15 +118,21 @@ class _Test:
 
 
 def decide(
-    claims: Sequence[Claim], evidences: Mapping[str, Evidence], *, exploratory: bool = False
+    claims: Sequence[Claim],
+    evidences: Mapping[str, Evidence],
+    *,
+    exploratory: bool = False,
+    tries: Mapping[str, int] | None = None,
 ) -> tuple[Verdict, ...]:
     """The verdict of every claim of a family, in order; the rule is in the module's docstring.
 
-    evidences: claim id -> its one primary evidence; claims that have none, or unmeasured evidence, count as p = 1.
+    evidences: claim id -> its one primary evidence; claims that have none, unmeasured evidence or evidence with missing
+    examples count as p = 1. tries: claim id -> how many times it was tried, default once; its p-values count as the
+    smallest of so many.
     Raises ProtocolError for evidence that lacks a leg of its claim.
     """
     m = len(claims)
-    tests = [_test(claim, evidences.get(claim.id), m) for claim in claims]
+    tests = [_test(claim, evidences.get(claim.id), m, (tries or {}).get(claim.id, 1)) for claim in claims]
     adjusted = zip(*(_adjusted(tests, name).tolist() for name in _P), strict=True)
     conflicts = _conflicts([test for test in tests if test is not None])
     verdicts = []
@@ -139,16 +146,16 @@ def decide(
 
 
 def _adjusted(tests: Sequence[_Test | None], name: str) -> Floats:
-    return holm([1.0 if test is None else getattr(test, name) for test in tests])
+    return holm([1.0 if test is None else min(1.0, test.tries * getattr(test, name)) for test in tests])
 
 
-def _test(claim: Claim, evidence: Evidence | None, m: int) -> _Test | None:
-    if evidence is None or not evidence.measured:
+def _test(claim: Claim, evidence: Evidence | None, m: int, tries: int) -> _Test | None:
+    if evidence is None or not evidence.counts:
         return None
     check_legs(claim, evidence, m)
     clusters = clusters_of(claim, evidence)
     testable = evidence.n >= 2 and all(len(set(labels)) >= 2 for labels in clusters)
-    return _Test(claim, evidence, clusters, legs_of(claim, evidence, clusters, m) if testable else ())
+    return _Test(claim, evidence, clusters, legs_of(claim, evidence, clusters, m) if testable else (), tries)
 
 
 def _verdict(test: _Test, p: Mapping[str, float], m: int, scope: str, exploratory: bool) -> Verdict:

@@ -206,17 +206,19 @@ Claim.__init__ = _taking_aliases(Claim.__init__)  # type: ignore[method-assign]
 
 @dataclass(frozen=True)
 class Family:
-    """All claims of a study, sealed together: m is how many tests are corrected for.
+    """All claims of a study, sealed together; m is how many they are.
 
-    `exploratory` says that data of the study had been opened before the family was sealed, or that what a claim was
-    made from was not opened and measured before; it is what happened, not
-    what was claimed, and therefore no part of the `id`.
+    exploratory: data of the study had been opened before the family was sealed, or what a claim was made from had not
+    been opened and measured; it is what happened, not what was claimed, and therefore no part of the `id`.
+    control_model: of a declared control, the hash of the model that all claims are tested on in place of the one that
+    they are about.
     """
 
     claims: tuple[Claim, ...]
     study: str = ""
     exploratory: bool = False
     m: int = 0
+    control_model: str = ""
 
     def __post_init__(self) -> None:
         claims = tuple(c if isinstance(c, Claim) else Claim.from_json(c) for c in self.claims)

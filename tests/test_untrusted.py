@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 import fuzz
 import vesalius as vs
 from fuzz_mutations import SCHEMAS
-from fuzz_readers import KINDS, claim, ledger_file, seeds_of
+from fuzz_readers import KINDS, claim, ledger_file, rechained, seeds_of
 from tiny_folder import change_config, tiny_folder
 from vesalius.errors import FileFormatError, InputError, TamperedError, VesaliusError
 from vesalius.jobs import Blocks, untrusted
@@ -100,9 +100,9 @@ def test_a_pipe_is_not_waited_for_and_a_large_file_is_not_read(tmp_path: Path) -
 
 ARRAYS = {
     "float": np.linspace(0, 1, 7), "whole": np.arange(6, dtype=np.int16).reshape(2, 3), "none": np.zeros((0, 5)),
-    "number": np.array(3.5), "text": np.array(["a", "längste"]), 
-    "columns": np.asfortranarray(np.arange(12.0).reshape(3, 4)), "flags": np.array([True, False]), "half": np.ones(4, np.float16),
-    "complex": np.ones(2, complex), "bytes": np.array(b"ab"),
+    "number": np.array(3.5), "text": np.array(["a", "längste"]),
+    "columns": np.asfortranarray(np.arange(12.0).reshape(3, 4)), "flags": np.array([True, False]), 
+    "half": np.ones(4, np.float16), "complex": np.ones(2, complex), "bytes": np.array(b"ab"),
 }  # fmt: skip
 
 
@@ -138,8 +138,8 @@ def test_arrays_are_read_as_numpy_reads_them(tmp_path: Path, save: Callable[...,
         {"a.npy": npy("(1,)", "'<U500000000'")}, {"a.npy": npy("(" * 3000)},
         {"a.npy": npy("(True,)", data=b"12345678")},
         {"a.npy": npy("(1,)", "[('a', '<f8')]", b"12345678")}, {"a.npy": npy("().__class__")}, {"a.npy": b"\x93NUMPY"},
-        {"a.npy": npy("(3,)", data=b"1" * 16)}, {"a.npy": npy("(1,)", data=b"1" * 16)}, {"a.txt": b"text"}, {".npy": b""},
-        {f"{n}.npy": npy("(0,)") for n in range(5_000)},
+        {"a.npy": npy("(3,)", data=b"1" * 16)}, {"a.npy": npy("(1,)", data=b"1" * 16)}, {"a.txt": b"text"},
+        {".npy": b""}, {f"{n}.npy": npy("(0,)") for n in range(5_000)},
     ],
 )  # fmt: skip
 def test_archives_that_are_no_arrays_are_refused(tmp_path: Path, members: dict[str, bytes]) -> None:
@@ -271,6 +271,21 @@ def test_a_few_mutations_of_every_reader(name: str, seeds: dict[str, list[Path]]
     assert {number: line for number, line in found.items() if "!" in line} == {}
 
 
+FOUND = {
+    "ledger": (536, 2308, 2733, 3687, 3771, 6605, 12232), "gguf": (5407,), "model": (300, 382, 2180), "summary": (34,),
+    "own-dictionary": (12, 13, 61, 68, 75, 120, 165, 188, 190), "blocks": (2, 10, 20, 36, 271, 613),
+    "edits": (1, 12, 36, 123),
+}  # fmt: skip
+"""Numbers of mutations, of seed 0, at which a reader once broke."""
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("name", FOUND)
+def test_what_the_fuzzer_found_stays_mended(name: str, seeds: dict[str, list[Path]], tmp_path: Path) -> None:
+    lines = [fuzz.one(KINDS[name], name, seeds[name], tmp_path, 0, number) for number in FOUND[name]]
+    assert [line for line in lines if "!" in line] == []
+
+
 def test_the_fuzzer_finds_a_reader_that_breaks_hangs_or_swells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "SECONDS", 3)
     (tmp_path / "a.json").write_text("{}")
@@ -338,6 +353,26 @@ def test_a_row_that_is_no_record_is_refused(ledger: Path) -> None:
     connection.commit()
     connection.close()
     with Ledger(ledger) as found, pytest.raises(TamperedError, match="the row after record 2 is no record"):
+        found.verify()
+
+
+def test_a_schema_in_no_known_encoding_is_damage(ledger: Path) -> None:
+    """SQLite quotes what it finds there, and Python's module cannot decode the quotation."""
+    content = ledger.read_bytes()
+    ledger.write_bytes(content.replace(b"CREATE TABLE records", b"CREATE TABLE rec\xc5rd(", 1))
+    with pytest.raises((FileFormatError, TamperedError)):
+        Ledger(ledger, create=False)
+
+
+def test_a_forged_name_that_is_no_text_is_refused(ledger: Path) -> None:
+    def change(seq: int, record: dict[str, Any]) -> None:
+        if record["kind"] == "opening":
+            record["payload"] = json.dumps({**json.loads(record["payload"]), "data_hash": 7})
+        if record["kind"] == "data":
+            record["payload"] = json.dumps({**json.loads(record["payload"]), "data_hash": None})
+
+    rechained(ledger, change)
+    with Ledger(ledger) as found, pytest.raises(TamperedError):
         found.verify()
 
 

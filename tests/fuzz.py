@@ -1,8 +1,8 @@
 """`make fuzz`: damaged and hostile files for every reader of files from outside.
 
-Each mutation is made from a number, so that `python fuzz.py --only NUMBER READER` does it again. A reader may read what
-it is given or raise an error of this package; anything else is a finding: another exception, more than ten seconds, more
-than 60 MB beyond the size of the files, a crash of the process. Exit code 1 when there are findings.
+Each mutation is made from a number, so that `python fuzz.py --only NUMBER READER` does it again. A reader may read
+what it is given or raise an error of this package; anything else is a finding: another exception, more than ten
+seconds, more than 60 MB beyond the size of the files, a crash of the process. Exit code 1 when there are findings.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ HARD = 2 * 2**30
 
 class Slow(BaseException):
     """Raised by the clock; no reader may catch it."""
+
+
+def say(*words: object) -> None:
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.flush()
 
 
 def _ring(_number: int, _frame: FrameType | None) -> None:
@@ -183,7 +188,7 @@ def again(name: str, seed: int, number: int) -> None:
     root = Path(tempfile.mkdtemp(prefix="fuzz-"))
     list(seeds_of(kind, root / "seeds"))
     seeds = sorted(path for path in (root / "seeds").iterdir() if path.is_dir())
-    print(one(kind, name, seeds, root / "made", seed, number), root / "made")
+    say(one(kind, name, seeds, root / "made", seed, number), root / "made")
     for folder in (root / "made").iterdir():
         kind.read(folder)
 
@@ -199,8 +204,8 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     # A ledger is forced to disk at every step; in memory that takes no time.
-    if Path("/dev/shm").is_dir():  # noqa: S108 - folders below it are made with names of their own
-        tempfile.tempdir = "/dev/shm"  # noqa: S108
+    if Path("/dev/shm").is_dir():
+        tempfile.tempdir = "/dev/shm"
     found = 0
     for name in given.readers or KINDS:
         if given.only is not None:
@@ -208,9 +213,9 @@ def main() -> int:
             continue
         begun = time.monotonic()
         outcomes, findings, first = fuzz(name, given.count, given.seed, given.jobs)
-        print(f"{name}: {json.dumps(dict(outcomes))} in {time.monotonic() - begun:.0f} s", flush=True)
+        say(f"{name}: {json.dumps(dict(outcomes))} in {time.monotonic() - begun:.0f} s")
         for key, times in findings.most_common(30):
-            print(f"    {times:5} x {key}  (--only {first[key]} {name})", flush=True)
+            say(f"    {times:5} x {key}  (--only {first[key]} {name})")
         found += sum(findings.values())
     return 1 if found else 0
 

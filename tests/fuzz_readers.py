@@ -110,7 +110,8 @@ def _read_foreign(folder: Path) -> None:
 def claim(number: int = 0) -> vs.Claim:
     return vs.Claim(
         statement=f"head {number} attends to the name", subject={"ref": {"kind": "unit", "head": number}}, sign=1,
-        quantity="attends", delta=0.1, n=8, kind="predictive", unit="share", control={"parts": ["a"]}, nulls=(("positions", 0.1),), study="s",
+        quantity="attends", delta=0.1, n=8, kind="predictive", unit="share", control={"parts": ["a"]},
+        nulls=(("positions", 0.1),), study="s",
     )  # fmt: skip
 
 
@@ -132,8 +133,9 @@ def ledger_file(path: Path) -> Path:
         ledger.append(
             vs.Evidence(
                 claim_id=family.claims[0].id, effects=effects, control=(0.0,) * 8, nulls={"positions": (0.1,) * 8},
-                groups=data.groups, example_hashes=data.example_hashes, data_hash=data.content_hash, model_hash="m" * 64,
-                plan_hash="p", diagnostics={"other_conditions": {"abc": 0.2}}, created_at="2025-01-01T00:00:00+00:00",
+                groups=data.groups, example_hashes=data.example_hashes, data_hash=data.content_hash,
+                model_hash="m" * 64, plan_hash="p", diagnostics={"other_conditions": {"abc": 0.2}},
+                created_at="2025-01-01T00:00:00+00:00",
             )
         )  # fmt: skip
         ledger.append(unmeasured(family.claims[1].id, "out of memory", plan_hash="p"))
@@ -188,8 +190,8 @@ def rechained(path: Path, change: Callable[[int, dict[str, Any]], None]) -> None
 
 def pair_rows(n: int = 6) -> list[dict[str, str]]:
     return [
-        {"clean": f"the hens {n}", "corrupted": f"the hemp {n}", "answer": " the", "distractor": "he", "template": f"t{n}",
-         "names": f"a{n}"}
+        {"clean": f"the hens {n}", "corrupted": f"the hemp {n}", "answer": " the", "distractor": "he",
+         "template": f"t{n}", "names": f"a{n}"}
         for n in range(n)
     ]  # fmt: skip
 

@@ -124,8 +124,8 @@ def read_manifest(folder: Path) -> Manifest:
         return _parsed(found)
     except (*WRONG, InputError) as error:
         raise FileFormatError(
-            f"{path} is not a manifest of activations as it was written ({reason_of(error)}); harvest again into another folder, "
-            "or restore it from a copy"
+            f"{path} is not a manifest of activations as it was written ({reason_of(error)}); harvest again into "
+            "another folder, or restore it from a copy"
         ) from error
 
 

@@ -95,7 +95,7 @@ class State:
                 f"record {record.seq} ({record.kind} {record.id[:12]}) cannot be read: {error}"
             ) from error
         if identity != record.id:
-            raise TamperedError(f"record {record.seq} ({record.kind}) holds {identity[:12]}, not {record.id[:12]}")
+            raise TamperedError(f"record {record.seq} ({record.kind}) holds {str(identity)[:12]}, not {record.id[:12]}")
         self.last = record
 
 

@@ -247,6 +247,9 @@ class Store:
             raise LedgerError(f"cannot use the ledger {self.path}: {error}") from error
         except sqlite3.IntegrityError as error:
             raise TamperedError(f"{self.path}: {error}; the file was changed while it was open") from error
+        except UnicodeDecodeError as error:
+            # SQLite quotes what it cannot understand, and Python cannot read the quotation.
+            raise FileFormatError(f"{self.path} cannot be used as a ledger: it is damaged; restore a copy") from error
         except sqlite3.DatabaseError as error:
             raise _translated(self.path, error) from error
 

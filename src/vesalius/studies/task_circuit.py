@@ -13,7 +13,6 @@ Every finished piece is kept on disk under the plan's hash: a killed study goes 
 from __future__ import annotations
 
 import datetime
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -48,6 +47,7 @@ from vesalius.describe.circuit import needed_draws
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs import Blocks, Event, Sink, track
 from vesalius.jobs.progress import shown
+from vesalius.jobs.untrusted import parse_json
 from vesalius.model import Model
 from vesalius.protocol import Claim, Evidence, Family, canonical_json, content_hash
 from vesalius.protocol.ledger import Ledger
@@ -323,4 +323,4 @@ def _json_array(data: Any) -> dict[str, NDArray[Any]]:
 
 
 def _from_array(arrays: Mapping[str, NDArray[Any]]) -> Any:
-    return json.loads(arrays["json"].tobytes())
+    return parse_json(arrays["json"].tobytes().decode("utf-8"), finite=False, values=None)

@@ -13,6 +13,6 @@ from vesalius.jobs.untrusted.text import LARGEST, check_depth, decode_at, parse_
 from vesalius.jobs.untrusted.unreadable import WRONG, UnreadableError, reason_of, understood
 
 __all__ = [
-    "LARGEST", "WRONG", "Stored", "UnreadableError", "check_depth", "decode_at", "opened_safetensors", "parse_json", "read_json",
-    "read_npz", "read_safetensors", "read_text", "reason_of", "safetensors_header", "understood",
+    "LARGEST", "WRONG", "Stored", "UnreadableError", "check_depth", "decode_at", "opened_safetensors", "parse_json",
+    "read_json", "read_npz", "read_safetensors", "read_text", "reason_of", "safetensors_header", "understood",
 ]  # fmt: skip

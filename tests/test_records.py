@@ -128,7 +128,8 @@ def test_every_field_of_a_claim_is_part_of_its_id() -> None:
     changes: dict[str, Any] = {
         "statement": "another", "subject": {"kind": "mlp"}, "quantity": "ablate", "delta": 0.3, "n": 33,
         "kind": "circuit", "parameters": {"test": "rank"}, "sign": -1, "scale": 5.0, "scale_name": "accuracy",
-        "unit": "nats", "control": {}, "delta_c": 0.15, "nulls": (), "condition": {}, "seed": 1, "parents": (), "role": "mover", "study": "ioi", "schema": 1,
+        "unit": "nats", "control": {}, "delta_c": 0.15, "nulls": (), "condition": {}, "seed": 1, "parents": (),
+        "role": "mover", "study": "ioi", "schema": 1,
     }  # fmt: skip
     assert changes.keys() == {field.name for field in dataclasses.fields(Claim)}
     ids = {claim(**{name: value}).id for name, value in changes.items()}
@@ -184,6 +185,7 @@ def test_the_names_of_schema_1_are_taken_and_can_be_read() -> None:
     assert old == claim()
     assert (old.check, old.total_effect) == (old.quantity, old.scale) == ("patch", 4.0)
     assert dataclasses.replace(old, delta=0.3).quantity == "patch"
+    assert dataclasses.replace(old, quantity="ablate", scale=5.0).check == "ablate"
     with pytest.raises(InputError, match="quantity='patch' and check='ablate' say different things"):
         claim(check="ablate")
 

@@ -126,11 +126,11 @@ def test_selection_by_site_layer_head_and_token(heads: vs.Scores, positions: vs.
     some = heads.select(head=2)
     assert some.mask[:, 2].all() and not some.mask[:, [0, 1, 3]].any()
     assert {str(ranked.item) for ranked in some.top(9)} == {f"layers.{n}.z[2]" for n in range(3)}
-    token = positions.layout.texts[0][3]
+    token = positions.examples.texts[0][3]
     where = positions.select("layers.2.", token=token)
     assert where.sites == ("layers.2.resid_post",)
     for position, example in where.mask[0].nonzero().tolist():
-        assert positions.layout.texts[example][position] == token
+        assert positions.examples.texts[example][position] == token
     assert bool(where.mask[0, 3, 0])
     for bad, message in (({"layer": 9}, "no row of these scores"), ({"position": 1}, "of each head"),
                          ({"token": "<3>"}, 'each="position"')):  # fmt: skip
@@ -147,7 +147,7 @@ def test_a_frame_has_one_row_per_cell(heads: vs.Scores, positions: vs.Scores, mo
     assert len(frame) == int(positions.mask.sum()) == 3 * 45
     cell = frame[(frame.item == "layers.1.resid_post") & (frame.position == 4) & (frame.example == 3)].iloc[0]
     assert cell.value == pytest.approx(float(positions.values[1, 4, 3]))
-    assert cell.token == positions.layout.texts[3][4]
+    assert cell.token == positions.examples.texts[3][4]
     plain: Any = heads.to_frame()
     assert plain.groupby("item").effect.mean()["layers.2.z[1]"] == pytest.approx(float(heads.mean[2, 1]), abs=1e-6)
     monkeypatch.setitem(sys.modules, "pandas", None)

@@ -48,8 +48,10 @@ def _holds(pairs: Pairs, token: Int[Tensor, example * token], tokenizer: Any) ->
 
 
 def _holds_sequence(pairs: Pairs, tokens: Int[Tensor, "example token"]) -> Bool[Tensor, "example pos"]:
-    """Where an answer of several tokens begins."""
-    padded = torch.nn.functional.pad(pairs.clean, (0, tokens.shape[1]), value=-2)
+    """Where an answer of several tokens begins that ends where the metric reads, or before."""
+    past_end = torch.arange(pairs.clean.shape[1], device=pairs.clean.device)[None] > pairs.at[:, None]
+    # What lies past the end may be padding, and is no part of an answer.
+    padded = torch.nn.functional.pad(pairs.clean.masked_fill(past_end, -2), (0, tokens.shape[1]), value=-2)
     windows = padded.unfold(1, tokens.shape[1], 1)[:, : pairs.clean.shape[1]]
     return ((windows == tokens[:, None]) | (tokens < 0)[:, None]).all(2)
 

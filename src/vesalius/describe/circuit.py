@@ -41,23 +41,37 @@ def describe_circuit(discovery: Discovery, members: Sequence[Part], draws: int) 
     alone = " (too few components lie outside it to compare with)"
     size = AT_LEAST * abs(total)
     return Description(
-        circuit, LABEL,
+        circuit,
+        LABEL,
         (
             Prediction(
-                FAITHFULNESS.name, PARAMETERS, kept, 1.0, f"alone {keep} {kept:+.2f} of {total:+.2f}",
+                FAITHFULNESS.name,
+                PARAMETERS,
+                kept,
+                1.0,
+                f"alone {keep} {kept:+.2f} of {total:+.2f}",
                 f"{keep} at least half of the effect when all others get corrupted values",
-                sign, size, total,
+                sign,
+                size,
+                total,
                 control={"rule": f"mean of {draws} random sets of the same size and composition", "draws": draws},
             ),
             Prediction(
-                COMPLETENESS.name, PARAMETERS, lost, 1.0, f"without {them} {lost:+.2f} is lost",
+                COMPLETENESS.name,
+                PARAMETERS,
+                lost,
+                1.0,
+                f"without {them} {lost:+.2f} is lost",
                 f"{'are' if len(members) > 1 else 'is'} needed: with corrupted values (the embeddings left alone) at "
                 f"least half of the effect is lost{'' if outside else alone}",
-                sign, size, total, control={"rule": compared, "draws": fewer} if outside else {},
+                sign,
+                size,
+                total,
+                control={"rule": compared, "draws": fewer} if outside else {},
             ),
         ),
         name=f"the {len(members)} components of the circuit" if len(members) > 1 else "the circuit's one component",
-    )  # fmt: skip
+    )
 
 
 def is_of_circuit(claim: Any) -> bool:

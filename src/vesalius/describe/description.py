@@ -241,12 +241,23 @@ def claim_of(description: Description, prediction: Prediction, discovery: Discov
     return Claim(
         statement=f"{description.called} {prediction.statement}: {side} {bound:+.3g} {unit}",
         subject=subject_of(part, runs.model.content_hash),
-        quantity=of.name, parameters=prediction.parameters, kind=of.kind, unit=unit,
-        sign=prediction.sign, delta=prediction.size, scale=prediction.scale, scale_name=of.scale,
-        control=control, nulls=prediction.nulls, condition=of.condition_on(runs),
-        n=discovery.n, seed=discovery.seed, parents=discovery.parents, study=discovery.study,
+        quantity=of.name,
+        parameters=prediction.parameters,
+        kind=of.kind,
+        unit=unit,
+        sign=prediction.sign,
+        delta=prediction.size,
+        scale=prediction.scale,
+        scale_name=of.scale,
+        control=control,
+        nulls=prediction.nulls,
+        condition=of.condition_on(runs),
+        n=discovery.n,
+        seed=discovery.seed,
+        parents=discovery.parents,
+        study=discovery.study,
         role=description.label or None,
-    )  # fmt: skip
+    )
 
 
 def subject_of(part: Part, model_hash: str) -> dict[str, Any]:

@@ -39,8 +39,15 @@ def within(value: float, limit: float) -> float:
     return limit / (limit + abs(value))
 
 
+class NotMeasuredError(InputError):
+    """A quantity does not apply to a part, on these data or in this model."""
+
+
 def mean_of(discovery: Discovery, of: Quantity, part: Part, **parameters: Any) -> float:
-    """Mean of a quantity over the discovery prompts."""
+    """Mean of a quantity over the discovery prompts. Raises NotMeasuredError where it does not apply to the part."""
+    refused = of.refuses(discovery.runs, part)
+    if refused:
+        raise NotMeasuredError(f"{of.name} of {part} cannot be measured: {refused}")
     return float(of.measure(discovery.runs, part, parameters).mean())
 
 
@@ -60,11 +67,15 @@ def looks(
     size = max(LEAST_ATTENTION, mean / 2)
     places = f"attends from {in_words(query)} to {in_words(key)}"
     return Prediction(
-        ATTENDS.name, parameters, mean, min(above(mean, at_least), above(mean - other, at_least / 2)),
+        ATTENDS.name,
+        parameters,
+        mean,
+        min(above(mean, at_least), above(mean - other, at_least / 2)),
         f"{places} ({mean:.2f} of its attention; {in_words(elsewhere)} gets {other:.2f})",
         f"{places}, and more than to {in_words(elsewhere)}",
-        size=size, nulls=(("elsewhere", size / 2),),
-    )  # fmt: skip
+        size=size,
+        nulls=(("elsewhere", size / 2),),
+    )
 
 
 def copies(discovery: Discovery, part: Part, key: str, sign: int) -> Prediction:
@@ -72,22 +83,33 @@ def copies(discovery: Discovery, part: Part, key: str, sign: int) -> Prediction:
     mean = mean_of(discovery, COPIES, part, key=key)
     verb, claimed = ("adds to" if one > 0 else "takes from" for one in (mean, sign))
     return Prediction(
-        COPIES.name, {"key": key}, mean, above(sign * mean, discovery.delta),
+        COPIES.name,
+        {"key": key},
+        mean,
+        above(sign * mean, discovery.delta),
         f"{verb} that token's logit ({mean:+.2f} against other prompts' tokens, at full attention)",
         f"{claimed} the logit of the token at {in_words(key)}, if it attends to that alone",
-        sign, discovery.delta, discovery.total,
-    )  # fmt: skip
+        sign,
+        discovery.delta,
+        discovery.total,
+    )
 
 
 def writes(discovery: Discovery, part: Part, sign: int) -> Prediction:
     """It writes straight onto the logit difference, for the answer (+1) or for the distractor (-1)."""
     mean, metric = mean_of(discovery, DIRECT_EFFECT, part), metric_in_words(discovery)
     return Prediction(
-        DIRECT_EFFECT.name, {}, mean, above(sign * mean, discovery.delta),
+        DIRECT_EFFECT.name,
+        {},
+        mean,
+        above(sign * mean, discovery.delta),
         f"writes {mean:+.2f} onto {metric} directly",
         f"writes onto {metric} directly, towards the {'answer' if sign > 0 else 'distractor'}",
-        sign, discovery.delta, discovery.total, (("shuffled labels", discovery.delta / 2),),
-    )  # fmt: skip
+        sign,
+        discovery.delta,
+        discovery.total,
+        (("shuffled labels", discovery.delta / 2),),
+    )
 
 
 def quiet(discovery: Discovery, part: Part) -> Prediction:
@@ -103,11 +125,17 @@ def matters(discovery: Discovery, part: Part, sign: int = 0) -> Prediction:
     sign = sign or (1 if mean >= 0 else -1)
     what, claimed = ("lowers" if one > 0 else "raises" for one in (mean, sign))
     return Prediction(
-        TOTAL_EFFECT.name, {}, mean, above(sign * mean, discovery.delta),
+        TOTAL_EFFECT.name,
+        {},
+        mean,
+        above(sign * mean, discovery.delta),
         f"giving it its corrupted value {what} {metric} by {abs(mean):.2f}",
         f"{'is needed' if sign > 0 else 'works against the answer'}: giving it its corrupted value {claimed} {metric}",
-        sign, discovery.delta, discovery.total, (("shuffled labels", discovery.delta / 2),),
-    )  # fmt: skip
+        sign,
+        discovery.delta,
+        discovery.total,
+        (("shuffled labels", discovery.delta / 2),),
+    )
 
 
 def turns(discovery: Discovery, part: Part, movers: str) -> Prediction | None:
@@ -123,11 +151,15 @@ def turns(discovery: Discovery, part: Part, movers: str) -> Prediction | None:
     mean = mean_of(discovery, MOVES_ATTENTION, part, **parameters)
     total = MOVES_ATTENTION.scale_of(discovery.runs, part, parameters) or 0.0
     return Prediction(
-        MOVES_ATTENTION.name, parameters, mean, above(mean, max(LEAST_SHIFT, SHIFT_SHARE * abs(total))),
+        MOVES_ATTENTION.name,
+        parameters,
+        mean,
+        above(mean, max(LEAST_SHIFT, SHIFT_SHARE * abs(total))),
         f"giving it its corrupted value turns the {movers}s' attention by {mean:.2f} from answer to distractor",
         f"keeps the {movers}s' attention on the answer: giving it its corrupted value turns it to the distractor",
-        size=max(mean / 2, DEFAULT_SHARE * abs(total), LEAST_SHIFT / 2), scale=total,
-    )  # fmt: skip
+        size=max(mean / 2, DEFAULT_SHARE * abs(total), LEAST_SHIFT / 2),
+        scale=total,
+    )
 
 
 def claim_about(
@@ -155,7 +187,10 @@ def claim_about(
     if refused:
         raise InputError(f"{measured.name} of {subject} cannot be measured: {refused}")
     discovery = Discovery.of(runs, [*members, subject], study=study, n=n)
-    mean = float(measured.measure(runs, subject, given).mean())
+    try:
+        mean = float(measured.measure(runs, subject, given).mean())
+    except KeyError as error:
+        raise InputError(f"{measured.name} needs the parameter {error}; got {sorted(given)}") from error
     scale = measured.scale_of(runs, subject, given)
     least = DEFAULT_SHARE * abs(scale) if scale is not None and measured.scale == TOTAL_EFFECT_SCALE else 0.0
     margin = max(abs(mean) / 2, least) if size is None else size
@@ -164,7 +199,7 @@ def claim_about(
             f"{measured.name} of {subject} is {mean:g} on discovery, so there is nothing to claim; give size="
         )
     nulls = tuple((name, margin / 2) for name in measured.nulls(runs, subject, given))
-    words = statement or f"has {measured.name.replace('_', ' ')}{f' ({given})' if given else ''}"
+    words = statement or measured.phrase(given)
     prediction = Prediction(
         measured.name, given, mean, 1.0, f"{words}: {mean:+.3g}", words, 1 if mean >= 0 else -1, margin, scale, nulls
     )

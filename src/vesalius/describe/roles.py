@@ -7,10 +7,11 @@ threshold holds on discovery; what it claims is tested on fresh data.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from vesalius.describe.description import FITS, Description, Discovery, Prediction
-from vesalius.describe.predictions import copies, looks, matters, mean_of, quiet, turns, writes
+from vesalius.describe.predictions import NotMeasuredError, copies, looks, matters, mean_of, quiet, turns, writes
 from vesalius.parts import Part, Unit
 from vesalius.quantities import ATTENDS, MOVES_ATTENTION
 from vesalius.quantities.attends import FIRST_QUERY
@@ -38,7 +39,11 @@ Predicted = Sequence[Prediction | None] | None
 
 @dataclass(frozen=True)
 class Role:
-    """A describer. predict: None when the prompts lack what the role speaks about; a missing prediction is left out."""
+    """A describer. predict: None when the prompts lack what the role speaks about; a missing prediction is left out.
+
+    A role that speaks of a quantity which is not to be had here (a direct effect on another metric than the logit
+    difference, attention that is not recorded) is not tried.
+    """
 
     name: str
     suits: Callable[[Part], bool]
@@ -49,11 +54,15 @@ class Role:
 
     def prepare(self, discovery: Discovery, parts: Sequence[Part]) -> None:
         """Measure for all parts what costs less together."""
-        self.together(discovery, [part for part in parts if self.suits(part)])
+        with suppress(NotMeasuredError):
+            self.together(discovery, [part for part in parts if self.suits(part)])
 
     def describe(self, discovery: Discovery, part: Part) -> Description | None:
         """How well the role describes the part."""
-        predicted = self.predict(discovery, part) if self.suits(part) else None
+        predicted: Predicted = None
+        if self.suits(part):
+            with suppress(NotMeasuredError):
+                predicted = self.predict(discovery, part)
         if predicted is None:
             return None
         made = tuple(one for one in predicted if one is not None)

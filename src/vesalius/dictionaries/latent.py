@@ -15,7 +15,7 @@ from vesalius.parts import At, HasLatents, Ref, Unit, remember
 from vesalius.site import Site
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Latent:
     """Latent `index` of a dictionary: of an SAE, a transcoder, a crosscoder or a layer of a cross-layer transcoder.
 
@@ -96,3 +96,6 @@ class Latent:
 
     def __str__(self) -> str:
         return f"{self.site} latent {self.number}"
+
+    def __repr__(self) -> str:
+        return f"Latent({self})"

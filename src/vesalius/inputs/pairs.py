@@ -290,9 +290,14 @@ class Pairs:
             if getattr(self, name) is not None:
                 fields[name] = getattr(self, name).tolist()
         return content_hash(
-            {**fields, "read": self.at.tolist(), "groups": {k: list(v) for k, v in self.groups.items()},
-             "splits": list(self.splits), "corruption": self.corruption}
-        )  # fmt: skip
+            {
+                **fields,
+                "read": self.at.tolist(),
+                "groups": {k: list(v) for k, v in self.groups.items()},
+                "splits": list(self.splits),
+                "corruption": self.corruption,
+            }
+        )
 
 
 def clusters_of(groups: Mapping[str, Sequence[str]]) -> tuple[str, ...]:

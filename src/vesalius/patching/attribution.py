@@ -25,8 +25,9 @@ from vesalius.intervention import Patch, joint
 from vesalius.metric import Metric, logit_diff
 from vesalius.model import Model
 from vesalius.parts import At, Part, Unit, as_part, places
+from vesalius.patching.examples import Examples
 from vesalius.patching.plan import Cost
-from vesalius.patching.scores import Layout, Scores
+from vesalius.patching.scores import Scores
 from vesalius.patching.targets import PROMPTS
 from vesalius.site import INDEX_AXIS, Site
 
@@ -82,7 +83,7 @@ def attribution_patching(
         unit=metric.unit,
         prompts=base,
         rows=rows,
-        layout=Layout.of(model, pairs, base),
+        examples=Examples.of(model, pairs, base),
     )
 
 

@@ -116,6 +116,7 @@ class Edits:
                 whole[table.row[full & (table.index < 0)]] = True
                 unit = full & (table.index >= 0)
                 pieces.append(table.row[unit] * units + table.index[unit])
+        # Distinct, because the same head may be edited twice: by the variant and by what all runs have in common.
         distinct = torch.cat(pieces).unique() // units
         return whole | (distinct.bincount(minlength=count) >= units)
 
@@ -137,6 +138,7 @@ def _write(table: Table, tensor: Tensor, flat: Flat, read: Mapping[Site, Tensor]
     rows = flat.rows
     first = torch.maximum(table.first, rows.start[table.row])
     count = (torch.minimum(table.stop, rows.end[table.row]) - first).clamp_min(0)
+    # Every edit's positions, one edit after the other: which edit, then how far into it.
     edit = torch.repeat_interleave(torch.arange(len(count)), count)
     pos = torch.arange(len(edit)) - (count.cumsum(0) - count)[edit] + first[edit]
     row, index, example = table.row[edit], table.index[edit], table.example[edit]
@@ -216,6 +218,7 @@ def tables_of(
             index_list.append(indices.repeat(len(here)))
         for group in _groups([part for part in together if not isinstance(part, Unit)]):
             parts.setdefault(group, []).append(here)
+    # An edit at one position ends there, although everything after it is recomputed.
     one = torch.tensor([variants[n].position is not None for n in number.tolist()])
     stop = torch.where(one, rows.start + 1, rows.end)
 

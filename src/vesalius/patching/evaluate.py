@@ -116,9 +116,14 @@ class _Job:
         for batch in plan.batches(self.budget, self.setting.fixed):
             number, example = batch.cell.T
             replay = Replay(
-                base, batch.rows, batch.edits, self.watch, read=reads[example],
-                patterns=self.setting.patterns, compute=self.setting.compute,
-            )  # fmt: skip
+                base,
+                batch.rows,
+                batch.edits,
+                self.watch,
+                read=reads[example],
+                patterns=self.setting.patterns,
+                compute=self.setting.compute,
+            )
             hidden, seen = replay.run()
             for label, filled in zip(self.labels, values, strict=True):
                 filled[number, example] = score(base, hidden, example, label, self.metric, end)

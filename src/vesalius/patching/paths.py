@@ -33,12 +33,13 @@ from vesalius.model.hooks import Tap, tapped
 from vesalius.parts import Edge, Part, Together, Unit
 from vesalius.patching.edits import Edits, Flat, Rows, Table
 from vesalius.patching.evaluate import TOKENS_PER_BATCH
+from vesalius.patching.examples import Examples
 from vesalius.patching.path_plan import LOGITS, Named, Paths, plain_path, receiving, sending
 from vesalius.patching.plain import allowance
 from vesalius.patching.plan import Cost, announcement
 from vesalius.patching.record import Recording, record
 from vesalius.patching.replay import Replay
-from vesalius.patching.scores import Layout, Scores
+from vesalius.patching.scores import Scores
 from vesalius.patching.scoring import at_reads, base_logits, base_values, final_norm, score, score_normed
 from vesalius.patching.sources import Source, patch_source
 from vesalius.patching.targets import PROMPTS, normal
@@ -107,7 +108,7 @@ def path_patching(
         unit=metric.unit,
         prompts=base,
         rows=tuple(map(Unit, names)),
-        layout=Layout.of(model, pairs, base),
+        examples=Examples.of(model, pairs, base),
     )
 
 
@@ -210,7 +211,7 @@ class _Work:
     def _received(self, senders: Sequence[Site], rows: Rows) -> tuple[dict[Site, Tensor], Tensor]:
         """Step 2: receivers' whole sites [row, pos, ...], and the last layer's output at the read positions."""
         model, flat = self.base.model, Flat(rows)
-        adapter, layout = model.architecture
+        adapter, examples = model.architecture
         wanted = list(dict.fromkeys(site.whole for site in self.paths.receivers if site != LOGITS))
         inputs: dict[Site, Tensor] = {}
 
@@ -219,7 +220,7 @@ class _Work:
             assert site.layer is not None
 
             def visit(tensor: Tensor) -> None:
-                seen = split_heads(tensor, access, layout)[0]
+                seen = split_heads(tensor, access, examples)[0]
                 inputs[site] = seen.new_zeros(len(rows), self.base.tokens.ids.shape[1], *seen.shape[1:])
                 inputs[site][flat.row_of[: len(seen)], flat.pos_of[: len(seen)]] = seen
 

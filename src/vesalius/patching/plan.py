@@ -119,6 +119,7 @@ class Plan:
 
         Rows also carry the keys of their whole prompt, so those are bounded too (16 times the budget).
         """
+        # Rows that start late are short work and wait for no others: packed by layer, few layers run half empty.
         order = sorted(range(len(self.variants)), key=lambda number: first_layer(self.variants[number]))
         pieces = [(number, rows) for number in order for rows in self.rows_of(self.variants[number])]
         together: list[tuple[int, Rows]] = []
@@ -167,6 +168,7 @@ class Plan:
         """Real positions, from the source's first on, at which its value differs from the base run's, bit for bit."""
         real = self.base.real_at(writes_at(part)[0])
         reach = real & (torch.arange(real.shape[1]) >= self.source.first[:, None])
+        # What is added is not compared with what is there.
         if self.source.adds:
             return reach
         if not isinstance(part, Unit):
@@ -181,6 +183,7 @@ class Plan:
 
     def _unequal(self, base: Tensor, values: Tensor, real: Tensor, axes: int) -> Tensor:
         """True where any number behind the first `axes` axes differs; everywhere, when these are not the tokens'."""
+        # What has no token axis, such as a mean over examples, can't be compared by position: assume it differs.
         if base.shape[:2] != real.shape or values.ndim != base.ndim:
             return torch.ones_like(real)
         differs = base != (values[self.source.example] if values.shape[0] > 1 else values)

@@ -194,13 +194,18 @@ def record(model: Model, inputs: Inputs, sites: Sequence[Site] = (), given: Sequ
     if reason:
         return _plain(model, tokens, sites, reason, given)
     return Recording(
-        model, tokens,
+        model,
+        tokens,
         resid=(*(entered[n] for n in order), last.captured()[Site("resid_post", layout.n_layers - 1)]),
-        queries=tuple(keeper.q[n] for n in order), keys=tuple(keeper.k[n] for n in order),
-        values=tuple(keeper.v[n] for n in order), calls=tuple(calls[n] for n in order),
-        scaling=tuple(keeper.scaling[n] for n in order), sites=taps.captured(),
-        windows=tuple(keeper.windows[n] for n in order), caps=tuple(keeper.caps[n] for n in order),
-    )  # fmt: skip
+        queries=tuple(keeper.q[n] for n in order),
+        keys=tuple(keeper.k[n] for n in order),
+        values=tuple(keeper.v[n] for n in order),
+        calls=tuple(calls[n] for n in order),
+        scaling=tuple(keeper.scaling[n] for n in order),
+        sites=taps.captured(),
+        windows=tuple(keeper.windows[n] for n in order),
+        caps=tuple(keeper.caps[n] for n in order),
+    )
 
 
 def _never_replayed(model: Model) -> str:

@@ -69,9 +69,13 @@ class _Attention:
             token, number = needed[row_of], needed.cumsum(0) - 1
             # Tokens keep their places in the batch; rows are numbered anew.
             some = (
-                rows.take(needed.nonzero()[:, 0]), index[needed], mask[needed], number[row_of[token]], pos_of[token],
+                rows.take(needed.nonzero()[:, 0]),
+                index[needed],
+                mask[needed],
+                number[row_of[token]],
+                pos_of[token],
                 within[token],
-            )  # fmt: skip
+            )
             out[:, token] = self._attended(layer, q, k[:, :, token], v[:, :, token], some, scaling)
         return out
 
@@ -79,6 +83,7 @@ class _Attention:
         """Of some rows: k and v of their own tokens, q of all of the batch (`index` says where theirs are)."""
         rows, index, mask, row_of, pos_of, within = place
         width, n_kv = mask.shape[-1], k.shape[1]
+        # Indexing by a tensor copies, so writing into these leaves the recording as it is.
         keys = self._base.keys[layer][rows.example, :, :width]
         values = self._base.values[layer][rows.example, :, :width]
         values[row_of, :, pos_of] = v[0].transpose(0, 1)
@@ -105,6 +110,7 @@ class _Attention:
     def _layout(self, layer: int) -> Any:
         count, tokens = self._flat.active(layer)
         window = self._base.windows[layer]
+        # Between two layers at which rows join nothing changes, so most layers find theirs made.
         if (count, window) not in self._geometry:
             rows = self._flat.rows.take(torch.arange(count))
             steps = torch.arange(int(rows.sizes.max()))
@@ -161,6 +167,7 @@ class Replay:
 
     def run(self) -> tuple[Float[Tensor, "row read d_model"], dict[Site, Tensor]]:
         """Last layer's output at the positions read, and watched sites at the first of them [row, ...]."""
+        # Rows join later, each at its own layer.
         hidden = self._base.resid[0].new_empty(1, 0, self._layout.d_model)
         step = self._token[:, 0] - self._flat.offset
         attend = _Attention(self._base, self._flat, step, self._seen, self._patterns, self._needed)
@@ -211,6 +218,7 @@ class Replay:
         built: dict[str, Any] = {}
         for name, value in self._base.calls[layer].items():
             rule = rules.get(name)
+            # A mask or a cache of the recorded run would be wrong here without an error: refuse what is not known.
             if rule is None and holds_tensor(value):
                 raise InterventionError(no_rule(layer, name))
             built[name] = _argument(rule, value, example, pos)

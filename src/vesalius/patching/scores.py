@@ -6,20 +6,19 @@ same thing in all of them, and only there are positions averaged over prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vesalius.errors import InputError, UnknownNameError
-from vesalius.inputs import Pairs
-from vesalius.model import Model
 from vesalius.parts import Edge, Part
 from vesalius.patching.agreement import Agreement, agreement
+from vesalius.patching.examples import Examples
 from vesalius.patching.heatmap import heatmap
 from vesalius.patching.plan import Cost
 from vesalius.stats import Measurement, measure
@@ -28,50 +27,9 @@ if TYPE_CHECKING:
     import pandas
 
 SHAPES_SHOWN = 3
-_ALIKE = ("template",)
 
 
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """What the examples of scores are: their tokens as text, named positions, groups, and which share a shape.
-
-    texts: one tuple of tokens per example; () where there is no tokenizer. shape: [example] number of its shape.
-    """
-
-    texts: tuple[tuple[str, ...], ...] = ()
-    named_positions: Mapping[str, Int[Tensor, " example"]] = field(default_factory=dict)
-    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    clusters: tuple[str, ...] = ()
-    shape: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, model: Model, pairs: Pairs, which: str) -> Layout:
-        """Of the clean or corrupted prompts of pairs; images have no tokens, and all of them one shape."""
-        if pairs.raw:
-            return cls(groups=pairs.groups, clusters=pairs.clusters, shape=(0,) * len(pairs))
-        named = {name: at for name, at in pairs.named_positions.items() if at.ndim == 1}
-        alike = [pairs.size.tolist(), pairs.at.tolist(), *(at.tolist() for at in named.values())]
-        keys = list(zip(*alike, *(pairs.groups[kind] for kind in _ALIKE if kind in pairs.groups), strict=True))
-        number = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-        texts: tuple[tuple[str, ...], ...] = ()
-        if model.tokenizer is not None:
-            ids = getattr(pairs, which)
-            text = {token: str(model.tokenizer.decode([token])) for token in ids.unique().tolist()}
-            rows = zip(ids.tolist(), pairs.size.tolist(), strict=True)
-            texts = tuple(tuple(text[token] for token in row[:size]) for row, size in rows)
-        return cls(texts, named, pairs.groups, pairs.clusters, tuple(number[key] for key in keys))
-
-    def take(self, rows: Sequence[int]) -> Layout:
-        """Of some of the examples."""
-        pick = lambda labels: tuple(labels[row] for row in rows) if labels else ()  # noqa: E731
-        return replace(
-            self, texts=pick(self.texts), shape=pick(self.shape),
-            named_positions={name: at[list(rows)] for name, at in self.named_positions.items()},
-            groups={kind: pick(labels) for kind, labels in self.groups.items()},
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ranked:
     """One of the largest effects. position: None where items were edited at all positions; token: its text."""
 
@@ -83,6 +41,9 @@ class Ranked:
     def __str__(self) -> str:
         where = "" if self.position is None else f" at {self.position} {self.token!r}"
         return f"{self.item}{where}: {self.effect.estimate:+.3f}"
+
+    def __repr__(self) -> str:
+        return f"Ranked({self})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -111,7 +72,7 @@ class Scores:
     compute: str = "float32"
     rows: tuple[Part | Edge, ...] = ()
     """What the first axis counts; default the items."""
-    layout: Layout = field(default_factory=Layout)
+    examples: Examples = field(default_factory=Examples)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", self.rows or self.items)
@@ -137,10 +98,10 @@ class Scores:
 
         Raises InputError for positions of prompts of different shape: see `at` and `by_shape`.
         """
-        if self.each == "position" and len(set(self.layout.shape)) > 1:
-            named = ", ".join(self.layout.named_positions)
+        if self.each == "position" and len(set(self.examples.shape)) > 1:
+            named = ", ".join(self.examples.named_positions)
             raise InputError(
-                f"these {len(self.base)} prompts have {len(set(self.layout.shape))} shapes, so a position is not the "
+                f"these {len(self.base)} prompts have {len(set(self.examples.shape))} shapes, so a position is not the "
                 "same thing in all of them: take the mean of one shape (scores.by_shape()), or of a named position "
                 f"(scores.at(name){f', one of {named}' if named else ''})"
             )
@@ -152,16 +113,20 @@ class Scores:
 
     def by_shape(self) -> tuple[Scores, ...]:
         """The scores of the prompts of each shape."""
-        shape = self.layout.shape
+        shape = self.examples.shape
         return tuple(self.of([row for row, own in enumerate(shape) if own == one]) for one in sorted(set(shape)))
 
     def of(self, examples: Sequence[int]) -> Scores:
         """The scores of some examples."""
         rows = list(examples)
         return replace(
-            self, values=self.values[..., rows], base=self.base[rows], source=self.source[rows],
-            mask=self.mask[..., rows], layout=self.layout.take(rows),
-        )  # fmt: skip
+            self,
+            values=self.values[..., rows],
+            base=self.base[rows],
+            source=self.source[rows],
+            mask=self.mask[..., rows],
+            examples=self.examples.take(rows),
+        )
 
     def at(self, name: str) -> Scores:
         """The scores at a named position of every prompt, [site, example]; cells without it are masked.
@@ -170,9 +135,9 @@ class Scores:
         """
         if self.each != "position":
             raise InputError(f"these scores are of each {self.each or 'site'}, at all positions; sweep each position")
-        if name not in self.layout.named_positions:
-            raise UnknownNameError("position", name, self.layout.named_positions)
-        at = self.layout.named_positions[name]
+        if name not in self.examples.named_positions:
+            raise UnknownNameError("position", name, self.examples.named_positions)
+        at = self.examples.named_positions[name]
         index = at.clamp_min(0).expand(len(self.values), 1, -1)
         values, mask = (tensor.gather(1, index)[:, 0] for tensor in (self.values, self.mask))
         return replace(self, values=values, mask=mask & (at >= 0), each=None)
@@ -211,14 +176,14 @@ class Scores:
     def _tokens(self, token: str | None) -> Tensor:
         if token is None:
             return torch.ones((), dtype=torch.bool)
-        if self.each != "position" or not self.layout.texts:
+        if self.each != "position" or not self.examples.texts:
             raise InputError('tokens are selected from scores with each="position", of a model with a tokenizer')
         found = torch.zeros(self.values.shape[1], len(self.base), dtype=torch.bool)
-        for example, texts in enumerate(self.layout.texts):
+        for example, texts in enumerate(self.examples.texts):
             for position, text in enumerate(texts):
                 found[position, example] = text == token
         if not bool(found.any()):
-            raise InputError(f"no prompt has the token {token!r}; tokens of the first: {_few(self.layout.texts[0])}")
+            raise InputError(f"no prompt has the token {token!r}; tokens of the first: {_few(self.examples.texts[0])}")
         return found
 
     def top(self, n: int = 10) -> tuple[Ranked, ...]:
@@ -226,7 +191,7 @@ class Scores:
 
         Positions are ranked within prompts of one shape.
         """
-        if self.each == "position" and len(set(self.layout.shape)) > 1:
+        if self.each == "position" and len(set(self.examples.shape)) > 1:
             found = [one for scores in self.by_shape() for one in scores.top(n)]
             return tuple(sorted(found, key=lambda one: -abs(one.effect.estimate))[:n])
         mean = self._mean if self.each in (None, "position") else self._mean.flatten()
@@ -248,17 +213,26 @@ class Scores:
 
     def _measured(self, item: int, effects: Tensor, mask: Tensor) -> Measurement:
         rows = mask.nonzero()[:, 0].tolist()
-        groups = {kind: tuple(labels[row] for row in rows) for kind, labels in self.layout.groups.items()}
-        clusters = [kind for kind in self.layout.clusters if len(set(groups[kind])) > 1]
+        groups = {kind: tuple(labels[row] for row in rows) for kind, labels in self.examples.groups.items()}
+        clusters = [kind for kind in self.examples.clusters if len(set(groups[kind])) > 1]
         values, name, unit = effects[rows].double().tolist(), str(self.items[item]), f"{self.metric}, {self.unit}"
         if len(rows) > 1:
             return measure(name, values, groups=groups, clusters=clusters, unit=unit)
-        return Measurement(name=name, values=tuple(values), estimate=values[0], low=None, high=None, n=1, n_groups=1,
-                           unit=unit, groups=groups)  # fmt: skip
+        return Measurement(
+            name=name,
+            values=tuple(values),
+            estimate=values[0],
+            low=None,
+            high=None,
+            n=1,
+            n_groups=1,
+            unit=unit,
+            groups=groups,
+        )
 
     def token(self, position: int) -> str:
         """The token at a position, as text: the first prompt's, with an ellipsis where others have another one."""
-        found = list(dict.fromkeys(texts[position] for texts in self.layout.texts if position < len(texts)))
+        found = list(dict.fromkeys(texts[position] for texts in self.examples.texts if position < len(texts)))
         return "" if not found else found[0] + ("…" if len(found) > 1 else "")
 
     def to_frame(self) -> pandas.DataFrame:
@@ -278,7 +252,7 @@ class Scores:
             "layer": [_layer(self.items[one]) for one in item],
         }
         if self.each == "position":
-            position, texts = cells[:, 1].tolist(), self.layout.texts
+            position, texts = cells[:, 1].tolist(), self.examples.texts
             columns["position"] = position
             columns["token"] = [texts[e][p] if texts else "" for e, p in zip(example, position, strict=True)]
         value = (effect + self.base[cells[:, -1]]).tolist()
@@ -296,8 +270,8 @@ class Scores:
             )
         keep = (self.mask & measured.mask).flatten(0, -2)
         effects = [scores.effects.flatten(0, -2).double() for scores in (self, measured)]
-        by_position = self.each == "position" and self.layout.shape
-        return agreement(effects[0], effects[1], keep, self.layout.shape if by_position else (0,) * len(self.base))
+        by_position = self.each == "position" and self.examples.shape
+        return agreement(effects[0], effects[1], keep, self.examples.shape if by_position else (0,) * len(self.base))
 
     def __repr__(self) -> str:
         axes = ("site", *([self.each] if self.each else []), "example")
@@ -318,8 +292,8 @@ class Scores:
             table = self._mean if self.each else self._mean[:, None]
             heads = [str(column) for column in range(table.shape[1])] if self.each else ["effect"]
             return heatmap(title, self.sites, heads, table) + cost
-        shapes = self.by_shape() if self.layout.shape else (self,)
-        named = self.layout.named_positions if len(shapes) > 1 else {}
+        shapes = self.by_shape() if self.examples.shape else (self,)
+        named = self.examples.named_positions if len(shapes) > 1 else {}
         found = []
         if named:
             found.append(heatmap(title, self.sites, list(named), torch.stack([self.at(n)._mean for n in named], 1)))

@@ -61,9 +61,12 @@ def zero_source(base: Recording) -> Source:
     """Zeros at every position: of a latent or direction, its value is zero, which need not be what zeros give it."""
     nothing = torch.zeros(len(base), dtype=torch.long)
     return Source(
-        "zero", lambda site: torch.zeros_like(base[site][:1, :1]), lambda part: _one_number(base, part, 0.0), nothing,
+        "zero",
+        lambda site: torch.zeros_like(base[site][:1, :1]),
+        lambda part: _one_number(base, part, 0.0),
         nothing,
-    )  # fmt: skip
+        nothing,
+    )
 
 
 def mean_source(base: Recording, reference: Recording) -> Source:
@@ -118,9 +121,12 @@ def resample_source(base: Recording, reference: Recording, seed: int) -> Source:
     order = derangement(len(reference), seed, reference.lengths)
     stretch = lambda values, site: _stretched(values, reference.real_at(site))  # noqa: E731
     return Source(
-        "resample", cache(lambda site: stretch(reference[site], site)),
-        lambda part: stretch(part.value(reference), writes_at(part)[0]), order, _first(base, reference),
-    )  # fmt: skip
+        "resample",
+        cache(lambda site: stretch(reference[site], site)),
+        lambda part: stretch(part.value(reference), writes_at(part)[0]),
+        order,
+        _first(base, reference),
+    )
 
 
 def _stretched(values: Tensor, real: Bool[Tensor, "example pos"]) -> Tensor:
@@ -138,9 +144,13 @@ def steer_source(base: Recording, scale: float) -> Source:
         raise InputError(f'edit="steer" needs a finite scale other than 0; got scale={scale}')
     nothing = torch.zeros(len(base), dtype=torch.long)
     return Source(
-        "steer", lambda site: torch.full_like(base[site][:1, :1], scale), lambda part: _one_number(base, part, scale),
-        nothing, nothing, adds=True,
-    )  # fmt: skip
+        "steer",
+        lambda site: torch.full_like(base[site][:1, :1], scale),
+        lambda part: _one_number(base, part, scale),
+        nothing,
+        nothing,
+        adds=True,
+    )
 
 
 def _one_number(base: Recording, part: Part, number: float) -> Tensor:

@@ -28,9 +28,10 @@ from vesalius.model import Model
 from vesalius.parts import Part
 from vesalius.patching.edits import Setting, fixed_parts
 from vesalius.patching.evaluate import TOKENS_PER_BATCH, evaluate
+from vesalius.patching.examples import Examples
 from vesalius.patching.plan import Cost, Plan, announcement, tokens_in
 from vesalius.patching.record import Recording, record
-from vesalius.patching.scores import Layout, Scores
+from vesalius.patching.scores import Scores
 from vesalius.patching.scoring import base_values
 from vesalius.patching.sources import Source, source_for
 from vesalius.patching.targets import PROMPTS, Targets, Variant, requested, to_record, writes_at
@@ -91,10 +92,8 @@ def sweep(
     setting = Setting((), hold_patterns, compute)
     tokens = TOKENS_PER_BATCH if budget is None else budget
     tokens = tokens_in(model, memory) if memory is not None else tokens
-    plan = {"model": model.content_hash, "pairs": pairs.content_hash, "each": each, "edit": edit,
-            "metric": [metric.name, metric.unit], "base": base, "seed": seed, "budget": tokens, "group": group,
-            "scale": scale, "given": [one.to_json() for one in given], "patterns": hold_patterns,
-            "compute": compute, "parts": [part.ref for part in targets.parts]} if out else {}  # fmt: skip
+    knobs = [each, edit, base, seed, tokens, group, scale, hold_patterns, compute]
+    plan = content_hash(_plan(model, pairs, metric, given, targets, knobs)) if out else ""
     rows, row_metric, fold = metric.rows_of(pairs)
     with shown(sink) as screen:
         runs, setting, seconds = _recorded(model, rows, targets, base, given, setting)
@@ -104,7 +103,21 @@ def sweep(
             # The two runs differ from the first token on: only one of them has what is given.
             source = replace(source, first=torch.zeros_like(source.first))
         work = _Sweep(targets, runs, source, pairs, rows, row_metric, fold, setting, tokens, edit, seed, base, screen)
-        return work.scores(Blocks(out, content_hash(plan) if out else "", screen), check, seconds)
+        return work.scores(Blocks(out, plan, screen), check, seconds)
+
+
+def _plan(
+    model: Model, pairs: Pairs, metric: Metric, given: Sequence[Intervention], targets: Targets, knobs: Sequence[Any]
+) -> dict[str, Any]:
+    """What a sweep computes: finished sites in a folder are of this and no other."""
+    return {
+        "model": model.content_hash,
+        "pairs": pairs.content_hash,
+        "metric": [metric.name, metric.unit],
+        "given": [one.to_json() for one in given],
+        "parts": [part.ref for part in targets.parts],
+        "knobs": list(knobs),
+    }
 
 
 def _check_types(pairs: Any, metric: Any, budget: int | None) -> None:
@@ -223,9 +236,16 @@ class _Sweep:
         def compute(group: range, name: str) -> dict[str, NDArray[Any]]:
             together = [one for number in group for one in variants[number]]
             found = evaluate(
-                self.runs[0], together, self.source, self.rows, self.metric,
-                budget=self.budget, check=name == checked, seed=self.seed, setting=self.setting,
-            )  # fmt: skip
+                self.runs[0],
+                together,
+                self.source,
+                self.rows,
+                self.metric,
+                budget=self.budget,
+                check=name == checked,
+                seed=self.seed,
+                setting=self.setting,
+            )
             cost = torch.tensor([found.cost.spent, found.cost.naive, found.cost.skipped], dtype=torch.float64)
             error = torch.tensor([] if found.error is None else [found.error], dtype=torch.float64)
             return {"values": found.values.cpu().numpy(), "cost": cost.numpy(), "error": error.numpy()}
@@ -264,7 +284,7 @@ class _Sweep:
             error=max(errors, default=None),
             compute=self.setting.compute,
             rows=rows,
-            layout=Layout.of(self.runs[0].model, self.pairs, self.prompts),
+            examples=Examples.of(self.runs[0].model, self.pairs, self.prompts),
         )
 
     def _bill(self, cost: Cost, mask: Bool[Tensor, "variant example"], count: int) -> Cost:

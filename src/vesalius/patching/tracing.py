@@ -25,10 +25,11 @@ from vesalius.metric import Metric, answer_logprob
 from vesalius.model import Model
 from vesalius.parts import Part, Unit
 from vesalius.patching.evaluate import TOKENS_PER_BATCH, evaluate
+from vesalius.patching.examples import Examples
 from vesalius.patching.plain import allowance
 from vesalius.patching.plan import Cost, Plan, announcement
 from vesalius.patching.record import Recording, record
-from vesalius.patching.scores import Layout, Scores
+from vesalius.patching.scores import Scores
 from vesalius.patching.scoring import base_values
 from vesalius.patching.sources import Source
 from vesalius.patching.targets import Variant
@@ -229,7 +230,7 @@ class _Work:
         draws = dict(zip(self.windows, pieces, strict=True))
         share = len(self.windows)
         part = Cost(cost.spent / share, cost.naive / share, cost.skipped // share)
-        layout = Layout.of(self.model, self.pairs, "clean")
+        examples = Examples.of(self.model, self.pairs, "clean")
         scores = {
             kind: Scores(
                 values=_average(found, noised),
@@ -243,7 +244,7 @@ class _Work:
                 metric=self.metric.name,
                 unit=self.metric.unit,
                 prompts="noised",
-                layout=layout,
+                examples=examples,
             )
             for kind, found in draws.items()
         }

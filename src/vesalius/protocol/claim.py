@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, field
-from functools import cached_property
-from operator import attrgetter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, wraps
 from typing import Any
 
 from vesalius.errors import InputError, UnknownNameError
@@ -75,12 +74,8 @@ class Claim:
     role: str | None = None
     study: str = ""
     schema: int = SCHEMA
-    check: InitVar[str | None] = None
-    total_effect: InitVar[float | None] = None
 
-    def __post_init__(self, check: str | None, total_effect: float | None) -> None:
-        for name, given in (("quantity", check), ("scale", total_effect)):
-            self._take_alias(name, given)
+    def __post_init__(self) -> None:
         if self.schema not in (1, SCHEMA):
             raise InputError(f"claims of schema {self.schema} are not understood; this version writes {SCHEMA}")
         for name in ("subject", "parameters", "control", "condition"):
@@ -93,13 +88,6 @@ class Claim:
         self._check_words()
         self._check_numbers()
         self._check_share()
-
-    def _take_alias(self, name: str, given: Any) -> None:
-        if given is None:
-            return
-        if getattr(self, name) not in ("", None, given):
-            raise InputError(f"{name}={getattr(self, name)!r} and {_SCHEMA_1[name]}={given!r} say different things")
-        object.__setattr__(self, name, given)
 
     def _check_words(self) -> None:
         for name in ("statement", "quantity", "kind"):
@@ -136,6 +124,16 @@ class Claim:
             )
 
     @property
+    def check(self) -> str:
+        """The quantity, by its old name."""
+        return self.quantity
+
+    @property
+    def total_effect(self) -> float | None:
+        """The scale, by its old name."""
+        return self.scale
+
+    @property
     def control_margin(self) -> float:
         """delta_c, filled in."""
         assert self.delta_c is not None
@@ -162,9 +160,25 @@ class Claim:
         return build(cls, {**{renamed.get(name, name): value for name, value in data.items()}, "schema": 1})
 
 
-# Set after the class was made: a dataclass takes a class attribute of the name for the parameter's default.
-for _new, _old in _SCHEMA_1.items():
-    setattr(Claim, _old, property(attrgetter(_new)))
+def _taking_aliases(made: Callable[..., None]) -> Callable[..., None]:
+    """Claim.__init__ that takes the old names as well.
+
+    As InitVars of the dataclass they would be handed over by `dataclasses.replace`, and contradict what it changes.
+    """
+
+    @wraps(made)
+    def init(self: Claim, **given: Any) -> None:
+        for name, old in _SCHEMA_1.items():
+            value = given.pop(old, None)
+            if value is not None and given.get(name) not in ("", None, value):
+                raise InputError(f"{name}={given[name]!r} and {old}={value!r} say different things")
+            given |= {} if value is None else {name: value}
+        made(self, **given)
+
+    return init
+
+
+Claim.__init__ = _taking_aliases(Claim.__init__)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,16 @@ FAITHFULNESS, COMPLETENESS = Faithfulness(), Completeness()
 QUANTITIES: dict[str, Quantity] = {
     one.name: one
     for one in (
-        ATTENDS, COPIES, DIRECT_EFFECT, TOTAL_EFFECT, MOVES_ATTENTION, ACTIVATION, FAITHFULNESS, COMPLETENESS,
+        ATTENDS,
+        COPIES,
+        DIRECT_EFFECT,
+        TOTAL_EFFECT,
+        MOVES_ATTENTION,
+        ACTIVATION,
+        FAITHFULNESS,
+        COMPLETENESS,
     )
-}  # fmt: skip
+}
 """By name; add your own to let claims be made about it."""
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from vesalius.errors import PairsError, UnknownNameError
 from vesalius.parts import Part
 from vesalius.quantities.base import PROBABILITY, Parameters, PerExample, Quantity, head, not_a_head
-from vesalius.quantities.places import positions
+from vesalius.quantities.places import in_words, positions
 from vesalius.quantities.runs import Runs
 
 # Attention to the place before is averaged from here on: earlier queries have too few keys to choose from.
@@ -35,6 +35,9 @@ class Attends(Quantity):
 
     def unit(self, runs: Runs) -> str:
         return "attention"
+
+    def phrase(self, parameters: Parameters) -> str:
+        return f"attends from {in_words(str(parameters['query']))} to {in_words(str(parameters['key']))}"
 
     def refuses(self, runs: Runs, part: Part) -> str:
         return not_a_head(part) or runs.run("clean").reason

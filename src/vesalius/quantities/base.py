@@ -46,6 +46,12 @@ class Quantity(ABC):
         """Of its values; the metric's unless it says otherwise."""
         return runs.contrast.metric.unit
 
+    def phrase(self, parameters: Parameters) -> str:
+        """What a claim about it says a part does, where nobody found better words."""
+        name = self.name.replace("_", " ")
+        given = ", ".join(f"{key} {value}" for key, value in parameters.items())
+        return f"has {'an' if name[0] in 'aeiou' else 'a'} {name}{f' ({given})' if given else ''}"
+
     def refuses(self, runs: Runs, part: Part) -> str:
         """Why it does not apply to a part of this model, in words; empty when it does."""
         return ""

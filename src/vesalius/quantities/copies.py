@@ -12,7 +12,7 @@ from vesalius.errors import PairsError
 from vesalius.model.direct import frozen_norm
 from vesalius.parts import Part
 from vesalius.quantities.base import Parameters, PerExample, Quantity, head, not_a_head
-from vesalius.quantities.places import positions
+from vesalius.quantities.places import in_words, positions
 from vesalius.quantities.runs import Runs
 
 
@@ -30,6 +30,9 @@ class Copies(Quantity):
 
     def unit(self, runs: Runs) -> str:
         return "logits"
+
+    def phrase(self, parameters: Parameters) -> str:
+        return f"copies the token at {in_words(str(parameters['key']))}"
 
     def refuses(self, runs: Runs, part: Part) -> str:
         if runs.pairs.several:

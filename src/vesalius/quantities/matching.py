@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
+from vesalius.activations import Run
 from vesalius.directions import Direction
-from vesalius.parts import OfDictionary, Part, Unit
+from vesalius.inputs import Corpus
+from vesalius.parts import OfDictionary, Part, Unit, places
+from vesalius.patching.record import Recording
 from vesalius.quantities.runs import Runs
 from vesalius.seeds import generator_for
 from vesalius.site import Site
@@ -20,6 +25,8 @@ WINDOW, MOST, LEAST = 4, 8, 2
 RANDOM = "random directions"
 DRAWN = 64
 """Of parts that there are thousands of (neurons, latents), so many are looked at."""
+TEXTS = 64
+"""Of a corpus, so many texts are read to see how active they are."""
 _WHOLE = ("z", "mlp_out")
 
 
@@ -38,16 +45,17 @@ class Matched:
 def matched_controls(runs: Runs, part: Part, members: Sequence[Part], *, before: int | None = None) -> Matched:
     """Up to 8 parts of the same kind that are not members, chosen on these runs (use discovery); the same every time.
 
-    Heads and MLPs: within 4 layers; heads nearest in attention entropy at the end, MLPs the nearest layers. before:
-    only layers under this one (a control must be able to do what it is compared at). When fewer than 2 are left the
-    window grows a layer at a time, and the rule says so. Neurons and latents: of 64 drawn from the same layer or
-    dictionary, those nearest in mean activity. Directions: random ones at the same site. Other parts have none.
+    Heads and MLPs: within 4 layers; heads nearest in attention entropy at the end (or, where attention is not recorded,
+    in the nearest layers), MLPs in the nearest layers. before: only layers under this one (a control must be able to do
+    what it is compared at). When fewer than 2 are left the window grows a layer at a time, and the rule says so.
+    Neurons and latents: of 64 drawn from the same layer or dictionary, those nearest in mean activity on the prompts or
+    texts. Directions: random ones at the same site. Other parts have none.
     """
     site = part.writes[0]
     if isinstance(part, Unit) and site.layer is not None and site.kind in _WHOLE:
         return _among_components(runs, part, members, before)
     if isinstance(part, Unit) and site.kind == "mlp_post" and site.index is not None:
-        width = runs.run("clean", [part])[site.whole].shape[-1]
+        width = _recorded(runs, part)[0][site.whole].shape[-1]
         return _like_it(runs, part, members, lambda index: Unit(site.whole[index]), width, site.index)
     if isinstance(part, Direction):
         found = random_directions(part, MOST)
@@ -79,9 +87,10 @@ def _among_components(runs: Runs, part: Unit, members: Sequence[Part], before: i
     while len(found) < min(LEAST, len(pool)):
         window += 1
         found = _within(pool, part, window)
-    chosen = sorted(found, key=lambda other: _distance(runs, part, other))[:MOST]
+    by_entropy = part.site.kind == "z" and not runs.run("clean").reason
+    chosen = sorted(found, key=lambda other: _distance(runs, part, other, by_entropy))[:MOST]
     ordered = tuple(sorted(chosen, key=lambda other: other.writes[0].order))
-    return Matched(_rule(part.site, window, len(chosen), before), ordered)
+    return Matched(_rule(part.site, window, len(chosen), before, by_entropy), ordered)
 
 
 def _alike(other: Part, part: Part) -> bool:
@@ -99,25 +108,24 @@ def _layer(part: Part) -> int:
     return layer
 
 
-def _distance(runs: Runs, part: Part, other: Part) -> tuple[float, int, tuple[int, ...]]:
+def _distance(runs: Runs, part: Part, other: Part, by_entropy: bool) -> tuple[float, int, tuple[int, ...]]:
     """Nearest first: in entropy for heads, then in layers; ties go to the earlier part."""
-    is_head = part.writes[0].kind == "z"
-    apart = abs(entropy(runs, other) - entropy(runs, part)) if is_head else 0.0
+    apart = abs(entropy(runs, other) - entropy(runs, part)) if by_entropy else 0.0
     return apart, abs(_layer(other) - _layer(part)), other.writes[0].order
 
 
-def _rule(site: Site, window: int, count: int, before: int | None) -> str:
-    kind = "heads nearest in attention entropy at the end" if site.kind == "z" else "MLPs"
+def _rule(site: Site, window: int, count: int, before: int | None, by_entropy: bool) -> str:
+    kind = f"heads{' nearest in attention entropy at the end' if by_entropy else ''}" if site.kind == "z" else "MLPs"
     widened = f" (widened from {WINDOW}: fewer than {LEAST} were left)" if window > WINDOW else ""
     under = f", before layer {before}" if before is not None else ""
     return f"{count} {kind} outside the circuit, within {window} layers{widened}{under}"
 
 
 def _like_it(runs: Runs, part: Part, members: Sequence[Part], other: Any, count: int, own: int) -> Matched:
-    """Of some drawn neurons or latents, those nearest in mean activity on the clean prompts up to the read position."""
+    """Of some drawn neurons or latents, those nearest in mean activity."""
     order = torch.randperm(count, generator=generator_for("matched controls", own)).tolist()
     taken = {*members, part}
-    drawn = [one for index in order[: DRAWN + 1] if index != own and (one := other(index)) not in taken]
+    drawn = list(islice((one for index in order if index != own and (one := other(index)) not in taken), DRAWN))
     here = _activity(runs, part)
     nearest = sorted(drawn, key=lambda one: abs(_activity(runs, one) - here))[:MOST]
     name = "neurons of the same layer" if isinstance(part, Unit) else "latents of the same dictionary"
@@ -125,10 +133,20 @@ def _like_it(runs: Runs, part: Part, members: Sequence[Part], other: Any, count:
 
 
 def _activity(runs: Runs, part: Part) -> float:
-    run = runs.run("clean", [part])
-    read = torch.arange(run.tokens.ids.shape[1])[None] <= runs.pairs.at[:, None]
+    """Mean size on the clean prompts up to the read position, or on texts."""
+    run, counted = _recorded(runs, part)
     value: Tensor = part.value(run)[: runs.n]
-    return float(value[read].abs().mean())
+    return float(value[counted].abs().mean())
+
+
+def _recorded(runs: Runs, part: Part) -> tuple[Recording | Run, Bool[Tensor, "example pos"]]:
+    """What a part is read from, and which positions count; of texts, the first ones."""
+    if isinstance(runs.data, Corpus):
+        tokens, sites = runs.data.tokens.take(torch.arange(min(len(runs.data), TEXTS))), places([part])
+        key = ("matched controls", *map(str, sites))
+        return runs.once(key, lambda: runs.model.run(tokens, capture=sites, last_logits=True)), tokens.real
+    run = runs.run("clean", [part])
+    return run, torch.arange(run.tokens.ids.shape[1])[None] <= runs.pairs.at[:, None]
 
 
 def random_directions(part: Direction, count: int) -> tuple[Direction, ...]:

@@ -36,6 +36,9 @@ class MovesAttention(Quantity):
     def unit(self, runs: Runs) -> str:
         return "attention"
 
+    def phrase(self, parameters: Parameters) -> str:
+        return f"moves the attention of {', '.join(map(str, parameters['movers']))}"
+
     def refuses(self, runs: Runs, part: Part) -> str:
         return runs.run("clean").reason
 

@@ -232,9 +232,18 @@ class Runs:
         # Answers of several tokens are part of what is run: others would be other runs.
         others = () if self.pairs.several else (self.shuffled,)
         outcome = evaluate(
-            base, variants, source, rows, metric, others=others, watch=watch, check=checked,
-            seed=self.seed + self._evaluated, task=task, sink=self.sink,
-        )  # fmt: skip
+            base,
+            variants,
+            source,
+            rows,
+            metric,
+            others=others,
+            watch=watch,
+            check=checked,
+            seed=self.seed + self._evaluated,
+            task=task,
+            sink=self.sink,
+        )
         self.cost, self._evaluated = self.cost + outcome.cost, self._evaluated + 1
         watched = {site: seen[:, : self.n] for site, seen in outcome.watched.items()}
         return replace(outcome, values=fold(outcome.values), base=fold(outcome.base), watched=watched)

@@ -92,7 +92,7 @@ def _view(found: Mapping[str, Any], words: Mapping[str, str], command: str) -> d
         "q": found,
         "f": figures,
         "answer": quality_answer(found),
-        "rebuilt": _rows(found, "fvu"),
+        "reconstructed": _rows(found, "fvu"),
         "losses": _losses(found),
         "densities": densities(found["density"]),
         "nearest": None if found["geometry"] is None else cosines(found["geometry"]["histogram"], "nearest"),
@@ -115,17 +115,19 @@ def quality_answer(found: Mapping[str, Any]) -> list[str]:
     explained = number(1 - figures["fvu"]["value"], "share")
     kept = f"{figures['l0']['value']:.3g}"
     sites = " and ".join(about["out_sites"])
-    told = [f"{explained} of the variance of {sites} is rebuilt, with {kept} of {about['latents']:,} latents per row."]
+    said = [
+        f"{explained} of the variance of {sites} is reconstructed, with {kept} of {about['latents']:,} latents per row."
+    ]
     if found["baselines"]:
         others = [f"{NAMES[b['name']]} {number(1 - b['figures']['fvu']['value'], 'share')}" for b in found["baselines"]]
-        told.append(f"With as many numbers per row: {', '.join(others)}.")
+        said.append(f"With as many numbers per row: {', '.join(others)}.")
     if "ce_increase" in figures:
         added, clean = number(figures["ce_increase"]["value"]), number(figures["ce_clean"]["value"])
         mean = number(figures["ce_increase_mean"]["value"])
-        told.append(
+        said.append(
             f"In the model it adds {added} nats to a cross-entropy of {clean}; the mean in its place adds {mean}."
         )
-    return told
+    return said
 
 
 def _rows(found: Mapping[str, Any], name: str) -> list[Row]:

@@ -18,7 +18,7 @@ from vesalius.stats.clustered import clustered_t
 from vesalius.stats.resampling import FEWEST_GROUPS, interval_of_sums
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Measurement:
     """Per-example values of one quantity, their mean (or other estimate) and an interval at `level`.
 
@@ -74,6 +74,11 @@ class Measurement:
         plain["values"] = list(self.values)
         plain["groups"] = {k: list(v) for k, v in self.groups.items()}
         return plain | {"cost": dict(self.cost), "diagnostics": dict(self.diagnostics)}
+
+    def __repr__(self) -> str:
+        interval = "" if self.low is None else f" [{self.low:.4g}, {self.high:.4g}]"
+        counted = f"{self.n} examples in {self.n_groups} groups"
+        return f"Measurement({self.name}: {self.estimate:.4g}{interval} {self.unit}, {counted})"
 
     def _repr_html_(self) -> str:
         interval = "none" if self.low is None or self.high is None else f"{self.low:.4g} to {self.high:.4g}"

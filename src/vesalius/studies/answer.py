@@ -33,7 +33,9 @@ Made = Mapping[str, Any]
 
 
 def sentences(made: Made) -> list[str]:
-    """Two sentences: what was found, and how it stood the test."""
+    """Two sentences: what was found, and how it stood the test; none where nothing was tested."""
+    if "tested" not in made:
+        return []
     return [_found(made), _stood(made)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from vesalius import __version__
 from vesalius.circuits import Circuit
-from vesalius.jobs import Blocks, Sink
+from vesalius.jobs import Blocks, Sink, silent
 from vesalius.jobs.progress import shown
 from vesalius.model import Model
 from vesalius.protocol import Evidence, Family, Verdict, content_hash
@@ -67,7 +67,7 @@ def random_weights_control(
         return Controlled(trained, run_study(question, blank, out=out, options=changed, sink=screen), tuple(rows))
 
 
-def claims_on(trained: Study, model: Model, folder: Path | None, sink: Sink) -> list[dict[str, Any]]:
+def claims_on(trained: Study, model: Model, folder: Path | None = None, sink: Sink = silent) -> list[dict[str, Any]]:
     """Rows (as in a summary's `claims`) of a finished study's claims, tested on another model.
 
     The same claims, data and controls; only the model differs, so whatever is supported here does not depend on what
@@ -96,10 +96,23 @@ def _tested(
         sealed = ledger.register(family.claims, study=f"{family.study}, on {model.name}")
         opened = {name: ledger.open(pairs, "validation") for name, pairs in question.corruptions.items()}
         contrast = replace(question.contrast("validation"), corruptions=opened)
-        runs = Runs(model, contrast, components=question.components, seed=trained.options.seed, sink=sink,
-                    blocks=blocks, name="validation")  # fmt: skip
+        runs = Runs(
+            model,
+            contrast,
+            components=question.components,
+            seed=trained.options.seed,
+            sink=sink,
+            blocks=blocks,
+            name="validation",
+        )
         tested = test_family(
-            ledger, sealed, circuit, runs, gate(model, contrast.pairs, "validation"), trained.options.random_sets,
-            blocks.plan_hash, other_model=True,
-        )  # fmt: skip
+            ledger,
+            sealed,
+            circuit,
+            runs,
+            gate(model, contrast.pairs, "validation"),
+            trained.options.random_sets,
+            blocks.plan_hash,
+            other_model=True,
+        )
         return ledger.verdicts(sealed), tested.evidence

@@ -8,6 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxtyping import Int
+from torch import Tensor
+
 from vesalius.jobs import Estimate
 from vesalius.patching.evaluate import evaluate
 from vesalius.patching.plan import Plan
@@ -59,22 +62,27 @@ def expected_cost(runs: Runs, random_sets: int) -> Estimate:
 def _seconds(runs: Runs, parts: Sequence[Variant]) -> float:
     """Seconds per forward equivalent, from a few parts patched for the purpose."""
     base, source = runs.source(runs.main, "noising")
-    metric = runs.contrast.metric
-    evaluate(base, parts[:1], source, runs.pairs, metric, check=False)  # the first sweep warms up and is not timed
+    rows, metric, _ = runs.contrast.metric.rows_of(runs.pairs)
+    evaluate(base, parts[:1], source, rows, metric, check=False)  # the first sweep warms up and is not timed
     began = time.perf_counter()
-    outcome = evaluate(base, parts, source, runs.pairs, metric, check=False)
+    outcome = evaluate(base, parts, source, rows, metric, check=False)
     return (time.perf_counter() - began) / max(outcome.cost.spent, 1e-9)
 
 
 def _patching(runs: Runs, parts: list[Variant], corruption: str, direction: str) -> float:
     base, source = runs.source(corruption, direction)
-    return Plan(base, parts, source, runs.pairs.ends).estimate().spent
+    return Plan(base, parts, source, _ends(runs)).estimate().spent
 
 
 def _live(runs: Runs) -> float:
     """Share of a prompt from its first changed position on: what has to be computed again."""
     _, source = runs.source(runs.main, "noising")
-    return float((1 - source.first / runs.pairs.ends).mean())
+    return float((1 - source.first / _ends(runs)).mean())
+
+
+def _ends(runs: Runs) -> Int[Tensor, " row"]:
+    """Of the rows that are run: answers of several tokens take two for each prompt."""
+    return runs.contrast.metric.rows_of(runs.pairs)[0].ends
 
 
 def _memory() -> int:

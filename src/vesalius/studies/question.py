@@ -143,10 +143,10 @@ def check_question(what: str) -> None:
 def example_texts(question: Question, model: Model, row: int = 0) -> dict[str, str]:
     """A discovery prompt, the same prompt under each corruption, its answer and distractor, as text."""
 
-    def text(ids: Any) -> str:
-        if model.tokenizer is None:
-            return " ".join(str(int(i)) for i in ids)
-        return str(model.tokenizer.decode([int(i) for i in ids]))
+    def text(tokens: Any) -> str:
+        # Answers of several tokens are filled up with -1.
+        ids = [i for i in tokens.reshape(-1).tolist() if i >= 0]
+        return " ".join(map(str, ids)) if model.tokenizer is None else str(model.tokenizer.decode(ids))
 
     pairs = {name: p.split(SPLITS[0]) for name, p in question.corruptions.items()}
     first = pairs[question.main]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 from vesalius.errors import InputError, UnknownNameError
@@ -58,7 +59,14 @@ class Counted(Protocol):
 
 
 class StoppedError(Exception):
-    """A step found that the study has nothing to go on with; the message is the study's answer."""
+    """A step found that the study has nothing to go on with; the message is the study's answer.
+
+    made: the step's artefact, where it made one all the same.
+    """
+
+    def __init__(self, message: str, made: Any = None) -> None:
+        super().__init__(message)
+        self.made = made
 
 
 @dataclass(frozen=True)
@@ -71,13 +79,18 @@ class Step(Generic[T]):
 
 
 class Work(Mapping[str, Any]):
-    """A study that is being made: its question, model and options, where pieces are kept, and the artefacts so far."""
+    """A study that is being made: its question, model and options, where pieces are kept, and the artefacts so far.
+
+    ledger: one that is open, or the path of one that is opened, or made, when it is first asked for: a study that stops
+    before it claims anything leaves none behind.
+    """
 
     def __init__(
-        self, question: Question, model: Model, options: Options, blocks: Blocks, ledger: Ledger, sink: Sink
+        self, question: Question, model: Model, options: Options, blocks: Blocks, ledger: Ledger | Path, sink: Sink
     ) -> None:
         self.question, self.model, self.options = question, model, options
-        self.blocks, self.ledger, self.sink = blocks, ledger, sink
+        self.blocks, self.sink = blocks, sink
+        self._ledger = ledger
         self.costs: list[tuple[str, Cost]] = []
         self._spent = Cost()
         self._made: dict[str, Any] = {}
@@ -90,17 +103,44 @@ class Work(Mapping[str, Any]):
         """An artefact. Raises UnknownNameError for one that no step has made."""
         return _found(self._made, key)
 
+    # Mapping's own two wait for a KeyError, which is no error of this package.
+    def __contains__(self, key: object) -> bool:
+        return _name(key) in self._made
+
+    def get(self, key: Artefact[Any] | str, default: Any = None, /) -> Any:
+        """An artefact, or the default where no step has made it."""
+        return self._made.get(_name(key), default)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._made)
 
     def __len__(self) -> int:
         return len(self._made)
 
+    @property
+    def ledger(self) -> Ledger:
+        """Where claims are sealed and their evidence is kept."""
+        if isinstance(self._ledger, Path):
+            self._ledger = Ledger(self._ledger)
+        return self._ledger
+
+    def close(self) -> None:
+        """Close the ledger, if it was opened."""
+        if isinstance(self._ledger, Ledger):
+            self._ledger.close()
+
     def take(self, step: Step[Any]) -> None:
-        """Run a step."""
+        """Run a step. Raises what the step raises, TypeError when it makes something else than it says."""
         self.sink(Event("note", step.name, message=step.name))
         self._spent = Cost()
-        made = step.run(self)
+        try:
+            self._keep(step, step.run(self))
+        except StoppedError as reason:
+            if reason.made is not None:
+                self._keep(step, reason.made)
+            raise
+
+    def _keep(self, step: Step[Any], made: Any) -> None:
         if not isinstance(made, step.makes.type):
             raise TypeError(f"step {step.name!r} makes a {step.makes.type.__name__}; got {type(made).__name__}")
         self._made[step.makes.name] = made
@@ -145,7 +185,7 @@ class Study:
         return _found(self.artefacts, key)
 
     def __contains__(self, key: Artefact[Any] | str) -> bool:
-        return (key if isinstance(key, str) else key.name) in self.artefacts
+        return _name(key) in self.artefacts
 
     def get(self, key: Artefact[T]) -> T | None:
         """An artefact, or None where no step has made it."""
@@ -178,27 +218,35 @@ def run_steps(work: Work, steps: Sequence[Step[Any]], answer: Callable[[Mapping[
             stopped = str(reason)
             break
     family = work.get("family")
-    openings = work.ledger.openings()
+    openings = () if family is None else work.ledger.openings()
     verdicts = () if family is None else work.ledger.verdicts(family)
     return Study(
-        work.question, work.model, work.options, dict(work), stopped,
-        answer=(stopped, NOTHING) if stopped else tuple(answer({**work, "verdicts": verdicts})),
+        work.question,
+        work.model,
+        work.options,
+        dict(work),
+        stopped,
+        answer=_stopped(stopped, family) if stopped else tuple(answer({**work, "verdicts": verdicts})),
         claims=() if family is None else family.claims,
         verdicts=verdicts,
         costs=tuple(work.costs),
         ledger_head="" if family is None else work.ledger.verify().head,
         sealed_at=openings[0].at if openings else None,
-    )  # fmt: skip
+    )
 
 
-NOTHING = "Nothing was taken apart and nothing is claimed."
+def _stopped(reason: str, family: Any) -> tuple[str, ...]:
+    return (reason, "Nothing is claimed.") if family is None else (reason,)
+
+
+def _name(key: Any) -> Any:
+    return key.name if isinstance(key, Artefact) else key
 
 
 def _found(made: Mapping[str, Any], key: Artefact[Any] | str) -> Any:
-    name = key if isinstance(key, str) else key.name
-    if name not in made:
-        raise UnknownNameError("artefact", name, made)
-    return made[name]
+    if _name(key) not in made:
+        raise UnknownNameError("artefact", _name(key), made)
+    return made[_name(key)]
 
 
 def _row(claim: Claim, verdict: Verdict) -> str:

@@ -63,25 +63,36 @@ def summarise(
 
 def _question(study: Study, tested: Tested | None) -> dict[str, Any]:
     question, used = study.question, study[GATE].used
+    tested_on = tested.runs.n if tested else question.sizes["validation"]
     return {
-        "name": question.name, "text": question.text, "corruptions": list(question.corruptions),
-        "bos": question.bos, "n": question.sizes, "seed": question.seed,
-        "used": {"discovery": len(used), "validation": tested.runs.n if tested else question.sizes["validation"]},
+        "name": question.name,
+        "text": question.text,
+        "corruptions": list(question.corruptions),
+        "bos": question.bos,
+        "n": question.sizes,
+        "seed": question.seed,
+        "used": {"discovery": 0 if study.stopped else len(used), "validation": 0 if study.stopped else tested_on},
         "prompts": example_texts(question, study.model, used[0]),
-    }  # fmt: skip
+    }
 
 
 def _model(study: Study) -> dict[str, Any]:
     _, layout = study.model.architecture
     return {
-        "name": study.model.name, "hash": study.model.content_hash, "layers": layout.n_layers, "heads": layout.n_heads,
-        "parameters": sum(p.numel() for p in study.model.module.parameters()), "note": study.model.note,
-    }  # fmt: skip
+        "name": study.model.name,
+        "hash": study.model.content_hash,
+        "layers": layout.n_layers,
+        "heads": layout.n_heads,
+        "parameters": sum(p.numel() for p in study.model.module.parameters()),
+        "note": study.model.note,
+    }
 
 
 def _gate(study: Study, tested: Tested | None) -> dict[str, Any]:
     gates: list[Gate] = [study[GATE], *([tested.gate] if tested else [])]
-    return {**gates[0].to_json(), "templates": [row.to_json() for found in gates for row in found.templates]}
+    rows = [row for found in gates for row in found.templates]
+    used = {} if study.stopped is None else {"used": False}
+    return {**gates[0].to_json(), "templates": [{**row.to_json(), **used} for row in rows]}
 
 
 def _measured(runs: Runs, values: Any, name: str) -> Measurement:
@@ -113,16 +124,19 @@ def _member(study: Study, tested: Tested, number: int, part: Part) -> dict[str, 
     fit, name = found.fits.get(str(part)), str(part)
     assert effect.low is not None and effect.high is not None
     return {
-        "component": name, "kind": "embed" if part == EMBED else KINDS.get(site.kind, str(part.ref["kind"])),
-        "layer": site.layer, "head": site.index if site.kind == "z" else None,
+        "component": name,
+        "kind": "embed" if part == EMBED else KINDS.get(site.kind, str(part.ref["kind"])),
+        "layer": site.layer,
+        "head": site.index if site.kind == "z" else None,
         "effect": {key: getattr(effect, key) for key in ("estimate", "low", "high")},
-        "suppresses": effect.estimate < 0, "uncertain": effect.low <= 0 <= effect.high,
+        "suppresses": effect.estimate < 0,
+        "uncertain": effect.low <= 0 <= effect.high,
         "marginal": {"resample": _marginal(tested, number)},
         "role": "input" if part == EMBED else NO_ROLE if fit is None else fit.label,
         "role_scores": {label: float(score) for label, score in found.scores.get(name, {}).items()},
         "description": _description(part, fit),
         "claims": [claim.id for claim in found.claims if claim.subject.get("name") == name],
-    }  # fmt: skip
+    }
 
 
 def _description(part: Part, fit: Description | None) -> str:
@@ -150,9 +164,12 @@ def _faithfulness(tested: Tested, ablation: str) -> dict[str, Any]:
     # Near 1 is faithful, so a random set does as well when it comes as near; more than all of the effect is no better.
     distance, theirs = -abs(1 - circuit.estimate), -np.abs(1 - draws)
     random = {
-        "draws": len(draws), "median": float(np.median(draws)), "q95": float(np.quantile(draws, 0.95)),
-        "p": rank_p(distance, theirs), "values": draws.tolist(),
-    }  # fmt: skip
+        "draws": len(draws),
+        "median": float(np.median(draws)),
+        "q95": float(np.quantile(draws, 0.95)),
+        "p": rank_p(distance, theirs),
+        "values": draws.tolist(),
+    }
     return {"ablation": ablation, **estimate(circuit), "per_example": list(circuit.values), "random": random}
 
 
@@ -174,20 +191,37 @@ def claim_row(
     if evidence is not None and control is not None:
         compared = group_mean(control, clusters_of(claim, evidence)[0])
     return {
-        "id": claim.id, "statement": claim.statement, "measured": _in_words(claim, verdict, compared),
-        "component": claim.subject.get("name", claim.subject.get("site")), "role": claim.role,
-        "kind": claim.kind, "quantity": claim.quantity, "verdict": verdict.outcome, "reason": verdict.reason,
-        "estimate": verdict.estimate, "interval": interval, "low": verdict.low, "high": verdict.high,
-        "discovery": discovery, "unit": claim.unit, "delta": claim.delta, "delta_c": claim.delta_c,
-        "control": _control_text(claim), "control_estimate": compared,
-        "n": verdict.n, "n_groups": verdict.n_groups, "n_to_decide": verdict.n_to_decide, "scope": verdict.scope,
+        "id": claim.id,
+        "statement": claim.statement,
+        "measured": _in_words(claim, verdict, compared),
+        "component": claim.subject.get("name", claim.subject.get("site")),
+        "role": claim.role,
+        "kind": claim.kind,
+        "quantity": claim.quantity,
+        "verdict": verdict.outcome,
+        "reason": verdict.reason,
+        "estimate": verdict.estimate,
+        "interval": interval,
+        "low": verdict.low,
+        "high": verdict.high,
+        "discovery": discovery,
+        "unit": claim.unit,
+        "delta": claim.delta,
+        "delta_c": claim.delta_c,
+        "control": _control_text(claim),
+        "control_estimate": compared,
+        "n": verdict.n,
+        "n_groups": verdict.n_groups,
+        "n_to_decide": verdict.n_to_decide,
+        "scope": verdict.scope,
         "p": verdict.p_refuted if refuted else verdict.p_supported,
         "p_holm": verdict.p_refuted_holm if refuted else verdict.p_supported_holm,
         "condition": {key: claim.condition.get(key) for key in ("corruption", "direction", "effect")},
-        "values": [] if evidence is None else list(evidence.effects), "control_values": control,
+        "values": [] if evidence is None else list(evidence.effects),
+        "control_values": control,
         "templates": [] if evidence is None else list(evidence.groups.get("template", ())),
         "exploratory": verdict.exploratory,
-    }  # fmt: skip
+    }
 
 
 def _in_words(claim: Claim, verdict: Verdict, compared: float | None) -> str:
@@ -260,7 +294,10 @@ def _cost(costs: Sequence[tuple[str, Cost]]) -> dict[str, Any]:
 
 def _reproduce(command: str, study: Study) -> dict[str, Any]:
     return {
-        "command": command, "version": __version__, "python": platform.python_version(),
-        "torch": version("torch").split("+")[0], "transformers": version("transformers"),
+        "command": command,
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": version("torch").split("+")[0],
+        "transformers": version("transformers"),
         "ledger": "ledger.sqlite" if FAMILY in study else None,
-    }  # fmt: skip
+    }

@@ -16,6 +16,7 @@ import datetime
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def _gate(work: Work) -> Gate:
         f"{found.preference.n} discovery prompts, with a mean logit difference of {found.logit_diff.estimate:+.2f} "
         f"(needed: {PREFERENCE:.0%}, above 0, and {FEWEST_ROWS} prompts of templates that it gets right): it does not "
         "do this task well enough for its mechanism to be looked for. --past-gate (past_gate=True) goes on all the "
-        "same."
+        "same.",
+        found,
     )
 
 
@@ -108,9 +110,15 @@ def _record(work: Work) -> Runs:
     """Runs on the discovery prompts of templates that passed; says what the study will cost, and what it can decide."""
     contrast = work.question.contrast("discovery").subset(work[GATE].used)
     runs = Runs(
-        work.model, contrast, components=work.question.components, seed=work.options.seed, check=work.options.check,
-        sink=work.sink, blocks=work.blocks, name="discovery",
-    )  # fmt: skip
+        work.model,
+        contrast,
+        components=work.question.components,
+        seed=work.options.seed,
+        check=work.options.check,
+        sink=work.sink,
+        blocks=work.blocks,
+        name="discovery",
+    )
     expected = expected_cost(runs, work.options.random_sets)
     work.sink(Event("note", "cost", message=f"expected cost: {expected.describe()}"))
     for sentence in power_note(work.question):
@@ -142,8 +150,9 @@ def _describe(work: Work) -> Descriptions:
     def make() -> dict[str, NDArray[Any]]:
         setting = replace(
             Discovery.of(runs, members, study=work.question.name, n=work.question.sizes["validation"]),
-            parents=_parents(work.question), seed=work.options.seed,
-        )  # fmt: skip
+            parents=_parents(work.question),
+            seed=work.options.seed,
+        )
         found = describe(setting, ROLES, GOES_FIRST)
         whole = describe_circuit(setting, members, work.options.random_sets)
         claims = [*_of_members(setting, found), *claims_of(whole, setting)]
@@ -187,9 +196,15 @@ def _validate(work: Work) -> Tested:
     passed = gate(work.model, contrast.pairs, "validation")
     # All of its prompts: to leave out what the model gets wrong would choose the test data by their outcome.
     runs = Runs(
-        work.model, contrast, components=work.question.components, seed=work.options.seed, check=work.options.check,
-        sink=work.sink, blocks=work.blocks, name="validation",
-    )  # fmt: skip
+        work.model,
+        contrast,
+        components=work.question.components,
+        seed=work.options.seed,
+        check=work.options.check,
+        sink=work.sink,
+        blocks=work.blocks,
+        name="validation",
+    )
     with work.counting(runs):
         return test_family(
             work.ledger, work[FAMILY], work[CIRCUIT], runs, passed, work.options.random_sets, work.blocks.plan_hash
@@ -225,8 +240,9 @@ def run_study(
     plan = _plan(question, model, chosen)
     with shown(sink) as screen, tempfile.TemporaryDirectory() as folder:
         blocks = _blocks(out, plan, screen) if out is not None else Blocks(None, plan)
-        with Ledger((out or Path(folder)) / "ledger.sqlite") as ledger:
-            return run_steps(Work(question, model, chosen, blocks, ledger, screen), steps, sentences)
+        path = (out or Path(folder)) / "ledger.sqlite"
+        with closing(Work(question, model, chosen, blocks, path, screen)) as work:
+            return run_steps(work, steps, sentences)
 
 
 def _plan(question: Question, model: Model, options: Options) -> str:
@@ -252,9 +268,16 @@ def _blocks(out: Path, plan: str, sink: Sink) -> Blocks:
 
 
 def test_family(
-    ledger: Ledger, family: Family, circuit: Circuit, runs: Runs, passed: Gate, draws: int, plan_hash: str,
-    *, other_model: bool = False,
-) -> Tested:  # fmt: skip
+    ledger: Ledger,
+    family: Family,
+    circuit: Circuit,
+    runs: Runs,
+    passed: Gate,
+    draws: int,
+    plan_hash: str,
+    *,
+    other_model: bool = False,
+) -> Tested:
     """Measure everything the family claims, once, and append one piece of evidence per claim.
 
     Claims that have their evidence (a resumed study) are not measured again.
@@ -266,9 +289,14 @@ def test_family(
     for claim in track(todo, "test claims", sink=runs.sink):
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         evidence = check(
-            claim, runs=runs, data_hash=runs.pairs.content_hash, plan_hash=plan_hash, version=__version__,
-            created_at=now, allow_other_model=other_model,
-        )  # fmt: skip
+            claim,
+            runs=runs,
+            data_hash=runs.pairs.content_hash,
+            plan_hash=plan_hash,
+            version=__version__,
+            created_at=now,
+            allow_other_model=other_model,
+        )
         ledger.append(evidence)
     runs.forget()
     return Tested(runs, passed, *measured, {claim.id: ledger.evidence(claim)[-1] for claim in family.claims})

@@ -59,9 +59,14 @@ def check(
     root = runs.data.content_hash if isinstance(runs.data, Corpus) else _corruption(runs, parameters).content_hash
     _check_model(claim, runs.model, model_hash, allow_other_model)
     stamp: dict[str, Any] = {
-        "data_hash": data_hash or root, "model_hash": runs.model.content_hash, "plan_hash": plan_hash,
-        "seed": claim.seed, "commit": commit, "created_at": created_at, "version": version or _installed(),
-    }  # fmt: skip
+        "data_hash": data_hash or root,
+        "model_hash": runs.model.content_hash,
+        "plan_hash": plan_hash,
+        "seed": claim.seed,
+        "commit": commit,
+        "created_at": created_at,
+        "version": version or _installed(),
+    }
     try:
         return _measured(claim, of, runs, part, parameters, stamp)
     except (NotFiniteError, PairsError) as error:

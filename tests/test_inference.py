@@ -114,6 +114,14 @@ def test_the_variance_is_that_of_all_pairs_of_prompts_that_share_a_group() -> No
     assert ratios[0] >= 7 / 6
 
 
+def test_a_name_that_all_prompts_share_is_no_group() -> None:
+    rng = np.random.default_rng(17)
+    others = [f"n{i % 9}" for i in range(36)]
+    x = rng.normal(size=36) + rng.normal(size=9)[np.arange(36) % 9]
+    shared = stats.clustered_t(x, [f"t{i // 3}" for i in range(36)], [f"Mary|{name}" for name in others])
+    assert shared == stats.clustered_t(x, [f"t{i // 3}" for i in range(36)], others)
+
+
 def test_many_variables_at_once_are_tested_as_one_by_one() -> None:
     rng = np.random.default_rng(3)
     for data in KINDS.values():

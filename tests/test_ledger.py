@@ -177,7 +177,7 @@ def test_the_study_of_a_family_is_that_of_its_claims(ledger: Ledger) -> None:
 def test_m_counts_unmeasured_claims(ledger: Ledger) -> None:
     seal(ledger, [claim(number) for number in range(40)])
     validation = ledger.open(prompts(), "validation")
-    weak = [0.68 + 0.14 * ((7 * i) % 5 - 2) for i in range(PER_SPLIT)]
+    weak = [0.78 + 0.14 * ((7 * i) % 5 - 2) for i in range(PER_SPLIT)]
     ledger.append(evidence(claim(0), validation, effects=weak))
     result = ledger.verdict(claim(0))
     assert result.p_supported_holm == pytest.approx(min(1, 40 * result.p_supported))

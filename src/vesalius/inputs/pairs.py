@@ -30,7 +30,8 @@ class Pairs:
     token ids: right and wrong continuation of the clean prompt; of several tokens [example, token], -1 after the last:
     these are scored as sequences, see `teacher_forced`. lengths: [example] real tokens. read: [example] position
     where the metric reads; default the last real token (of logits [example, class] there is only one).
-    groups: name -> one label per example (template, names, ...): prompts that share a label are not independent.
+    groups: name -> one label per example (template, names, ...): prompts that share a label are not independent, nor
+    are those that share one of the names of a label such as "Mary|John".
     splits: one split name per example. corruption: what was done to the clean prompts. bos: text of the token that
     prompts begin with, or "none". named_positions: name -> [example] or [example, n] positions, -1 for none;
     interventions can name them. decoder: [example, pos], what the decoder of an encoder-decoder model is given; the
@@ -217,7 +218,8 @@ class Pairs:
     def clusters(self) -> tuple[str, ...]:
         """Kinds of group that intervals respect: template and names as far as there are any, else the first two.
 
-        A kind of which all pairs share one label is left out: nothing can be said about its spread.
+        A kind of which all pairs share one label is left out: nothing can be said about its spread. A label "Mary|John"
+        is in two groups, that of each name (`stats.design`).
         """
         return clusters_of(self.groups)
 

@@ -111,8 +111,15 @@ def _design(clusters: tuple[tuple[Hashable, ...], ...], n: int) -> Design:
 
 
 def _members(labels: tuple[Hashable, ...]) -> Codes:
-    """Codes `[example, member]` of the groups that each label names, -1 after the last."""
+    """Codes `[example, member]` of the groups that each label names, -1 after the last.
+
+    A group that all examples are in is left out where labels name others: it can't be seen in these data.
+    """
+    named: list[tuple[Hashable, ...]]
     named = [tuple(dict.fromkeys(label.split("|"))) if isinstance(label, str) else (label,) for label in labels]
+    if len(set(labels)) > 1:
+        everywhere = set(named[0]).intersection(*named)
+        named = [tuple(name for name in names if name not in everywhere) or (names,) for names in named]
     seen: dict[Hashable, int] = {}
     codes = np.full((len(named), max(map(len, named))), -1, dtype=np.intp)
     for row, names in enumerate(named):

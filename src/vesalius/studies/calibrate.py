@@ -121,7 +121,7 @@ class Calibration:
 
     random: tuple[Network, ...] = field(repr=False)
     planted: tuple[Network, ...] = field(repr=False)
-    simulated: tuple[Simulated, ...] = field(repr=False, default=())
+    simulated: tuple[Simulated, ...] = field(repr=False, compare=False, default=())
 
     @property
     def validators(self) -> tuple[Validator, ...]:

@@ -11,10 +11,11 @@ import pytest
 
 from test_ledger import PER_SPLIT, Prompts, claim, evidence, prompts, seal
 from vesalius.errors import InputError, NotFiniteError, ProtocolError, TamperedError, UnknownNameError
-from vesalius.protocol import Claim, Evidence, decide, unmeasured
+from vesalius.protocol import Claim, Evidence, unmeasured
 from vesalius.protocol.evidence import REASONS, RETRIED, TRIES
 from vesalius.protocol.ledger import Ledger
 from vesalius.protocol.rules import judge
+from vesalius.protocol.verdict import decide
 
 
 @pytest.fixture
@@ -226,7 +227,8 @@ def test_parents_count_when_they_were_opened_and_not_when_they_are_named(ledger:
 
 def test_new_examples_of_templates_that_were_looked_at_are_refused(ledger: Ledger) -> None:
     """Two sets of prompts of the same templates: one is looked at, the claims are tested on the other."""
-    first = prompts("a", groups=prompts().groups)
+    named = {**prompts().groups, "names": tuple(f"of {x}" for x in prompts().splits)}
+    first = prompts("a", groups=named)
     second = prompts("b", groups=prompts().groups)
     ledger.open(first, "validation")
     made = claim(0, second)

@@ -56,6 +56,8 @@ class Pairs:
     decoder: Int[Tensor, "example decoder_pos"] | None = None
     targets: Int[Tensor, "example token"] | None = None
     """Of teacher-forced rows: the tokens that are scored, the first one after the read position; -1 after the last."""
+    rows_of: Pairs | None = None
+    """What `subset` took these rows from; a split stands on its own."""
 
     def __post_init__(self) -> None:
         for name in ("clean", "corrupted"):
@@ -249,7 +251,7 @@ class Pairs:
         """Pairs of one split. Raises UnknownNameError for a split that is not there."""
         if name not in self.splits:
             raise UnknownNameError("split", name, self.split_names or ["(these pairs have no splits)"])
-        return self.subset([row for row, split in enumerate(self.splits) if split == name])
+        return replace(self.subset([row for row, split in enumerate(self.splits) if split == name]), rows_of=None)
 
     def subset(self, rows: Sequence[int]) -> Pairs:
         """The pairs with these row numbers, in this order."""
@@ -268,6 +270,7 @@ class Pairs:
             named_positions={name: at[index] for name, at in self.named_positions.items()},
             decoder=None if self.decoder is None else self.decoder[index],
             targets=None if self.targets is None else self.targets[index],
+            rows_of=self.rows_of or self,
         )
 
     @cached_property
@@ -279,6 +282,11 @@ class Pairs:
         return tuple(
             hashlib.sha256(repr(row[:n]).encode()).hexdigest() for row, n in zip(rows, self.size.tolist(), strict=True)
         )
+
+    @property
+    def source_hash(self) -> str:
+        """Content hash of what `subset` took these rows from, such as the split that was opened; else their own."""
+        return self.content_hash if self.rows_of is None else self.rows_of.content_hash
 
     @cached_property
     def content_hash(self) -> str:

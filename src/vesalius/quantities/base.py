@@ -70,7 +70,12 @@ class Quantity(ABC):
 
     def scale_of(self, runs: Runs, part: Part, parameters: Parameters) -> float | None:
         """The scale's value on these runs: the mean total effect; None where there is none."""
-        return float(runs.total(runs.main).mean()) if self.scale == TOTAL_EFFECT else None
+        values = self.scale_values(runs, part, parameters)
+        return None if values is None else float(values.mean())
+
+    def scale_values(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample | None:
+        """What the scale is the mean of, per example; None where it is no mean, or there is none."""
+        return runs.total(runs.main) if self.scale == TOTAL_EFFECT else None
 
     def matched(self, runs: Runs, part: Part, members: Sequence[Part], parameters: Parameters) -> Matched:
         """Parts like this one that are not members: what the quantity is compared with."""

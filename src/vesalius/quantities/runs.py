@@ -108,6 +108,11 @@ class Runs:
         return self.data.clusters if isinstance(self.data, Corpus) else self.pairs.clusters
 
     @property
+    def source_hash(self) -> str:
+        """Content hash of the data, of the main corruption, as they were before rows were chosen from them."""
+        return (self.data if isinstance(self.data, Corpus) else self.pairs).source_hash
+
+    @property
     def n(self) -> int:
         return len(self.data) if isinstance(self.data, Corpus) else len(self.pairs)
 

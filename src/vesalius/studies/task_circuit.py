@@ -45,6 +45,7 @@ from vesalius.describe import (
 )
 from vesalius.describe.circuit import needed_draws
 from vesalius.errors import FileFormatError, InputError
+from vesalius.inputs import Pairs
 from vesalius.jobs import Blocks, Event, Sink, track
 from vesalius.jobs.progress import shown
 from vesalius.jobs.untrusted import parse_json
@@ -93,7 +94,7 @@ TESTED = Artefact("tested", Tested)
 
 def _gate(work: Work) -> Gate:
     """On discovery. Stops the study of a model that does not do the task, unless told to go on."""
-    found = gate(work.model, work.question.split("discovery")[work.question.main], "discovery")
+    found = gate(work.model, _opened(work, "discovery")[work.question.main], "discovery")
     if found.passed or work.options.past_gate:
         return found
     raise StoppedError(
@@ -104,6 +105,11 @@ def _gate(work: Work) -> Gate:
         "same.",
         found,
     )
+
+
+def _opened(work: Work, split: str) -> dict[str, Pairs]:
+    """A split of every corruption, from the ledger: what claims are made from is recorded as well as what tests them."""
+    return {name: work.ledger.open(pairs, split) for name, pairs in work.question.corruptions.items()}
 
 
 def _record(work: Work) -> Runs:
@@ -150,7 +156,6 @@ def _describe(work: Work) -> Descriptions:
     def make() -> dict[str, NDArray[Any]]:
         setting = replace(
             Discovery.of(runs, members, study=work.question.name, n=work.question.sizes["validation"]),
-            parents=_parents(work.question),
             seed=work.options.seed,
         )
         found = describe(setting, ROLES, GOES_FIRST)
@@ -177,11 +182,6 @@ def _of_members(setting: Discovery, found: Descriptions) -> list[tuple[Claim, fl
     return claims
 
 
-def _parents(question: Question) -> tuple[str, ...]:
-    """Hashes of the data that claims are made from: the whole discovery split, failed templates too."""
-    return tuple(pairs.content_hash for pairs in question.split("discovery").values())
-
-
 def _seal(work: Work) -> Family:
     family = work.ledger.register(work[DESCRIPTIONS].claims, study=work.question.name)
     work[DISCOVERY].forget()
@@ -191,7 +191,7 @@ def _seal(work: Work) -> Family:
 def _validate(work: Work) -> Tested:
     contrast = replace(
         work.question.contrast("discovery"),
-        corruptions={n: work.ledger.open(pairs, "validation") for n, pairs in work.question.corruptions.items()},
+        corruptions=_opened(work, "validation"),
     )
     passed = gate(work.model, contrast.pairs, "validation")
     # All of its prompts: to leave out what the model gets wrong would choose the test data by their outcome.

@@ -45,7 +45,6 @@ from vesalius.describe import (
 )
 from vesalius.describe.circuit import needed_draws
 from vesalius.errors import FileFormatError, InputError
-from vesalius.inputs import Pairs
 from vesalius.jobs import Blocks, Event, Sink, track
 from vesalius.jobs.progress import shown
 from vesalius.jobs.untrusted import parse_json
@@ -54,7 +53,7 @@ from vesalius.protocol import Claim, Evidence, Family, canonical_json, content_h
 from vesalius.protocol.ledger import Ledger
 from vesalius.quantities import TOTAL_EFFECT, Runs
 from vesalius.quantities.circuit import ABLATIONS, Floats, PartSet, random_sets, stored
-from vesalius.quantities.contrast import EMBED
+from vesalius.quantities.contrast import EMBED, Contrast
 from vesalius.studies.answer import sentences
 from vesalius.studies.forecast import expected_cost, power_note
 from vesalius.studies.gate import FEWEST_ROWS, PREFERENCE, Gate, gate
@@ -94,7 +93,7 @@ TESTED = Artefact("tested", Tested)
 
 def _gate(work: Work) -> Gate:
     """On discovery. Stops the study of a model that does not do the task, unless told to go on."""
-    found = gate(work.model, _opened(work, "discovery")[work.question.main], "discovery")
+    found = gate(work.model, work.question.split("discovery")[work.question.main], "discovery")
     if found.passed or work.options.past_gate:
         return found
     raise StoppedError(
@@ -107,14 +106,15 @@ def _gate(work: Work) -> Gate:
     )
 
 
-def _opened(work: Work, split: str) -> dict[str, Pairs]:
+def _opened(work: Work, split: str) -> Contrast:
     """A split of every corruption, from the ledger: what claims are made from is recorded as well as what tests them."""
-    return {name: work.ledger.open(pairs, split) for name, pairs in work.question.corruptions.items()}
+    opened = {name: work.ledger.open(pairs, split) for name, pairs in work.question.corruptions.items()}
+    return replace(work.question.contrast(split), corruptions=opened)
 
 
 def _record(work: Work) -> Runs:
     """Runs on the discovery prompts of templates that passed; says what the study will cost, and what it can decide."""
-    contrast = work.question.contrast("discovery").subset(work[GATE].used)
+    contrast = _opened(work, "discovery").subset(work[GATE].used)
     runs = Runs(
         work.model,
         contrast,
@@ -189,10 +189,7 @@ def _seal(work: Work) -> Family:
 
 
 def _validate(work: Work) -> Tested:
-    contrast = replace(
-        work.question.contrast("discovery"),
-        corruptions=_opened(work, "validation"),
-    )
+    contrast = _opened(work, "validation")
     passed = gate(work.model, contrast.pairs, "validation")
     # All of its prompts: to leave out what the model gets wrong would choose the test data by their outcome.
     runs = Runs(

@@ -148,6 +148,9 @@ def _check(manifest: Manifest) -> None:
     sizes = [size for shard in manifest.shards for size in (shard.rows, shard.contexts, shard.bytes)]
     if not all(isinstance(size, int) and size > 0 for size in (*sizes, *manifest.widths, manifest.block_rows)):
         raise ValueError("its sizes are not those of files that hold something")
+    row = sum(manifest.widths) * manifest.dtype.itemsize
+    if any(shard.rows * row + shard.contexts > shard.bytes for shard in manifest.shards) or manifest.block_rows > 2**40:
+        raise ValueError("it promises more rows than its files have bytes for")
     if not manifest.sites or manifest.dtype is None or (manifest.counts is not None and not sizes):
         raise ValueError("it has no sites or no rows")
     bos = manifest.plan["bos"]

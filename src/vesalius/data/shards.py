@@ -100,6 +100,19 @@ def _wrong_size(path: Path, record: ShardRecord) -> str:
     return "" if size == record.bytes else f"{path} has {size:,} bytes and was written with {record.bytes:,}"
 
 
+def check_promise(folder: Path, manifest: Manifest, rows: int) -> None:
+    """Raises FileFormatError when all files together cannot hold so many rows, naming the first that is not whole.
+
+    To be called before memory is taken for them: what a manifest says of sizes is as easily written as any text.
+    """
+    paths = [folder / shard_name(number) for number in range(len(manifest.shards))]
+    there = sum(path.stat().st_size for path in paths if path.is_file())
+    if rows * sum(manifest.widths) * manifest.dtype.itemsize > there:
+        for number in range(len(paths)):
+            open_shard(folder, number, manifest)
+        raise FileFormatError(f"{folder} holds too few bytes for its rows; {_AGAIN}")
+
+
 @dataclass(frozen=True, eq=False)
 class Shard:
     """An open shard, mapped into memory: a block is read, and its checksum compared, when it is first used."""

@@ -124,7 +124,7 @@ class Discovery:
         planned = runs.n if n is None else n
         if isinstance(runs.data, Corpus):
             return cls(runs, tuple(members), 0.0, 0.0, (), study, (runs.data.content_hash,), planned, runs.seed)
-        total = float(runs.total(runs.main).mean())
+        total = runs.mean(runs.total(runs.main))
         parents = tuple(pairs.content_hash for pairs in runs.corruptions.values())
         return cls(runs, tuple(members), total, default_delta(total), (), study, parents, planned, runs.seed)
 

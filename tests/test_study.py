@@ -93,7 +93,7 @@ def test_faithfulness_is_given_under_every_ablation_against_random_sets(summary:
 
 def test_the_steps_are_announced_in_order(study: Study, events: list[Event], summary: dict[str, Any]) -> None:
     notes = [event.task for event in events if event.kind == "note"]
-    assert notes == ["gate", "record", "cost", "patching", "circuit", "describe", "seal", "validate"]
+    assert notes == ["gate", "record", "cost", "power", "patching", "circuit", "describe", "seal", "validate"]
     costly = [step["name"] for step in summary["cost"]["steps"]]
     assert costly == ["patching", "circuit", "describe", "validate"]
     assert all(step["forwards"] > 0 for step in summary["cost"]["steps"] if step["name"] != "describe")

@@ -134,13 +134,13 @@ def component_effects(runs: Runs) -> Effects:
         for direction in DIRECTIONS:
             values = runs.effects(runs.components, corruption, direction).double().numpy()
             conditions.append(summarise(runs, corruption, direction, values))
-    total = {name: float(runs.total(name).mean()) for name in runs.corruptions}
+    total = {name: runs.mean(runs.total(name)) for name in runs.corruptions}
     return Effects(runs.components, tuple(conditions), total)
 
 
 def summarise(runs: Runs, corruption: str, direction: str, values: Floats) -> Condition:
     """Statistics of effects [component, example], in the metric's unit, as shares of the corruption's total effect."""
-    total = float(runs.total(corruption).mean())
+    total = runs.mean(runs.total(corruption))
     if total == 0:
         raise InputError(
             f"corruption {corruption!r} does not change the mean metric of these {runs.n} prompts, so there is no "

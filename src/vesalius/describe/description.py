@@ -128,7 +128,7 @@ class Discovery:
         planned = runs.n if n is None else n
         if isinstance(runs.data, Corpus):
             return cls(runs, tuple(members), 0.0, 0.0, (), study, (runs.data.source_hash,), planned, runs.seed)
-        total = float(runs.total(runs.main).mean())
+        total = runs.mean(runs.total(runs.main))
         parents = tuple(pairs.source_hash for pairs in runs.corruptions.values())
         return cls(runs, tuple(members), total, default_delta(total), (), study, parents, planned, runs.seed)
 
@@ -277,7 +277,7 @@ def _measured(runs: Runs, estimate: float, values: PerExample | None) -> dict[st
     """With the interval, where the estimate is the mean of values and there are groups enough for one."""
     found: dict[str, Any] = {"estimate": estimate, "low": None, "high": None, "n": runs.n}
     found["data_hash"] = runs.source_hash
-    if values is None or not math.isclose(float(values.mean()), estimate, rel_tol=1e-4, abs_tol=1e-6):
+    if values is None or not math.isclose(runs.mean(values), estimate, rel_tol=1e-4, abs_tol=1e-6):
         return found
     try:
         interval = measure("origin", values.double().numpy(), groups=runs.groups, clusters=runs.clusters)

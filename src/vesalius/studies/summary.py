@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import torch
 
 from vesalius import __version__
 from vesalius.circuits import Circuit, edges_to_json, share
@@ -147,8 +148,8 @@ def _description(part: Part, fit: Description | None) -> str:
 
 def _marginal(tested: Tested, number: int) -> dict[str, Any]:
     alone = tested.with_only["resample"]
-    full = tested.runs.metric("clean").double().numpy()
-    lost = (alone[0] - tested.smaller[number]) / (full - alone[1]).mean()
+    whole = tested.runs.mean(tested.runs.metric("clean").double() - torch.from_numpy(alone[1]))
+    lost = (alone[0] - tested.smaller[number]) / whole
     found = _measured(tested.runs, lost, "marginal")
     return {key: getattr(found, key) for key in ("estimate", "low", "high")}
 

@@ -239,7 +239,9 @@ def test_new_examples_of_templates_that_were_looked_at_are_refused(ledger: Ledge
     ledger.open(renamed, "discovery")
     made = claim(0, renamed)
     ledger.register([made])
-    with pytest.raises(ProtocolError, match=r"shares 12 'template' group\(s\) .* opened before the claim was registered"):
+    with pytest.raises(
+        ProtocolError, match=r"shares 12 'template' group\(s\) .* opened before the claim was registered"
+    ):
         ledger.append(evidence(made, ledger.open(renamed, "validation")))
 
 

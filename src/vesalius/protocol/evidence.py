@@ -14,7 +14,7 @@ from vesalius.protocol.canonical import build, content_hash, mapping, number, nu
 STATUSES = ("measured", "unmeasured")
 OUTCOMES = ("SUPPORTED", "REFUTED", "NOT SPECIFIC", "INCONCLUSIVE")
 RETRIED = ("out of memory", "interrupted", "device failed")
-"""Why a claim was not measured, where the evidence itself had no part in it: it may be tried again, by the same plan."""
+"""Why a claim was not measured, where the evidence had no part in it: it may be tried again, by the same plan."""
 REASONS = (*RETRIED, "not finite", "not in the prompts", "too few examples", "left out")
 """Every reason for a claim, or an example, to be unmeasured. More may be said after a colon."""
 TRIES, LONGEST_REASON = 3, 500

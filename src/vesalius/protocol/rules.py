@@ -1,9 +1,9 @@
 """Which steps the protocol of a claim forbids. Nothing here touches a file.
 
-A family and all of its evidence are judged by the rules that it was sealed under. Rules 2, which are written today, go by
-what the ledger handed out: evidence holds every example of the opened split, in its groups, on the model that the claim
-is about; what a claim was made from was opened before it was sealed. Rules 1 asked for less, and are kept for ledgers of
-earlier versions.
+A family and all of its evidence are judged by the rules that it was sealed under. Rules 2, which are written today, go
+by what the ledger handed out: evidence holds every example of the opened split, in its groups, on the model that the
+claim is about; what a claim was made from was opened before it was sealed. Rules 1 asked for less, and are kept for
+ledgers of earlier versions.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def _check_order(state: State, claim: Claim, evidence: Evidence, replication: bo
     final = [e.why for e in earlier if e.why not in RETRIED]
     if state.rules[state.family_of[claim.id]] > 1 and final and not replication:
         raise ProtocolError(
-            f"claim {claim.id[:12]} is unmeasured, because: {final[0]}; that is what its evidence says, and no accident "
-            f"({', '.join(RETRIED)}) after which it might be tried again"
+            f"claim {claim.id[:12]} is unmeasured, because: {final[0]}; that is what its evidence says, and no "
+            f"accident ({', '.join(RETRIED)}) after which it might be tried again"
         )
 
 
@@ -144,7 +144,9 @@ def _check_whole(state: State, claim: Claim, evidence: Evidence) -> None:
         raise ProtocolError(f"{name} is from the split {DISCOVERY!r}, which claims are made from; test it on another")
     made_up = sorted(set(evidence.groups) - set(data.groups))
     if made_up:
-        raise ProtocolError(f"{name}: the opened split {data.split!r} has no groups {made_up[0]!r}; they cannot be added")
+        raise ProtocolError(
+            f"{name}: the opened split {data.split!r} has no groups {made_up[0]!r}; they cannot be added"
+        )
     left_out = Counter(data.example_hashes) - Counter((*evidence.example_hashes, *evidence.missing))
     if left_out or len(evidence.example_hashes) + len(evidence.missing) > len(data.example_hashes):
         raise ProtocolError(

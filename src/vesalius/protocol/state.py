@@ -13,6 +13,7 @@ from vesalius.errors import InputError, ProtocolError, TamperedError, VesaliusEr
 from vesalius.protocol import Claim, Evidence, Family
 from vesalius.protocol.store import GENESIS, Record
 
+
 @dataclass(frozen=True)
 class Data:
     """What the ledger knows of a data set or split: its hash, its examples and the groups they are in."""

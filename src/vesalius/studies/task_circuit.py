@@ -107,7 +107,7 @@ def _gate(work: Work) -> Gate:
 
 
 def _opened(work: Work, split: str) -> Contrast:
-    """A split of every corruption, from the ledger: what claims are made from is recorded as well as what tests them."""
+    """A split of every corruption, from the ledger, which records what claims are made from and tested on."""
     opened = {name: work.ledger.open(pairs, split) for name, pairs in work.question.corruptions.items()}
     return replace(work.question.contrast(split), corruptions=opened)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from vesalius.cli.screen import output, say
 from vesalius.errors import FileFormatError, InputError, TamperedError
-from vesalius.jobs.untrusted import parse_json
+from vesalius.jobs.untrusted import UnreadableError, read_json
 from vesalius.protocol import Claim, Verdict
 from vesalius.protocol.ledger import Ledger
 
@@ -63,10 +64,7 @@ def _p(verdict: Verdict) -> float:
 @app.command()
 def verify(
     file: LedgerFile,
-    head: Annotated[
-        str,
-        typer.Option(help="The head that a study or report printed; the ledger must have it, at its end or before."),
-    ] = "",
+    head: Annotated[str, typer.Option(help="The head that a study printed: the ledger must hold that record.")] = "",
 ) -> None:
     """Recompute every hash and every verdict from the evidence, and compare them with the head and with the
     summary.json beside the ledger; exit code 2 when anything does not match."""
@@ -84,9 +82,7 @@ def verify(
     say(f"{found.claims} claims, {found.evidence} with evidence; data was opened {found.openings} times.")
     say(f"Verdicts: {verdicts}.")
     if found.earlier_rules:
-        say(
-            f"{found.earlier_rules} of {found.families} families were sealed by an earlier version, which asked for less."
-        )
+        say(f"{found.earlier_rules} of {found.families} families were sealed by an earlier version, with weaker rules.")
     if head:
         after = "it is the last" if not found.after else f"{found.after} were written after it"
         say(f"The record with the given head is there; {after}.")
@@ -103,7 +99,10 @@ def compare_summary(ledger: Ledger, file: Path) -> str:
     beside = file.with_name("summary.json")
     if not beside.is_file():
         return ""
-    summary = parse_json(beside.read_text("utf-8", "replace"))
+    try:
+        summary = read_json(beside)
+    except UnreadableError as error:
+        raise FileFormatError(f"{beside} cannot be read: {error}") from error
     named = _at(summary, "reproduce", "ledger")
     if named != file.name:
         return ""
@@ -118,7 +117,7 @@ def compare_summary(ledger: Ledger, file: Path) -> str:
     for row in rows if isinstance(rows, list) else []:
         verdict = verdicts.get(str(_at(row, "id")))
         said = {name: _at(row, name) for name in SAID}
-        if verdict is None or said != _said(verdict):
+        if verdict is None or not _same(said, _said(verdict)):
             raise TamperedError(
                 f"{beside} says of claim {str(_at(row, 'id'))[:12]}: {_in_words(said)}; the ledger says: "
                 f"{'nothing' if verdict is None else _in_words(_said(verdict))}"
@@ -133,6 +132,16 @@ SAID = ("verdict", "reason", "estimate", "low", "high", "n", "p_holm")
 def _said(verdict: Verdict) -> dict[str, Any]:
     """The same of a verdict."""
     return {"verdict": verdict.outcome, "p_holm": _p(verdict), **{name: getattr(verdict, name) for name in SAID[1:-1]}}
+
+
+def _same(said: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Alike, but for rounding: another machine computes the last digits differently."""
+    return all(said[name] == value or _close(said[name], value) for name, value in found.items())
+
+
+def _close(said: Any, value: Any) -> bool:
+    numbers = isinstance(value, float) and isinstance(said, int | float)
+    return numbers and math.isclose(said, value, rel_tol=1e-6, abs_tol=1e-12)
 
 
 def _in_words(said: dict[str, Any]) -> str:

@@ -76,9 +76,9 @@ def study(request: Request) -> int:
         report = vs.report.write(summary, request.folder)
     for sentence in summary["answer"]:
         say(sentence)
-    if summary["timings"]["ledger_head"]:
-        say(f"Ledger head (keep it: vesalius ledger verify --head compares): {summary['timings']['ledger_head']}")
     say(str(report))
+    if summary["timings"]["ledger_head"]:
+        note(f"Ledger head, to keep elsewhere for vesalius ledger verify --head: {summary['timings']['ledger_head']}")
     return 1 if summary["stopped"] else 0
 
 

@@ -14,7 +14,7 @@ import handmade
 import tiny
 import vesalius as vs
 from handmade import PARTS
-from vesalius.describe import Discovery
+from vesalius.describe import Discovery, claim_about
 from vesalius.errors import InputError, PairsError, UnknownNameError
 from vesalius.intervention import off_distribution
 from vesalius.protocol import Claim, Verdict
@@ -69,7 +69,8 @@ def judged(
     ledger: vs.Ledger, pairs: vs.Pairs, claims: tuple[Claim, ...], model: vs.Model, **options: Any
 ) -> tuple[Verdict, ...]:
     ledger.open(pairs, "discovery")
-    family = ledger.register(claims)
+    family = ledger.register(claims, control_model=model.content_hash if options else "")
+    assert not family.exploratory
     runs = Runs(model, ledger.open(pairs, "validation"))
     prepare(family.claims, runs)
     for claim in family.claims:
@@ -145,16 +146,41 @@ def test_pairs_and_model_give_the_same_evidence_as_runs(
     assert mapped.data_hash == fresh.pairs.content_hash
 
 
-def test_the_hash_of_the_opened_split_can_be_named_when_the_runs_hold_some_rows(
+def test_some_rows_of_the_opened_split_are_not_what_was_planned(
     ledger: vs.Ledger, pairs: vs.Pairs, claims: tuple[Claim, ...]
 ) -> None:
-    ledger.open(pairs, "discovery")
-    family = ledger.register(claims)
+    discovery = ledger.open(pairs, "discovery")
+    few = replace(claims[0], n=16)
+    family = ledger.register([*claims, few])
     opened = ledger.open(pairs, "validation")
     some = Runs(handmade.network(), opened.subset(range(4, 20)))
-    evidence = check(family.claims[0], runs=some, data_hash=opened.content_hash, model_hash=some.model.content_hash)
+    assert (some.source_hash, some.pairs.content_hash == opened.content_hash) == (opened.content_hash, False)
+    evidence = check(family.claims[0], runs=some)
+    assert (evidence.data_hash, evidence.reason) == (
+        opened.content_hash,
+        "too few examples: 16 of the 24 that were planned",
+    )
     ledger.append(evidence)
-    assert ledger.verdict(family.claims[0]).n == 16
+    assert ledger.verdict(family.claims[0]).reason == "unmeasured"
+    with pytest.raises(vs.errors.ProtocolError, match="holds 16 of the 24 examples of split 'validation'"):
+        ledger.append(check(few, runs=some, data_hash=opened.content_hash, model_hash=some.model.content_hash))
+    assert discovery.subset([1, 2]).subset([1]).source_hash == discovery.content_hash
+
+
+def test_a_claim_carries_what_its_threshold_was_measured_from(fresh: Runs, discovery: Runs) -> None:
+    claim = claim_about(discovery, MOVER, "total_effect")
+    found = TOTAL_EFFECT.measure(discovery, MOVER, {}).double().numpy()
+    groups = discovery.pairs.groups
+    test = clustered_t(found, groups["template"], groups["names"])
+    effect, scale = claim.origin["effect"], claim.origin["scale"]
+    assert effect["estimate"] == pytest.approx(found.mean())
+    assert (effect["low"], effect["high"]) == (pytest.approx(test.low), pytest.approx(test.high))
+    assert scale["estimate"] == claim.scale == pytest.approx(float(discovery.total("swap").mean()))
+    assert scale["low"] < claim.scale < scale["high"]
+    assert {one["data_hash"] for one in claim.origin.values()} == set(claim.parents)
+    assert {one["n"] for one in claim.origin.values()} == {24}
+    some = claim_about(Runs(discovery.model, discovery.pairs.subset(range(20))), MOVER, "total_effect")
+    assert some.parents == claim.parents
 
 
 def test_the_control_is_the_mean_over_the_matched_parts(fresh: Runs) -> None:
@@ -293,4 +319,4 @@ def test_what_is_not_finite_is_unmeasured_with_the_reason(fresh: Runs, claims: t
 
     broken = Broken(fresh.model, fresh.contrast)
     evidence = check(the(claims, "mover", "attends"), runs=broken)
-    assert (evidence.status, evidence.reason) == ("unmeasured", "effects of example 2 is nan")
+    assert (evidence.status, evidence.reason) == ("unmeasured", "not finite: effects of example 2 is nan")

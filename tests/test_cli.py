@@ -138,6 +138,7 @@ def test_a_study_writes_report_summary_and_ledger_and_prints_its_answer(
     assert {"report.html", "summary.json", "ledger.sqlite", "blocks"} <= {path.name for path in finished.iterdir()}
     assert summary["timings"]["peak_memory_bytes"] > 1e7
     assert [step["name"] for step in summary["timings"]["steps"]] == ["patching", "circuit", "describe", "validate"]
+    assert f"vesalius ledger verify --head: {summary['timings']['ledger_head']}" in done.words
     assert "8 + 8 prompt pairs, bos none" in done.words
     assert "expected cost: about" in done.words
 
@@ -557,7 +558,11 @@ def test_a_whole_ledger_verifies(run: Callable[..., Done], finished: Path) -> No
     assert done.code == 0
     assert "records are as they were written" in done.out
     assert f"{len(summary_in(finished)['claims'])} claims" in done.out
-    assert json.loads((finished / "summary.json").read_text())["timings"]["ledger_head"]
+    head = json.loads((finished / "summary.json").read_text())["timings"]["ledger_head"]
+    assert "summary.json says the same." in done.out and f"Head (hash of the last record): {head}" in done.out
+    assert head in (finished / "report.html").read_text()
+    given = run("ledger", "verify", finished / "ledger.sqlite", "--head", head)
+    assert (given.code, "The record with the given head is there; it is the last." in given.out) == (0, True)
 
 
 def test_a_ledger_is_exported_with_records_and_verdicts(

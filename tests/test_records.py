@@ -23,6 +23,9 @@ JSON = st.recursive(
 )
 
 
+MEASURED = {"estimate": 4.0, "low": 3.0, "high": 5.0, "n": 32, "data_hash": "d0"}
+
+
 def claim(**changes: Any) -> Claim:
     given = {
         "statement": "head 3.1 moves the name to the end",
@@ -129,7 +132,7 @@ def test_every_field_of_a_claim_is_part_of_its_id() -> None:
         "statement": "another", "subject": {"kind": "mlp"}, "quantity": "ablate", "delta": 0.3, "n": 33,
         "kind": "circuit", "parameters": {"test": "rank"}, "sign": -1, "scale": 5.0, "scale_name": "accuracy",
         "unit": "nats", "control": {}, "delta_c": 0.15, "nulls": (), "condition": {}, "seed": 1, "parents": (),
-        "role": "mover", "study": "ioi", "schema": 1,
+        "role": "mover", "study": "ioi", "schema": 1, "origin": {"scale": MEASURED},
     }  # fmt: skip
     assert changes.keys() == {field.name for field in dataclasses.fields(Claim)}
     ids = {claim(**{name: value}).id for name, value in changes.items()}

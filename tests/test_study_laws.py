@@ -138,7 +138,8 @@ def test_the_sentence_under_a_verdict_states_the_threshold_and_what_validation_m
     for claim, row in zip(study.claims, summary["claims"], strict=True):
         tested, measured = row["measured"].split(" Measured on ")
         assert tested.startswith(f"Tested: at {'least' if claim.sign > 0 else 'most'} {claim.sign * claim.delta:+.3g}")
-        assert measured.startswith(f"{row['n']} fresh prompts in {row['n_groups']} groups: {row['estimate']:+.3g} [")
+        assert measured.startswith(f"{row['n']} fresh prompts in {row['n_groups']} groups")
+        assert f"{row['estimate']:+.3g} [" in measured
         assert row["measured"] in text
 
 
@@ -201,7 +202,7 @@ def test_too_few_templates_are_told_before_anything_is_patched() -> None:
     notes = {event.task: (number, event.message) for number, event in enumerate(events) if event.kind == "note"}
     number, message = notes["power"]
     assert number < notes["patching"][0]
-    needed = groups_to_decide(TYPICAL_EFFECT, alpha=LEVEL / TYPICAL_CLAIMS)
+    needed = groups_to_decide(TYPICAL_EFFECT, alpha=LEVEL / TYPICAL_CLAIMS, skewed=True)
     assert f"the validation split has 4 templates; about {needed} decide a typical claim" in message
     assert f"Give prompts of {needed - 4} more templates" in message
 
@@ -211,7 +212,10 @@ def test_prompts_without_groups_are_counted_themselves_and_enough_need_no_word()
     pairs = replace(solvable.random_question(model, n=12).corruptions["corrupted"], groups={})
     (sentence,) = power_note(Question("bare", "?", {"corrupted": pairs}))
     assert "the validation split has 6 prompts" in sentence
-    assert power_note(Question("planted", "?", planted_pairs(16))) == []
+    (sentence,) = power_note(Question("planted", "?", planted_pairs(16)))
+    assert "the validation split has 12 templates" in sentence
+    many = replace(planted_pairs(32)["swap"], groups={})
+    assert power_note(Question("bare", "?", {"swap": many})) == []
 
 
 # --- the control, from Python

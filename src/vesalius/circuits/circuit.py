@@ -19,6 +19,7 @@ from html import escape
 from typing import Any
 
 import numpy as np
+import torch
 
 from vesalius.circuits.effects import Effects, Floats
 from vesalius.errors import InputError
@@ -109,8 +110,7 @@ def share(runs: Runs, values: Floats, empty: Floats, name: str) -> Measurement:
     values, empty: the metric [example]; empty is the run with everything ablated (Wang et al. 2022; a mean of ratios
     would be dominated by prompts with a small denominator). Raises InputError where ablating everything does nothing.
     """
-    full = runs.metric("clean").double().numpy()
-    whole = float((full - empty).mean())
+    whole = runs.mean(runs.metric("clean").double() - torch.from_numpy(empty))
     if whole == 0:
         raise InputError(f"{name}: ablating every component does not change the metric, so there is no share of it")
     return measure(name, (values - empty) / whole, groups=runs.groups, clusters=runs.clusters, unit="share")

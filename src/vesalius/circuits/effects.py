@@ -21,7 +21,7 @@ from vesalius.errors import InputError, UnknownNameError
 from vesalius.parts import Part
 from vesalius.quantities import Runs
 from vesalius.quantities.runs import DIRECTIONS
-from vesalius.stats import Measurement, bh, clustered_t, measure
+from vesalius.stats import Measurement, bh, clustered_means, measure
 
 FDR = 0.05
 # A prompt counts as flipped when its effect has the other sign and is at least this share of the total effect.
@@ -134,13 +134,13 @@ def component_effects(runs: Runs) -> Effects:
         for direction in DIRECTIONS:
             values = runs.effects(runs.components, corruption, direction).double().numpy()
             conditions.append(summarise(runs, corruption, direction, values))
-    total = {name: float(runs.total(name).mean()) for name in runs.corruptions}
+    total = {name: runs.mean(runs.total(name)) for name in runs.corruptions}
     return Effects(runs.components, tuple(conditions), total)
 
 
 def summarise(runs: Runs, corruption: str, direction: str, values: Floats) -> Condition:
     """Statistics of effects [component, example], in the metric's unit, as shares of the corruption's total effect."""
-    total = float(runs.total(corruption).mean())
+    total = runs.mean(runs.total(corruption))
     if total == 0:
         raise InputError(
             f"corruption {corruption!r} does not change the mean metric of these {runs.n} prompts, so there is no "
@@ -148,7 +148,8 @@ def summarise(runs: Runs, corruption: str, direction: str, values: Floats) -> Co
         )
     shares = values / total
     labels = [runs.groups[kind] for kind in runs.clusters]
-    p = np.array([clustered_t(row, *labels).p_two_sided for row in shares])
+    # A screen on the data the claims are made from: Student's p-values, which no claim rests on.
+    p = clustered_means(shares, *labels).p_two_sided
     flipped = (np.sign(shares) != np.sign(shares.mean(1, keepdims=True))) & (np.abs(shares) > FLIP_SHARE)
     measured = tuple(
         measure(str(part), row, groups=runs.groups, clusters=runs.clusters, unit=UNIT)

@@ -77,6 +77,8 @@ def study(request: Request) -> int:
     for sentence in summary["answer"]:
         say(sentence)
     say(str(report))
+    if summary["timings"]["ledger_head"]:
+        note(f"Ledger head, to keep elsewhere for vesalius ledger verify --head: {summary['timings']['ledger_head']}")
     return 1 if summary["stopped"] else 0
 
 

@@ -33,6 +33,7 @@ from vesalius.data.shards import (
     TOKEN,
     Origin,
     Shard,
+    check_promise,
     contexts_of,
     flaw,
     open_shard,
@@ -301,6 +302,7 @@ class ActivationStore:
         sizes = self._blocks[2]
         per_pool = max(1, self.pool_rows // self.manifest.block_rows)
         most = min(per_pool * self.manifest.block_rows, self.n_rows)
+        check_promise(self.folder, self.manifest, most)
         memory = [torch.empty(most, width, dtype=self.manifest.dtype) for width in self.widths]
         first, skip = divmod(skip, self.n_rows)
         for epoch in itertools.count(first):

@@ -33,7 +33,7 @@ def describe_circuit(discovery: Discovery, members: Sequence[Part], draws: int) 
     """
     circuit, runs = Together(tuple(members)), discovery.runs
     total = FAITHFULNESS.scale_of(runs, circuit, PARAMETERS) or 0.0
-    kept, lost = (float(of.measure(runs, circuit, PARAMETERS).mean()) for of in (FAITHFULNESS, COMPLETENESS))
+    kept, lost = (runs.mean(of.measure(runs, circuit, PARAMETERS)) for of in (FAITHFULNESS, COMPLETENESS))
     keep, sign = "keep" if len(members) > 1 else "keeps", 1 if total > 0 else -1
     fewer, them = needed_draws(draws), "them" if len(members) > 1 else "it"
     outside = bool(random_sets(runs, members, 1, discovery.seed, outside=True))

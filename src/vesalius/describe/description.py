@@ -6,18 +6,21 @@ smallest size it should have on fresh data. Roles are one kind of describer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any, Protocol
 
-from vesalius.errors import UnknownNameError
+from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Corpus
 from vesalius.parts import Part, Unit
 from vesalius.protocol import Claim
 from vesalius.protocol.claim import default_delta
-from vesalius.quantities import Matched, Runs, quantity
+from vesalius.quantities import Matched, Quantity, Runs, quantity
+from vesalius.quantities.base import PerExample
 from vesalius.refs import resolve
+from vesalius.stats import measure
 
 FITS = 0.5
 """A description fits from this score on: every one of its thresholds holds."""
@@ -102,7 +105,8 @@ class Discovery:
     """What descriptions are made from: runs on discovery data, a circuit's members, and what was described already.
 
     total: R, the mean total effect of the main corruption, in the metric's unit. delta: the smallest effect worth
-    claiming. parents: content hashes of the discovery data. n: examples planned for validation.
+    claiming. parents: content hashes of the discovery data, as the ledger handed them out. n: examples planned for
+    validation.
     """
 
     runs: Runs
@@ -123,9 +127,9 @@ class Discovery:
         """
         planned = runs.n if n is None else n
         if isinstance(runs.data, Corpus):
-            return cls(runs, tuple(members), 0.0, 0.0, (), study, (runs.data.content_hash,), planned, runs.seed)
-        total = float(runs.total(runs.main).mean())
-        parents = tuple(pairs.content_hash for pairs in runs.corruptions.values())
+            return cls(runs, tuple(members), 0.0, 0.0, (), study, (runs.data.source_hash,), planned, runs.seed)
+        total = runs.mean(runs.total(runs.main))
+        parents = tuple(pairs.source_hash for pairs in runs.corruptions.values())
         return cls(runs, tuple(members), total, default_delta(total), (), study, parents, planned, runs.seed)
 
     def called(self, label: str) -> tuple[Part, ...]:
@@ -257,7 +261,29 @@ def claim_of(description: Description, prediction: Prediction, discovery: Discov
         parents=discovery.parents,
         study=discovery.study,
         role=description.label or None,
+        origin=_origin(of, runs, part, prediction),
     )
+
+
+def _origin(of: Quantity, runs: Runs, part: Part, prediction: Prediction) -> dict[str, Any]:
+    """What discovery showed: the quantity itself, and the scale that its threshold is measured against."""
+    found = {"effect": _measured(runs, prediction.mean, of.measure(runs, part, prediction.parameters))}
+    if prediction.scale is not None:
+        found["scale"] = _measured(runs, prediction.scale, of.scale_values(runs, part, prediction.parameters))
+    return found
+
+
+def _measured(runs: Runs, estimate: float, values: PerExample | None) -> dict[str, Any]:
+    """With the interval, where the estimate is the mean of values and there are groups enough for one."""
+    found: dict[str, Any] = {"estimate": estimate, "low": None, "high": None, "n": runs.n}
+    found["data_hash"] = runs.source_hash
+    if values is None or not math.isclose(runs.mean(values), estimate, rel_tol=1e-4, abs_tol=1e-6):
+        return found
+    try:
+        interval = measure("origin", values.double().numpy(), groups=runs.groups, clusters=runs.clusters)
+    except InputError:
+        return found
+    return {**found, "low": interval.low, "high": interval.high}
 
 
 def subject_of(part: Part, model_hash: str) -> dict[str, Any]:

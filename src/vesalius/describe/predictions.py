@@ -48,7 +48,7 @@ def mean_of(discovery: Discovery, of: Quantity, part: Part, **parameters: Any) -
     refused = of.refuses(discovery.runs, part)
     if refused:
         raise NotMeasuredError(f"{of.name} of {part} cannot be measured: {refused}")
-    return float(of.measure(discovery.runs, part, parameters).mean())
+    return discovery.runs.mean(of.measure(discovery.runs, part, parameters))
 
 
 def metric_in_words(discovery: Discovery) -> str:
@@ -188,7 +188,7 @@ def claim_about(
         raise InputError(f"{measured.name} of {subject} cannot be measured: {refused}")
     discovery = Discovery.of(runs, [*members, subject], study=study, n=n)
     try:
-        mean = float(measured.measure(runs, subject, given).mean())
+        mean = runs.mean(measured.measure(runs, subject, given))
     except KeyError as error:
         raise InputError(f"{measured.name} needs the parameter {error}; got {sorted(given)}") from error
     scale = measured.scale_of(runs, subject, given)

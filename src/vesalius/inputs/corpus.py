@@ -28,6 +28,8 @@ class Corpus:
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     splits: tuple[str, ...] = ()
     name: str = ""
+    rows_of: Corpus | None = None
+    """What `subset` took these texts from; a split stands on its own."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "splits", tuple(self.splits))
@@ -56,14 +58,14 @@ class Corpus:
         """Texts of one split. Raises UnknownNameError for a split that is not there."""
         if name not in self.splits:
             raise UnknownNameError("split", name, self.split_names or ["(these texts have no splits)"])
-        return self.subset([row for row, split in enumerate(self.splits) if split == name])
+        return replace(self.subset([row for row, split in enumerate(self.splits) if split == name]), rows_of=None)
 
     def subset(self, rows: Sequence[int]) -> Corpus:
         """The texts with these row numbers, in this order."""
         pick = lambda labels: tuple(labels[row] for row in rows) if labels else ()  # noqa: E731
         groups = {kind: pick(labels) for kind, labels in self.groups.items()}
         tokens = self.tokens.take(torch.as_tensor(rows, dtype=torch.long))
-        return replace(self, tokens=tokens, groups=groups, splits=pick(self.splits))
+        return replace(self, tokens=tokens, groups=groups, splits=pick(self.splits), rows_of=self.rows_of or self)
 
     @cached_property
     def example_hashes(self) -> tuple[str, ...]:
@@ -71,6 +73,11 @@ class Corpus:
         rows = zip(self.tokens.ids.tolist(), self.tokens.real.tolist(), strict=True)
         kept = ([token for token, real in zip(ids, mask, strict=True) if real] for ids, mask in rows)
         return tuple(hashlib.sha256(repr(row).encode()).hexdigest() for row in kept)
+
+    @property
+    def source_hash(self) -> str:
+        """Content hash of what `subset` took these texts from, such as the split that was opened; else their own."""
+        return self.content_hash if self.rows_of is None else self.rows_of.content_hash
 
     @cached_property
     def content_hash(self) -> str:

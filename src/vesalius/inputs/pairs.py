@@ -30,7 +30,8 @@ class Pairs:
     token ids: right and wrong continuation of the clean prompt; of several tokens [example, token], -1 after the last:
     these are scored as sequences, see `teacher_forced`. lengths: [example] real tokens. read: [example] position
     where the metric reads; default the last real token (of logits [example, class] there is only one).
-    groups: name -> one label per example (template, names, ...): prompts that share a label are not independent.
+    groups: name -> one label per example (template, names, ...): prompts that share a label are not independent, nor
+    are those that share one of the names of a label such as "Mary|John".
     splits: one split name per example. corruption: what was done to the clean prompts. bos: text of the token that
     prompts begin with, or "none". named_positions: name -> [example] or [example, n] positions, -1 for none;
     interventions can name them. decoder: [example, pos], what the decoder of an encoder-decoder model is given; the
@@ -55,6 +56,8 @@ class Pairs:
     decoder: Int[Tensor, "example decoder_pos"] | None = None
     targets: Int[Tensor, "example token"] | None = None
     """Of teacher-forced rows: the tokens that are scored, the first one after the read position; -1 after the last."""
+    rows_of: Pairs | None = None
+    """What `subset` took these rows from; a split stands on its own."""
 
     def __post_init__(self) -> None:
         for name in ("clean", "corrupted"):
@@ -217,7 +220,8 @@ class Pairs:
     def clusters(self) -> tuple[str, ...]:
         """Kinds of group that intervals respect: template and names as far as there are any, else the first two.
 
-        A kind of which all pairs share one label is left out: nothing can be said about its spread.
+        A kind of which all pairs share one label is left out: nothing can be said about its spread. A label "Mary|John"
+        is in two groups, that of each name (`stats.design`).
         """
         return clusters_of(self.groups)
 
@@ -247,7 +251,7 @@ class Pairs:
         """Pairs of one split. Raises UnknownNameError for a split that is not there."""
         if name not in self.splits:
             raise UnknownNameError("split", name, self.split_names or ["(these pairs have no splits)"])
-        return self.subset([row for row, split in enumerate(self.splits) if split == name])
+        return replace(self.subset([row for row, split in enumerate(self.splits) if split == name]), rows_of=None)
 
     def subset(self, rows: Sequence[int]) -> Pairs:
         """The pairs with these row numbers, in this order."""
@@ -266,6 +270,7 @@ class Pairs:
             named_positions={name: at[index] for name, at in self.named_positions.items()},
             decoder=None if self.decoder is None else self.decoder[index],
             targets=None if self.targets is None else self.targets[index],
+            rows_of=self.rows_of or self,
         )
 
     @cached_property
@@ -277,6 +282,11 @@ class Pairs:
         return tuple(
             hashlib.sha256(repr(row[:n]).encode()).hexdigest() for row, n in zip(rows, self.size.tolist(), strict=True)
         )
+
+    @property
+    def source_hash(self) -> str:
+        """Content hash of what `subset` took these rows from, such as the split that was opened; else their own."""
+        return self.content_hash if self.rows_of is None else self.rows_of.content_hash
 
     @cached_property
     def content_hash(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from vesalius.intervention.basic import Ablate, Freeze, Interchange, Patch, Stee
 from vesalius.intervention.edits import Noise, Project, Replace
 from vesalius.intervention.form import Recorded, by_hash
 from vesalius.jobs import write_atomic
+from vesalius.jobs.untrusted import read_json, read_safetensors, understood
 from vesalius.parts import HasLatents, Part
 from vesalius.protocol import canonical_json
 from vesalius.refs import resolve, stored_part
@@ -96,15 +96,14 @@ def save(edits: Sequence[Intervention], path: str | Path) -> None:
 
 def load(path: str | Path, functions: Functions | None = None, parts: Sequence[Part | HasLatents] = ()) -> list[Any]:
     """The edits that `save` wrote. Raises FileFormatError for a file that is none, and as `from_json`."""
-    from safetensors.torch import load_file
-
     target = Path(path)
     try:
-        listed = json.loads(target.read_text("utf-8"))
+        listed = read_json(target)
+        tensors = read_safetensors(_beside(target)) if _beside(target).exists() else {}
     except (OSError, ValueError) as error:
         raise FileFormatError(f"{target} holds no stored interventions: {error}") from error
-    tensors = load_file(_beside(target)) if _beside(target).exists() else {}
-    return [from_json(data, tensors, functions, parts) for data in listed]
+    with understood(f"{target} holds no stored interventions"):
+        return [from_json(data, tensors, functions, parts) for data in listed]
 
 
 def _beside(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
@@ -18,6 +19,8 @@ TOTAL_EFFECT = "total effect"
 DIRECTIONS = ("noising", "denoising")
 EFFECTS = ("total", "direct")
 RESERVED_LEGS = ("effect", "control")
+ORIGINS = ("effect", "scale")
+MEASURED = ("estimate", "low", "high", "n", "data_hash")
 DEFAULT_SHARE, SMALLEST_SHARE = 0.05, 0.02
 
 
@@ -48,6 +51,8 @@ class Claim:
                    "denoising"), effect ("total" or "direct"), prompts, ...
     n              planned number of examples
     parents        content hashes of the data it was made from
+    origin         what was measured there: "effect", of the subject itself, and "scale", each with estimate, low, high,
+                   n and data_hash. A ledger takes a claim without for exploratory: its threshold could be any number
     role           free label;  study: the study whose family it belongs to
 
     `check=` and `total_effect=` are taken for `quantity=` and `scale=`, and can be read. Raises InputError for
@@ -73,12 +78,13 @@ class Claim:
     parents: tuple[str, ...] = ()
     role: str | None = None
     study: str = ""
+    origin: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
         if self.schema not in (1, SCHEMA):
             raise InputError(f"claims of schema {self.schema} are not understood; this version writes {SCHEMA}")
-        for name in ("subject", "parameters", "control", "condition"):
+        for name in ("subject", "parameters", "control", "condition", "origin"):
             object.__setattr__(self, name, mapping(getattr(self, name), name))
         object.__setattr__(self, "delta", number(self.delta, "delta"))
         margin = self.delta / 2 if self.delta_c is None else number(self.delta_c, "delta_c")
@@ -88,6 +94,7 @@ class Claim:
         self._check_words()
         self._check_numbers()
         self._check_share()
+        self._check_origin()
 
     def _check_words(self) -> None:
         for name in ("statement", "quantity", "kind"):
@@ -123,6 +130,22 @@ class Claim:
                 f"{SMALLEST_SHARE:.0%} are not worth claiming: use at least {SMALLEST_SHARE * abs(scale):g}"
             )
 
+    def _check_origin(self) -> None:
+        for name, measured in self.origin.items():
+            _known("origin", name, ORIGINS)
+            if not isinstance(measured, dict) or set(measured) != set(MEASURED):
+                raise InputError(f"origin {name!r} must have {', '.join(MEASURED)}; got {measured!r}")
+            number(measured["estimate"], f"origin.{name}.estimate")
+        if "scale" in self.origin:
+            stated = self.origin["scale"]["estimate"]
+            if self.scale is None or not math.isclose(stated, self.scale, rel_tol=1e-9):
+                raise InputError(f"scale is {self.scale}, but its origin measured {stated}")
+
+    @property
+    def has_fixed_scale(self) -> bool:
+        """Whether delta is on a scale that needs no measuring, such as a probability."""
+        return self.scale is None and self.scale_name != TOTAL_EFFECT
+
     @property
     def check(self) -> str:
         """The quantity, by its old name."""
@@ -146,7 +169,7 @@ class Claim:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists; `Claim.from_json` gives an equal claim back."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "origin" or self.origin}
         if self.schema == 1:
             plain = {_SCHEMA_1.get(name, name): plain[name] for name in plain if name not in ("schema", "scale_name")}
         return mapping(plain, "claim")
@@ -183,16 +206,19 @@ Claim.__init__ = _taking_aliases(Claim.__init__)  # type: ignore[method-assign]
 
 @dataclass(frozen=True)
 class Family:
-    """All claims of a study, sealed together: m is how many tests are corrected for.
+    """All claims of a study, sealed together; m is how many they are.
 
-    `exploratory` says that data of the study had been opened before the family was sealed; it is what happened, not
-    what was claimed, and therefore no part of the `id`.
+    exploratory: data of the study had been opened before the family was sealed, or what a claim was made from had not
+    been opened and measured; it is what happened, not what was claimed, and therefore no part of the `id`.
+    control_model: of a declared control, the hash of the model that all claims are tested on in place of the one that
+    they are about.
     """
 
     claims: tuple[Claim, ...]
     study: str = ""
     exploratory: bool = False
     m: int = 0
+    control_model: str = ""
 
     def __post_init__(self) -> None:
         claims = tuple(c if isinstance(c, Claim) else Claim.from_json(c) for c in self.claims)
@@ -208,11 +234,17 @@ class Family:
     @cached_property
     def id(self) -> str:
         """Content hash of the claims and the study."""
-        return content_hash({"claims": [claim.id for claim in self.claims], "m": self.m, "study": self.study})
+        content = {"claims": [claim.id for claim in self.claims], "m": self.m, "study": self.study}
+        return content_hash({**content, **self._control})
+
+    @property
+    def _control(self) -> dict[str, str]:
+        """Nothing where there is none: families that were sealed before there were any keep their hash."""
+        return {"control_model": self.control_model} if self.control_model else {}
 
     def to_json(self) -> dict[str, Any]:
         claims = [claim.to_json() for claim in self.claims]
-        return {"claims": claims, "m": self.m, "study": self.study, "exploratory": self.exploratory}
+        return {"claims": claims, "m": self.m, "study": self.study, "exploratory": self.exploratory, **self._control}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Family:

@@ -69,8 +69,13 @@ class Quantity(ABC):
         return
 
     def scale_of(self, runs: Runs, part: Part, parameters: Parameters) -> float | None:
-        """The scale's value on these runs: the mean total effect; None where there is none."""
-        return float(runs.total(runs.main).mean()) if self.scale == TOTAL_EFFECT else None
+        """The scale's value on these runs: the total effect, a mean over groups; None where there is none."""
+        values = self.scale_values(runs, part, parameters)
+        return None if values is None else runs.mean(values)
+
+    def scale_values(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample | None:
+        """What the scale is the mean of, per example; None where it is no mean, or there is none."""
+        return runs.total(runs.main) if self.scale == TOTAL_EFFECT else None
 
     def matched(self, runs: Runs, part: Part, members: Sequence[Part], parameters: Parameters) -> Matched:
         """Parts like this one that are not members: what the quantity is compared with."""

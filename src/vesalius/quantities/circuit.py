@@ -144,10 +144,10 @@ class _OfCircuit(Quantity):
     condition = MappingProxyType({"direction": "noising", "effect": "total"})
     outside = False
 
-    def scale_of(self, runs: Runs, part: Part, parameters: Parameters) -> float | None:
-        """Mean effect of ablating everything."""
+    def scale_values(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample | None:
+        """Effect of ablating everything."""
         empty = stored(runs, "with only", [()], str(parameters["ablation"]))[0]
-        return float(np.mean(runs.metric("clean").double().numpy() - empty))
+        return torch.from_numpy(runs.metric("clean").double().numpy() - empty)
 
     def matched(self, runs: Runs, part: Part, members: Sequence[Part], parameters: Parameters) -> Matched:
         raise InputError("a circuit is compared with random sets: control={'draws': n}")

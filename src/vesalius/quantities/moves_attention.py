@@ -56,10 +56,10 @@ class MovesAttention(Quantity):
         for (movers, corruption, direction), parts in together.items():
             _measured(runs, parts, movers, corruption, direction)
 
-    def scale_of(self, runs: Runs, part: Part, parameters: Parameters) -> float | None:
+    def scale_values(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample | None:
         """What the whole corruption does to the movers' attention: R in this quantity's own unit."""
         movers, (corruption, _) = _movers(parameters), condition(runs, parameters)
-        return sum(float((lean(runs, m) - lean(runs, m, corruption)).mean()) for m in movers) / len(movers)
+        return torch.stack([lean(runs, mover) - lean(runs, mover, corruption) for mover in movers]).mean(0)
 
     def matched(self, runs: Runs, part: Part, members: Sequence[Part], parameters: Parameters) -> Matched:
         """Only parts under the first mover's layer can do what this one is said to do."""

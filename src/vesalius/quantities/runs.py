@@ -32,6 +32,7 @@ from vesalius.patching.sources import Source, patch_source
 from vesalius.patching.targets import Variant, to_record
 from vesalius.quantities.contrast import Contrast, heads_and_mlps
 from vesalius.site import Site
+from vesalius.stats import group_mean
 
 T = TypeVar("T")
 DIRECTIONS = ("noising", "denoising")
@@ -106,6 +107,16 @@ class Runs:
     def clusters(self) -> tuple[str, ...]:
         """Kinds of group that intervals respect."""
         return self.data.clusters if isinstance(self.data, Corpus) else self.pairs.clusters
+
+    def mean(self, values: Tensor) -> float:
+        """Mean of values `[example]` over groups, each counting once: what intervals and verdicts are about."""
+        labels = self.groups[self.clusters[0]] if self.clusters else None
+        return group_mean(values.detach().double().cpu().numpy(), labels)
+
+    @property
+    def source_hash(self) -> str:
+        """Content hash of the data, of the main corruption, as they were before rows were chosen from them."""
+        return (self.data if isinstance(self.data, Corpus) else self.pairs).source_hash
 
     @property
     def n(self) -> int:

@@ -5,12 +5,12 @@ A description can be held against a value (`check_node`) and printed (`rows`), s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vesalius.errors import InputError, NotFiniteError, UnknownNameError
+from vesalius.jobs.untrusted import LARGEST
 
 KINDS = ("text", "number", "whole number", "true or false")
 
@@ -154,8 +154,10 @@ def _check_value(node: Value, value: Any, path: str) -> None:
     # To Python True is a whole number; in JSON it is not.
     elif isinstance(value, bool) or not isinstance(value, int if node.kind == "whole number" else (int, float)):
         raise wrong
-    elif not math.isfinite(value):
-        raise NotFiniteError(f"{path} is {value}; numbers that were not measured are null")
+    elif not abs(value) <= LARGEST:
+        # A whole number of thousands of digits cannot even be written out.
+        shown = value if isinstance(value, float) else "too large a number"
+        raise NotFiniteError(f"{path} is {shown}; numbers that were not measured are null")
 
 
 def _check_items(node: Items, value: Any, path: str) -> None:
@@ -185,5 +187,9 @@ def _check_object(node: Named | Object, value: Any, path: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:
+        # Of a whole number of thousands of digits.
+        text = "a number"
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

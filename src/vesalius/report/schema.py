@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from vesalius.errors import FileFormatError
+from vesalius.jobs.untrusted import read_json
 from vesalius.report.claim_schema import CLAIM, FAMILY
 from vesalius.report.consistency import check_consistency
 from vesalius.report.nodes import (
@@ -284,6 +287,17 @@ def check(summary: Mapping[str, Any]) -> None:
     """
     check_node(SUMMARY, summary, "summary")
     check_consistency(summary)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The summary in a file, checked. Raises FileFormatError for what cannot be read as JSON, else as `check`."""
+    try:
+        summary = read_json(path)
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{path} cannot be read as a summary: {error}") from error
+    check(summary)
+    found: dict[str, Any] = summary
+    return found
 
 
 def markdown() -> str:

@@ -93,7 +93,10 @@ def _tested(
     circuit: Circuit = trained[CIRCUIT]
     question = trained.question
     with Ledger(path) as ledger:
-        sealed = ledger.register(family.claims, study=f"{family.study}, on {model.name}")
+        for pairs in question.corruptions.values():
+            ledger.open(pairs, "discovery")  # what the claims were made from
+        on = {"study": f"{family.study}, on {model.name}", "control_model": model.content_hash}
+        sealed = ledger.register(family.claims, **on)
         opened = {name: ledger.open(pairs, "validation") for name, pairs in question.corruptions.items()}
         contrast = replace(question.contrast("validation"), corruptions=opened)
         runs = Runs(

@@ -36,7 +36,7 @@ def power_note(question: Question) -> list[str]:
     pairs = question.corruptions[question.main].split(SPLITS[1])
     kind = pairs.clusters[0] if pairs.clusters else ""
     groups = len(set(pairs.groups[kind])) if kind else len(pairs)
-    needed = groups_to_decide(TYPICAL_EFFECT, alpha=LEVEL / TYPICAL_CLAIMS)
+    needed = groups_to_decide(TYPICAL_EFFECT, alpha=LEVEL / TYPICAL_CLAIMS, skewed=True)
     if groups >= needed:
         return []
     name = f"{kind}s" if kind and not kind.endswith("s") else kind or "prompts"

@@ -69,6 +69,8 @@ def true_claims(question: Question, model: Model, seed: int) -> list[Claim]:
 def tested(question: Question, model: Model, claims: Sequence[Claim], seed: int) -> tuple[Verdict, ...]:
     """Verdicts of claims, by the whole protocol: sealed as one family, then validation opened and each claim tested."""
     with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder) / "ledger.sqlite") as ledger:
+        for pairs in question.corruptions.values():
+            ledger.open(pairs, "discovery")
         family = ledger.register(claims, study=STUDY)
         opened = {name: ledger.open(pairs, "validation") for name, pairs in question.corruptions.items()}
         runs = Runs(model, opened, seed=seed)

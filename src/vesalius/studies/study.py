@@ -231,7 +231,7 @@ def run_steps(work: Work, steps: Sequence[Step[Any]], answer: Callable[[Mapping[
         verdicts=verdicts,
         costs=tuple(work.costs),
         ledger_head="" if family is None else work.ledger.verify().head,
-        sealed_at=openings[0].at if openings else None,
+        sealed_at=next((opening.at for opening in openings if opening.split == "validation"), None),
     )
 
 

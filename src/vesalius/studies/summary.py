@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import torch
 
 from vesalius import __version__
 from vesalius.circuits import Circuit, edges_to_json, share
@@ -15,10 +17,11 @@ from vesalius.describe import NO_ROLE, Description
 from vesalius.parts import Part
 from vesalius.patching.plan import Cost
 from vesalius.protocol import Claim, Evidence, Verdict
+from vesalius.protocol.legs import clusters_of
 from vesalius.quantities import Runs
 from vesalius.quantities.circuit import ABLATIONS
 from vesalius.quantities.contrast import EMBED
-from vesalius.stats import Measurement, measure, rank_p
+from vesalius.stats import Measurement, group_mean, measure, rank_p
 from vesalius.studies.gate import Gate, estimate
 from vesalius.studies.question import example_texts
 from vesalius.studies.study import Study
@@ -145,8 +148,8 @@ def _description(part: Part, fit: Description | None) -> str:
 
 def _marginal(tested: Tested, number: int) -> dict[str, Any]:
     alone = tested.with_only["resample"]
-    full = tested.runs.metric("clean").double().numpy()
-    lost = (alone[0] - tested.smaller[number]) / (full - alone[1]).mean()
+    whole = tested.runs.mean(tested.runs.metric("clean").double() - torch.from_numpy(alone[1]))
+    lost = (alone[0] - tested.smaller[number]) / whole
     found = _measured(tested.runs, lost, "marginal")
     return {key: getattr(found, key) for key in ("estimate", "low", "high")}
 
@@ -185,7 +188,9 @@ def claim_row(
     control = None if evidence is None or evidence.control is None else list(evidence.control)
     refuted = verdict.outcome in ("REFUTED", "NOT SPECIFIC")
     interval = None if verdict.low is None or verdict.high is None else [verdict.low, verdict.high]
-    compared = None if control is None else float(np.mean(control))
+    compared = None
+    if evidence is not None and control is not None:
+        compared = group_mean(control, clusters_of(claim, evidence)[0])
     return {
         "id": claim.id,
         "statement": claim.statement,
@@ -229,8 +234,23 @@ def _in_words(claim: Claim, verdict: Verdict, compared: float | None) -> str:
         return f"{tested} Not measured."
     interval = "" if verdict.low is None or verdict.high is None else f" [{verdict.low:+.3g}, {verdict.high:+.3g}]"
     control = "" if compared is None else f"; the control {compared:+.3g}"
-    where = f"{verdict.n} fresh prompts in {verdict.n_groups} groups"
-    return f"{tested} Measured on {where}: {verdict.estimate:+.3g}{interval}{unit}{control}."
+    where = f"{verdict.n} fresh prompts in {verdict.n_groups} groups{_effective(verdict)}"
+    return f"{tested} Measured on {where}: {verdict.estimate:+.3g}{interval}{unit}{control}.{_would_decide(verdict)}"
+
+
+def _effective(verdict: Verdict) -> str:
+    """How many independent groups would be as sure, where these are fewer."""
+    effective = verdict.legs[0].get("effective_groups") if verdict.legs else None
+    fewer = effective is not None and verdict.n_groups - effective >= 0.05
+    return f" (as sure as {effective:.1f} independent ones)" if fewer else ""
+
+
+def _would_decide(verdict: Verdict) -> str:
+    """With how many groups an open claim would be decided, one way or the other."""
+    if verdict.n_to_decide is None or not verdict.n:
+        return ""
+    groups = math.ceil(verdict.n_to_decide * verdict.n_groups / verdict.n)
+    return f" About {groups} groups like these would decide."
 
 
 def _control_text(claim: Claim) -> str | None:

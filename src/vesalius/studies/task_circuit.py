@@ -13,7 +13,6 @@ Every finished piece is kept on disk under the plan's hash: a killed study goes 
 from __future__ import annotations
 
 import datetime
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -48,12 +47,13 @@ from vesalius.describe.circuit import needed_draws
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs import Blocks, Event, Sink, track
 from vesalius.jobs.progress import shown
+from vesalius.jobs.untrusted import parse_json
 from vesalius.model import Model
 from vesalius.protocol import Claim, Evidence, Family, canonical_json, content_hash
 from vesalius.protocol.ledger import Ledger
 from vesalius.quantities import TOTAL_EFFECT, Runs
 from vesalius.quantities.circuit import ABLATIONS, Floats, PartSet, random_sets, stored
-from vesalius.quantities.contrast import EMBED
+from vesalius.quantities.contrast import EMBED, Contrast
 from vesalius.studies.answer import sentences
 from vesalius.studies.forecast import expected_cost, power_note
 from vesalius.studies.gate import FEWEST_ROWS, PREFERENCE, Gate, gate
@@ -106,9 +106,15 @@ def _gate(work: Work) -> Gate:
     )
 
 
+def _opened(work: Work, split: str) -> Contrast:
+    """A split of every corruption, from the ledger, which records what claims are made from and tested on."""
+    opened = {name: work.ledger.open(pairs, split) for name, pairs in work.question.corruptions.items()}
+    return replace(work.question.contrast(split), corruptions=opened)
+
+
 def _record(work: Work) -> Runs:
     """Runs on the discovery prompts of templates that passed; says what the study will cost, and what it can decide."""
-    contrast = work.question.contrast("discovery").subset(work[GATE].used)
+    contrast = _opened(work, "discovery").subset(work[GATE].used)
     runs = Runs(
         work.model,
         contrast,
@@ -150,7 +156,6 @@ def _describe(work: Work) -> Descriptions:
     def make() -> dict[str, NDArray[Any]]:
         setting = replace(
             Discovery.of(runs, members, study=work.question.name, n=work.question.sizes["validation"]),
-            parents=_parents(work.question),
             seed=work.options.seed,
         )
         found = describe(setting, ROLES, GOES_FIRST)
@@ -177,11 +182,6 @@ def _of_members(setting: Discovery, found: Descriptions) -> list[tuple[Claim, fl
     return claims
 
 
-def _parents(question: Question) -> tuple[str, ...]:
-    """Hashes of the data that claims are made from: the whole discovery split, failed templates too."""
-    return tuple(pairs.content_hash for pairs in question.split("discovery").values())
-
-
 def _seal(work: Work) -> Family:
     family = work.ledger.register(work[DESCRIPTIONS].claims, study=work.question.name)
     work[DISCOVERY].forget()
@@ -189,10 +189,7 @@ def _seal(work: Work) -> Family:
 
 
 def _validate(work: Work) -> Tested:
-    contrast = replace(
-        work.question.contrast("discovery"),
-        corruptions={n: work.ledger.open(pairs, "validation") for n, pairs in work.question.corruptions.items()},
-    )
+    contrast = _opened(work, "validation")
     passed = gate(work.model, contrast.pairs, "validation")
     # All of its prompts: to leave out what the model gets wrong would choose the test data by their outcome.
     runs = Runs(
@@ -323,4 +320,4 @@ def _json_array(data: Any) -> dict[str, NDArray[Any]]:
 
 
 def _from_array(arrays: Mapping[str, NDArray[Any]]) -> Any:
-    return json.loads(arrays["json"].tobytes())
+    return parse_json(arrays["json"].tobytes().decode("utf-8"), finite=False, values=None)

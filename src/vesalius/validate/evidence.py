@@ -14,6 +14,7 @@ from vesalius.inputs import Corpus, Pairs
 from vesalius.model import Model
 from vesalius.parts import HasLatents, Part, Together, as_part
 from vesalius.protocol import Claim, Evidence, unmeasured
+from vesalius.protocol.evidence import LONGEST_REASON
 from vesalius.quantities import Parameters, Quantity, Runs, quantity
 from vesalius.quantities.base import condition
 from vesalius.refs import resolve
@@ -41,9 +42,10 @@ def check(
 
     data: what the ledger opened: Pairs with the claim's corruption, corruption name -> Pairs, or a Corpus. parts: what
     the claim's subject names by hash and is not alive in this process: a dictionary, a Direction, its numbers.
-    data_hash: the opened split's, when the runs hold only some of its rows; default that of the runs' data.
+    data_hash: the opened split's; default that of the runs' data, or of the split that they were taken from.
     model_hash, when given, must be that of the runs' model. version: default the installed package's. Evidence is
-    unmeasured, with the reason, when the prompts lack what the claim speaks about or a result is not finite.
+    unmeasured, with the reason, when there are fewer examples than were planned, when the prompts lack what the claim
+    speaks about or a result is not finite.
 
     Raises InputError when neither runs nor model and data are given, when the quantity does not apply to the part, or
     when the claim was made about another model (allow_other_model=True tests it there all the same: the random-weights
@@ -56,7 +58,7 @@ def check(
     refused = of.refuses(runs, part)
     if refused:
         raise InputError(f"{of.name} of {part} cannot be measured: {refused}")
-    root = runs.data.content_hash if isinstance(runs.data, Corpus) else _corruption(runs, parameters).content_hash
+    root = runs.data.source_hash if isinstance(runs.data, Corpus) else _corruption(runs, parameters).source_hash
     _check_model(claim, runs.model, model_hash, allow_other_model)
     stamp: dict[str, Any] = {
         "data_hash": data_hash or root,
@@ -67,10 +69,14 @@ def check(
         "created_at": created_at,
         "version": version or _installed(),
     }
+    if runs.n < claim.n:
+        return unmeasured(claim.id, f"too few examples: {runs.n} of the {claim.n} that were planned", **stamp)
     try:
         return _measured(claim, of, runs, part, parameters, stamp)
-    except (NotFiniteError, PairsError) as error:
-        return unmeasured(claim.id, str(error), **stamp)
+    except NotFiniteError as error:
+        return unmeasured(claim.id, f"not finite: {error}"[:LONGEST_REASON], **stamp)
+    except PairsError as error:
+        return unmeasured(claim.id, f"not in the prompts: {error}"[:LONGEST_REASON], **stamp)
 
 
 def prepare(claims: Sequence[Claim], runs: Runs, parts: Given = ()) -> None:

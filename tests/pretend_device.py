@@ -113,6 +113,19 @@ def _empty_strided(size: Any, stride: Any, **options: Any) -> Tensor:
     return Labelled(torch.empty_strided(size, stride, dtype=options.get("dtype")), _where(options))
 
 
+def _made_by(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    plain = getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+    def made(*args: Any, **options: Any) -> Tensor:
+        generator = options.get("generator")
+        if generator is not None and generator.device.type == "cpu":
+            raise RuntimeError(f"Expected a 'pretend' device type for generator but found 'cpu' ({name})")
+        return Labelled(plain(*args, **{**options, "device": torch.device("cpu"), "pin_memory": False}), _where(options))
+
+    return made
+
+
 def _copied(source: Tensor, into: Tensor, non_blocking: bool = False) -> Tensor:
     del non_blocking
     _bare(into).copy_(_bare(source))
@@ -131,6 +144,9 @@ def device(index: int = 0) -> torch.device:
         library = torch.library.Library("aten", "IMPL")
         library.impl("empty.memory_format", _empty, "PrivateUse1")
         library.impl("empty_strided", _empty_strided, "PrivateUse1")
+        # Their own kernels would make something empty and resize it, which a label does not follow.
+        for name in ("arange", "arange.start", "arange.start_step", "randperm", "randperm.generator", "linspace"):
+            library.impl(name, _made_by(name), "PrivateUse1")
         library.impl("_copy_from", _copied, "PrivateUse1")
         _set_up.append(library)
     return torch.device(NAME, index)

@@ -121,7 +121,9 @@ def _made_by(name: str) -> Any:
         generator = options.get("generator")
         if generator is not None and generator.device.type == "cpu":
             raise RuntimeError(f"Expected a 'pretend' device type for generator but found 'cpu' ({name})")
-        return Labelled(plain(*args, **{**options, "device": torch.device("cpu"), "pin_memory": False}), _where(options))
+        return Labelled(
+            plain(*args, **{**options, "device": torch.device("cpu"), "pin_memory": False}), _where(options)
+        )
 
     return made
 

@@ -78,7 +78,9 @@ def sweeps(model: vs.Model) -> Found:
     found["steer"] = vs.sweep(model, pairs, sites="layers.1.mlp_post", each="neuron", group=40, edit="steer", scale=1.0,
                               sink=quiet).values  # fmt: skip
     given = [vs.Ablate("layers.0.z[1]")]
-    found["given"] = vs.sweep(model, pairs, sites="layers.1.mlp_out", given=given, hold_patterns=True, sink=quiet).values
+    found["given"] = vs.sweep(
+        model, pairs, sites="layers.1.mlp_out", given=given, hold_patterns=True, sink=quiet
+    ).values
     found["kl"] = vs.sweep(model, pairs, sites="layers.*.k", metric=vs.kl_divergence, sink=quiet).values
     direction = vs.Direction("layers.1.resid_post", torch.ones(48).cumsum(0))
     found["direction"] = vs.sweep(model, pairs, sites=[direction], sink=quiet).values
@@ -142,7 +144,9 @@ def test_what_takes_a_model_works_on_another_device_and_gives_the_cpus_numbers(f
     for name in expected:
         if entry in ON_THE_CPU:
             assert _device(found[name]) == "cpu", name
-        torch.testing.assert_close(_cpu(found[name]), _cpu(expected[name]), rtol=1e-3, atol=ROUNDED if name == "rounded" else 1e-5, msg=name)
+        torch.testing.assert_close(
+            _cpu(found[name]), _cpu(expected[name]), rtol=1e-3, atol=ROUNDED if name == "rounded" else 1e-5, msg=name
+        )
 
 
 def _device(value: Any) -> str:

@@ -128,6 +128,6 @@ def test_latents_are_parts_wherever_the_dictionary_is() -> None:
 def test_a_stream_of_activations_trains(tmp_path: Path) -> None:
     for model in models():
         source = vs.data.stream(model, documents(), sites=[SITE], context=30)
-        train(source, TrainConfig(kind="topk", n_latents=32, k=4, steps=4, batch_size=32), device=model.device, sink=quiet)
-
-
+        train(
+            source, TrainConfig(kind="topk", n_latents=32, k=4, steps=4, batch_size=32), device=model.device, sink=quiet
+        )

@@ -100,7 +100,9 @@ class _Attention:
         """[row, step, head, d_head]; with patterns held, who attends to whom is the base run's: its queries."""
         if not self._patterns:
             return q[0].transpose(0, 1)[index]
-        pos = (rows.start[:, None] + torch.arange(index.shape[1], device=q.device)).clamp_max(self._base.tokens.ids.shape[1] - 1)
+        pos = (rows.start[:, None] + torch.arange(index.shape[1], device=q.device)).clamp_max(
+            self._base.tokens.ids.shape[1] - 1
+        )
         return self._base.queries[layer][rows.example[:, None], pos]
 
     def _layout(self, layer: int) -> Any:
@@ -182,7 +184,9 @@ class Replay:
         early = self._read < rows.start[:, None]
         if not bool(early.any()):
             return found
-        return torch.where(early[..., None].to(found.device), self._base.resid[-1][rows.example[:, None], self._read], found)
+        return torch.where(
+            early[..., None].to(found.device), self._base.resid[-1][rows.example[:, None], self._read], found
+        )
 
     def _join(self, layer: int, hidden: Tensor) -> Tensor:
         """Append the rows that start at this layer, then apply edits of the residual stream here."""

@@ -72,7 +72,9 @@ def _values(runs: Runs, parts: Sequence[Part], at: str) -> list[PerExample]:
             value = part.value(run)
             if value.ndim != 2:
                 raise InputError(f"{part} has {value.shape[-1]} numbers at each position, and no one activation")
-            listed.append(_pooled(value, tokens.real[rows].to(value.device), at) if where is None else _at(value, where[rows]))
+            listed.append(
+                _pooled(value, tokens.real[rows].to(value.device), at) if where is None else _at(value, where[rows])
+            )
     return [torch.cat(listed).cpu() for listed in found]
 
 

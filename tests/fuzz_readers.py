@@ -251,7 +251,7 @@ def _entities(out: Path) -> None:
 
 
 def _summaries(out: Path) -> None:
-    for name, made in (("tiny", summaries.tiny()), ("stopped", summaries.stopped()), ("control", summaries.control())):
+    for name, made in (("tiny", summaries.tiny()), ("stopped", summaries.stopped())):
         (out / name).mkdir(parents=True)
         (out / name / "summary.json").write_text(json.dumps(made))
 

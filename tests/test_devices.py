@@ -149,6 +149,17 @@ def test_what_takes_a_model_works_on_another_device_and_gives_the_cpus_numbers(f
         )
 
 
+def worst_difference(entry: str, on_cpu: vs.Model, moved: vs.Model) -> float:
+    """Largest difference of what an entry point finds with two models, over the largest number; tools/gpu.py asks."""
+    expected, found = ENTRIES[entry](on_cpu), ENTRIES[entry](moved)
+    worst = 0.0
+    for name in expected.keys() - {"rounded"}:
+        one, other = _cpu(expected[name]).float(), _cpu(found[name]).float()
+        finite = one.isfinite()
+        worst = max(worst, float((one - other)[finite].abs().max() / one[finite].abs().max().clamp_min(1e-9)))
+    return worst
+
+
 def _device(value: Any) -> str:
     return value.device.type if isinstance(value, Tensor) else "cpu"
 
@@ -173,7 +184,7 @@ MIXED: dict[str, Callable[[Tensor, Tensor], Any]] = {
 @pytest.mark.parametrize("what", MIXED)
 def test_the_pretend_device_raises_where_cuda_does(what: str) -> None:
     here, there = torch.ones(3), torch.ones(3, device=pretend_device.device())
-    with pytest.raises(RuntimeError, match="same device|generator"):
+    with pytest.raises(RuntimeError, match=r"same device|generator"):
         MIXED[what](here, there)
     with pytest.raises(TypeError, match="numpy"):
         there.numpy()

@@ -183,7 +183,7 @@ class Plan:
 
     def _unequal(self, base: Tensor, values: Tensor, real: Tensor, axes: int) -> Tensor:
         """True where any number behind the first `axes` axes differs; everywhere, when these are not the tokens'."""
-        # What has no token axis, such as a mean over examples, can't be compared position by position: assume it differs.
+        # What has no token axis, such as a mean over examples, can't be compared by position: assume it differs.
         if base.shape[:2] != real.shape or values.ndim != base.ndim:
             return torch.ones_like(real)
         differs = base != (values[self.source.example] if values.shape[0] > 1 else values)

@@ -6,6 +6,7 @@ What is wrong there would stop on CUDA with "Expected all tensors to be on the s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,10 +94,14 @@ def test_prompts_that_lie_elsewhere_are_brought_to_the_cpu_where_runs_are_planne
     assert torch.equal(*found)
 
 
-def test_the_self_check_knows_that_a_gpu_rounds_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = record(tiny.model("llama"), tiny.pairs().tokens("clean"))
-    assert rounding(run) == ROUNDING
-    monkeypatch.setattr(vs.Model, "device", torch.device("cuda"))
-    assert rounding(run) == ROUNDING
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    assert rounding(run) == 8 * 2**-10
+def test_the_self_check_knows_that_a_gpu_rounds_products() -> None:
+    here: Any = SimpleNamespace(model=tiny.model("llama"))
+    there: Any = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda"), module=here.model.module))
+    assert rounding(here) == rounding(there) == ROUNDING
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert rounding(here) == ROUNDING
+        assert rounding(there) == 8 * 2**-10
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -266,7 +266,7 @@ def rounding(base: Recording, compute: str = "float32") -> float:
 
 def _in_tf32(module: nn.Module) -> bool:
     """Whether a GPU rounds the factors of this module's products to TF32: of all, or of convolutions alone."""
-    settings = [torch.backends.cuda.matmul]
+    settings: list[Any] = [torch.backends.cuda.matmul]
     if any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules()):
         settings.append(torch.backends.cudnn.conv if hasattr(torch.backends.cudnn, "conv") else torch.backends.cudnn)
     # allow_tf32 is the name before PyTorch 2.9, and may raise after it.

@@ -5,10 +5,10 @@ What is wrong there would stop on CUDA with "Expected all tensors to be on the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,117 +16,9 @@ from torch import Tensor
 import pretend_device
 import tiny
 import vesalius as vs
+from entries import ENTRIES, FAMILIES, ON_THE_CPU, ROUNDED, on_the_cpu
 from pretend_device import onto
-from vesalius.model.direct import direct_effects
-
-FAMILIES = ("llama", "gpt2")
-Found = Mapping[str, Any]
-ROUNDED = 0.1
-"""How far values of rounded products may lie apart: each kernel rounds on its own."""
-
-
-def quiet(_event: Any) -> None:
-    """Nobody listens."""
-
-
-def runs(model: vs.Model) -> Found:
-    tokens = tiny.pairs().tokens("clean")
-    run = model.run(tokens, capture=["layers.*.*", "embed", "final_norm", "logits"])
-    return {str(site): run[site] for site in run.activations} | {"logits": run.logits}
-
-
-def edits(model: vs.Model) -> Found:
-    pairs = tiny.pairs()
-    tokens = pairs.tokens("clean")
-    other = model.run(pairs.tokens("corrupted"), capture=["layers.1.z", "layers.1.pattern"])
-    kept = model.run(tokens, capture=["layers.1.resid_post"]).activations
-    vector = torch.randn(48, generator=torch.Generator().manual_seed(0))
-    basis = torch.randn(3, 48, generator=torch.Generator().manual_seed(1))
-    direction, subspace = vs.Direction("layers.1.resid_post", vector), vs.Subspace("layers.1.resid_post", basis)
-    mask = tokens.real & (torch.arange(tokens.ids.shape[1]) > 2)
-    made = {
-        "zero": vs.Ablate("layers.1.z[2]"),
-        "mean": vs.Ablate("layers.1.resid_post", "mean", reference=kept),
-        "resample": vs.Ablate("layers.1.resid_post", "resample", reference=kept),
-        "patch": vs.Patch("layers.1.z", source=other.activations, positions=mask),
-        "vector": vs.Patch("layers.1.mlp_out", source=vector, positions=[1, 2]),
-        "freeze": vs.Freeze("layers.1.pattern", source=other.activations),
-        "steer": vs.Steer(direction, scale=2.0, positions=tokens.lengths - 1),
-        "project": vs.Project(subspace, centre=vector),
-        "centred": vs.Project(direction, keep=True, centre=kept),
-        "noise": vs.Noise("embed", scale=0.5, std=vector.abs()),
-        "interchange": vs.Interchange(subspace, source=kept, examples=torch.arange(6).flip(0)),
-        "group": vs.Ablate(vs.Group("layers.1.mlp_post", [1, 4])),
-        "replace": vs.Replace("layers.1.mlp_in", "layers.1.mlp_out", lambda x: 2 * x, ref="twice"),
-    }
-    return {name: model.run(tokens, interventions=[edit]).logits for name, edit in made.items()}
-
-
-def generation(model: vs.Model) -> Found:
-    tokens = tiny.pairs().tokens("clean")
-    greedy = model.generate(tokens, 4, interventions=[vs.Ablate("layers.1.z[1]", positions="last")])
-    drawn = model.generate(tokens, 4, temperature=1.0, seed=3)
-    return {"greedy": greedy.tokens.ids, "drawn": drawn.tokens.ids}
-
-
-def sweeps(model: vs.Model) -> Found:
-    pairs, found = tiny.pairs(), {}
-    for edit in ("patch", "zero", "mean", "resample"):
-        found[edit] = vs.sweep(model, pairs, sites="layers.*.z", each="head", edit=edit, sink=quiet).values
-    found["positions"] = vs.sweep(model, pairs, sites="layers.*.resid_post", each="position", sink=quiet).values
-    found["neurons"] = vs.sweep(model, pairs, sites="layers.1.mlp_post", each="neuron", group=20, sink=quiet).values
-    found["steer"] = vs.sweep(model, pairs, sites="layers.1.mlp_post", each="neuron", group=40, edit="steer", scale=1.0,
-                              sink=quiet).values  # fmt: skip
-    given = [vs.Ablate("layers.0.z[1]")]
-    found["given"] = vs.sweep(
-        model, pairs, sites="layers.1.mlp_out", given=given, hold_patterns=True, sink=quiet
-    ).values
-    found["kl"] = vs.sweep(model, pairs, sites="layers.*.k", metric=vs.kl_divergence, sink=quiet).values
-    direction = vs.Direction("layers.1.resid_post", torch.ones(48).cumsum(0))
-    found["direction"] = vs.sweep(model, pairs, sites=[direction], sink=quiet).values
-    found["module"] = vs.sweep(model, pairs, sites=f"module:{_mlp(model)}|out", sink=quiet).values
-    found["rounded"] = vs.sweep(model, pairs, sites="layers.0.mlp_out", compute="bfloat16", sink=quiet).values
-    return found
-
-
-def _mlp(model: vs.Model) -> str:
-    return next(name for name, _ in model.module.named_modules() if name.endswith("1.mlp"))
-
-
-def paths(model: vs.Model) -> Found:
-    pairs = tiny.pairs()
-    to = {"logits": "logits", "mlp": "layers.2.mlp_in", "queries": ["layers.2.q", "layers.2.v"]}
-    return {
-        name: vs.path_patching(model, pairs, senders="layers.*.z", each="head", receivers=receivers, sink=quiet).values
-        for name, receivers in to.items()
-    }
-
-
-def tracing(model: vs.Model) -> Found:
-    found = vs.causal_tracing(model, tiny.pairs(), [1, 2], draws=2, sink=quiet)
-    return {kind: found[kind].values for kind in ("resid_post", "mlp_out", "attn_out")} | {"clean": found.clean}
-
-
-def attribution(model: vs.Model) -> Found:
-    pairs = tiny.pairs()
-    return {
-        "heads": vs.attribution_patching(model, pairs, sites="layers.*.z", each="head").values,
-        "positions": vs.attribution_patching(model, pairs, sites="layers.*.resid_pre", each="position").values,
-        "steps": vs.attribution_patching(model, pairs, sites="layers.1.mlp_out", steps=3).values,
-    }
-
-
-def direct(model: vs.Model) -> Found:
-    pairs = tiny.pairs()
-    return dict(direct_effects(model, pairs, pairs.tokens("clean")).contributions)
-
-
-ENTRIES: dict[str, Callable[[vs.Model], Found]] = {
-    "run": runs, "edits": edits, "generate": generation, "sweep": sweeps, "path patching": paths, "tracing": tracing,
-    "attribution": attribution, "direct effects": direct,
-}  # fmt: skip
-ON_THE_CPU = {"sweep", "path patching", "tracing", "attribution"}
-"""Entry points whose results are results, and on the CPU wherever the model is."""
+from vesalius.patching.plain import ROUNDING, rounding
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,16 +37,16 @@ def test_what_takes_a_model_works_on_another_device_and_gives_the_cpus_numbers(f
         if entry in ON_THE_CPU:
             assert _device(found[name]) == "cpu", name
         torch.testing.assert_close(
-            _cpu(found[name]), _cpu(expected[name]), rtol=1e-3, atol=ROUNDED if name == "rounded" else 1e-5, msg=name
+            on_the_cpu(found[name]),
+            on_the_cpu(expected[name]),
+            rtol=1e-3,
+            atol=ROUNDED if name == "rounded" else 1e-5,
+            msg=name,
         )
 
 
 def _device(value: Any) -> str:
     return value.device.type if isinstance(value, Tensor) else "cpu"
-
-
-def _cpu(value: Any) -> Tensor:
-    return value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
 
 
 MIXED: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -173,7 +65,7 @@ MIXED: dict[str, Callable[[Tensor, Tensor], Any]] = {
 @pytest.mark.parametrize("what", MIXED)
 def test_the_pretend_device_raises_where_cuda_does(what: str) -> None:
     here, there = torch.ones(3), torch.ones(3, device=pretend_device.device())
-    with pytest.raises(RuntimeError, match="same device|generator"):
+    with pytest.raises(RuntimeError, match=r"same device|generator"):
         MIXED[what](here, there)
     with pytest.raises(TypeError, match="numpy"):
         there.numpy()
@@ -186,3 +78,29 @@ def test_the_pretend_device_allows_what_cuda_allows() -> None:
     assert int(there[1]) == 1
     assert there.cpu().numpy().tolist() == [0, 1, 2]
     assert torch.ones(3).to(there).device == there.device
+
+
+def test_prompts_that_lie_elsewhere_are_brought_to_the_cpu_where_runs_are_planned() -> None:
+    plain, where = tiny.pairs(), pretend_device.device()
+    names = ("clean", "corrupted", "answer", "distractor", "lengths")
+    moved = vs.Pairs(**{name: getattr(plain, name).to(where) for name in names})
+    assert moved.content_hash == plain.content_hash
+    model = vs.Model(onto(tiny.llama()))
+    tokens = vs.Tokens(plain.clean.to(where), plain.real.to(where))
+    assert tokens.ids.device.type == "cpu"
+    assert model.run(tokens).logits.device == where
+    found = [vs.sweep(model, pairs, sites="layers.1.mlp_out", sink=lambda _: None).values for pairs in (plain, moved)]
+    assert torch.equal(*found)
+
+
+def test_the_self_check_knows_that_a_gpu_rounds_products() -> None:
+    here: Any = SimpleNamespace(model=tiny.model("llama"))
+    there: Any = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda"), module=here.model.module))
+    assert rounding(here) == rounding(there) == ROUNDING
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert rounding(here) == ROUNDING
+        assert rounding(there) == 8 * 2**-10
+    finally:
+        torch.set_float32_matmul_precision(before)

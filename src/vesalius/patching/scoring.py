@@ -82,7 +82,7 @@ def base_logits(base: Recording) -> Float[Tensor, "example *pos vocab"]:
 def plain_metric(
     logits: Tensor, base: Tensor, example: Int[Tensor, " row"], pairs: Pairs, metric: Metric
 ) -> Float[Tensor, " row"]:
-    """Metric of some examples' runs, on the CPU. logits: [row, pos, vocab]; base: [example, pos, vocab], of all examples."""
+    """Metric of some examples' runs, on the CPU. logits: [row, pos, vocab]; base: [example, pos, vocab], of all."""
     return metric(logits, pairs.subset(example.tolist()), base[example] if metric.needs.base else None).cpu()
 
 

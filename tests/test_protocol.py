@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -342,3 +343,18 @@ def test_steps_of_earlier_rules_cannot_follow_those_of_today(ledger: Ledger) -> 
     later = dataclasses.replace(record, payload=record.payload.replace('{"at":""', '{"rules":3,"at":""'))
     with pytest.raises(ProtocolError, match="was sealed under rules 3; this version knows 1 and 2"):
         judge(ledger._state(), later)
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text()
+
+
+def test_the_python_on_the_page_about_the_protocol_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "protocol.md", "exec"), names)
+    with names["ledger"] as ledger:
+        assert capsys.readouterr().out == f"SUPPORTED False {ledger.verify().head}\n"
+
+
+def test_the_page_names_every_reason() -> None:
+    assert all(f"`{reason}`" in PAGE for reason in REASONS)

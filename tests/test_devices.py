@@ -19,7 +19,6 @@ import vesalius as vs
 from entries import ENTRIES, FAMILIES, ON_THE_CPU, ROUNDED, on_the_cpu
 from pretend_device import onto
 from vesalius.patching.plain import ROUNDING, rounding
-from vesalius.patching.record import record
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 import tiny
 import vesalius as vs
 from vesalius.model.direct import direct_effects
+from vesalius.quantities import QUANTITIES, Runs
 
 FAMILIES = ("llama", "gpt2")
 Found = Mapping[str, Any]
@@ -118,11 +119,22 @@ def direct(model: vs.Model) -> Found:
     return dict(direct_effects(model, pairs, pairs.tokens("clean")).contributions)
 
 
+def quantities(model: vs.Model) -> Found:
+    runs = Runs(model, tiny.pairs(), sink=quiet)
+    parts, head = runs.components[:6], vs.head(1, 2)
+    found = {way: runs.effects(parts, "corrupted", way) for way in ("noising", "denoising")}
+    found |= {"shuffled": runs.shuffled_effects(parts, "corrupted", "noising"), "pattern": runs.pattern(head)}
+    for name, parameters in (("direct_effect", {}), ("copies", {"key": "answer"}), ("activation", {"at": "max"})):
+        part = vs.neuron(1, 3) if name == "activation" else head
+        found[name] = QUANTITIES[name].measure(runs, part, parameters)
+    return found
+
+
 ENTRIES: dict[str, Callable[[vs.Model], Found]] = {
     "run": runs, "edits": edits, "generate": generation, "sweep": sweeps, "path patching": paths, "tracing": tracing,
-    "attribution": attribution, "direct effects": direct,
+    "attribution": attribution, "direct effects": direct, "quantities": quantities,
 }  # fmt: skip
-ON_THE_CPU = {"sweep", "path patching", "tracing", "attribution"}
+ON_THE_CPU = {"quantities", "sweep", "path patching", "tracing", "attribution"}
 """Entry points whose results are results, and on the CPU wherever the model is."""
 
 

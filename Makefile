@@ -17,7 +17,7 @@ GEMMA := .gemma/gemma-3-270m-q4_k_m.gguf
 test slow fuzz calibrate: export OMP_NUM_THREADS = 1
 
 
-.PHONY: help demo gemma test check lint types format fuzz slow calibrate setup bench-engine bench-wide bench-dictionaries check-formats
+.PHONY: help demo gemma test check lint types format fuzz slow calibrate setup gpu bench-engine bench-wide bench-dictionaries check-formats
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -55,6 +55,9 @@ calibrate: $(STAMP) ## false positive rate and power of every validator
 	$(BIN)/vesalius calibrate
 
 setup: $(STAMP) ## only make .venv
+
+gpu: $(STAMP) ## on a real GPU: every family and entry point against plain hooks and the CPU (five minutes)
+	$(BIN)/python tools/gpu.py
 
 bench-engine: .venv-bench-engine/ready ## the engine against its peers, in an environment of its own (half an hour)
 	cd benchmarks && ../.venv-bench-engine/bin/python engine.py

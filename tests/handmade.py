@@ -43,7 +43,7 @@ PARTS = {name: vs.Unit(site) for name, site in SITES.items()}
 MEMBERS = tuple(PARTS[name] for name in ("inhibition", "mover", "suppressor", "negative"))
 
 
-def pairs(n: int = 24) -> vs.Pairs:
+def pairs(n: int = 36) -> vs.Pairs:
     """n pairs in each of the splits discovery and validation, which share no names and no templates."""
     rows: list[dict[str, Any]] = []
     for split, name in enumerate(("discovery", "validation")):

@@ -70,9 +70,9 @@ def facts() -> vs.Pairs:
             dots = [FILLERS[(row // (6 * 2**bit) + bit + half) % 2] for bit in range(5)]
             prompts = [[handmade.BOS, *dots[:5], 2 + subject, dots[0], handmade.END] for subject in (one, other)]
             rows.append({"clean": prompts[0], "corrupted": prompts[1], "answer": 28 + one, "distractor": 28 + other,
-                         "template": f"{split} {dots}", "names": str(one), "split": split})  # fmt: skip
+                         "template": f"{split} {row}", "split": split})  # fmt: skip
     columns = {key: torch.tensor([row[key] for row in rows]) for key in ("clean", "corrupted", "answer", "distractor")}
-    groups = {key: tuple(row[key] for row in rows) for key in ("template", "names")}
+    groups = {"template": tuple(row["template"] for row in rows)}
     return vs.Pairs(**columns, groups=groups, splits=tuple(row["split"] for row in rows), corruption="subject")
 
 

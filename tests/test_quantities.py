@@ -249,8 +249,8 @@ def test_a_quantity_of_ones_own_is_claimed_and_checked_by_its_entry_alone(
     monkeypatch.setitem(QUANTITIES, "end_norm", EndNorm())
     with vs.Ledger(tmp_path / "ledger.sqlite") as ledger:
         runs = Runs(network, ledger.open(pairs, "discovery"))
-        claim = claim_about(runs, mover, "end_norm", {"power": 2}, study="mine", n=24)
-        assert claim == claim_about(runs, str(mover), EndNorm(), {"power": 2}, study="mine", n=24)
+        claim = claim_about(runs, mover, "end_norm", {"power": 2}, study="mine", n=36)
+        assert claim == claim_about(runs, str(mover), EndNorm(), {"power": 2}, study="mine", n=36)
         assert (claim.quantity, claim.unit, claim.parameters) == ("end_norm", "size", {"power": 2})
         assert claim.nulls == (("nothing", claim.delta / 2),)
         assert claim.condition == {"corruption": "swap"}
@@ -261,11 +261,11 @@ def test_a_quantity_of_ones_own_is_claimed_and_checked_by_its_entry_alone(
         ledger.append(evidence)
         outcome: Any = ledger.verdicts(family)[0]
     run = network.run(fresh.pairs.tokens("clean"), capture=["layers.1.z"])
-    norms = run["layers.1.z"][torch.arange(24), fresh.pairs.at].norm(dim=-1) ** 2
+    norms = run["layers.1.z"][torch.arange(36), fresh.pairs.at].norm(dim=-1) ** 2
     assert evidence.effects == pytest.approx(norms[:, 0].tolist(), rel=1e-4)
     assert evidence.control is not None and len(claim.control["parts"]) == 7
-    assert evidence.nulls == {"nothing": (0.0,) * 24}
-    assert (outcome.outcome, outcome.n) == ("SUPPORTED", 24)
+    assert evidence.nulls == {"nothing": (0.0,) * 36}
+    assert (outcome.outcome, outcome.n) == ("SUPPORTED", 36)
     with pytest.raises(InputError, match=r"end_norm of layers.0.mlp_out cannot be measured: .* is no head"):
         claim_about(runs, "layers.0.mlp_out", "end_norm")
     with pytest.raises(InputError, match=r"end_norm of layers.0.mlp_out cannot be measured: .* is no head"):

@@ -470,7 +470,7 @@ def test_hsic_statistic_equals_the_trace_formula() -> None:
 def test_what_hsic_cannot_be_asked_is_refused() -> None:
     with pytest.raises(InputError, match="x is constant"):
         stats.hsic_test(np.zeros(10), np.arange(10.0))
-    with pytest.raises(InputError, match="distances in y are too large or too small"):
+    with pytest.raises(InputError, match=r"y\[1\] is 1e\+200"):
         stats.hsic_test(np.arange(10.0), np.arange(10.0) * 1e200)
     with pytest.raises(InputError, match="distances in x are too large or too small"):
         stats.hsic_test(np.arange(10.0) * 1e-200, np.arange(10.0))

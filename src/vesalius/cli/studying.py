@@ -39,6 +39,8 @@ class Request:
     past_gate: bool
     bos: str
     random_sets: int
+    device: str | None
+    """None is the GPU where there is one."""
     command: str
 
     def check(self) -> None:
@@ -48,6 +50,7 @@ class Request:
         checks.at_least("--random-sets", self.random_sets, checks.FEWEST_SETS)
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed must lie between 0 and 2**63 - 1; got {self.seed}")
+        checks.device(self.device)
         checks.question(self.question)
         check_writable(self.folder)
         look_up(self.model)
@@ -68,7 +71,7 @@ def study(request: Request) -> int:
     request.check()
     with bars() as progress:
         screen = Screen(progress)
-        model = vs.load(request.model, sink=screen)
+        model = vs.load(request.model, device=checks.chosen_device(request.device), sink=screen)
         question = _question(request, model)
         note(_announcement(model, question))
         run = _plain_study if request.control is None else _control_study

@@ -61,7 +61,9 @@ class Latent:
     def value(self, at: At) -> Float[Tensor, "*example_pos"]:
         """[example, pos], zero where inactive."""
         read = [Unit(site).read(at[site.whole]) for site in self.reads]
-        return self.coder.encode(read[0] if len(read) == 1 else read, latents=[self.index])[..., 0]
+        found = self.coder.encode(read[0] if len(read) == 1 else read, latents=[self.index])[..., 0]
+        # The dictionary may lie elsewhere than the model.
+        return found.to(read[0].device)
 
     def written(self, at: At, value: Tensor) -> dict[Site, Tensor]:
         """Copies of the whole tensors in which its contribution is `value` times its decoder row, site by site."""
@@ -74,7 +76,7 @@ class Latent:
         wide = inside.reshape(*change.shape, -1)  # heads [..., head, d_head] count as one width
         # A dictionary that normalises rows reads and writes one site: the row's own size is the unit of its latents.
         _, units = normalised(wide, self.coder.row_norm)
-        moved = wide + change[..., None] * units.size * self.rows[site].to(inside)
+        moved = wide + change[..., None].to(wide.device) * units.size * self.rows[site].to(inside)
         return unit.write(whole, moved.reshape(inside.shape))
 
     @cached_property

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vesalius.errors import InputError, NotFiniteError, PairsError, UnknownNameError
 from vesalius.inputs.raw import Inputs, Raw
-from vesalius.inputs.tokens import Tokens, check_decoder, check_ids, check_named_positions
+from vesalius.inputs.tokens import Tokens, bring_to_cpu, check_decoder, check_ids, check_named_positions
 from vesalius.protocol import content_hash
 from vesalius.site import Site
 
@@ -62,6 +62,8 @@ class Pairs:
     def __post_init__(self) -> None:
         for name in ("clean", "corrupted"):
             _check_side(name, getattr(self, name), self.raw)
+        labels = ("answer", "distractor", "lengths", "read", "named_positions", "decoder", "targets")
+        bring_to_cpu(self, "clean", "corrupted", *labels)
         if self.clean.shape != self.corrupted.shape:
             raise PairsError(
                 f"clean is {tuple(self.clean.shape)} and corrupted {tuple(self.corrupted.shape)}: "

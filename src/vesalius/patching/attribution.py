@@ -65,7 +65,9 @@ def attribution_patching(
     found = _requested(model, sites, each)
     work = _Work(model, pairs, metric, base, tuple(found))
     values, plain = work.first_order() if steps == 1 else work.along_the_way(steps)
-    pooled = torch.stack([_pooled(part.writes[0], share, each) for part, share in zip(found, values, strict=True)])
+    plain = (plain[0].cpu(), plain[1].cpu())
+    shares = zip(found, values, strict=True)
+    pooled = torch.stack([_pooled(part.writes[0], share, each).cpu() for part, share in shares])
     estimates = plain[0] + pooled
     real = pairs.tokens(base).real.T[None] if each == "position" else torch.ones((), dtype=torch.bool)
     passes = len(pairs) * (1 + (1 + _BACKWARD) * (1 if steps == 1 else 1 + steps * len(found)))
@@ -194,4 +196,5 @@ def _masked(share: Tensor, real: Tensor) -> Tensor:
     """Nothing on padding."""
     if share.shape[:2] != real.shape:
         return share
+    real = real.to(share.device)
     return torch.where(real.view(*real.shape, *[1] * (share.ndim - 2)), share, 0.0)

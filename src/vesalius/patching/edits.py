@@ -26,7 +26,11 @@ CONSTANT = (Ablate, Freeze, Interchange, Patch)
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Edited runs. example, layer, start, end: [row]; live positions are start <= p < end; end - 1 is read."""
+    """Edited runs. example, layer, start, end: [row]; live positions are start <= p < end; end - 1 is read.
+
+    What is planned (rows, masks, edits' places) is on the CPU, whatever the model's device, and is moved where it meets
+    the model's tensors: sizes are read there without waiting for the device.
+    """
 
     example: Int[Tensor, " row"]
     layer: Int[Tensor, " row"]
@@ -39,6 +43,10 @@ class Rows:
     @property
     def sizes(self) -> Int[Tensor, " row"]:
         return self.end - self.start
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on a device."""
+        return Rows(*(one.to(device) for one in (self.example, self.layer, self.start, self.end)))
 
     def take(self, index: Tensor) -> Rows:
         return Rows(self.example[index], self.layer[index], self.start[index], self.end[index])
@@ -143,9 +151,10 @@ def _write(table: Table, tensor: Tensor, flat: Flat, read: Mapping[Site, Tensor]
     pos = torch.arange(len(edit)) - (count.cumsum(0) - count)[edit] + first[edit]
     row, index, example = table.row[edit], table.index[edit], table.example[edit]
     token = flat.offset[row] + pos - rows.start[row]
-    values = [_picked(values, example, pos) for values in table.values]
+    values = [_picked(values, example.to(values.device), pos.to(values.device)) for values in table.values]
     if table.parts:
         wanted = [] if table.base is not None else [site for part in table.parts for site in read_again(part)]
+        token = token.to(tensor.device)
         here = {site: read[site][:, token] for site in wanted}
         tensor[:, token] = _given(table, tensor[:, token], here, rows.example[row], pos, values)
         return
@@ -188,7 +197,7 @@ def _named(table: Table) -> Site:
 
 def _put(tensor: Tensor, where: tuple[Tensor, ...], values: Tensor, adds: bool) -> None:
     """Write or add; no place is named twice in one table."""
-    whole = tensor[0]
+    whole, where = tensor[0], tuple(index.to(tensor.device) for index in where)
     whole[where] = (whole[where] + values if adds else values).to(tensor)
 
 

@@ -29,7 +29,10 @@ _NOT_WATCHED = ("resid_pre", "resid_mid", "resid_post", "scores", "result", "exp
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """values: [variant, example]. base: [example]. watched: site -> [variant, example, ...] at the read position."""
+    """values: [variant, example]. base: [example]. watched: site -> [variant, example, ...] at the read position.
+
+    All on the CPU.
+    """
 
     values: Float[Tensor, "variant example"]
     base: Float[Tensor, " example"]
@@ -128,7 +131,7 @@ class _Job:
             for label, filled in zip(self.labels, values, strict=True):
                 filled[number, example] = score(base, hidden, example, label, self.metric, end)
             for site, found in seen.items():
-                watched[site][number, example] = found
+                watched[site][number, example] = found.cpu()
             self.ran[number, example] = True
             spent += plan.work(batch.rows)
             self.sink(Event("advance", self.task, int(self.ran.any(1).sum()), len(plan.variants)))
@@ -142,7 +145,7 @@ class _Job:
         values = self._start(bases)
         seen = plan.base.model.run(plan.base.inputs, capture=list(self.watch)) if self.watch else None
         watched = {
-            site: at_read(seen[site], pairs.read_at(site), site)[None].repeat_interleave(len(plan.variants), 0)
+            site: at_read(seen[site], pairs.read_at(site), site)[None].cpu().repeat_interleave(len(plan.variants), 0)
             for site in self.watch
             if seen is not None
         }
@@ -151,7 +154,7 @@ class _Job:
             for label, filled in zip(self.labels, values, strict=True):
                 filled[run.number, run.example] = plain_metric(run.logits, logits, run.example, label, self.metric)
             for site, found in run.watched.items():
-                watched[site][run.number, run.example] = found
+                watched[site][run.number, run.example] = found.cpu()
             self.sink(Event("advance", self.task, run.number + 1, len(plan.variants)))
 
         self.ran = plan.live()
@@ -184,4 +187,4 @@ class _Job:
         base, at = self.plan.base, self.labels[0].at
         everyone = torch.arange(len(base))
         found = base_pattern(base, site, everyone, at) if site.kind == "pattern" else base[site][everyone, at]
-        return found[None].repeat(len(self.plan.variants), *[1] * found.ndim)
+        return found[None].cpu().repeat(len(self.plan.variants), *[1] * found.ndim)

@@ -277,7 +277,7 @@ class _Work:
             read = last[everyone[:, None], self.pairs.reads]
             return self._frozen_score(read, everyone, at_reads(self.base, self.pairs))
         base = base_logits(self.base) if self.metric.needs.base else None
-        return self.metric(logits, self.pairs, base)
+        return self.metric(logits, self.pairs, base).cpu()
 
     def check(self, senders: Sequence[Site], values: Tensor, seed: int) -> None:
         """Raise SelfCheckError when a random sender's values differ from those of plain runs."""

@@ -187,7 +187,7 @@ class Plan:
         if base.shape[:2] != real.shape or values.ndim != base.ndim:
             return torch.ones_like(real)
         differs = base != (values[self.source.example] if values.shape[0] > 1 else values)
-        return differs if differs.ndim <= axes else differs.flatten(axes).any(-1)
+        return (differs if differs.ndim <= axes else differs.flatten(axes).any(-1)).cpu()
 
 
 def first_layer(variant: Variant) -> int:
@@ -275,7 +275,7 @@ class Needed:
             read = torch.zeros(tokens, dtype=torch.bool)
             read[self._read[self._read < tokens]] = True
             keep &= read
-        return keep.nonzero()[:, 0]
+        return keep.nonzero()[:, 0].to(self._model.device)
 
 
 def _any(seen: set[Site], layer: int, kinds: Sequence[str]) -> bool:

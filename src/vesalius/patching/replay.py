@@ -66,16 +66,12 @@ class _Attention:
             return self._attended(layer, q, k, v, (rows, index, mask, row_of, pos_of, within), scaling)
         out = v.new_zeros(1, len(row_of), q.shape[1], v.shape[3])
         if bool(needed.any()):
-            token, number = needed[row_of], needed.cumsum(0) - 1
+            owner = self._flat.row_of[: len(row_of)]
+            chosen, number = needed[owner], needed.cumsum(0) - 1
+            renumbered = number[owner[chosen]].to(q.device)
+            kept, token = (one.nonzero()[:, 0].to(q.device) for one in (needed, chosen))
             # Tokens keep their places in the batch; rows are numbered anew.
-            some = (
-                rows.take(needed.nonzero()[:, 0]),
-                index[needed],
-                mask[needed],
-                number[row_of[token]],
-                pos_of[token],
-                within[token],
-            )
+            some = (rows.take(kept), index[kept], mask[kept], renumbered, pos_of[token], within[token])
             out[:, token] = self._attended(layer, q, k[:, :, token], v[:, :, token], some, scaling)
         return out
 
@@ -104,28 +100,32 @@ class _Attention:
         """[row, step, head, d_head]; with patterns held, who attends to whom is the base run's: its queries."""
         if not self._patterns:
             return q[0].transpose(0, 1)[index]
-        pos = (rows.start[:, None] + torch.arange(index.shape[1])).clamp_max(self._base.tokens.ids.shape[1] - 1)
+        pos = (rows.start[:, None] + torch.arange(index.shape[1], device=q.device)).clamp_max(
+            self._base.tokens.ids.shape[1] - 1
+        )
         return self._base.queries[layer][rows.example[:, None], pos]
 
     def _layout(self, layer: int) -> Any:
+        """Rows, [row, step] tokens, [row, step, key] mask, and each token's row, position and step; on the device."""
         count, tokens = self._flat.active(layer)
         window = self._base.windows[layer]
         # Between two layers at which rows join nothing changes, so most layers find theirs made.
         if (count, window) not in self._geometry:
-            rows = self._flat.rows.take(torch.arange(count))
-            steps = torch.arange(int(rows.sizes.max()))
-            index = (self._flat.offset[:count, None] + steps).clamp_max(tokens - 1)
-            back = (rows.start[:, None] + steps)[..., None] - torch.arange(int(rows.end.max()))
+            joined, where = self._flat.rows.take(torch.arange(count)), self._base.resid[0].device
+            rows = joined.to(where)
+            steps = torch.arange(int(joined.sizes.max()), device=where)
+            index = (self._flat.offset[:count, None].to(where) + steps).clamp_max(tokens - 1)
+            back = (rows.start[:, None] + steps)[..., None] - torch.arange(int(joined.end.max()), device=where)
             reach = back >= 0 if window is None else (back >= 0) & (back < window)
-            row_of, pos_of = self._flat.row_of[:tokens], self._flat.pos_of[:tokens]
+            row_of, pos_of = self._flat.row_of[:tokens].to(where), self._flat.pos_of[:tokens].to(where)
             within = pos_of - rows.start[row_of]
             self._geometry[count, window] = (rows, index, reach, row_of, pos_of, within)
         return self._geometry[count, window]
 
     def _look(self, layer: int, padded: Tensor, keys: Tensor, mask: Tensor, scaling: float) -> None:
         """Attention pattern of each row's watched token: [row, head, key_pos]."""
-        rows = torch.arange(len(padded))
-        at = self._step[: len(padded)]
+        rows = torch.arange(len(padded), device=padded.device)
+        at = self._step[: len(padded)].to(padded.device)
         scores = capped(torch.einsum("rkgd,rksd->rkgs", padded[rows, at], keys) * scaling, self._base.caps[layer])
         scores = scores.masked_fill(~mask[rows, at][:, None, None], float("-inf"))
         pattern = scores.softmax(-1).flatten(1, 2)
@@ -184,7 +184,9 @@ class Replay:
         early = self._read < rows.start[:, None]
         if not bool(early.any()):
             return found
-        return torch.where(early[..., None], self._base.resid[-1][rows.example[:, None], self._read], found)
+        return torch.where(
+            early[..., None].to(found.device), self._base.resid[-1][rows.example[:, None], self._read], found
+        )
 
     def _join(self, layer: int, hidden: Tensor) -> Tensor:
         """Append the rows that start at this layer, then apply edits of the residual stream here."""
@@ -212,9 +214,9 @@ class Replay:
         return out[0] if isinstance(out, tuple) else out
 
     def _arguments(self, layer: int, tokens: int) -> dict[str, Any]:
-        rules = self._model.architecture[0].replay
-        pos = self._flat.pos_of[:tokens]
-        example = self._flat.rows.example[self._flat.row_of[:tokens]]
+        rules, where = self._model.architecture[0].replay, self._base.resid[0].device
+        pos = self._flat.pos_of[:tokens].to(where)
+        example = self._flat.rows.example[self._flat.row_of[:tokens]].to(where)
         built: dict[str, Any] = {}
         for name, value in self._base.calls[layer].items():
             rule = rules.get(name)
@@ -281,7 +283,7 @@ def base_pattern(
     by_group = query.view(len(example), keys.shape[1], -1, query.shape[-1])
     scores = torch.einsum("rkgd,rksd->rkgs", by_group, keys) * base.scaling[site.layer]
     scores, window = capped(scores, base.caps[site.layer]), base.windows[site.layer]
-    back = at[:, None] - torch.arange(keys.shape[2])
+    back = (at[:, None] - torch.arange(keys.shape[2])).to(scores.device)
     hidden = back < 0 if window is None else (back < 0) | (back >= window)
     return scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1).flatten(1, 2)
 

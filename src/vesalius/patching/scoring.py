@@ -22,7 +22,8 @@ def score(
     metric: Metric,
     base_hidden: Float[Tensor, "example read d_model"],
 ) -> Float[Tensor, " row"]:
-    """Metric of rows from their final residual vectors at the positions it reads; base_hidden: the base run's."""
+    """Metric of rows, on the CPU, from their final residual vectors at the positions it reads; base_hidden: the base
+    run's."""
     normed = final_norm(base, hidden)
     reference = final_norm(base, base_hidden[example]) if metric.needs.base else normed
     return score_normed(base, normed, example, pairs, metric, reference)
@@ -38,10 +39,10 @@ def score_normed(
 ) -> Float[Tensor, " row"]:
     """As `score`, from vectors after the final norm; base_normed: the base run's, of the same rows."""
     tokens = metric.tokens(pairs)
-    wanted = None if tokens is None else tokens[example]
+    wanted = None if tokens is None else tokens[example].to(normed.device)
     found = [_logits(base, some, wanted) for some in (normed, *([base_normed] if metric.needs.base else []))]
     with torch.no_grad():
-        return metric.of(found[0], found[1] if metric.needs.base else None, pairs.subset(example.tolist()))
+        return metric.of(found[0], found[1] if metric.needs.base else None, pairs.subset(example.tolist())).cpu()
 
 
 def final_norm(base: Recording, hidden: Tensor) -> Tensor:
@@ -81,8 +82,8 @@ def base_logits(base: Recording) -> Float[Tensor, "example *pos vocab"]:
 def plain_metric(
     logits: Tensor, base: Tensor, example: Int[Tensor, " row"], pairs: Pairs, metric: Metric
 ) -> Float[Tensor, " row"]:
-    """Metric of some examples' runs. logits: [row, pos, vocab]; base: [example, pos, vocab], of all examples."""
-    return metric(logits, pairs.subset(example.tolist()), base[example] if metric.needs.base else None)
+    """Metric of some examples' runs, on the CPU. logits: [row, pos, vocab]; base: [example, pos, vocab], of all."""
+    return metric(logits, pairs.subset(example.tolist()), base[example] if metric.needs.base else None).cpu()
 
 
 def base_values(run: Recording, pairs: Pairs, metric: Metric, reference: Recording) -> Float[Tensor, " example"]:

@@ -209,7 +209,7 @@ class _Work:
             edits += [Patch(part, source=part.value(self.clean), positions=live) for part in variant.parts]
         logits = self.model.run(self.clean.tokens, interventions=edits).logits
         base = self.model.run(self.clean.tokens, interventions=[noise]).logits if self.metric.needs.base else None
-        return self.metric(logits, self.pairs, base)
+        return self.metric(logits, self.pairs, base).cpu()
 
     def _check(self, noises: Sequence[Noise], variants: Sequence[Variant], values: Tensor, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)

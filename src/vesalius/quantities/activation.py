@@ -72,8 +72,10 @@ def _values(runs: Runs, parts: Sequence[Part], at: str) -> list[PerExample]:
             value = part.value(run)
             if value.ndim != 2:
                 raise InputError(f"{part} has {value.shape[-1]} numbers at each position, and no one activation")
-            listed.append(_pooled(value, tokens.real[rows], at) if where is None else _at(value, where[rows]))
-    return [torch.cat(listed) for listed in found]
+            listed.append(
+                _pooled(value, tokens.real[rows].to(value.device), at) if where is None else _at(value, where[rows])
+            )
+    return [torch.cat(listed).cpu() for listed in found]
 
 
 def _pooled(value: Float[Tensor, "example pos"], real: Tensor, at: str) -> PerExample:

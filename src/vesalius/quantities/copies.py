@@ -48,7 +48,7 @@ class Copies(Quantity):
         spread = value.repeat_interleave(heads // value.shape[1], 1)
         write = runs.model.head_writes(site.layer, spread)[:, site.index]
         direction = runs.once((self.name, key), lambda: _direction(runs, key))
-        return torch.einsum("ed,ed->e", write, direction.to(write))
+        return torch.einsum("ed,ed->e", write, direction.to(write)).cpu()
 
 
 def _direction(runs: Runs, key: str) -> Float[Tensor, "example d_model"]:
@@ -57,7 +57,7 @@ def _direction(runs: Runs, key: str) -> Float[Tensor, "example d_model"]:
     own = pairs.answer if key == "answer" else pairs.distractor
     final = runs.run("clean").resid[-1][torch.arange(runs.n), pairs.at]
     vocabulary, counted = _other_tokens(pairs.answer, pairs.distractor)
-    total = torch.zeros_like(final)
+    counted, total = counted.to(final.device), torch.zeros_like(final)
     for token, here in zip(vocabulary, counted.T, strict=True):
         total += here[:, None] * frozen_norm(runs.model, final, own, token.expand_as(own)).direction
     return total / counted.sum(1)[:, None]

@@ -60,7 +60,7 @@ class DirectEffect(Quantity):
         return runs.run("clean").reason
 
     def measure(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample:
-        return frozen(runs, "clean").of(written(runs, part))
+        return frozen(runs, "clean").of(written(runs, part)).cpu()
 
     def nulls(self, runs: Runs, part: Part, parameters: Parameters) -> Mapping[str, PerExample]:
-        return {"shuffled labels": frozen(runs, "clean", runs.shuffled).of(written(runs, part))}
+        return {"shuffled labels": frozen(runs, "clean", runs.shuffled).of(written(runs, part)).cpu()}

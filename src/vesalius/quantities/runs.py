@@ -223,7 +223,7 @@ class Runs:
         back = position[:, None] - position[None]
         window = base.windows[site.layer]
         hidden = (back < 0) if window is None else (back < 0) | (back >= window)
-        return scores.masked_fill(hidden, float("-inf")).softmax(-1)[: self.n]
+        return scores.masked_fill(hidden, float("-inf")).softmax(-1)[: self.n].cpu()
 
     def source(self, corruption: str, direction: str, parts: Sequence[Part] = ()) -> tuple[Recording, Source]:
         """Base run and values: noising puts corrupted values into the clean run, denoising the other way round."""

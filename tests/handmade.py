@@ -1,4 +1,4 @@
-"""A network whose mechanism is known, built by hand, and the task it solves; and a bench whose figures are planted.
+"""A network whose mechanism is known, built by hand, and the task it solves; and runs whose figures are planted.
 
 Prompts are [BOS X . Y . . S2 . END], where X and Y are a token of class A and one of class B in either order and S2 is
 the B token again; the answer is the A token. Corrupted: S2 is the A token.
@@ -6,7 +6,7 @@ the B token again; the answer is the A token. Corrupted: S2 is the A token.
     0.0  previous-token          attends to the position before; writes nothing
     0.1  S-inhibition            END attends to S2 and writes its class onto a flag
     1.0  name mover              END attends to names, the flag turns it to A; copies the token
-    1.1  S-suppressor            END attends to S2 and takes its token's logit down
+    1.1  copy suppression        END attends to S2 and takes its token's logit down
     1.2  negative mover          attends like the name mover and takes the token down, less
     0.2, 0.3, 1.3                do nothing
 """
@@ -24,8 +24,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny
 import vesalius as vs
-from vesalius.bench import Bench
-from vesalius.patching.record import Record
+from vesalius.describe import GOES_FIRST, ROLES, Descriptions, Discovery, claims_of, describe
+from vesalius.patching.record import Recording
+from vesalius.protocol import Claim
+from vesalius.quantities import COPIES, Runs
+from vesalius.quantities.direct_effect import frozen, written
 from vesalius.site import Site
 
 VOCAB, WIDTH, D_HEAD, HEADS = 40, 9, 48, 4
@@ -36,10 +39,11 @@ SITES = {
     "previous": Site("z", 0, 0), "inhibition": Site("z", 0, 1), "mover": Site("z", 1, 0),
     "suppressor": Site("z", 1, 1), "negative": Site("z", 1, 2), "idle": Site("z", 1, 3),
 }  # fmt: skip
-MEMBERS = tuple(SITES[name] for name in ("inhibition", "mover", "suppressor", "negative"))
+PARTS = {name: vs.Unit(site) for name, site in SITES.items()}
+MEMBERS = tuple(PARTS[name] for name in ("inhibition", "mover", "suppressor", "negative"))
 
 
-def pairs(n: int = 24) -> vs.Pairs:
+def pairs(n: int = 36) -> vs.Pairs:
     """n pairs in each of the splits discovery and validation, which share no names and no templates."""
     rows: list[dict[str, Any]] = []
     for split, name in enumerate(("discovery", "validation")):
@@ -132,8 +136,19 @@ def network(*, mover: float = 3.0, looks: bool = True, suppressor: float = -2.0,
     return vs.Model(build.net)
 
 
-def bench(model: vs.Model, split: str = "discovery", n: int = 24) -> Bench:
-    return Bench(model, {"swap": pairs(n).split(split)})
+def runs(model: vs.Model, split: str = "discovery", n: int = 24) -> Runs:
+    return Runs(model, pairs(n).split(split))
+
+
+def described(discovery: Discovery) -> Descriptions:
+    """Every member described by the role library, as in a study."""
+    return describe(discovery, ROLES, GOES_FIRST)
+
+
+def claims(discovery: Discovery) -> tuple[Claim, ...]:
+    """What the roles of the members claim."""
+    fits = [fit for fit in described(discovery).fits.values() if fit is not None]
+    return tuple(claim for fit in fits for claim, _ in claims_of(fit, discovery))
 
 
 @cache
@@ -142,25 +157,31 @@ def random_model() -> vs.Model:
 
 
 @cache
-def random_record(n: int) -> Record:
-    return Bench(random_model(), {"swap": pairs(n).split("discovery")}).run("clean")
+def random_recording(n: int) -> Recording:
+    return Runs(random_model(), pairs(n).split("discovery")).run("clean")
 
 
-class Planted(Bench):
-    """A bench on a random model whose figures are what the test says; whatever is not planted is zero or uniform."""
+class Planted(Runs):
+    """Runs of a random model whose figures are what the test says; whatever is not planted is zero or uniform."""
 
-    def __init__(self, n: int = 12) -> None:
-        super().__init__(random_model(), {"swap": pairs(n).split("discovery")})
-        # Its values are written to; the rest is shared.
-        record = random_record(n)
-        self._runs["clean"] = replace(record, values=tuple(values.clone() for values in record.values))
-        self.seen: dict[Site, Tensor] = {}
-        self.directs: dict[Site, float] = {}
-        self.totals: dict[Site, float] = {}
-        self.turned: dict[Site, float] = {}
+    def __init__(self, n: int = 12, data: vs.Pairs | None = None) -> None:
+        super().__init__(random_model(), pairs(n).split("discovery") if data is None else data)
+        # Its values and outputs are written to; the rest is shared.
+        recording = random_recording(n)
+        copied = {site: tensor.clone() for site, tensor in recording.sites.items()}
+        values = tuple(value.clone() for value in recording.values)
+        self._random, self._clean = recording.sites, replace(recording, values=values, sites=copied)
+        for tensor in copied.values():
+            tensor[torch.arange(self.n), self.pairs.at] = 0.0
+        self.seen: dict[vs.Part, Tensor] = {}
+        self.totals: dict[vs.Part, float] = {}
+        self.turned: dict[vs.Part, float] = {}
         """Attention that patching this part moves from the answer to the distractor in every head that is watched."""
 
-    def attend(self, part: Site, query: Tensor, key: Tensor, mass: float) -> None:
+    def run(self, which: str, parts: Any = ()) -> Recording:
+        return self._clean if which == "clean" else super().run(which, parts)
+
+    def attend(self, part: vs.Part, query: Tensor, key: Tensor, mass: float) -> None:
         """At `query`, mass on `key` and the rest spread over the other visible positions."""
         pattern = self.seen.setdefault(part, uniform(self.n))
         for row in range(self.n):
@@ -168,11 +189,8 @@ class Planted(Bench):
             pattern[row, at, : at + 1] = (1 - mass) / at
             pattern[row, at, to] = mass
 
-    def pattern(self, part: Site, which: str = "clean") -> Tensor:
+    def pattern(self, part: vs.Part, which: str = "clean") -> Tensor:
         return self.seen.get(part, uniform(self.n))
-
-    def direct(self, part: Site, labels: vs.Pairs | None = None) -> Tensor:
-        return torch.full((self.n,), self.directs.get(part, 0.0) if labels is None else 0.0)
 
     def total(self, corruption: str) -> Tensor:
         return torch.full((self.n,), 10.0)
@@ -183,33 +201,37 @@ class Planted(Bench):
     def shuffled_effects(self, parts: Any, corruption: str, direction: str) -> Tensor:
         return torch.zeros(len(parts), self.n)
 
-    def copy(self, part: Site, key: str, amount: float) -> None:
+    def copy(self, part: vs.Unit, key: str, amount: float) -> None:
         """Makes the value at `key` such that `copies` is `amount` for every prompt."""
-        assert part.layer is not None and part.index is not None
+        layer, index = part.site.layer, part.site.index
+        assert layer is not None and index is not None
         rows, at = torch.arange(self.n), self.named_positions[key]
         token = self.pairs.answer if key == "answer" else self.pairs.distractor
-        values = self.run("clean").values[part.layer]
-        values[rows, part.index, at] = self.model.W_U[token] @ self.model.W_O(part.layer)[part.index].T
-        now = vs.describe.figure(self, "copies", {"component": str(part), "key": key})
-        values[rows, part.index, at] *= (amount / now)[:, None]
+        values = self._clean.values[layer]
+        values[rows, index, at] = self.model.W_U[token] @ self.model.W_O(layer)[index].T
+        values[rows, index, at] *= (amount / COPIES.measure(self, part, {"key": key}))[:, None]
 
-    def evaluate(self, variants: Any, base: Any, donor: Any, task: str, watch: Any = ()) -> Any:
+    def write(self, part: vs.Unit, amount: float) -> None:
+        """Makes the output at the read position such that `direct_effect` is `amount` for every prompt."""
+        site, read = part.site.whole, (torch.arange(self.n), self.pairs.at)
+        heads = slice(None) if part.site.index is None else part.site.index
+        output = self._clean.sites[site]
+        output[(*read, heads)] = self._random[site][(*read, heads)]
+        output[(*read, heads)] *= (amount / frozen(self, "clean").of(written(self, part)))[:, None]
+
+    def evaluate(self, variants: Any, base: Any, source: Any, task: str, watch: Any = ()) -> Any:
         watched = {}
         for site in watch:
-            heads = torch.stack([self.pattern(site_head(site, h))[:, -1] for h in range(4)], 1)
+            heads = torch.stack([self.pattern(vs.head(site.layer, h))[:, -1] for h in range(4)], 1)
             watched[site] = torch.stack([self._turn(heads, variant.parts[0]) for variant in variants])
         return SimpleNamespace(watched=watched)
 
-    def _turn(self, heads: Tensor, part: Site) -> Tensor:
+    def _turn(self, heads: Tensor, part: vs.Part) -> Tensor:
         rows, moved = torch.arange(self.n), self.turned.get(part, 0.0)
         heads = heads.clone()
         heads[rows, :, self.named_positions["answer"]] -= moved
         heads[rows, :, self.named_positions["distractor_last"]] += moved
         return heads
-
-
-def site_head(site: Site, index: int) -> Site:
-    return Site("z", site.layer, index)
 
 
 def uniform(n: int) -> Tensor:

@@ -16,6 +16,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.badly_closed: list[str] = []
         self.pieces: list[str] = []
+        self.scripts: list[str] = []
         self.feed(page)
         self.close()
 
@@ -32,7 +33,9 @@ class Page(HTMLParser):
             self.badly_closed.append(tag)
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
+        if "script" in self.open:
+            self.scripts.append(data)
+        elif "style" not in self.open:
             self.pieces.append(data)
 
     @property
@@ -46,8 +49,15 @@ class Page(HTMLParser):
         return [a for name, a in self.tags if name == tag and css in (a.get("class") or "").split()]
 
 
+def contrast(first: str, second: str) -> float:
+    """Contrast ratio of two colours as WCAG 2 defines it: at least 4.5 for text."""
+    dark, light = sorted((luminance(first), luminance(second)))
+    return (light + 0.05) / (dark + 0.05)
+
+
 def luminance(colour: str) -> float:
     """Relative luminance as WCAG 2 defines it."""
+    colour = colour if len(colour) == 7 else "#" + "".join(2 * digit for digit in colour[1:])
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import vesalius as vs
+from vesalius.parts import as_part
+from vesalius.patching.targets import Variant
 
 Values = dict[vs.Site, Tensor]
 
@@ -88,3 +90,8 @@ def patched(model: vs.Model, pairs: vs.Pairs, parts: Sequence[vs.Site], base: st
     """Metric [example] of the base prompts' run with these components' values from the other prompts."""
     other = values(model, pairs.tokens("corrupted" if base == "clean" else "clean"))
     return difference(forward(model, pairs.tokens(base), {part: other[part] for part in parts}), pairs)
+
+
+def edited(parts: Sequence[vs.Part | vs.Site], position: int | None = None) -> Variant:
+    """An edited run of parts, or of sites."""
+    return Variant(tuple(map(as_part, parts)), position)

@@ -48,7 +48,7 @@ def random_question(model: vs.Model, wrong: Collection[int] = (), n: int = 32) -
 
 def planted() -> tuple[Question, vs.Model]:
     """The planted network and its task, both corruptions."""
-    return Question("planted", "Which token followed?", planted_pairs(16)), planted_induction(0)
+    return Question("planted", "Which token followed?", planted_pairs(36)), planted_induction(0)
 
 
 def summary_of(study: Study, **changes: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from summary_parts import (
+    PROMPTS,
     ROLES,
     TOKENS,
     Summary,
@@ -33,7 +34,7 @@ def ioi(seed: int = 0) -> Summary:
         "effects": effects,
         "circuit": circuit,
         "attention": [
-            attention_of(rng, name, role, TOKENS) for name, role in members if role in ("name mover", "S-inhibition")
+            attention_of(rng, name, role, PROMPTS) for name, role in members if role in ("name mover", "S-inhibition")
         ],
     }
     kept = circuit["faithfulness"][1]["estimate"]
@@ -42,7 +43,8 @@ def ioi(seed: int = 0) -> Summary:
         "3 S-inhibition heads turn attention away from it, and 3 name movers copy the other one "
         f"(the circuit of 20 parts keeps {100 * kept:.0f} % of the effect under mean ablation).",
         f"Of 46 claims about these parts {count(claims, 'SUPPORTED')} were supported on fresh prompts, "
-        f"{count(claims, 'REFUTED')} were refuted and {count(claims, 'INCONCLUSIVE')} stay open.",
+        f"{count(claims, 'REFUTED')} were refuted, {count(claims, 'NOT SPECIFIC')} were not specific and "
+        f"{count(claims, 'INCONCLUSIVE')} stay open.",
     ]
     return summary
 
@@ -51,10 +53,12 @@ def stopped() -> Summary:
     """The model does not do the task."""
     summary = ioi()
     for entry in summary["gate"]["templates"]:
-        entry.update(accuracy=0.25, logit_diff=-0.4, passed=False)
-    summary["gate"].update(passed=False, accuracy=estimate(0.41, 0.12, 64), logit_diff=estimate(-0.3, 0.4, 64))
+        judged = entry["split"] == "discovery"
+        entry.update(preference=0.25, top1=0.0, logit_diff=-0.4, passed=False if judged else None, used=False)
+    summary["question"]["used"] = {"discovery": 0, "validation": 0}
+    summary["gate"].update(passed=False, preference=estimate(0.41, 0.12, 64), logit_diff=estimate(-0.3, 0.4, 64))
     return summary | {
-        "stopped": "Accuracy .41 is below the .80 that was required; there is nothing to explain.",
+        "stopped": "A preference of .41 is below the .80 that was required; there is nothing to explain.",
         "answer": [
             "The model does not do this task: it prefers the answer in 41 % of 64 prompts.",
             "Nothing was patched.",
@@ -113,7 +117,7 @@ def tiny() -> Summary:
     claims = claims_of(rng, members)
     summary = frame("induction", ["swap", "abc"], claims)
     summary["model"].update(layers=2, heads=2, parameters=12_345, name="tiny", note="")
-    attention = [attention_of(rng, "layers.1.z[0]", "induction", TOKENS[:5])]
+    attention = [attention_of(rng, "layers.1.z[0]", "induction", [TOKENS[:5]])]
     return summary | {"effects": effects, "circuit": circuit_of(rng, effects, members, claims), "attention": attention}
 
 
@@ -135,7 +139,8 @@ def hostile() -> Summary:
     """HTML wherever a text of the user or the tokenizer can come from."""
     summary = ioi()
     attack = "<script>alert(1)</script>"
-    summary["attention"][0]["tokens"][3] = attack
+    for head in summary["attention"]:
+        head["prompts"][0]["tokens"][3] = attack
     summary["question"]["prompts"].update(clean=f"{attack} said", swap='"><img src=x onerror=alert(2)>', abc="&lt;")
     summary["question"]["text"] = summary["model"]["name"] = attack
     summary["claims"][0].update(statement=attack, control=attack)

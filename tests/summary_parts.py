@@ -27,6 +27,7 @@ TOKENS = [
     "<|im_start|>", "After", " Anna", " and", " Paul", " finished", " lunch", " at", " the", " market", ",",
     " Paul", " handed", " a", " ticket", " to",
 ]  # fmt: skip
+PROMPTS = [TOKENS, [{" Anna": " Lucy", " Paul": " Mark"}.get(token, token) for token in TOKENS[:12]] + [" to"]]
 ROLES = [
     ("layers.0.mlp_out", "MLP toward the answer"),
     ("layers.3.z[1]", "duplicate token"),
@@ -62,6 +63,8 @@ SENTENCES = {
     "no role fits": "No role in the library predicts what it does.",
 }
 REFUSALS = ["absent", "opposite", "too_small", "not_specific"]
+NOT_SPECIFIC = 9
+"""Every so many claims one is not specific."""
 
 
 def frame(name: str, corruptions: list[str], claims: list[Summary]) -> Summary:
@@ -73,18 +76,19 @@ def frame(name: str, corruptions: list[str], claims: list[Summary]) -> Summary:
     }
     steps = [
         ("gate", 4.0, 64.0),
-        ("decompose", 1204.0, 38528.0),
+        ("effects", 1204.0, 38528.0),
         ("circuit", 612.5, 9600.0),
         ("validate", 845.0, 5888.0),
     ]
     return {
-        "schema": "vesalius/summary/1",
+        "schema": "vesalius/summary/2",
         "question": {
             "name": name,
             "text": "How does the model decide which of two names receives the object?",
             "corruptions": corruptions,
             "bos": "<|im_start|>",
             "n": {"discovery": 32, "validation": 32},
+            "used": {"discovery": 29, "validation": 32},
             "seed": 0,
             "prompts": prompts | {"answer": " Anna", "distractor": " Paul"},
         },
@@ -133,22 +137,27 @@ def gate() -> Summary:
     rows = []
     for split in ("discovery", "validation"):
         for number, template in enumerate(TEMPLATES):
-            accuracy = 0.27 if number == 11 else float(rng.choice([1.0, 1.0, 1.0, 0.67]))
+            preference = 0.27 if number == 11 else float(rng.choice([1.0, 1.0, 1.0, 0.67]))
             text = template if split == "discovery" else template.replace("{place}", "{other place}")
             rows.append(
                 {
                     "template": text,
                     "split": split,
                     "n": 3,
-                    "accuracy": accuracy,
-                    "logit_diff": 4.2 * accuracy - 0.8,
-                    "passed": accuracy > 0.5,
+                    "preference": preference,
+                    "top1": 0.8 * preference,
+                    "logit_diff": 4.2 * preference - 0.8,
+                    "passed": preference > 0.5 if split == "discovery" else None,
+                    "used": preference > 0.5 or split == "validation",
                 }
             )
     return {
         "passed": True,
-        "thresholds": {"accuracy": 0.8, "template_accuracy": 0.5},
-        "accuracy": estimate(0.92, 0.06, 64),
+        "thresholds": {"preference": 0.8, "template_preference": 0.5},
+        "preference": estimate(0.92, 0.06, 64),
+        "top1": estimate(0.71, 0.09, 64),
+        "answer_probability": estimate(0.31, 0.05, 64),
+        "answer_rank": {"estimate": 1.0, "low": 1.0, "high": 3.0, "n": 64},
         "logit_diff": estimate(3.05, 0.62, 64),
         "templates": rows,
     }
@@ -219,8 +228,14 @@ def circuit_statement(number: int) -> str:
 
 def claim(rng: np.random.Generator, number: int, name: str, role: str, kind: str) -> Summary:
     verdict = ["SUPPORTED", "SUPPORTED", "SUPPORTED", "REFUTED", "SUPPORTED", "INCONCLUSIVE"][number % 6]
+    if number % NOT_SPECIFIC == 1 and verdict == "SUPPORTED":
+        verdict = "NOT SPECIFIC"
     unit, delta = ("attention", 0.15) if kind == "predictive" else ("share of the total effect", 0.05)
-    size = {"SUPPORTED": 4.5, "REFUTED": 0.2, "INCONCLUSIVE": 1.6}[verdict] * delta * rng.uniform(0.8, 1.6)
+    size = (
+        {"SUPPORTED": 4.5, "REFUTED": 0.2, "NOT SPECIFIC": 4.5, "INCONCLUSIVE": 1.6}[verdict]
+        * delta
+        * rng.uniform(0.8, 1.6)
+    )
     of_template = rng.normal(0, 0.25 * size + 0.1 * delta, 12)
     templates = [index % 12 for index in range(32)]
     values = size + of_template[templates] + rng.normal(0, 0.3 * size + 0.2 * delta, 32)
@@ -228,7 +243,9 @@ def claim(rng: np.random.Generator, number: int, name: str, role: str, kind: str
     reason = REFUSALS[number // 6 % 4] if verdict == "REFUTED" else None
     if reason == "opposite":
         values = values - 2.5 * delta
-    if reason == "not_specific":
+    if verdict == "NOT SPECIFIC":
+        reason, control_values = "not_specific", control_values + values.mean()
+    elif reason == "not_specific":
         values, control_values = values + 2 * delta, control_values + 2 * delta
     half = 0.35 * delta + (1.4 * delta if verdict == "INCONCLUSIVE" else 0.22 * size)
     mean = float(values.mean())
@@ -240,10 +257,12 @@ def claim(rng: np.random.Generator, number: int, name: str, role: str, kind: str
         "component": name or None,
         "role": role or None,
         "kind": kind,
-        "check": "patched_effect",
+        "quantity": "total_effect",
+        "measured": f"Tested: at least {delta} {unit} on fresh prompts. Measured: {mean:.2f}.",
         "verdict": verdict,
         "reason": reason,
         "estimate": mean,
+        "discovery": 1.2 * mean,
         "interval": [mean - half, mean + half],
         "low": mean - half,
         "high": mean + half,
@@ -256,7 +275,7 @@ def claim(rng: np.random.Generator, number: int, name: str, role: str, kind: str
         "control_estimate": float(control_values.mean()) if kind != "circuit" else None,
         "n": 32,
         "n_groups": 12 if number % 4 else 11,
-        "p": 0.00002 if verdict == "SUPPORTED" else 0.0004 if verdict == "REFUTED" else 0.08,
+        "p": 0.00002 if verdict in ("SUPPORTED", "NOT SPECIFIC") else 0.0004 if verdict == "REFUTED" else 0.08,
         "p_holm": 0.0009 if verdict == "SUPPORTED" else 0.0142 if verdict == "REFUTED" else 1.0,
         "n_to_decide": 96 if reason == "n_too_small" else None,
         "scope": "general" if number % 4 else "on these templates only",
@@ -292,6 +311,8 @@ def circuit_of(
         index = effects["components"].index(name)
         _, layer, part = name.split(".")
         effect = {"estimate": main["mean"][index], "low": main["low"][index], "high": main["high"][index]}
+        if role == "no role fits" and len(rows) % 2:
+            effect["low"] = -0.01
         rows.append(
             {
                 "component": name,
@@ -300,6 +321,7 @@ def circuit_of(
                 "head": None if part == "mlp_out" else int(part[2]),
                 "effect": effect,
                 "suppresses": effect["estimate"] < 0,
+                "uncertain": effect["low"] < 0 < effect["high"],
                 "marginal": {a: estimate(float(rng.uniform(0, 0.2)), 0.03) for a in ("zero", "mean", "resample")},
                 "role": role,
                 "role_scores": {} if role == "no role fits" else {role: 0.8, "attention sink": 0.1},
@@ -347,15 +369,20 @@ def faithfulness_of(rng: np.random.Generator, ablation: str, at: float) -> Summa
     }
 
 
-def attention_of(rng: np.random.Generator, name: str, role: str, tokens: list[str]) -> Summary:
-    size = len(tokens)
+def attention_of(rng: np.random.Generator, name: str, role: str, prompts: Sequence[list[str]]) -> Summary:
+    looked_at = 2 if role == "name mover" else 11
+    found = [{"tokens": list(tokens), "pattern": pattern_of(rng, len(tokens), looked_at)} for tokens in prompts]
+    return {"component": name, "role": role, "prompts": found}
+
+
+def pattern_of(rng: np.random.Generator, size: int, looked_at: int) -> list[list[float]]:
     scores = rng.normal(0, 0.7, (size, size))
     scores[:, 0] += 2.2
-    scores[-1, 2 if role == "name mover" else min(11, size - 2)] += 4.5
+    scores[-1, min(looked_at, size - 2)] += 4.5
     scores[np.triu_indices(size, 1)] = -np.inf
     weights = np.exp(scores)
-    pattern = (weights / weights.sum(1, keepdims=True)).round(4)
-    return {"component": name, "role": role, "tokens": list(tokens), "pattern": pattern.tolist()}
+    pattern: list[list[float]] = (weights / weights.sum(1, keepdims=True)).round(4).tolist()
+    return pattern
 
 
 def count(claims: list[Summary], verdict: str) -> int:

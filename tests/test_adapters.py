@@ -452,6 +452,7 @@ def test_fields_of_files_and_training_are_let_through() -> None:
     torch.manual_seed(0)
     config = LlamaConfig(**families.GROUPED, is_llama_config=True, rope_interleaved=False, attention_dropout=0.3,
                          torch_dtype="float32", use_cache=False, **{"transformers.js_config": {"a": 1}})  # fmt: skip
+    config.base_model_tp_plan = {"layers.*.mlp.up_proj": "colwise"}
     assert adapter_for(LlamaForCausalLM(config)) is not None
 
 

@@ -106,7 +106,7 @@ def test_agreement_says_where_estimates_fail(model: vs.Model, pairs: vs.Pairs) -
     same = exact.against(exact)
     assert (same.pearson, same.sign, same.error) == (pytest.approx(1.0), 1.0, 0.0)
     assert torch.allclose(same.per_example, torch.ones(4, dtype=torch.float64))
-    with pytest.raises(InputError, match="cannot be held against"):
+    with pytest.raises(InputError, match="cannot be compared with"):
         exact.against(vs.sweep(model, pairs, sites="layers.0.z", each="head", sink=silent))
 
 

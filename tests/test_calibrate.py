@@ -12,10 +12,12 @@ from scipy.stats import binom
 
 from vesalius.errors import InputError
 from vesalius.jobs import Event
+from vesalius.studies import known_claims
 from vesalius.studies.calibrate import (
     BOUND,
     CIRCULAR,
-    HANDED,
+    KNOWN,
+    OF_CIRCUIT,
     PLANTED_SEEDS,
     QUICK,
     STUDY,
@@ -27,7 +29,6 @@ from vesalius.studies.calibrate import (
     on_planted,
     on_random,
 )
-from vesalius.studies.handed import judged, true_claims
 from vesalius.studies.question import Question
 from vesalius.toys import PLANTED, planted_pairs, random_model
 
@@ -37,12 +38,12 @@ SECOND = str(PLANTED["name mover"][1])
 
 
 def tried(
-    arm: str = HANDED, check: str = "attends", outcome: str = "INCONCLUSIVE", site: str = "", p: float = 0.5
+    arm: str = KNOWN, quantity: str = "attends", outcome: str = "INCONCLUSIVE", part: str = "", p: float = 0.5
 ) -> Tried:
-    return Tried(arm, check, site, "idle", outcome, p)
+    return Tried(arm, quantity, part, "idle", outcome, p)
 
 
-def idle(*outcomes: str, arm: str = HANDED) -> Network:
+def idle(*outcomes: str, arm: str = KNOWN) -> Network:
     """A random network about which claims ended like this."""
     return Network(tuple(tried(arm, outcome=outcome) for outcome in outcomes), {})
 
@@ -50,8 +51,8 @@ def idle(*outcomes: str, arm: str = HANDED) -> Network:
 def planted(outcome: str = "SUPPORTED", **changed: str) -> Network:
     """A planted network whose parts were all found, named and claimed about; changed: role given to a part."""
     members = PARTS | changed
-    claims = [tried(arm, outcome=outcome, site=part) for part in members for arm in (STUDY, HANDED)]
-    whole = [tried(STUDY, check, outcome) for check in ("circuit keeps", "circuit is needed")]
+    claims = [tried(arm, outcome=outcome, part=part) for part in members for arm in (STUDY, KNOWN)]
+    whole = [tried(STUDY, quantity, outcome) for quantity in OF_CIRCUIT]
     return Network((*claims, *whole), members)
 
 
@@ -71,14 +72,14 @@ def test_three_false_positives_in_a_hundred_networks_are_within_the_bound_and_fo
 
 def test_a_network_counts_as_one_false_positive_however_many_claims_were_supported() -> None:
     networks = (idle("SUPPORTED", "SUPPORTED"), idle("REFUTED", "SUPPORTED"), idle("REFUTED"), idle("INCONCLUSIVE"))
-    found = row(Calibration(networks, (planted(),)), HANDED)
+    found = row(Calibration(networks, (planted(),)), KNOWN)
     assert (found["false_positive_rate"], found["n"], found["claims"]) == (0.5, 4, 6)
 
 
-def test_a_study_and_the_claims_handed_over_are_counted_apart() -> None:
+def test_a_study_and_the_claims_that_are_known_are_counted_apart() -> None:
     calibration = Calibration((idle("SUPPORTED", arm=STUDY), idle("REFUTED")), (planted(),))
     assert row(calibration, STUDY)["false_positive_rate"] == 0.5
-    assert row(calibration, HANDED)["false_positive_rate"] == 0.0
+    assert row(calibration, KNOWN)["false_positive_rate"] == 0.0
     assert row(calibration, "attends")["false_positive_rate"] == 0.0
 
 
@@ -88,9 +89,9 @@ def test_what_is_tested_on_its_own_prompts_is_never_counted_as_a_false_positive(
     assert calibration.to_json()["false_positives_on_their_own_prompts"]["k"] == 1
 
 
-def test_power_of_a_check_is_the_share_of_true_claims_that_were_supported() -> None:
+def test_power_of_a_quantity_is_the_share_of_true_claims_that_were_supported() -> None:
     half = Calibration((idle("REFUTED"),), (planted(), planted("INCONCLUSIVE")))
-    assert [row(half, name)["power"] for name in (STUDY, HANDED, "attends", "circuit keeps")] == [0.5] * 4
+    assert [row(half, name)["power"] for name in (STUDY, KNOWN, "attends", "faithfulness")] == [0.5] * 4
 
 
 def test_a_part_with_a_role_it_does_not_have_does_not_count_as_described() -> None:
@@ -124,7 +125,7 @@ def test_the_calibration_holds_only_with_few_false_positives_and_enough_power() 
 
 def test_uncorrected_p_values_are_counted_over_claims() -> None:
     network = Network((tried(p=0.05), tried(p=0.051), tried(p=0.2), tried(p=0.001), tried(CIRCULAR, p=0.0)), {})
-    rate = Calibration((network,), (planted(),)).uncorrected(HANDED)
+    rate = Calibration((network,), (planted(),)).uncorrected(KNOWN)
     assert (rate.k, rate.n) == (2, 4)
 
 
@@ -193,37 +194,37 @@ def on_noise() -> Network:
 
 
 def test_a_random_network_is_studied_and_claimed_about_and_nothing_stands(on_noise: Network) -> None:
-    handed = on_noise.of(HANDED)
-    assert Counter(claim.check for claim in handed)["direct_effect"] == 5  # four heads and an MLP
-    assert {"attends", "copies", "total_effect"} <= {claim.check for claim in handed}
-    assert {"circuit keeps", "circuit is needed"} <= {claim.check for claim in on_noise.of(STUDY)}
-    assert not [claim for claim in handed + on_noise.of(STUDY) if claim.supported]
+    known = on_noise.of(KNOWN)
+    assert Counter(claim.quantity for claim in known)["direct_effect"] == 5  # four heads and an MLP
+    assert {"attends", "copies", "total_effect"} <= {claim.quantity for claim in known}
+    assert set(OF_CIRCUIT) <= {claim.quantity for claim in on_noise.of(STUDY)}
+    assert not [claim for claim in known + on_noise.of(STUDY) if claim.supported]
 
 
 def test_the_same_claims_are_tested_on_the_prompts_they_were_made_from(on_noise: Network) -> None:
-    fresh, own = on_noise.of(HANDED), on_noise.of(CIRCULAR)
-    assert [(claim.check, claim.site) for claim in fresh] == [(claim.check, claim.site) for claim in own]
+    fresh, own = on_noise.of(KNOWN), on_noise.of(CIRCULAR)
+    assert [(claim.quantity, claim.part) for claim in fresh] == [(claim.quantity, claim.part) for claim in own]
     assert all(there.p != here.p for there, here in zip(fresh, own, strict=True))
 
 
 def test_a_planted_network_is_found_and_its_true_claims_stand() -> None:
     network = on_planted(0)
     assert set(PARTS) <= set(network.members)
-    handed = network.of(HANDED)
-    assert {claim.check for claim in handed} == {
+    known = network.of(KNOWN)
+    assert {claim.quantity for claim in known} == {
         "attends",
         "copies",
         "direct_effect",
         "moves_attention",
         "total_effect",
     }
-    assert [claim for claim in handed if not claim.supported] == []
+    assert [claim for claim in known if not claim.supported] == []
     assert all(network.stands(part) for part in PARTS)
 
 
 def test_the_same_claims_about_a_random_network_do_not_stand() -> None:
     question, model = Question("planted induction", "?", planted_pairs(24, seed=9)), random_model(9)
-    verdicts = judged(question, model, true_claims(question, model, seed=9), seed=9)
+    verdicts = known_claims.tested(question, model, known_claims.true_claims(question, model, seed=9), seed=9)
     assert len(verdicts) == 15
     assert [verdict for verdict in verdicts if verdict.outcome == "SUPPORTED"] == []
 
@@ -233,4 +234,4 @@ def test_the_whole_procedure_holds_its_error_rate_and_finds_what_is_planted() ->
     calibration = calibrate(100)
     assert calibration.holds, calibration.to_json()
     # The measurement sees a defect: tested on the prompts they were made from, the same claims look better.
-    assert calibration.uncorrected(CIRCULAR).lower > calibration.uncorrected(HANDED).share
+    assert calibration.uncorrected(CIRCULAR).lower > calibration.uncorrected(KNOWN).share

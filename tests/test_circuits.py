@@ -17,65 +17,70 @@ import handmade
 import patching
 import tiny
 import vesalius as vs
-from vesalius.bench import EMBED, Bench, components
 from vesalius.circuits import (
-    ABLATIONS,
     Circuit,
     Condition,
-    Edge,
     Effects,
     circuit,
-    clusters,
-    decompose,
+    component_effects,
     find_circuit,
     find_edges,
-    kept,
-    random_sets,
-    removed,
     share,
 )
 from vesalius.circuits.edges import feeds
 from vesalius.circuits.effects import summarise
+from vesalius.describe import Discovery, claims_of, describe_circuit
 from vesalius.errors import InputError, UnknownNameError
+from vesalius.quantities import Runs, heads_and_mlps
+from vesalius.quantities.circuit import ABLATIONS, metric_with_only, metric_without, random_sets
+from vesalius.quantities.contrast import EMBED
+from vesalius.quantities.direct_effect import frozen
+from vesalius.stats import measure
 from vesalius.toys import PLANTED, planted_induction, planted_pairs
+from vesalius.validate import check
 
 FAMILIES = sorted(tiny.FAMILIES)
-PLANTED_PARTS = {EMBED, *(part for parts in PLANTED.values() for part in parts)}
+PLANTED_PARTS = {EMBED, *(vs.Unit(site) for sites in PLANTED.values() for site in sites)}
+
+
+def mlp(layer: int) -> vs.Unit:
+    return vs.Unit(vs.Site("mlp_out", layer))
 
 
 @pytest.fixture(params=FAMILIES)
-def bench(request: pytest.FixtureRequest) -> Bench:
-    return Bench(tiny.model(request.param, layers=2), {"corrupted": tiny.pairs(n=8)})
+def runs(request: pytest.FixtureRequest) -> Runs:
+    return Runs(tiny.model(request.param, layers=2), {"corrupted": tiny.pairs(n=8)})
 
 
 @pytest.fixture(scope="module")
-def planted() -> Bench:
+def planted() -> Runs:
     discovery = {name: pairs.split("discovery") for name, pairs in planted_pairs(24).items()}
-    return Bench(planted_induction(0), discovery)
+    return Runs(planted_induction(0), discovery)
 
 
 @pytest.fixture(scope="module")
-def planted_effects(planted: Bench) -> Effects:
-    return decompose(planted)
+def planted_effects(planted: Runs) -> Effects:
+    return component_effects(planted)
 
 
 # --- decompose
 
 
-def test_without_groups_the_statistics_are_scipy_s(bench: Bench) -> None:
-    found = decompose(bench)
-    assert found.components == tuple(components(bench.model))
+def test_without_groups_the_statistics_are_scipy_s(runs: Runs) -> None:
+    found = component_effects(runs)
+    assert found.components == heads_and_mlps(runs.model)
     for condition in found.conditions:
-        effects = bench.effects(found.components, condition.corruption, condition.direction).double().numpy()
+        effects = runs.effects(found.components, condition.corruption, condition.direction).double().numpy()
         shares = effects / found.total["corrupted"]
         expected = scipy_stats.ttest_1samp(shares, 0.0, axis=1)
         interval = expected.confidence_interval(0.95)
         np.testing.assert_allclose(condition.values, shares)
         np.testing.assert_allclose(condition.mean, shares.mean(1))
-        np.testing.assert_allclose(condition.sd, shares.std(1, ddof=1))
         np.testing.assert_allclose(condition.p, expected.pvalue, rtol=1e-6)
-        np.testing.assert_allclose(condition.low, interval.low, rtol=1e-6)
-        np.testing.assert_allclose(condition.high, interval.high, rtol=1e-6)
+        written = condition.to_json()
+        np.testing.assert_allclose(written["sd"], shares.std(1, ddof=1))
+        np.testing.assert_allclose(written["low"], interval.low, rtol=1e-6)
+        np.testing.assert_allclose(written["high"], interval.high, rtol=1e-6)
         np.testing.assert_allclose(condition.q, scipy_stats.false_discovery_control(condition.p), rtol=1e-9)
 
 
@@ -98,33 +103,35 @@ def test_only_planted_parts_matter_and_suppressors_rank_with_helpers(planted_eff
         part for part, hit in zip(planted_effects.components, planted_effects.significant, strict=True) if hit
     }
     assert significant >= PLANTED_PARTS
-    (negative,) = PLANTED["negative mover"]
+    (negative,) = map(vs.Unit, PLANTED["negative mover"])
     number = planted_effects.components.index(negative)
     assert planted_effects.condition("swap", "noising").mean[number] < -0.2
     assert planted_effects.ranked().index(number) < len(PLANTED_PARTS)
 
 
 def condition(shares: Sequence[Sequence[float]], q: Sequence[float], direction: str = "noising") -> Condition:
-    values = np.array(shares)
-    ones = np.ones(len(values))
-    return Condition("swap", direction, values, values.mean(1), ones, ones, ones, ones, np.array(q), ones)
+    effects = tuple(measure("planted", row, unit="share") for row in shares)
+    ones = np.ones(len(effects))
+    return Condition("swap", direction, effects, ones, np.array(q), ones)
 
 
-def test_sign_flips_count_prompts_that_clearly_go_the_other_way(bench: Bench) -> None:
-    total = float(bench.total("corrupted").mean())
+def test_sign_flips_count_prompts_that_clearly_go_the_other_way(runs: Runs) -> None:
+    total = float(runs.total("corrupted").mean())
     shares = np.array([[1.0, 1, 1, 1, 1, 1, -1, -0.001], [-1.0, -1, -1, -1, -1, 0.5, 0.5, 0.0]])
-    found = circuit_summary(bench, shares * total)
+    found = summarise(two_of(runs), "corrupted", "noising", shares * total)
     np.testing.assert_allclose(found.sign_flips, [1 / 8, 2 / 8])
 
 
-def circuit_summary(bench: Bench, values: Any) -> Condition:
-    return summarise(bench, "corrupted", "noising", values)
+def two_of(runs: Runs, **groups: tuple[str, ...]) -> Runs:
+    """Runs with two components, on the same prompts."""
+    pairs = replace(runs.pairs, groups=groups)
+    return Runs(runs.model, {"corrupted": pairs}, components=["layers.0.z[0]", "layers.1.mlp_out"])
 
 
 def test_a_conflict_needs_significance_on_both_sides() -> None:
     first = condition([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]], [0.01, 0.01, 0.01])
     other = condition([[-1.0, -1.0], [-1.0, -1.0], [1.0, 1.0]], [0.01, 0.2, 0.01], "denoising")
-    parts = (vs.Site("z", 0, 0), vs.Site("z", 0, 1), vs.Site("mlp_out", 0))
+    parts = (vs.head(0, 0), vs.head(0, 1), mlp(0))
     found = Effects(parts, (first, other), {"swap": 1.0})
     assert found.sign_conflicts.tolist() == [True, False, False]
     assert found.significant.tolist() == [True, True, True]
@@ -135,7 +142,7 @@ def test_components_rank_by_their_mean_strength_under_the_main_corruption() -> N
     noising = condition([[0.1, 0.1], [0.6, 0.4], [-0.3, -0.3]], [0.9, 0.9, 0.01])
     denoising = condition([[0.9, 0.9], [0.0, 0.0], [-0.5, -0.5]], [0.9, 0.9, 0.9], "denoising")
     other = replace(condition([[9.0, 9.0], [0.0, 0.0], [0.0, 0.0]], [0.01] * 3), corruption="abc")
-    found = Effects(tuple(vs.Site("z", 0, h) for h in range(3)), (noising, denoising, other), {"swap": 1.0, "abc": 1.0})
+    found = Effects(tuple(vs.head(0, h) for h in range(3)), (noising, denoising, other), {"swap": 1.0, "abc": 1.0})
     np.testing.assert_allclose(found.strength, [0.5, 0.25, 0.4])
     assert found.ranked() == [0, 2, 1]
 
@@ -154,7 +161,8 @@ def test_intervals_respect_templates_and_names_else_the_first_other_groups() -> 
     pairs, model = tiny.pairs(n=4), tiny.model("llama", layers=1)
 
     def of(**groups: str) -> tuple[tuple[str, ...], ...]:
-        return clusters(Bench(model, {"c": replace(pairs, groups={k: tuple(v) for k, v in groups.items()})}))
+        runs = Runs(model, replace(pairs, groups={kind: tuple(labels) for kind, labels in groups.items()}))
+        return tuple(runs.groups[kind] for kind in runs.clusters)
 
     assert of(zebra="aabb", template="abcd", names="xxyy") == (tuple("abcd"), tuple("xxyy"))
     assert of(zebra="aabb", apple="abab", mango="abcd") == (tuple("abab"), tuple("abcd"))
@@ -164,45 +172,47 @@ def test_intervals_respect_templates_and_names_else_the_first_other_groups() -> 
 
 def test_one_template_only_can_still_be_decomposed() -> None:
     pairs = replace(tiny.pairs(n=6), groups={"template": ("only",) * 6})
-    found = decompose(Bench(tiny.model("llama", layers=1), {"corrupted": pairs}))
-    assert np.isfinite(found.conditions[0].low).all()
+    found = component_effects(Runs(tiny.model("llama", layers=1), {"corrupted": pairs}))
+    assert all(effect.low is not None for effect in found.conditions[0].effects)
 
 
-def test_clustered_intervals_are_wider_when_prompts_of_a_template_agree(bench: Bench) -> None:
-    values = np.repeat(np.array([[1.0, 2.0, 3.0, 4.0]]), 2, axis=1)
-    plain = circuit_summary(bench, values)
-    grouped = Bench(bench.model, {"corrupted": replace(bench.pairs, groups={"template": tuple("aabbccdd")})})
-    clustered = circuit_summary(grouped, values)
-    assert abs(clustered.high - clustered.low) > 1.2 * abs(plain.high - plain.low)
+def test_clustered_intervals_are_wider_when_prompts_of_a_template_agree(runs: Runs) -> None:
+    values = np.repeat(np.array([[1.0, 2.0, 3.0, 4.0]] * 2), 2, axis=1)
+    alone, grouped = (
+        summarise(some, "corrupted", "noising", values).effects[0]
+        for some in (two_of(runs), two_of(runs, template=tuple("aabbccdd")))
+    )
+    assert alone.low is not None and alone.high is not None and grouped.low is not None and grouped.high is not None
+    assert abs(grouped.high - grouped.low) > 1.2 * abs(alone.high - alone.low)
 
 
-def test_a_corruption_without_effect_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Bench, "total", lambda self, corruption: torch.zeros(self.n))
-    with pytest.raises(InputError, match="corruption 'corrupted' does not change the mean logit difference of these 8"):
-        decompose(bench)
+def test_a_corruption_without_effect_is_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runs, "total", lambda self, corruption: torch.zeros(self.n))
+    with pytest.raises(InputError, match="corruption 'corrupted' does not change the mean metric of these 8"):
+        component_effects(runs)
 
 
 # --- what sets of components do
 
 
-def sets_of(bench: Bench) -> list[tuple[vs.Site, ...]]:
-    everything = components(bench.model)
+def sets_of(runs: Runs) -> list[tuple[vs.Part, ...]]:
+    everything = heads_and_mlps(runs.model)
     return [tuple(everything[::2]), (EMBED, everything[1], everything[-1]), (everything[3],)]
 
 
-def by_hand(bench: Bench, ablated: Sequence[vs.Site], ablation: str) -> Tensor:
-    pairs = bench.pairs
-    edits = {part: ablated_value(bench, part, ablation) for part in ablated}
-    return patching.difference(patching.forward(bench.model, pairs.tokens("clean"), edits), pairs)
+def by_hand(runs: Runs, ablated: Sequence[vs.Part], ablation: str) -> Tensor:
+    pairs = runs.pairs
+    edits = {part.writes[0]: ablated_value(runs, part, ablation) for part in ablated}
+    return patching.difference(patching.forward(runs.model, pairs.tokens("clean"), edits), pairs)
 
 
-def ablated_value(bench: Bench, part: vs.Site, ablation: str) -> Tensor:
-    value = patching.values(bench.model, bench.pairs.tokens("corrupted"))[part]
+def ablated_value(runs: Runs, part: vs.Part, ablation: str) -> Tensor:
+    value = patching.values(runs.model, runs.pairs.tokens("corrupted"))[part.writes[0]]
     if ablation == "zero":
         return torch.zeros_like(value)
     if ablation == "resample":
         return value
-    later = bench.pairs.real.clone()
+    later = runs.pairs.real.clone()
     later[:, 0] = False
     mean = value[later].mean(0).expand_as(value).clone()
     mean[:, 0] = value[:, 0].mean(0)
@@ -210,107 +220,111 @@ def ablated_value(bench: Bench, part: vs.Site, ablation: str) -> Tensor:
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
-def test_kept_and_removed_are_plain_runs_with_one_hook_per_component(bench: Bench, ablation: str) -> None:
-    everything, sets = components(bench.model), sets_of(bench)
+def test_keeping_and_removing_are_plain_runs_with_one_hook_per_component(runs: Runs, ablation: str) -> None:
+    everything, sets = heads_and_mlps(runs.model), sets_of(runs)
     rest = [[part for part in everything if part not in members] for members in sets]
-    for found, ablated in ((kept(bench, sets, ablation), rest), (removed(bench, sets, ablation), sets)):
-        expected = np.stack([by_hand(bench, parts, ablation).double().numpy() for parts in ablated])
+    for found, ablated in (
+        (metric_with_only(runs, sets, ablation), rest),
+        (metric_without(runs, sets, ablation), sets),
+    ):
+        expected = np.stack([by_hand(runs, parts, ablation).double().numpy() for parts in ablated])
         np.testing.assert_allclose(found, expected, atol=3e-4)
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
-def test_keeping_a_set_is_removing_all_others(bench: Bench, ablation: str) -> None:
-    everything, sets = components(bench.model), sets_of(bench)
+def test_keeping_a_set_is_removing_all_others(runs: Runs, ablation: str) -> None:
+    everything, sets = heads_and_mlps(runs.model), sets_of(runs)
     rest = [tuple(part for part in everything if part not in members) for members in sets]
-    np.testing.assert_allclose(kept(bench, sets, ablation), removed(bench, rest, ablation), atol=1e-6)
+    np.testing.assert_allclose(metric_with_only(runs, sets, ablation), metric_without(runs, rest, ablation), atol=1e-6)
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
-def test_keeping_everything_is_the_clean_run(bench: Bench, ablation: str) -> None:
-    everything, one = tuple(components(bench.model)), (vs.Site("z", 0, 0),)
-    found = kept(bench, [everything, one], ablation)
-    np.testing.assert_allclose(found[0], bench.metric("clean").numpy(), atol=1e-5)
+def test_keeping_everything_is_the_clean_run(runs: Runs, ablation: str) -> None:
+    everything, one = tuple(heads_and_mlps(runs.model)), (vs.head(0, 0),)
+    found = metric_with_only(runs, [everything, one], ablation)
+    np.testing.assert_allclose(found[0], runs.metric("clean").numpy(), atol=1e-5)
     assert not np.allclose(found[1], found[0], atol=1e-3)
-    np.testing.assert_allclose(removed(bench, [()], ablation), found[:1])
+    np.testing.assert_allclose(metric_without(runs, [()], ablation), found[:1])
 
 
-def test_keeping_nothing_is_the_donor_s_run_under_resample(bench: Bench) -> None:
-    found = kept(bench, [()], "resample")[0]
-    np.testing.assert_allclose(found, bench.metric("corrupted").numpy(), atol=1e-4)
+def test_keeping_nothing_is_the_donor_s_run_under_resample(runs: Runs) -> None:
+    found = metric_with_only(runs, [()], "resample")[0]
+    np.testing.assert_allclose(found, runs.metric("corrupted").numpy(), atol=1e-4)
 
 
-def test_shares_are_ratios_of_means_from_nothing_to_all(bench: Bench) -> None:
-    full, empty = bench.metric("clean").double().numpy(), kept(bench, [()], "resample")[0]
-    assert share(bench, full, empty, "resample").estimate == pytest.approx(1.0)
-    assert share(bench, empty, empty, "resample").estimate == 0.0
-    half = share(bench, (full + empty) / 2, empty, "resample")
+def test_shares_are_ratios_of_means_from_nothing_to_all(runs: Runs) -> None:
+    full, empty = runs.metric("clean").double().numpy(), metric_with_only(runs, [()], "resample")[0]
+    assert share(runs, full, empty, "resample").estimate == pytest.approx(1.0)
+    assert share(runs, empty, empty, "resample").estimate == 0.0
+    half = share(runs, (full + empty) / 2, empty, "resample")
     assert half.estimate == pytest.approx(0.5)
     assert half.low < 0.5 < half.high
-    assert half.to_json() == {"ablation": "resample", "estimate": half.estimate, "low": half.low, "high": half.high,
-                              "n": bench.n}  # fmt: skip
+    assert (half.name, half.unit, half.n) == ("resample", "share", runs.n)
+    with pytest.raises(InputError, match="resample: ablating every component does not change the metric"):
+        share(runs, empty, full, "resample")
 
 
-def test_an_unknown_ablation_or_component_is_named(bench: Bench) -> None:
+def test_an_unknown_ablation_or_component_is_named(runs: Runs) -> None:
     with pytest.raises(UnknownNameError, match="unknown ablation 'noise'; known: mean, resample, zero"):
-        kept(bench, [()], "noise")
+        metric_with_only(runs, [()], "noise")
     with pytest.raises(InputError, match=r"layers\.7\.mlp_out is no component"):
-        kept(bench, [(vs.Site("mlp_out", 7),)], "zero")
+        metric_with_only(runs, [(mlp(7),)], "zero")
 
 
 # --- random sets
 
 
-def composition(members: Sequence[vs.Site]) -> list[str]:
-    return sorted(part.kind for part in members)
+def composition(members: Sequence[vs.Part]) -> list[str]:
+    return sorted(part.writes[0].kind for part in members)
 
 
-def test_random_sets_have_the_circuit_s_composition(bench: Bench) -> None:
-    members = (EMBED, vs.Site("z", 0, 1), vs.Site("z", 1, 2), vs.Site("mlp_out", 1))
-    for chosen in random_sets(bench, members, 20, seed=0):
+def test_random_sets_have_the_circuit_s_composition(runs: Runs) -> None:
+    members = (EMBED, vs.head(0, 1), vs.head(1, 2), mlp(1))
+    for chosen in random_sets(runs, members, 20, seed=0):
         assert composition(chosen) == composition(members)
         assert len(set(chosen)) == len(chosen)
-        assert set(chosen) <= set(components(bench.model))
+        assert set(chosen) <= set(heads_and_mlps(runs.model))
 
 
-def test_random_sets_hold_the_embeddings_only_when_the_circuit_does(bench: Bench) -> None:
-    members = (vs.Site("z", 0, 1), vs.Site("mlp_out", 1))
-    assert all(EMBED not in chosen for chosen in random_sets(bench, members, 20, seed=0))
+def test_random_sets_hold_the_embeddings_only_when_the_circuit_does(runs: Runs) -> None:
+    members = (vs.head(0, 1), mlp(1))
+    assert all(EMBED not in chosen for chosen in random_sets(runs, members, 20, seed=0))
 
 
-def test_random_sets_differ_among_themselves_and_repeat_with_the_seed(bench: Bench) -> None:
-    members = (vs.Site("z", 0, 1), vs.Site("z", 1, 1))
-    first = random_sets(bench, members, 12, seed=3)
-    assert first == random_sets(bench, members, 12, seed=3)
-    assert first != random_sets(bench, members, 12, seed=4)
-    assert first[:5] == random_sets(bench, members, 5, seed=3)
+def test_random_sets_differ_among_themselves_and_repeat_with_the_seed(runs: Runs) -> None:
+    members = (vs.head(0, 1), vs.head(1, 1))
+    first = random_sets(runs, members, 12, seed=3)
+    assert first == random_sets(runs, members, 12, seed=3)
+    assert first != random_sets(runs, members, 12, seed=4)
+    assert first[:5] == random_sets(runs, members, 5, seed=3)
     assert len({frozenset(chosen) for chosen in first}) > 6
 
 
 # --- the search
 
 
-def test_the_search_finds_exactly_the_planted_parts(planted: Bench, planted_effects: Effects) -> None:
+def test_the_search_finds_exactly_the_planted_parts(planted: Runs, planted_effects: Effects) -> None:
     found = find_circuit(planted, planted_effects)
     assert set(found.members) == PLANTED_PARTS
     assert found.reached
     assert found.kept == pytest.approx(1.0, abs=0.05)
     assert found.members[0] == EMBED
-    assert list(found.members[1:]) == sorted(found.members[1:], key=lambda part: part.order)
+    assert list(found.members[1:]) == sorted(found.members[1:], key=lambda part: part.writes[0].order)
 
 
 def test_the_search_finds_the_parts_of_the_handmade_network_that_its_rule_needs() -> None:
-    found_bench = handmade.bench(handmade.network())
-    found = find_circuit(found_bench, decompose(found_bench))
-    assert {EMBED, handmade.SITES["inhibition"], handmade.SITES["mover"]} <= set(found.members)
+    runs = handmade.runs(handmade.network())
+    found = find_circuit(runs, component_effects(runs))
+    assert {EMBED, handmade.PARTS["inhibition"], handmade.PARTS["mover"]} <= set(found.members)
     assert set(found.members) <= {EMBED, *handmade.MEMBERS}
 
 
 class Additive:
-    """A bench on which every component keeps its own share and shares add up."""
+    """Runs in which every component keeps its own share and shares add up."""
 
-    def __init__(self, shares: dict[vs.Site, float]) -> None:
+    def __init__(self, shares: dict[vs.Part, float]) -> None:
         self.shares = shares
-        self.sets: list[Sequence[vs.Site]] = []
+        self.sets: list[Sequence[vs.Part]] = []
 
     def metric(self, which: str) -> Tensor:
         return torch.tensor([10.0, 12.0])
@@ -318,20 +332,20 @@ class Additive:
     def stored(self, key: str, compute: Any) -> Any:
         return compute()
 
-    def kept(self, sets: Sequence[Sequence[vs.Site]]) -> Any:
+    def kept(self, sets: Sequence[Sequence[vs.Part]]) -> Any:
         self.sets += sets
         return np.array([[1.0 + 10 * sum(self.shares[part] for part in members)] * 2 for members in sets])
 
 
 def search(shares: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> tuple[Circuit, Additive]:
     """The search on heads that keep these shares, ranked in this order."""
-    parts = [vs.Site("z", number // 10, number % 10) for number in range(len(shares))]
-    bench = Additive(dict(zip(parts, shares, strict=True)))
+    parts = [vs.head(number // 10, number % 10) for number in range(len(shares))]
+    runs = Additive(dict(zip(parts, shares, strict=True)))
     strength = np.linspace(1.0, 0.1, len(shares))
     only = condition(np.stack([strength, strength], 1).tolist(), [0.01] * len(shares))
     effects = Effects(tuple(parts), (only,), {"swap": 1.0})
-    monkeypatch.setattr(circuit, "kept", lambda _bench, sets, _ablation: bench.kept(sets))
-    return find_circuit(bench, effects), bench  # type: ignore[arg-type]
+    monkeypatch.setattr(circuit, "metric_with_only", lambda _runs, sets, _ablation: runs.kept(sets))
+    return find_circuit(runs, effects), runs  # type: ignore[arg-type]
 
 
 def test_the_shortest_prefix_that_keeps_enough_is_taken_and_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,23 +384,24 @@ def test_a_network_that_needs_everything_keeps_everything(monkeypatch: pytest.Mo
 
 
 def test_a_search_on_a_random_network_ends_with_a_set_that_keeps_enough() -> None:
-    bench = Bench(tiny.model("llama", layers=1), {"corrupted": tiny.pairs(n=8)})
-    found = find_circuit(bench, decompose(bench))
+    runs = Runs(tiny.model("llama", layers=1), {"corrupted": tiny.pairs(n=8)})
+    found = find_circuit(runs, component_effects(runs))
     assert found.reached
     assert found.kept >= circuit.KEEP
-    full, empty = bench.metric("clean").double().mean(), kept(bench, [()], "resample").mean()
-    again = (kept(bench, [found.members], "resample").mean() - empty) / (full - empty)
+    full, empty = runs.metric("clean").double().mean(), metric_with_only(runs, [()], "resample").mean()
+    again = (metric_with_only(runs, [found.members], "resample").mean() - empty) / (full - empty)
     assert found.kept == pytest.approx(float(again), abs=1e-5)
 
 
-def test_a_circuit_survives_json(planted: Bench, planted_effects: Effects) -> None:
+def test_a_circuit_survives_json(planted: Runs, planted_effects: Effects) -> None:
     found = find_circuit(planted, planted_effects)
-    found = replace(found, edges=(Edge("embed", "layers.0.z[1]", 1.0), Edge("layers.2.z[0]", "logits", -0.25)))
+    edges = {vs.Edge(EMBED, vs.head(0, 1)): 1.0, vs.Edge(vs.head(2, 0), circuit.LOGITS): -0.25}
+    found = replace(found, edges=edges)
     assert Circuit.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
 def test_a_circuit_shows_in_a_notebook() -> None:
-    shown = Circuit((EMBED, vs.Site("z", 3, 1)), 0.834, True)._repr_html_()
+    shown = Circuit((EMBED, vs.head(3, 1)), 0.834, True)._repr_html_()
     assert "Circuit of 2 components" in shown
     assert "83%" in shown
     assert "layers.3.z[1]" in shown
@@ -395,28 +410,28 @@ def test_a_circuit_shows_in_a_notebook() -> None:
 # --- edges
 
 
-def test_an_edge_is_what_a_hooked_run_of_its_own_shows(bench: Bench) -> None:
-    members = (EMBED, vs.Site("z", 0, 1), vs.Site("mlp_out", 0), vs.Site("z", 1, 2), vs.Site("mlp_out", 1))
-    edges = find_edges(bench, members)
+def test_an_edge_is_what_a_hooked_run_of_its_own_shows(runs: Runs) -> None:
+    members = (EMBED, vs.head(0, 1), mlp(0), vs.head(1, 2), mlp(1))
+    edges = find_edges(runs, members)
     assert len(edges) > 5
-    for edge in edges:
-        if edge.source != "embed":
-            assert edge.weight == pytest.approx(edge_by_hand(bench, edge), abs=2e-4), edge
+    for edge, weight in edges.items():
+        if edge.source != EMBED:
+            assert weight == pytest.approx(edge_by_hand(runs, edge), abs=2e-4), edge
 
 
-def edge_by_hand(bench: Bench, edge: Edge) -> float:
-    pairs, source = bench.pairs, vs.Site.parse(edge.source)
-    clean, corrupted = (patching.values(bench.model, pairs.tokens(which)) for which in ("clean", "corrupted"))
-    if edge.target == "logits":
+def edge_by_hand(runs: Runs, edge: vs.Edge) -> float:
+    pairs, source = runs.pairs, edge.source.writes[0]
+    clean, corrupted = (patching.values(runs.model, pairs.tokens(which)) for which in ("clean", "corrupted"))
+    if edge.target == circuit.LOGITS:
         change = clean[source] - corrupted[source]
         change = change[torch.arange(len(pairs)), pairs.at]
         if source.kind == "z":
             assert source.layer is not None and source.index is not None
-            change = change @ bench.model.W_O(source.layer)[source.index]
-        return float(bench.frozen("clean").of(change).mean() / bench.total("corrupted").mean())
+            change = change @ runs.model.W_O(source.layer)[source.index]
+        return float(frozen(runs, "clean").of(change).mean() / runs.total("corrupted").mean())
     seen: patching.Values = {}
-    patching.forward(bench.model, pairs.tokens("clean"), {source: corrupted[source]}, seen)
-    target = vs.Site.parse(edge.target)
+    patching.forward(runs.model, pairs.tokens("clean"), {source: corrupted[source]}, seen)
+    target = edge.target.reads[0]
     dots = norms = 0.0
     for row in range(len(pairs)):
         end = int(pairs.at[row]) + 1
@@ -425,55 +440,53 @@ def edge_by_hand(bench: Bench, edge: Edge) -> float:
     return dots / norms
 
 
-def test_edges_only_run_forward(bench: Bench) -> None:
-    head, mlp, later = vs.Site("z", 0, 1), vs.Site("mlp_out", 0), vs.Site("z", 1, 0)
-    assert feeds(head, mlp) and feeds(head, later) and feeds(mlp, later)
-    assert not feeds(mlp, head) and not feeds(later, head) and not feeds(head, vs.Site("z", 0, 2))
-    found = find_edges(bench, (later, mlp, head))
-    assert {(edge.source, edge.target) for edge in found} <= {
-        (str(a), str(b)) for a in (head, mlp, later) for b in (head, mlp, later) if feeds(a, b)
-    } | {(str(part), "logits") for part in (head, mlp, later)}
+def test_edges_only_run_forward(runs: Runs) -> None:
+    head, after, later = vs.head(0, 1), mlp(0), vs.head(1, 0)
+    assert feeds(head, after) and feeds(head, later) and feeds(after, later)
+    assert not feeds(after, head) and not feeds(later, head) and not feeds(head, vs.head(0, 2))
+    members = (later, after, head)
+    forward = {vs.Edge(one, two) for one in members for two in members if feeds(one, two)}
+    assert set(find_edges(runs, members)) <= forward | {vs.Edge(part, circuit.LOGITS) for part in members}
 
 
-def test_the_edges_of_the_planted_network_are_its_wiring(planted: Bench) -> None:
+def test_the_edges_of_the_planted_network_are_its_wiring(planted: Runs) -> None:
     before = planted.cost
-    edges = {
-        (edge.source, edge.target): edge.weight
-        for edge in find_edges(planted, sorted(PLANTED_PARTS, key=lambda p: p.order))
-    }
-    (previous,), movers, (negative,) = PLANTED["previous-token"], PLANTED["name mover"], PLANTED["negative mover"]
+    edges = find_edges(planted, sorted(PLANTED_PARTS, key=lambda part: part.writes[0].order))
+    (previous,), movers, (negative,) = (
+        tuple(map(vs.Unit, PLANTED[role])) for role in ("previous-token", "name mover", "negative mover")
+    )
     for mover in (*movers, negative):
-        assert edges[str(previous), str(mover)] > 0.3
-        assert np.sign(edges[str(mover), "logits"]) == (-1 if mover == negative else 1)
-    assert (str(movers[0]), str(movers[1])) not in edges
-    assert edges["embed", str(previous)] == 1.0
+        assert edges[vs.Edge(previous, mover)] > 0.3
+        assert np.sign(edges[vs.Edge(mover, circuit.LOGITS)]) == (-1 if mover == negative else 1)
+    assert vs.Edge(movers[0], movers[1]) not in edges
+    assert edges[vs.Edge(EMBED, previous)] == 1.0
     assert (planted.cost - before).spent > 0
 
 
 # --- logic of noising and denoising
 
 
-A, B, OUT, ON = vs.Site("z", 0, 0), vs.Site("z", 0, 1), vs.Site("mlp_out", 1), (handmade.FLAG, 60)
+A, B, OUT, ON = vs.head(0, 0), vs.head(0, 1), mlp(1), (handmade.FLAG, 60)
 
 
 def gate_network(logic: str) -> vs.Model:
     """Two heads carry one bit each to the end; the MLP after them computes AND or OR of the bits, onto the answer."""
     build = handmade.Builder()
     for head, position, flag in ((A, 1, ON[0]), (B, 2, ON[1])):
-        build.set(head, "q", {(handmade.IS_END, 0): 60.0})
-        build.set(head, "k", {(handmade.POSITION + position, 0): 1.0})
-        build.set(head, "v", {(handmade.IS_A, 0): 1.0})
-        build.set(head, "o", {(flag, 0): 1.0})
-    mlp = build.net.transformer.h[1].mlp
-    mlp.act = torch.nn.ReLU()
+        build.set(head.site, "q", {(handmade.IS_END, 0): 60.0})
+        build.set(head.site, "k", {(handmade.POSITION + position, 0): 1.0})
+        build.set(head.site, "v", {(handmade.IS_A, 0): 1.0})
+        build.set(head.site, "o", {(flag, 0): 1.0})
+    layer = build.net.transformer.h[1].mlp
+    layer.act = torch.nn.ReLU()
     with torch.no_grad():
         for unit in (0, 1):
-            mlp.c_fc.weight[list(ON), unit] = 1.0
+            layer.c_fc.weight[list(ON), unit] = 1.0
         # LayerNorm is nearly the identity here, so a bit reads as 1.
-        mlp.c_fc.bias[1] = -1.0
+        layer.c_fc.bias[1] = -1.0
         sign = {"and": (0.0, 1.0), "or": (1.0, -1.0)}[logic]
         for unit in (0, 1):
-            mlp.c_proj.weight[unit, ANSWER] = 3 * sign[unit]
+            layer.c_proj.weight[unit, ANSWER] = 3 * sign[unit]
     return vs.Model(build.net)
 
 
@@ -490,10 +503,86 @@ def gate_pairs() -> vs.Pairs:
 
 @pytest.mark.parametrize(("logic", "noising", "denoising"), [("and", 1.0, 0.0), ("or", 0.0, 1.0)])
 def test_noising_finds_and_denoising_finds_or(logic: str, noising: float, denoising: float) -> None:
-    bench = Bench(gate_network(logic), {"corrupted": gate_pairs()})
-    total = bench.total("corrupted")
+    runs = Runs(gate_network(logic), {"corrupted": gate_pairs()})
+    total = runs.total("corrupted")
     assert float(total.min()) > 1.0
     for direction, expected in (("noising", noising), ("denoising", denoising)):
-        shares = bench.effects([A, B, OUT], "corrupted", direction) / total
+        shares = runs.effects([A, B, OUT], "corrupted", direction) / total
         assert torch.allclose(shares[:2], torch.full_like(shares[:2], expected), atol=0.15), (direction, shares)
         assert torch.allclose(shares[2], torch.ones_like(shares[2]), atol=0.05)
+
+
+# --- a circuit as a description
+
+
+def claimed(members: Sequence[vs.Part], runs: Runs) -> dict[str, vs.Claim]:
+    discovery = Discovery.of(runs, members)
+    return {claim.quantity: claim for claim, _ in claims_of(describe_circuit(discovery, members, 12), discovery)}
+
+
+def test_a_circuit_with_too_few_components_outside_it_has_completeness_without_a_control() -> None:
+    runs = handmade.runs(handmade.network())
+    few, many = [EMBED, *handmade.MEMBERS], [EMBED, *handmade.MEMBERS, handmade.PARTS["idle"]]
+    assert len(random_sets(runs, few, 3, 0, outside=True)) == 3
+    assert random_sets(runs, many, 3, 0, outside=True) == []
+    fresh = handmade.runs(handmade.network(), "validation")
+    for members, compared in ((few, True), (many, False)):
+        claims = claimed(members, runs)
+        lost, alone = claims["completeness"], claims["faithfulness"]
+        assert ("too few components lie outside it" in lost.statement) is not compared
+        assert lost.control.get("draws", 0) == (4 if compared else 0)
+        assert (check(lost, runs=fresh).control is not None) is compared
+        assert check(alone, runs=fresh).control is not None
+        evidence = {claim.id: check(claim, runs=fresh) for claim in (lost, alone)}
+        verdicts = vs.decide([lost, alone], evidence)
+        assert [verdict.outcome for verdict in verdicts] == ["SUPPORTED", "SUPPORTED"]
+        assert ("control" in {leg["name"] for leg in verdicts[0].legs}) is compared
+
+
+def test_what_a_circuit_claims_is_what_plain_sets_show() -> None:
+    runs = handmade.runs(handmade.network())
+    members = (EMBED, *handmade.MEMBERS)
+    claims = claimed(members, runs)
+    full, empty = runs.metric("clean").double().numpy(), metric_with_only(runs, [()], "resample")[0]
+    alone, lost = (np.array(check(claims[name], runs=runs).effects) for name in ("faithfulness", "completeness"))
+    np.testing.assert_allclose(alone, metric_with_only(runs, [members], "resample")[0] - empty, atol=1e-5)
+    np.testing.assert_allclose(lost, full - metric_without(runs, [handmade.MEMBERS], "resample")[0], atol=1e-5)
+    outside = [part for part in runs.components if part.writes[0].kind == "z" and part not in members]
+    sets = random_sets(runs, members, 4, runs.seed, outside=True)
+    assert all(set(chosen) == {EMBED, *outside} for chosen in sets)
+    control = np.array(check(claims["completeness"], runs=runs).control)
+    np.testing.assert_allclose(control, full - metric_without(runs, [outside], "resample")[0], atol=1e-5)
+
+
+# --- circuits of other components
+
+
+def test_a_circuit_of_neurons_is_searched_among_neurons() -> None:
+    neurons = [f"layers.1.mlp_post[{index}]" for index in range(8)]
+    runs = Runs(gate_network("and"), {"corrupted": gate_pairs()}, components=neurons)
+    assert runs.components == tuple(vs.neuron(1, index) for index in range(8))
+    effects = component_effects(runs)
+    assert effects.components == runs.components
+    found = find_circuit(runs, effects)
+    assert found.members == (vs.neuron(1, 1),)
+    assert found.kept == pytest.approx(1.0, abs=1e-3)
+    for direction in ("noising", "denoising"):
+        shares = runs.effects(runs.components, "corrupted", direction) / runs.total("corrupted")
+        expected = torch.tensor([[0.0], [1.0], *[[0.0]] * 6]).expand_as(shares)
+        torch.testing.assert_close(shares, expected, atol=0.01, rtol=0)
+    assert all(part in runs.components for chosen in random_sets(runs, found.members, 5, 0) for part in chosen)
+    with pytest.raises(InputError, match=r"layers.0.z\[0\] is no component; components are 8 of mlp_post: Runs"):
+        metric_with_only(runs, [(vs.head(0, 0),)], "zero")
+
+
+def test_patched_neurons_are_plain_patched_runs(runs: Runs) -> None:
+    some = Runs(runs.model, runs.contrast, components=[vs.neuron(0, 3), vs.Site("mlp_post", 1, 7), "layers.1.z[2]"])
+    assert some.components == (vs.neuron(0, 3), vs.neuron(1, 7), vs.head(1, 2))
+    corrupted = runs.model.run(runs.pairs.tokens("corrupted"), capture=["layers.*.mlp_post", "layers.*.z"])
+    clean = runs.model.run(runs.pairs.tokens("clean")).logits
+    for row, part in enumerate(some.components):
+        patch = vs.Patch(part, source=corrupted.activations)
+        edited = runs.model.run(runs.pairs.tokens("clean"), interventions=[patch]).logits
+        expected = patching.difference(clean, runs.pairs) - patching.difference(edited, runs.pairs)
+        found = some.effects(some.components, "corrupted", "noising")[row]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)

@@ -25,10 +25,10 @@ from solvable import timeless
 from tiny_folder import change_config, tiny_folder
 from tiny_gguf import tiny_llama, write_gguf
 from vesalius import report
-from vesalius.bench import Bench
 from vesalius.cli import main
 from vesalius.cli.ledgers import STYLES, _cells
 from vesalius.protocol.ledger import Ledger
+from vesalius.quantities import Runs
 
 FAST = ("--random-sets", "4", "--bos", "none")
 LETTERS = "abcdefgijklmnopqrsuvwxyz"
@@ -137,7 +137,8 @@ def test_a_study_writes_report_summary_and_ledger_and_prints_its_answer(
     assert done.out.splitlines() == [*summary["answer"], str(finished / "report.html")]
     assert {"report.html", "summary.json", "ledger.sqlite", "blocks"} <= {path.name for path in finished.iterdir()}
     assert summary["timings"]["peak_memory_bytes"] > 1e7
-    assert [step["name"] for step in summary["timings"]["steps"]] == ["decompose", "circuit", "describe", "validate"]
+    assert [step["name"] for step in summary["timings"]["steps"]] == ["patching", "circuit", "describe", "validate"]
+    assert f"vesalius ledger verify --head: {summary['timings']['ledger_head']}" in done.words
     assert "8 + 8 prompt pairs, bos none" in done.words
     assert "expected cost: about" in done.words
 
@@ -156,7 +157,7 @@ def test_a_model_that_cannot_do_the_task_ends_with_code_1_and_a_report(
     wrong, out = jsonl(tmp_path / "wrong.jsonl", rows_for(model, right=False)), tmp_path / "out"
     done = run("study", wrong, "--model", model, "--out", out, *FAST)
     assert done.code == 1
-    assert "prefers the answer in 0% of" in done.out
+    assert "prefers the answer to the distractor in 0% of" in done.out
     assert "does not do this task well enough" in (out / "report.html").read_text()
     assert json.loads((out / "summary.json").read_text())["stopped"] in done.out
     assert not (out / "ledger.sqlite").exists()
@@ -176,7 +177,7 @@ def test_the_control_tests_the_trained_claims_on_random_weights(
     trained = json.loads((out / "trained" / "summary.json").read_text())
     assert [row["id"] for row in summary["trained_claims_on_control"]] == [row["id"] for row in trained["claims"]]
     assert trained["claims"] == json.loads((finished / "summary.json").read_text())["claims"]
-    assert [step["name"] for step in summary["timings"]["steps"]] == ["decompose", "circuit", "describe", "validate"]
+    assert [step["name"] for step in summary["timings"]["steps"]] == ["patching", "circuit", "describe", "validate"]
 
 
 def test_a_control_of_a_model_that_cannot_do_the_task_says_so(
@@ -201,16 +202,16 @@ def test_the_default_folder_is_named_after_the_question(
 def test_interrupted_by_ctrl_c_it_says_so_and_goes_on_from_there(
     run: Callable[..., Done], finished: Path, model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate, calls = Bench.evaluate, [0]
+    evaluate, calls = Runs.evaluate, [0]
 
-    def interrupted(self: Bench, *given: Any, **named: Any) -> Any:
+    def interrupted(self: Runs, *given: Any, **named: Any) -> Any:
         calls[0] += 1
         if calls[0] == 6:
             raise KeyboardInterrupt
         return evaluate(self, *given, **named)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(Bench, "evaluate", interrupted)
+    monkeypatch.setattr(Runs, "evaluate", interrupted)
     done = run("study", pairs, "--model", model, "--out", out, *FAST)
     assert done.code == 130
     assert "Interrupted. Finished work is kept; the same command goes on from there." in done.words
@@ -354,7 +355,7 @@ BAD: dict[str, tuple[Given, str]] = {
                           r"token id 5000, but model has a vocabulary of \d+; is this its tokenizer\?"),
     "built-in task": (lambda m, p, t: ["ioi", "--model", m],
                       r"this built-in task does not fit it\. Give your own pairs"),
-    "long answer": (with_rows(changed(3, answer="xyz")), r"bad\.jsonl, line 4.*'xyz'"),
+    "long answer": (with_rows(changed(3, answer="xyz" * 9)), r"bad\.jsonl, line 4.*'xyzxyz.*'.*give 1 to \d+ tokens"),
     "misaligned": (with_rows(changed(5, corrupted="abc")), r"bad\.jsonl, line 6"),
     "no difference": (with_rows(lambda rows: [{**row, "corrupted": row["clean"]} for row in rows]),
                       r"16 of 16 pairs cannot be used bad\.jsonl, line 1: .* identical.*line 10: .* and 6 more"),
@@ -557,7 +558,11 @@ def test_a_whole_ledger_verifies(run: Callable[..., Done], finished: Path) -> No
     assert done.code == 0
     assert "records are as they were written" in done.out
     assert f"{len(summary_in(finished)['claims'])} claims" in done.out
-    assert json.loads((finished / "summary.json").read_text())["timings"]["ledger_head"]
+    head = json.loads((finished / "summary.json").read_text())["timings"]["ledger_head"]
+    assert "summary.json says the same." in done.out and f"Head (hash of the last record): {head}" in done.out
+    assert head in (finished / "report.html").read_text()
+    given = run("ledger", "verify", finished / "ledger.sqlite", "--head", head)
+    assert (given.code, "The record with the given head is there; it is the last." in given.out) == (0, True)
 
 
 def test_a_ledger_is_exported_with_records_and_verdicts(

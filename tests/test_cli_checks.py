@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,12 +19,13 @@ from test_cli import FAST, Done, jsonl, rows_for, separate
 from test_cli import model as model
 from test_cli import pairs as pairs
 from test_cli import run as run
+from vesalius import report
 from vesalius.cli import checks
 from vesalius.data import tables, texts
 from vesalius.data.manifest import DTYPES, NAME
 from vesalius.dictionaries import config
 from vesalius.model.products import COMPUTE
-from vesalius.studies.task_circuit import FEWEST_SETS
+from vesalius.studies.study import FEWEST_SETS
 
 SITE = ("--site", "layers.0.mlp_out")
 EARLY = {
@@ -150,3 +154,74 @@ def test_past_the_gate_a_stopped_study_goes_on_in_its_folder(
     # Without the option the folder is one of a study that went on, and goes on again.
     done = run("study", wrong, "--model", model, "--out", again, *FAST)
     assert done.code == 1
+
+
+# --- tables of every kind, and what is said about them beforehand
+
+
+def table(rows: list[dict[str, str]], delimiter: str) -> str:
+    written = io.StringIO()
+    writer = csv.DictWriter(written, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return written.getvalue()
+
+
+TABLES: dict[str, Callable[[list[dict[str, str]]], str]] = {
+    "semicolons.csv": lambda rows: table(rows, ";"),
+    "tabs.csv": lambda rows: table(rows, "\t"),
+    "tabs.tsv": lambda rows: table(rows, "\t"),
+    "array.json": lambda rows: json.dumps(rows, indent=1),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_study_takes_tables_of_every_kind(name: str, run: Callable[..., Done], model: Path, tmp_path: Path) -> None:
+    rows = rows_for(model, right=False)
+    (tmp_path / name).write_text(TABLES[name](rows))
+    plain = jsonl(tmp_path / "plain.jsonl", rows)
+    told = [
+        run("study", path, "--model", model, "--out", tmp_path / path.stem / path.suffix, *FAST)
+        for path in (tmp_path / name, plain)
+    ]
+    assert [done.code for done in told] == [1, 1]  # it does not do the task, so that nothing is measured
+    gates = [summary(tmp_path / path.stem / path.suffix)["gate"] for path in (tmp_path / name, plain)]
+    assert gates[0] == gates[1]
+
+
+def test_all_bad_pairs_are_told_at_once_the_first_ten_in_words(
+    run: Callable[..., Done], model: Path, tmp_path: Path
+) -> None:
+    rows = [{**row, "answer": ""} if number % 4 else row for number, row in enumerate(rows_for(model))]
+    (tmp_path / "bad.csv").write_text(table(rows, ";"))
+    done = run("study", tmp_path / "bad.csv", "--model", model, "--out", tmp_path / "out", *FAST)
+    assert done.code == 2
+    assert "bad.csv: 12 of 16 pairs cannot be used" in done.words
+    assert len(re.findall(r"bad\.csv, line \d+", done.words)) == 10
+    assert "... and 2 more" in done.words
+
+
+def test_too_few_templates_are_told_with_the_number_that_would_decide(
+    run: Callable[..., Done], model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    done = run("study", pairs, "--model", model, "--out", tmp_path / "out", *FAST)
+    assert done.code == 0
+    told = re.search(r"the validation split has (\d+) templates; about (\d+) decide a typical claim", done.words)
+    assert told is not None
+    assert f"Give prompts of {int(told[2]) - int(told[1])} more templates" in done.words
+    assert done.words.index("decide a typical claim") < done.words.index("patching")
+
+
+def test_answers_of_several_tokens_are_studied(run: Callable[..., Done], model: Path, tmp_path: Path) -> None:
+    rows = [
+        {**row, "answer": row["answer"] + ("xy" if number % 2 else ""), "distractor": row["distractor"] + "z"}
+        for number, row in enumerate(rows_for(model))
+    ]
+    path = jsonl(tmp_path / "long.jsonl", rows)
+    done = run("study", path, "--model", model, "--out", tmp_path / "out", "--past-gate", *FAST)
+    assert done.code == 0, done.err
+    found = summary(tmp_path / "out")
+    report.schema.check(found)
+    # A write onto one token's logit is no part of such a claim.
+    assert {row["quantity"] for row in found["claims"]} <= {"attends", "total_effect", "faithfulness", "completeness"}
+    assert found["question"]["prompts"]["distractor"].endswith("z")

@@ -35,7 +35,7 @@ def test_figures_and_page_are_written_and_the_answer_is_said(
 ) -> None:
     out = tmp_path / "page"
     done = run("quality", made / "sae0", made / "acts", "--model", made / "tiny", "--other", made / "sae1",
-               "--rows", 150, "--contexts", 5, "--out", out)  # fmt: skip
+               "--rows", 400, "--contexts", 8, "--out", out)  # fmt: skip
     assert done.code == 0, done.err
     found = json.loads((out / "quality.json").read_text())
     vs.report.quality_schema.check(found)

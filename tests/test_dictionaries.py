@@ -14,7 +14,7 @@ from torch import Tensor
 
 import vesalius as vs
 from vesalius.dictionaries import Coder, Dictionary, History, load, save
-from vesalius.errors import FileFormatError, InputError, InterventionError, NotFiniteError, UnknownNameError
+from vesalius.errors import FileFormatError, InputError, NotFiniteError, UnknownNameError
 from vesalius.parts import Part
 from vesalius.site import Site
 
@@ -275,15 +275,18 @@ def test_a_latent_is_read_and_written_as_a_part(activation: str) -> None:
     dictionary, whole = made(activation, in_scale=(2.0,), out_scale=(2.0,)), normal(2, 5, D)
     latent = dictionary.latent(7)
     assert isinstance(latent, Part)
-    value = latent.read(whole)
+    at = {A: whole}
+    value = latent.value(at)
     torch.testing.assert_close(value, dictionary.encode(whole)[..., 7])
-    assert torch.equal(latent.write(whole, value), whole)
-    moved = latent.write(whole, torch.full_like(value, 5.0))
+    assert torch.equal(latent.written(at, value)[A], whole)
+    moved = latent.written(at, torch.full_like(value, 5.0))[A]
     change = (5.0 - value)[..., None] * dictionary.W_dec[7] / 2.0
     torch.testing.assert_close(moved, whole + change)
-    assert latent.to_json() == {
-        "kind": "latent", "site": "layers.3.resid_post", "index": 7, "dictionary": dictionary.content_hash,
+    assert latent.ref == {
+        "kind": "latent", "reads": ["layers.3.resid_post"], "writes": ["layers.3.resid_post"], "index": 7,
+        "dictionary": dictionary.content_hash,
     }  # fmt: skip
+    assert vs.resolve(latent.ref, dictionary) == latent
 
 
 def test_removing_every_latent_leaves_bias_and_error() -> None:
@@ -297,22 +300,38 @@ def test_removing_every_latent_leaves_bias_and_error() -> None:
 def test_latents_of_heads_and_of_a_tensor_with_heads() -> None:
     one = made(in_sites=(Site.parse("layers.3.z[1]"),), out_sites=(Site.parse("layers.3.z[1]"),))
     z = normal(2, 5, 3, D)
-    torch.testing.assert_close(one.latent(2).read(z), one.encode(z[:, :, 1])[..., 2])
-    written = one.latent(2).write(z, torch.zeros(2, 5))
+    at = {Site.parse("layers.3.z"): z}
+    torch.testing.assert_close(one.latent(2).value(at), one.encode(z[:, :, 1])[..., 2])
+    written = one.latent(2).written(at, torch.zeros(2, 5))[Site.parse("layers.3.z")]
     assert torch.equal(written[:, :, [0, 2]], z[:, :, [0, 2]])
     assert not torch.equal(written[:, :, 1], z[:, :, 1])
     whole = Site.parse("layers.3.z")
     both = made(in_sites=(whole,), out_sites=(whole,))
-    assert both.latent(2).write(z[..., :3, :2], torch.zeros(2, 5)).shape == (2, 5, 3, 2)
+    moved = both.latent(2).written({whole: z[..., :3, :2]}, torch.zeros(2, 5))
+    assert moved[whole].shape == (2, 5, 3, 2)
 
 
-def test_a_transcoders_latent_is_read_but_not_written_in_one_tensor() -> None:
-    transcoder, whole = made(out_sites=(B,)), normal(2, 5, D)
-    torch.testing.assert_close(transcoder.latent(3).read(whole), transcoder.encode(whole)[..., 3])
-    with pytest.raises(InterventionError, match=r"read at layers\.3\.resid_post and written at layers\.4\.mlp_out"):
-        transcoder.latent(3).write(whole, torch.zeros(2, 5))
-    with pytest.raises(InputError, match=r"reads 2 sites"):
-        _ = crosscoder().latent(0).site
+def test_a_transcoders_latent_is_read_at_one_site_and_written_at_another() -> None:
+    transcoder, read, out = made(out_sites=(B,)), normal(2, 5, D), normal(2, 5, D, seed=1)
+    latent, at = transcoder.latent(3), {A: read, B: out}
+    assert (latent.reads, latent.writes) == ((A,), (B,))
+    value = latent.value(at)
+    torch.testing.assert_close(value, transcoder.encode(read)[..., 3])
+    # Only its own contribution moves: the other latents' and the error stay in the output.
+    moved = latent.written(at, value + 2.0)
+    assert list(moved) == [B]
+    torch.testing.assert_close(moved[B], out + 2.0 * latent.row)
+
+
+def test_a_crosscoders_latent_moves_every_site_it_writes() -> None:
+    dictionary, at = crosscoder(), {A: normal(2, 5, D), B: normal(2, 5, 4, seed=1)}
+    latent = dictionary.latent(3)
+    assert latent.reads == latent.writes == (A, B)
+    value = latent.value(at)
+    torch.testing.assert_close(value, dictionary.encode([at[A], at[B]])[..., 3])
+    moved = latent.written(at, torch.zeros_like(value))
+    for number, site in enumerate((A, B)):
+        torch.testing.assert_close(moved[site], at[site] - value[..., None] * dictionary.decoders[number][3])
 
 
 def test_directions_are_decoder_rows() -> None:

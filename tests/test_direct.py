@@ -1,4 +1,4 @@
-"""Direct contributions are an exact account of the logit difference, and a bench measures what plain runs show."""
+"""Direct contributions are an exact account of the logit difference, and runs measure what plain ones show."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import torch
 import patching
 import tiny
 import vesalius as vs
-from vesalius.bench import Bench, components
 from vesalius.errors import UnknownNameError
 from vesalius.model.direct import direct_effects
+from vesalius.quantities import DIRECT_EFFECT, Runs, heads_and_mlps
+from vesalius.quantities.contrast import EMBED
 
 FAMILIES = sorted(tiny.FAMILIES)
 
 
 @pytest.fixture(params=FAMILIES)
-def bench(request: pytest.FixtureRequest) -> Bench:
-    return Bench(tiny.model(request.param), {"corrupted": tiny.pairs()})
+def runs(request: pytest.FixtureRequest) -> Runs:
+    return Runs(tiny.model(request.param), {"corrupted": tiny.pairs()})
 
 
 @pytest.mark.parametrize("which", ["clean", "corrupted"])
-def test_contributions_sum_to_the_logit_difference(bench: Bench, which: str) -> None:
-    tokens = bench.pairs.tokens(which)
-    found = direct_effects(bench.model, bench.pairs, tokens)
-    full = patching.difference(patching.forward(bench.model, tokens), bench.pairs)
+def test_contributions_sum_to_the_logit_difference(runs: Runs, which: str) -> None:
+    tokens = runs.pairs.tokens(which)
+    found = direct_effects(runs.model, runs.pairs, tokens)
+    full = patching.difference(patching.forward(runs.model, tokens), runs.pairs)
     assert torch.allclose(found.total(), full, atol=1e-4)
     assert full.std() > 0.1
 
@@ -36,44 +37,47 @@ def test_a_bias_of_the_unembedding_is_counted() -> None:
     found = direct_effects(vs.Model(module), pairs, pairs.tokens("clean"))
     full = patching.difference(module(pairs.clean, attention_mask=pairs.real.long()).logits.detach(), pairs)
     assert torch.allclose(found.total(), full, atol=1e-4)
-    assert torch.allclose(Bench(vs.Model(module), {"corrupted": pairs}).metric("clean"), full, atol=1e-4)
+    assert torch.allclose(Runs(vs.Model(module), {"corrupted": pairs}).metric("clean"), full, atol=1e-4)
 
 
-def test_every_component_has_its_share_and_an_unknown_one_lists_them(bench: Bench) -> None:
-    found = direct_effects(bench.model, bench.pairs, bench.pairs.tokens("clean"))
-    assert {str(part) for part in components(bench.model)} <= set(found.contributions)
+def test_every_component_has_its_share_and_an_unknown_one_lists_them(runs: Runs) -> None:
+    found = direct_effects(runs.model, runs.pairs, runs.pairs.tokens("clean"))
+    assert {str(part) for part in heads_and_mlps(runs.model)} <= set(found.contributions)
     with pytest.raises(UnknownNameError, match=r"unknown component 'layers.9.mlp_out'; known: bias, embed, "):
         _ = found["layers.9.mlp_out"]
 
 
-def test_a_bench_gives_the_same_shares(bench: Bench) -> None:
-    found = direct_effects(bench.model, bench.pairs, bench.pairs.tokens("clean"))
-    for part in components(bench.model)[1:]:
-        assert torch.allclose(bench.direct(part), found[part], atol=1e-5), part
+def test_the_quantity_gives_the_same_shares(runs: Runs) -> None:
+    found = direct_effects(runs.model, runs.pairs, runs.pairs.tokens("clean"))
+    for part in heads_and_mlps(runs.model)[1:]:
+        assert torch.allclose(DIRECT_EFFECT.measure(runs, part, {}), found[str(part)], atol=1e-5), part
 
 
-def test_the_embeddings_of_a_bench_hold_positions_too(bench: Bench) -> None:
-    found = direct_effects(bench.model, bench.pairs, bench.pairs.tokens("clean"))
+def test_the_embeddings_of_runs_hold_positions_too(runs: Runs) -> None:
+    found = direct_effects(runs.model, runs.pairs, runs.pairs.tokens("clean"))
     names = [name for name in ("embed", "pos_embed") if name in found.contributions]
-    assert torch.allclose(bench.direct(vs.Site("embed")), torch.stack([found[n] for n in names]).sum(0), atol=1e-5)
+    assert torch.allclose(
+        DIRECT_EFFECT.measure(runs, EMBED, {}), torch.stack([found[n] for n in names]).sum(0), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("which", ["clean", "corrupted"])
-def test_the_metric_of_a_bench_is_that_of_full_logits(bench: Bench, which: str) -> None:
-    logits = patching.forward(bench.model, bench.pairs.tokens(which))
-    assert torch.allclose(bench.metric(which), patching.difference(logits, bench.pairs), atol=1e-4)
-    shuffled = patching.difference(logits, bench.shuffled)
-    assert torch.allclose(bench.metric(which, bench.shuffled), shuffled, atol=1e-4)
+def test_the_metric_of_runs_is_that_of_full_logits(runs: Runs, which: str) -> None:
+    logits = patching.forward(runs.model, runs.pairs.tokens(which))
+    assert torch.allclose(runs.metric(which), patching.difference(logits, runs.pairs), atol=1e-4)
+    shuffled = patching.difference(logits, runs.shuffled)
+    assert torch.allclose(runs.metric(which, runs.shuffled), shuffled, atol=1e-4)
 
 
-def test_the_pattern_of_a_bench_is_the_run_s_on_real_positions(bench: Bench) -> None:
+def test_the_pattern_of_runs_is_the_run_s_on_real_positions(runs: Runs) -> None:
     for which in ("clean", "corrupted"):
-        run = bench.model.run(bench.pairs.tokens(which), capture=["layers.*.pattern"])
-        real = bench.pairs.real
-        for part in components(bench.model):
-            if part.kind == "z":
-                expected = run[vs.Site("pattern", part.layer, part.index)]
-                assert torch.allclose(bench.pattern(part, which)[real], expected[real], atol=1e-5), part
+        run = runs.model.run(runs.pairs.tokens(which), capture=["layers.*.pattern"])
+        real = runs.pairs.real
+        for part in heads_and_mlps(runs.model):
+            site = part.writes[0]
+            if site.kind == "z":
+                expected = run[vs.Site("pattern", site.layer, site.index)]
+                assert torch.allclose(runs.pattern(part, which)[real], expected[real], atol=1e-5), part
 
 
 @pytest.mark.demo_model
@@ -82,8 +86,8 @@ def test_contributions_sum_to_the_logit_difference_on_the_demo_model(demo: vs.Mo
     logits = demo.run(pairs.tokens("clean")).logits
     full = patching.difference(logits, pairs)
     found = direct_effects(demo, pairs, pairs.tokens("clean"))
-    bench = Bench(demo, {pairs.corruption: pairs})
+    runs = Runs(demo, {pairs.corruption: pairs})
     assert torch.allclose(found.total(), full, atol=1e-4)
-    assert torch.allclose(bench.metric("clean"), full, atol=1e-4)
-    part = vs.Site("z", 17, 3)
-    assert torch.allclose(bench.direct(part), found[part], atol=1e-4)
+    assert torch.allclose(runs.metric("clean"), full, atol=1e-4)
+    part = vs.head(17, 3)
+    assert torch.allclose(DIRECT_EFFECT.measure(runs, part, {}), found[str(part)], atol=1e-4)

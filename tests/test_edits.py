@@ -15,6 +15,7 @@ import tiny
 import vesalius as vs
 from vesalius.errors import FileFormatError, InputError, InterventionError, UnknownNameError
 from vesalius.intervention import Place, apply, from_json, load, save, tensors_of
+from vesalius.parts import OneSite
 
 SITE = vs.Site.parse("layers.1.resid_post")
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_in", "mlp_post", "q", "k", "v", "z",
@@ -356,9 +357,10 @@ def test_values_go_to_where_the_tensor_is() -> None:
     mean = vs.Ablate(SITE, mode="mean", reference=source)
     for edit in [*(e for e in edits if not isinstance(e, vs.Interchange | vs.Replace)), swap, mean]:
         chosen = torch.ones(2, 5, dtype=torch.bool)
-        assert apply(edit, whole, Place(real, chosen=chosen)).device.type == "meta"
+        at = {site.whole: whole for site in (*edit.part.reads, *edit.part.writes)}
+        assert {tensor.device.type for tensor in apply(edit, at, Place(real, chosen=chosen)).values()} == {"meta"}
         index = torch.arange(5).expand(2, -1)
-        assert apply(edit, whole, Place(real, index, chosen)).device.type == "meta"
+        assert {t.device.type for t in apply(edit, at, Place(real, index, chosen)).values()} == {"meta"}
 
 
 # ---------------------------------------------------------------------------------------------- print, JSON, hash, file
@@ -445,7 +447,7 @@ def test_a_changed_tensor_file_is_found_and_missing_pieces_are_named(tmp_path: P
         load(tmp_path / "bad.json")
 
 
-class Sum:
+class Sum(OneSite):
     """A part of one's own: the sum over a site's dimensions, written by shifting all of them."""
 
     site = SITE
@@ -456,7 +458,8 @@ class Sum:
     def write(self, whole: Tensor, value: Tensor) -> Tensor:
         return whole + ((value - whole.sum(-1)) / whole.shape[-1])[..., None]
 
-    def to_json(self) -> dict[str, Any]:
+    @property
+    def ref(self) -> dict[str, Any]:
         return {"kind": "sum", "site": str(self.site)}
 
 
@@ -473,9 +476,7 @@ def test_a_part_that_is_kept_elsewhere_is_found_by_its_reference(
     for before, after in zip(edits, again, strict=True):
         assert torch.equal(*(model.run(tokens, interventions=[edit]).logits for edit in (before, after)))
     assert repr(edits[0]) == "Ablate(sum at layers.1.resid_post, mode=zero, positions=[2], seed=0)"
-    with pytest.raises(
-        InputError, match=r"the sum at layers.1.resid_post of this edit is kept elsewhere: hand it over"
-    ):
+    with pytest.raises(UnknownNameError, match=r"unknown kind of part 'sum'.*load\(\.\.\., parts=\[part\]\)"):
         load(tmp_path / "edits.json", functions={"add": edits[1].fn})
 
 

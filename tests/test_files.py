@@ -91,6 +91,14 @@ def test_a_file_gives_back_its_prompts_answers_and_groups(tmp_path: Path, suffix
     assert (pairs.task, pairs.corruption, pairs.bos) == ("mine", "corrupted", "<|endoftext|>")
 
 
+def test_answers_of_several_tokens_are_read_from_a_file(tmp_path: Path) -> None:
+    records = [{**r, "answer": f"{r['answer']} and Kate"} if i in (1, 4) else r for i, r in enumerate(RECORDS)]
+    pairs = load_pairs(write(tmp_path / "p.jsonl", records), MODEL)
+    assert pairs.answer.shape == pairs.distractor.shape == (16, 3)
+    for ids, source in zip(pairs.answer, records, strict=True):
+        assert MODEL.tokenizer.decode(ids[ids >= 0]) == source["answer"]
+
+
 def test_all_formats_give_equal_pairs(tmp_path: Path) -> None:
     found = {
         load_pairs(write(tmp_path / f"p{s}", RECORDS), MODEL).content_hash for s in (".jsonl", ".json", ".csv", ".tsv")
@@ -292,7 +300,7 @@ def test_broken_contents_are_refused_with_the_line(tmp_path: Path, name: str, co
         ({"corrupted": None}, InputError, "p.jsonl, line 2: corrupted must be text, got None"),
         ({"template": float("nan")}, InputError, "p.jsonl, line 2: template must be text, got nan"),
         ({"template": ""}, InputError, "p.jsonl, line 2: group template is empty"),
-        ({"answer": " Anna Paul"}, TokenizerError, r"line 2: answer .*not a single .*\[' Anna', ' Paul'\].*leading"),
+        ({"answer": " Anna" * 9}, TokenizerError, r"line 2: answer .* is \[' Anna', .* give 1 to 8 tokens"),
         ({"answer": " to", "distractor": " to"}, PairsError, "p.jsonl, line 2: answer equals distractor"),
         ({"corrupted": "At the market"}, PairsError, r"line 2: clean has \d+ tokens and corrupted 3.*\['At', ' the'"),
         ({"corrupted": record(1)["clean"]}, PairsError, "p.jsonl, line 2: clean and corrupted prompts are identical"),
@@ -307,7 +315,7 @@ def test_a_row_that_is_no_pair_is_refused_with_its_line(
 
 
 def test_bad_pairs_are_listed_at_once(tmp_path: Path) -> None:
-    records = [{**r, "answer": " Anna Paul"} if i in (1, 4) else r for i, r in enumerate(RECORDS)]
+    records = [{**r, "answer": " Anna" * 9} if i in (1, 4) else r for i, r in enumerate(RECORDS)]
     with pytest.raises(
         TokenizerError, match=r"(?s)^p.jsonl: 2 of 16 pairs cannot be used\n  p.jsonl, line 2: .*, line 5:"
     ):

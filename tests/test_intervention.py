@@ -150,7 +150,7 @@ def test_steering_adds_scale_times_the_vector(model: vs.Model, tokens: vs.Tokens
 
 
 def test_steering_needs_a_vector() -> None:
-    with pytest.raises(InputError, match="needs vector=, or a Direction"):
+    with pytest.raises(InputError, match="needs vector=, or a part with one number per position, such as a Direction"):
         vs.Steer(SITE, scale=1.0)
 
 

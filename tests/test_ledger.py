@@ -26,7 +26,7 @@ from vesalius.errors import (
     TamperedError,
     UnknownNameError,
 )
-from vesalius.protocol import Claim, Evidence, Verdict, content_hash, unmeasured
+from vesalius.protocol import Claim, Evidence, Family, Verdict, content_hash, unmeasured
 from vesalius.protocol.ledger import Ledger
 
 SPLITS = ("discovery", "validation", "confirmation")
@@ -80,6 +80,7 @@ def prompts(task: str = "ioi", **changes: Any) -> Prompts:
 
 def claim(number: int = 0, data: Prompts | None = None, **changes: Any) -> Claim:
     parents = ((data or prompts()).split("discovery").content_hash,)
+    measured = {"estimate": 10.0, "low": 9.0, "high": 11.0, "n": PER_SPLIT, "data_hash": parents[0]}
     given = {
         "statement": f"claim {number}",
         "subject": {"head": number},
@@ -87,7 +88,13 @@ def claim(number: int = 0, data: Prompts | None = None, **changes: Any) -> Claim
         "delta": 0.5,
         "n": PER_SPLIT,
     }
-    return Claim(**{**given, "total_effect": 10.0, "parents": parents, **changes})
+    return Claim(**{**given, "total_effect": 10.0, "parents": parents, "origin": {"scale": measured}, **changes})
+
+
+def seal(ledger: Ledger, claims: Sequence[Claim], data: Prompts | None = None, **options: Any) -> Family:
+    """What the claims are made from is opened first, as it should be."""
+    ledger.open(data or prompts(), "discovery")
+    return ledger.register(claims, **options)
 
 
 def evidence(of: Claim, data: Prompts, mean: float = 2.0, **changes: Any) -> Evidence:
@@ -111,7 +118,7 @@ def ledger(path: Path) -> Iterator[Ledger]:
 
 
 def test_a_claim_sealed_then_tested_on_fresh_data_gets_its_verdict(ledger: Ledger, path: Path) -> None:
-    family = ledger.register([claim(0), claim(1)], study="ioi")
+    family = seal(ledger, [claim(0), claim(1)], study="ioi")
     validation = ledger.open(prompts(), "validation")
     assert validation == prompts().split("validation")
     identity = ledger.append(evidence(claim(0), validation))
@@ -123,24 +130,27 @@ def test_a_claim_sealed_then_tested_on_fresh_data_gets_its_verdict(ledger: Ledge
         assert again.verdict(claim(0)) == verdict
         assert again.claims() == (claim(0), claim(1)) and again.families() == (family,)
         assert [stored.id for stored in again.evidence(claim(0))] == [identity]
-        assert [(o.split, o.data_hash) for o in again.openings()] == [("validation", validation.content_hash)]
+        assert [(o.split, o.data_hash) for o in again.openings()] == [
+            ("discovery", prompts().split("discovery").content_hash),
+            ("validation", validation.content_hash),
+        ]
 
 
 def test_verify_recomputes_everything_and_counts_it(ledger: Ledger) -> None:
-    ledger.register([claim(0), claim(1)])
+    seal(ledger, [claim(0), claim(1)])
     validation = ledger.open(prompts(), "validation")
     ledger.append(evidence(claim(0), validation))
     ledger.append(evidence(claim(0), validation, mean=1.9), replication=True)
     report = ledger.verify()
-    assert (report.families, report.claims, report.evidence, report.replications, report.openings) == (1, 2, 1, 1, 1)
+    assert (report.families, report.claims, report.evidence, report.replications, report.openings) == (1, 2, 1, 1, 2)
     assert report.outcomes == {"SUPPORTED": 1, "INCONCLUSIVE": 1}
-    assert report.records == 1 + 4 + 1 + 2  # family, data sets noted, opening, evidence
+    assert report.records == 4 + 1 + 1 + 1 + 2  # data sets noted, opening, family, opening, evidence
     ledger.open(prompts(), "validation")
     assert ledger.verify().head != report.head
 
 
 def test_export_holds_every_record_and_verdict(ledger: Ledger, tmp_path: Path) -> None:
-    ledger.register([claim(0)])
+    seal(ledger, [claim(0)])
     ledger.append(evidence(claim(0), ledger.open(prompts(), "validation")))
     content = json.loads(ledger.export(tmp_path / "out" / "ledger.json").read_text())
     assert content["format"] == "vesalius-ledger/1"
@@ -153,21 +163,21 @@ def test_export_holds_every_record_and_verdict(ledger: Ledger, tmp_path: Path) -
 
 
 def test_a_family_registered_again_is_the_sealed_one(ledger: Ledger) -> None:
-    sealed = ledger.register([claim(0), claim(1)], study="s")
+    sealed = seal(ledger, [claim(0), claim(1)], study="s")
     ledger.open(prompts(), "validation")
-    again = ledger.register([claim(0), claim(1)], study="s")
+    again = seal(ledger, [claim(0), claim(1)], study="s")
     assert again == sealed and not again.exploratory
     assert ledger.verify().families == 1
 
 
 def test_the_study_of_a_family_is_that_of_its_claims(ledger: Ledger) -> None:
-    assert ledger.register([claim(0, study="ioi"), claim(1, study="ioi")]).study == "ioi"
+    assert seal(ledger, [claim(0, study="ioi"), claim(1, study="ioi")]).study == "ioi"
 
 
 def test_m_counts_unmeasured_claims(ledger: Ledger) -> None:
-    ledger.register([claim(number) for number in range(40)])
+    seal(ledger, [claim(number) for number in range(40)])
     validation = ledger.open(prompts(), "validation")
-    weak = [0.6 + 0.14 * ((7 * i) % 5 - 2) for i in range(PER_SPLIT)]
+    weak = [0.78 + 0.14 * ((7 * i) % 5 - 2) for i in range(PER_SPLIT)]
     ledger.append(evidence(claim(0), validation, effects=weak))
     result = ledger.verdict(claim(0))
     assert result.p_supported_holm == pytest.approx(min(1, 40 * result.p_supported))
@@ -175,35 +185,36 @@ def test_m_counts_unmeasured_claims(ledger: Ledger) -> None:
 
 
 def test_later_families_do_not_change_a_verdict(ledger: Ledger) -> None:
-    ledger.register([claim(0)])
+    seal(ledger, [claim(0)])
     ledger.append(evidence(claim(0), ledger.open(prompts(), "validation")))
     before = ledger.verdict(claim(0))
-    ledger.register([claim(number) for number in range(1, 60)])
+    seal(ledger, [claim(number) for number in range(1, 60)])
     assert ledger.verdict(claim(0)) == before
 
 
 def test_a_study_has_one_sealed_family(ledger: Ledger) -> None:
-    ledger.register([claim(0)], study="ioi")
+    seal(ledger, [claim(0)], study="ioi")
     with pytest.raises(ProtocolError, match="the family of study 'ioi' is sealed with 1 claims"):
-        ledger.register([claim(1)], study="ioi")
+        seal(ledger, [claim(1)], study="ioi")
     with pytest.raises(ProtocolError, match="is already sealed in family"):
-        ledger.register([claim(0), claim(1)], study="other")
+        seal(ledger, [claim(0), claim(1)], study="other")
     with pytest.raises(InputError, match="at least one claim"):
-        ledger.register([])
+        seal(ledger, [])
 
 
 def test_a_family_sealed_after_its_data_were_opened_is_exploratory(ledger: Ledger) -> None:
     ledger.open(prompts(), "discovery")
-    assert not ledger.register([claim(0)], study="ioi").exploratory  # what it was made from may be open
+    assert not seal(ledger, [claim(0)], study="ioi").exploratory  # what it was made from may be open
     validation = ledger.open(prompts(), "validation")
-    late = ledger.register([claim(1)], study="ioi")
+    late = seal(ledger, [claim(1)], study="ioi")
     assert late.exploratory
     with pytest.raises(ProtocolError, match="in split 'validation', which was opened before the claim was registered"):
         ledger.append(evidence(claim(1), validation))
     ledger.append(evidence(claim(1), ledger.open(prompts(), "confirmation")))
     verdict = ledger.verdict(claim(1))
     assert verdict.outcome == "SUPPORTED" and verdict.exploratory
-    assert not ledger.register([claim(2, prompts("sva"))]).exploratory  # other data were not seen
+    sva = prompts("sva")
+    assert not seal(ledger, [claim(2, sva)], sva).exploratory  # other data were not seen
     assert ledger.verify().outcomes == {"SUPPORTED": 1, "INCONCLUSIVE": 2}
 
 
@@ -212,7 +223,7 @@ def test_opening_another_corruption_of_the_same_prompts_counts_as_opening_them(l
     ledger.open(swap, "validation")
     late = claim(0, abc)
     with_abc = ledger.open(abc, "discovery")
-    assert ledger.register([late]).exploratory
+    assert seal(ledger, [late]).exploratory
     assert late.parents == (with_abc.content_hash,)
     with pytest.raises(ProtocolError, match="opened before the claim was registered"):
         ledger.append(evidence(late, ledger.open(abc, "validation")))
@@ -221,9 +232,12 @@ def test_opening_another_corruption_of_the_same_prompts_counts_as_opening_them(l
 def test_a_claim_without_parents_may_come_from_anything_opened_before(ledger: Ledger) -> None:
     discovery = ledger.open(prompts(), "discovery")
     made = claim(0, parents=())
-    assert ledger.register([made]).exploratory
-    with pytest.raises(ProtocolError, match="the claim names no parents"):
+    assert seal(ledger, [made]).exploratory
+    with pytest.raises(ProtocolError, match="is from the split 'discovery', which claims are made from"):
         ledger.append(evidence(made, discovery))
+    again = dataclasses.replace(prompts(), splits=tuple({"discovery": "mine"}.get(s, s) for s in prompts().splits))
+    with pytest.raises(ProtocolError, match="the claim names no parents"):
+        ledger.append(evidence(made, ledger.open(again, "mine")))
     ledger.append(evidence(made, ledger.open(prompts(), "validation")))
     assert ledger.verdict(made).exploratory
 
@@ -234,7 +248,7 @@ def test_new_examples_of_groups_that_were_open_before_are_not_fresh(ledger: Ledg
     data = dataclasses.replace(base, groups={**base.groups, "template": template})
     ledger.open(data, "validation")
     late = claim(0, data)
-    ledger.register([late])
+    seal(ledger, [late], data)
     with pytest.raises(ProtocolError, match=r"shares 12 'template' group\(s\) \(v0, .*opened before the claim"):
         ledger.append(evidence(late, ledger.open(data, "confirmation")))
 
@@ -250,7 +264,7 @@ def test_evidence_for_an_unknown_claim_is_refused(ledger: Ledger) -> None:
 
 
 def test_evidence_on_data_that_were_not_opened_here_is_refused(ledger: Ledger) -> None:
-    ledger.register([claim(0)])
+    seal(ledger, [claim(0)])
     ledger.open(prompts(), "discovery")  # notes what validation holds, but does not open it
     with pytest.raises(ProtocolError, match="which this ledger never opened"):
         ledger.append(evidence(claim(0), prompts().split("validation")))
@@ -261,17 +275,17 @@ def test_evidence_on_data_that_were_not_opened_here_is_refused(ledger: Ledger) -
 
 
 def test_evidence_on_the_data_a_claim_was_made_from_is_refused(ledger: Ledger) -> None:
-    ledger.register([claim(0)])
+    seal(ledger, [claim(0)])
     with pytest.raises(ProtocolError, match=r"was made from data .*; test it on data it never saw"):
         ledger.append(evidence(claim(0), ledger.open(prompts(), "discovery")))
 
 
 def test_an_example_of_the_parents_is_refused_in_whatever_split_it_hides(ledger: Ledger) -> None:
-    base = prompts()
+    base = prompts(groups={})
     leaking = dataclasses.replace(
         base, texts=tuple(base.texts[0] if i == PER_SPLIT else t for i, t in enumerate(base.texts))
     )
-    ledger.register([claim(0, leaking)])
+    seal(ledger, [claim(0, leaking)], leaking)
     with pytest.raises(
         ProtocolError, match=r"1 example\(s\), first .* are in split 'discovery', which the claim was made"
     ):
@@ -283,33 +297,36 @@ def test_a_group_of_the_parents_is_refused(ledger: Ledger, kind: str, label: str
     base = prompts()
     labels = tuple(label if i == PER_SPLIT else given for i, given in enumerate(base.groups[kind]))
     leaking = dataclasses.replace(base, groups={**base.groups, kind: labels})
-    ledger.register([claim(0, leaking)])
+    seal(ledger, [claim(0, leaking)], leaking)
     shared = label.split("|")[-1]
     with pytest.raises(ProtocolError, match=rf"shares 1 '{kind}' group\(s\) \({shared}\) with split 'discovery'"):
         ledger.append(evidence(claim(0, leaking), ledger.open(leaking, "validation")))
 
 
 def test_groups_cannot_be_left_out_or_renamed(ledger: Ledger) -> None:
-    ledger.register([claim(0)])
+    seal(ledger, [claim(0)])
     opened = ledger.open(prompts(), "validation")
     without = evidence(claim(0), opened, groups={"template": opened.groups["template"]})
     renamed = evidence(claim(0), opened, groups={**opened.groups, "template": tuple(map(str, range(PER_SPLIT)))})
     for made, kind in ((without, "names"), (renamed, "template")):
         with pytest.raises(ProtocolError, match=f"its '{kind}' groups are missing or not the opened split's"):
             ledger.append(made)
-    ledger.append(evidence(claim(0), opened.rows(range(20)), data_hash=opened.content_hash))  # a subset is fine
+    added = evidence(claim(0), opened, groups={**opened.groups, "mine": tuple(map(str, range(PER_SPLIT)))})
+    with pytest.raises(ProtocolError, match="the opened split 'validation' has no groups 'mine'; they cannot be added"):
+        ledger.append(added)
+    ledger.append(evidence(claim(0), opened))
 
 
 def test_parents_that_the_ledger_does_not_know_are_refused(ledger: Ledger) -> None:
     made = claim(0, parents=("feed" * 16,))
-    ledger.register([made])
+    assert seal(ledger, [made]).exploratory
     with pytest.raises(ProtocolError, match="was made from data feedfeedfeed, of which this ledger knows nothing"):
         ledger.append(evidence(made, ledger.open(prompts(), "validation")))
 
 
 def test_evidence_lacking_a_declared_leg_is_refused_at_once(ledger: Ledger) -> None:
     made = claim(0, control={"parts": ["h2"]})
-    ledger.register([made])
+    seal(ledger, [made])
     with pytest.raises(ProtocolError, match="lacks the leg 'control'"):
         ledger.append(evidence(made, ledger.open(prompts(), "validation")))
 
@@ -335,7 +352,7 @@ def test_data_whose_hash_does_not_tell_them_apart_are_refused(ledger: Ledger) ->
 
 
 def test_there_is_one_primary_and_replications_never_change_the_verdict(ledger: Ledger) -> None:
-    ledger.register([claim(0)])
+    seal(ledger, [claim(0)])
     opened = ledger.open(prompts(), "validation")
     contrary = evidence(claim(0), opened, mean=-2.0)
     with pytest.raises(ProtocolError, match="a replication is measured, and follows measured primary evidence"):
@@ -350,7 +367,7 @@ def test_there_is_one_primary_and_replications_never_change_the_verdict(ledger: 
 
 
 def test_the_same_evidence_again_changes_nothing(ledger: Ledger) -> None:
-    ledger.register([claim(0)])
+    seal(ledger, [claim(0)])
     opened = ledger.open(prompts(), "validation")
     first = ledger.append(evidence(claim(0), opened, created_at="2025-01-01"))
     records = ledger.verify().records
@@ -359,7 +376,7 @@ def test_the_same_evidence_again_changes_nothing(ledger: Ledger) -> None:
 
 
 def test_only_what_was_unmeasured_may_be_tried_again_and_only_by_the_same_plan(ledger: Ledger) -> None:
-    ledger.register([claim(0)])
+    seal(ledger, [claim(0)])
     opened = ledger.open(prompts(), "validation")
     ledger.append(unmeasured(claim(0).id, "out of memory", plan_hash="plan"))
     assert ledger.verdict(claim(0)).reason == "unmeasured"
@@ -373,7 +390,7 @@ def test_only_what_was_unmeasured_may_be_tried_again_and_only_by_the_same_plan(l
 
 
 def test_a_refused_step_leaves_no_trace(ledger: Ledger) -> None:
-    ledger.register([claim(0)])
+    seal(ledger, [claim(0)])
     opened = ledger.open(prompts(), "validation")
     before = ledger.verify()
     with pytest.raises(ProtocolError):
@@ -389,7 +406,7 @@ def test_a_refused_step_leaves_no_trace(ledger: Ledger) -> None:
 @pytest.fixture
 def written(path: Path) -> Path:
     with Ledger(path) as ledger:
-        ledger.register([claim(0), claim(1)])
+        seal(ledger, [claim(0), claim(1)])
         opened = ledger.open(prompts(), "validation")
         ledger.append(evidence(claim(0), opened))
         ledger.append(evidence(claim(1), opened))
@@ -432,13 +449,13 @@ def forge(path: Path, *statements: str) -> None:
     ("statement", "message"),
     [
         (
-            "UPDATE records SET payload = replace(payload, '2.2', '2.3') WHERE seq = 7",
-            "record 7 .* does not match its hash",
+            "UPDATE records SET payload = replace(payload, '2.2', '2.3') WHERE seq = 8",
+            "record 8 .* does not match its hash",
         ),
-        ("UPDATE records SET kind = 'replication' WHERE seq = 7", "record 7 .* does not match its hash"),
-        ("UPDATE records SET id = 'feed' WHERE seq = 8", "record 8 .* does not match its hash"),
-        ("UPDATE records SET previous = hash WHERE seq = 8", "record 8 .* does not match its hash"),
-        ("DELETE FROM records WHERE seq = 7", "record 8 .* does not follow the record before it"),
+        ("UPDATE records SET kind = 'replication' WHERE seq = 8", "record 8 .* does not match its hash"),
+        ("UPDATE records SET id = 'feed' WHERE seq = 9", "record 9 .* does not match its hash"),
+        ("UPDATE records SET previous = hash WHERE seq = 9", "record 9 .* does not match its hash"),
+        ("DELETE FROM records WHERE seq = 8", "record 9 .* does not follow the record before it"),
     ],
 )
 def test_a_forged_record_is_found_and_named(written: Path, statement: str, message: str) -> None:
@@ -455,7 +472,7 @@ def test_a_forbidden_record_is_found_even_with_perfect_hashes(written: Path) -> 
         with ledger._store.transaction():
             ledger._append("evidence", second.id, second.to_json())
         with pytest.raises(
-            TamperedError, match=r"record 9 \(evidence\) breaks the protocol: .* has its primary evidence"
+            TamperedError, match=r"record 10 \(evidence\) breaks the protocol: .* has its primary evidence"
         ):
             ledger.verify()
 
@@ -579,7 +596,7 @@ def start(context: Any, target: Any, *args: Any) -> tuple[Any, Connection]:
 
 def test_processes_append_at_once_without_loss(path: Path, processes: Any) -> None:
     with Ledger(path) as ledger:
-        ledger.register([claim(number) for number in range(45)])
+        seal(ledger, [claim(number) for number in range(45)])
         ledger.open(prompts(), "validation")
     children = [start(processes, append_claims, path, first, 15) for first in (0, 15, 30)]
     ids = [identity for _, replies in children for identity in said(replies)]
@@ -603,7 +620,7 @@ def test_processes_may_create_the_file_at_once(path: Path, processes: Any) -> No
 def test_fifty_kills_lose_no_record_whose_append_returned(path: Path, processes: Any) -> None:
     total = 200
     with Ledger(path) as ledger:
-        ledger.register([claim(number) for number in range(total)])
+        seal(ledger, [claim(number) for number in range(total)])
         ledger.open(prompts(), "validation")
     rng, returned, kills, mid_work = random.Random(1), set(), 0, 0
     for kills in range(1, 51):

@@ -114,6 +114,6 @@ def test_parts_are_made_from_names_sites_and_parts() -> None:
 
 def test_references_tell_directions_apart() -> None:
     one, other = vs.Direction(RESID, randn(8), "a"), vs.Direction(RESID, randn(8, seed=1), "a")
-    assert one.to_json()["sha256"] != other.to_json()["sha256"]
-    assert one.to_json() == vs.Direction(RESID, 2 * randn(8), "a").to_json()
-    assert vs.Subspace(RESID, randn(2, 8)).to_json()["kind"] == "subspace"
+    assert one.ref["sha256"] != other.ref["sha256"]
+    assert one.ref == vs.Direction(RESID, 2 * randn(8), "a").ref
+    assert vs.Subspace(RESID, randn(2, 8)).ref["kind"] == "subspace"

@@ -286,7 +286,7 @@ def test_a_sabotaged_replay_is_caught(model: vs.Model, pairs: vs.Pairs, monkeypa
 
     def wrong(self: replay.Replay) -> tuple[Tensor, dict[vs.Site, Tensor]]:
         hidden, seen = real(self)
-        return hidden + 0.1 * torch.linspace(-1, 1, hidden.shape[1]), seen
+        return hidden + 0.1 * torch.linspace(-1, 1, hidden.shape[-1]), seen
 
     monkeypatch.setattr(replay.Replay, "run", wrong)
     options: dict[str, Any] = {"senders": "layers.0.z", "receivers": "layers.2.q", "each": "head"}

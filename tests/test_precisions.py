@@ -10,11 +10,11 @@ import families
 import tiny
 import vesalius as vs
 from families import FAMILIES
+from patching import edited
 from vesalius.errors import SelfCheckError
-from vesalius.patching.checking import self_check
-from vesalius.patching.donors import donor_for
+from vesalius.patching.plain import self_check
 from vesalius.patching.record import record
-from vesalius.patching.variants import Variant
+from vesalius.patching.sources import source_for
 
 # Largest error, in units of the values' range.
 DTYPES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.03}
@@ -105,13 +105,13 @@ def test_the_check_lets_rounding_through_and_nothing_larger(dtype: torch.dtype, 
     wrapped, pairs = model("llama", dtype), tiny.pairs(n=4)
     site = vs.Site("z", 0)
     base = record(wrapped, pairs.tokens("clean"), [site])
-    donor, variants = donor_for("zero", base, base, [site], 0), [Variant((site[1],)), Variant((site[2],))]
+    source, variants = source_for("zero", base, base, 0), [edited((site[1],)), edited((site[2],))]
     plain = torch.stack([
         vs.logit_diff(wrapped.run(pairs.tokens("clean"), interventions=[
             vs.Ablate(site[head], positions=pairs.real)]).logits, pairs) for head in (1, 2)
     ])  # fmt: skip
     logits = wrapped.run(pairs.tokens("clean")).logits[0, pairs.at[0]]
     span = float(logits.max() - logits.min())
-    assert self_check(base, variants, donor, pairs, vs.logit_diff, plain + small * span, 0) <= 3 * small * span
+    assert self_check(base, variants, source, pairs, vs.logit_diff, plain + small * span, 0) <= 3 * small * span
     with pytest.raises(SelfCheckError, match="replay gave"):
-        self_check(base, variants, donor, pairs, vs.logit_diff, plain + large * span, 0)
+        self_check(base, variants, source, pairs, vs.logit_diff, plain + large * span, 0)

@@ -97,7 +97,7 @@ def test_every_figure_stands_on_the_page_with_its_definition(plain: dict[str, An
 def test_the_answer_says_what_the_figures_say(plain: dict[str, Any]) -> None:
     plain["figures"]["fvu"]["value"], plain["figures"]["l0"]["value"] = 0.25, 12.34
     first, second, third = report.quality_answer(plain)
-    assert first == "75 % of the variance of module:tensor0|out is rebuilt, with 12.3 of 30 latents per row."
+    assert first == "75 % of the variance of module:tensor0|out is reconstructed, with 12.3 of 30 latents per row."
     assert second.startswith("With as many numbers per row: principal components ")
     assert third == "In the model it adds 0.500 nats to a cross-entropy of 3.00; the mean in its place adds 5.00."
 

@@ -23,14 +23,17 @@ JSON = st.recursive(
 )
 
 
+MEASURED = {"estimate": 4.0, "low": 3.0, "high": 5.0, "n": 32, "data_hash": "d0"}
+
+
 def claim(**changes: Any) -> Claim:
     given = {
         "statement": "head 3.1 moves the name to the end",
         "subject": {"kind": "head", "site": "layers.3.z[1]", "model": "abc"},
-        "check": "patch",
+        "quantity": "patch",
         "delta": 0.2,
         "n": 32,
-        "total_effect": 4.0,
+        "scale": 4.0,
         "unit": "logit_diff",
         "control": {"rule": "same type within 4 layers", "parts": ["layers.4.z[0]"]},
         "nulls": (("shuffled", 0.1),),
@@ -126,9 +129,10 @@ def test_a_claim_survives_json_and_keeps_its_id() -> None:
 
 def test_every_field_of_a_claim_is_part_of_its_id() -> None:
     changes: dict[str, Any] = {
-        "statement": "another", "subject": {"kind": "mlp"}, "check": "ablate", "delta": 0.3, "n": 33, "kind": "circuit",
-        "parameters": {"test": "rank"}, "sign": -1, "total_effect": 5.0, "unit": "nats", "control": {}, "delta_c": 0.15,
-        "nulls": (), "condition": {}, "seed": 1, "parents": (), "role": "mover", "study": "ioi",
+        "statement": "another", "subject": {"kind": "mlp"}, "quantity": "ablate", "delta": 0.3, "n": 33,
+        "kind": "circuit", "parameters": {"test": "rank"}, "sign": -1, "scale": 5.0, "scale_name": "accuracy",
+        "unit": "nats", "control": {}, "delta_c": 0.15, "nulls": (), "condition": {}, "seed": 1, "parents": (),
+        "role": "mover", "study": "ioi", "schema": 1, "origin": {"scale": MEASURED},
     }  # fmt: skip
     assert changes.keys() == {field.name for field in dataclasses.fields(Claim)}
     ids = {claim(**{name: value}).id for name, value in changes.items()}
@@ -161,16 +165,49 @@ def test_effects_under_two_percent_cannot_be_claimed() -> None:
     with pytest.raises(InputError, match=r"delta 0\.079 is 2\.0% of the total effect 4; .* use at least 0\.08"):
         claim(delta=0.079)
     with pytest.raises(InputError, match="under 2%"):
-        claim(delta=0.079, total_effect=-4.0)
+        claim(delta=0.079, scale=-4.0)
     assert default_delta(-4.0) == 0.2
     with pytest.raises(InputError, match="total effect is 0"):
         default_delta(0)
 
 
 def test_a_causal_claim_needs_its_total_effect() -> None:
-    with pytest.raises(InputError, match="a causal claim needs total_effect"):
-        claim(total_effect=None)
-    assert claim(total_effect=None, kind="predictive").total_effect is None
+    with pytest.raises(InputError, match="a causal claim needs scale=: the total effect"):
+        claim(scale=None)
+    assert claim(scale=None, kind="predictive").scale is None
+
+
+def test_two_percent_is_a_rule_of_total_effects_only() -> None:
+    """On another scale, say a standard deviation, what is worth claiming is the quantity's business."""
+    assert claim(delta=0.01, scale=4.0, scale_name="standard deviation").delta == 0.01
+
+
+def test_the_names_of_schema_1_are_taken_and_can_be_read() -> None:
+    given = {key: value for key, value in claim().to_json().items() if key not in ("quantity", "scale", "schema")}
+    old = Claim(**given, check="patch", total_effect=4.0)
+    assert old == claim()
+    assert (old.check, old.total_effect) == (old.quantity, old.scale) == ("patch", 4.0)
+    assert dataclasses.replace(old, delta=0.3).quantity == "patch"
+    assert dataclasses.replace(old, quantity="ablate", scale=5.0).check == "ablate"
+    with pytest.raises(InputError, match="quantity='patch' and check='ablate' say different things"):
+        claim(check="ablate")
+
+
+def test_a_claim_that_was_written_before_is_read_back_with_its_hash() -> None:
+    """As it stands in ledgers of schema 1: neither the text nor the hash may ever change."""
+    text = (
+        '{"check":"direct_effect","condition":{"corruption":"swap","effect":"direct"},"control":{"parts":'
+        '["layers.4.z[0]"],"rule":"same type"},"delta":0.2,"delta_c":0.1,"kind":"causal","n":32,"nulls":'
+        '[["shuffled labels",0.1]],"parameters":{"component":"layers.3.z[1]"},"parents":["d0"],"role":"mover",'
+        '"seed":0,"sign":1,"statement":"head 3.1 writes the name","study":"ioi","subject":{"kind":"head","site":'
+        '"layers.3.z[1]"},"total_effect":4.0,"unit":"logits"}'
+    )
+    old = Claim.from_json(json.loads(text))
+    assert (old.quantity, old.scale, old.schema) == ("direct_effect", 4.0, 1)
+    assert canonical_json(old.to_json()) == text
+    assert old.id == hashlib.sha256(text.encode()).hexdigest()
+    with pytest.raises(InputError, match="claims of schema 3 are not understood"):
+        claim(schema=3)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +221,8 @@ def test_a_causal_claim_needs_its_total_effect() -> None:
         ({"n": 3.5}, InputError, "n, the planned number of examples"),
         ({"delta_c": -0.1}, InputError, "margins must not be negative"),
         ({"statement": " "}, InputError, "a claim needs a statement"),
-        ({"kind": "casual"}, UnknownNameError, "unknown kind of claim 'casual'; known: causal, circuit, predictive"),
+        ({"kind": " "}, InputError, "a claim needs a kind"),
+        ({"quantity": ""}, InputError, "a claim needs a quantity"),
         ({"condition": {"direction": "up"}}, UnknownNameError, "unknown direction 'up'; known: denoising, noising"),
         ({"condition": {"effect": "half"}}, UnknownNameError, "unknown effect 'half'; known: direct, total"),
         ({"nulls": (("control", 0.1),)}, InputError, "null names must differ"),

@@ -68,8 +68,38 @@ def _drop(*path: Any) -> Callable[[Summary], None]:
         (_set("claims", 0, "n", 3.5), InputError, r"claims\[0\]\.n must be whole number; got 3\.5 \(float\)"),
         (_set("claims", 0, "n", True), InputError, r"claims\[0\]\.n must be whole number; got True"),
         (_set("answer", "one"), InputError, r"summary\.answer must be list of text; got 'one' \(str\)"),
+        (
+            _set("claims", 0, "verdict", "NOT_SPECIFIC"),
+            InputError,
+            r'must be one of "SUPPORTED", "REFUTED", "NOT SPECIFIC", "INCONCLUSIVE"; got .NOT_SPECIFIC',
+        ),
+        (_drop("claims", 0, "measured"), InputError, r"claims\[0\] lacks the key\(s\) measured"),
+        (
+            _set("claims", 0, "check", "attends"),
+            UnknownNameError,
+            r"key in summary\.claims\[0\] 'check'; known: .*quantity",
+        ),
+        (_set("question", "used", "discovery", 33), InputError, r"used\.discovery is 33 but there are 32 prompts"),
+        (_drop("gate", "answer_rank"), InputError, r"summary\.gate lacks the key\(s\) answer_rank"),
+        (
+            _set("gate", "templates", -1, "passed", True),
+            InputError,
+            r"templates\[23\]\.passed is True; validation templates are not judged, so it must be null",
+        ),
+        (
+            _set("circuit", "members", 0, "uncertain", True),
+            InputError,
+            r"members\[0\]\.uncertain is True but its interval is \[0\.",
+        ),
+        (_set("circuit", "members", 3, "uncertain", False), InputError, r"members\[3\]\.uncertain is False but"),
+        (_set("attention", 1, "prompts", []), InputError, r"attention\[1\]\.prompts has 0 entries .* has 2"),
+        (
+            _set("attention", 1, "prompts", 0, "tokens", 3, "x"),
+            InputError,
+            r"attention\[1\]\.prompts\[0\]\.tokens differ .*every head has the same prompts",
+        ),
         (_set("gate", None), InputError, r"summary\.gate is null; it must be object"),
-        (_set("schema", "vesalius/summary/0"), InputError, r"summary\.schema must be one of"),
+        (_set("schema", "vesalius/summary/1"), InputError, r"summary\.schema must be one of"),
         (_set("claims", 0, "interval", [1.0]), InputError, r"interval has 1 entries; it must have 2"),
         (
             _set("claims", 0, "interval", [0.0, 9.0]),
@@ -114,11 +144,15 @@ def _drop(*path: Any) -> Callable[[Summary], None]:
             r"target of summary\.circuit\.edges\[4\]",
         ),
         (
-            _set("attention", 1, "tokens", ["a", "b"]),
+            _set("attention", 0, "prompts", 0, "tokens", ["a", "b"]),
             InputError,
-            r"attention\[1\]\.pattern has 16 entries but .*tokens has 2",
+            r"attention\[0\]\.prompts\[0\]\.pattern has 16 entries but .*tokens has 2",
         ),
-        (_set("attention", 1, "pattern", 3, [0.5]), InputError, r"attention\[1\]\.pattern\[3\] has 1 entries"),
+        (
+            _set("attention", 1, "prompts", 0, "pattern", 3, [0.5]),
+            InputError,
+            r"attention\[1\]\.prompts\[0\]\.pattern\[3\] has 1 entries",
+        ),
         (
             _drop("question", "prompts", "abc"),
             UnknownNameError,

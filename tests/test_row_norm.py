@@ -63,7 +63,8 @@ def test_a_latent_is_written_in_units_of_its_row(row_norm: str) -> None:
     latents = dictionary.encode(x)
     changed = latents.clone()
     changed[..., 5] += 2.0
-    moved = dictionary.latent(5).write(x, changed[..., 5])
+    latent = dictionary.latent(5)
+    moved = latent.written({latent.site: x}, changed[..., 5])[latent.site]
     # The rest of the row, the error of the reconstruction, stays.
     expected = x + dictionary.decode(changed, of=x) - dictionary.decode(latents, of=x)
     torch.testing.assert_close(moved, expected, atol=1e-5, rtol=1e-5)

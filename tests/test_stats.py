@@ -25,17 +25,18 @@ def clustered_sample(rng: np.random.Generator, groups: int, size: int, icc: floa
     return (shared + own).ravel(), np.repeat(np.arange(groups), size)
 
 
-def sandwich(x: np.ndarray, labels: np.ndarray) -> float:
-    """Cluster-robust variance of an intercept-only regression, in matrices: (X'X)^-1 B (X'X)^-1."""
+def sandwich(x: np.ndarray, labels: np.ndarray, of: np.ndarray) -> float:
+    """Cluster-robust variance of the mean over groups `of`, as a weighted regression in matrices, uncorrected."""
+    sizes = {label: np.count_nonzero(of == label) for label in set(of.tolist())}
+    weights = np.diag([1 / sizes[label] for label in of.tolist()])
     design = np.ones((len(x), 1))
-    bread = np.linalg.inv(design.T @ design)
-    residuals = x - design @ (bread @ design.T @ x)
+    bread = np.linalg.inv(design.T @ weights @ design)
+    residuals = weights @ (x - design @ (bread @ design.T @ weights @ x))
     meat = np.zeros((1, 1))
     for label in set(labels.tolist()):
         score = design[labels == label].T @ residuals[labels == label]
         meat += np.outer(score, score)
-    count = len(set(labels.tolist()))
-    return float((bread @ meat @ bread)[0, 0]) * count / (count - 1)
+    return float((bread @ meat @ bread)[0, 0])
 
 
 # --- clustered t -----------------------------------------------------------------------------------------------------
@@ -51,14 +52,16 @@ def test_without_clusters_it_is_the_ordinary_t_test() -> None:
     assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
 
 
-def test_one_way_equals_the_sandwich_of_a_regression_on_unbalanced_groups() -> None:
+def test_one_way_is_the_t_test_of_group_means_and_a_sandwich_on_unbalanced_groups() -> None:
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 9, 60)
     x = rng.normal(size=60) + rng.normal(size=9)[labels]
+    means = np.array([x[labels == g].mean() for g in range(9)])
     ours = stats.clustered_t(x, labels)
-    assert ours.se**2 == pytest.approx(sandwich(x, labels))
-    assert (ours.df, ours.n, ours.n_groups) == (8, 60, 9)
-    assert ours.p_greater == pytest.approx(reference.t.sf(ours.t, 8))
+    assert ours.estimate == pytest.approx(means.mean()) != pytest.approx(x.mean())
+    assert ours.se**2 == pytest.approx(sandwich(x, labels, labels) * 9 / 8)
+    assert (ours.df, ours.n, ours.n_groups, ours.effective_groups) == (8, 60, 9, 9)
+    assert ours.p_greater == pytest.approx(reference.ttest_1samp(means, 0, alternative="greater").pvalue)
 
 
 def test_balanced_groups_give_the_t_test_of_group_means() -> None:
@@ -70,12 +73,15 @@ def test_balanced_groups_give_the_t_test_of_group_means() -> None:
 def test_two_way_is_the_sum_of_two_sandwiches_less_that_of_their_intersection() -> None:
     rng = np.random.default_rng(3)
     first, second = rng.integers(0, 10, 200), rng.integers(0, 8, 200)
-    x = rng.normal(size=200) + rng.normal(size=10)[first] + rng.normal(size=8)[second]
-    both = sandwich(x, first) + sandwich(x, second) - sandwich(x, first * 100 + second)
-    test = stats.clustered_t(x, first, second)
-    assert both > max(sandwich(x, first), sandwich(x, second))
-    assert test.se**2 == pytest.approx(both)
-    assert test.df == 7
+    tables = [rng.normal(size=200) + rng.normal(size=10)[first] + rng.normal(size=8)[second] for _ in range(3)]
+    tests = [stats.clustered_t(x, first, second) for x in tables]
+    parts = [[sandwich(x, of, first) for of in (first, second, first * 100 + second)] for x in tables]
+    both = [a + b - c for a, b, c in parts]
+    assert all(total > max(a, b) for total, (a, b, _) in zip(both, parts, strict=True))
+    # One factor for all data of the design makes it unbiased, and is no less than that of the templates alone.
+    factors = [test.se**2 / total for test, total in zip(tests, both, strict=True)]
+    assert factors == pytest.approx([factors[0]] * 3) and 10 / 9 <= factors[0] < 1.5
+    assert tests[0].df <= 7 and tests[0].effective_groups == tests[0].df + 1
 
 
 def test_two_way_reduces_to_one_way_when_the_second_clusters_are_singletons() -> None:
@@ -90,7 +96,7 @@ def test_two_way_variance_is_never_below_a_one_way_variance() -> None:
         if len(set(first)) < 2 or len(set(second)) < 2:
             continue
         x = rng.normal(size=12)
-        larger = max(stats.clustered_t(x, first).se, stats.clustered_t(x, second).se)
+        larger = max(stats.clustered_t(x, first).se, sandwich(x, second, first) ** 0.5)
         assert stats.clustered_t(x, first, second).se >= larger * (1 - 1e-12)
 
 
@@ -108,7 +114,7 @@ def test_clustered_interval_covers_at_icc_point_four_and_the_naive_one_does_not(
 
 def test_constant_values_are_judged_by_their_side_of_the_null() -> None:
     above, equal = stats.clustered_t([0.3] * 6, null=0.1), stats.clustered_t([0.3] * 6, null=0.3)
-    assert (above.p_greater, above.p_less, above.p_two_sided) == (0, 1, 0)
+    assert (above.p_greater, above.p_less, above.p_two_sided) == (2**-6, 1, 2**-5)  # six of one sign, and no more
     assert (above.low, above.high, above.se) == (0.3, 0.3, 0)
     assert (equal.p_greater, equal.p_less, equal.p_two_sided, equal.t) == (1, 1, 1, 0)
     assert stats.clustered_t([0.1 + 0.2, 0.3, 0.3], "abc").se == 0  # differing by rounding only
@@ -158,7 +164,7 @@ def test_n_to_decide_is_the_first_n_with_that_power() -> None:
     needed = int(stats.n_to_decide(x))
     assert power(needed) >= 0.8 > power(needed - 1)
     assert stats.n_to_decide(-x) == math.inf
-    assert stats.n_to_decide([1.0, 1.0, 1.0]) == 2
+    assert stats.n_to_decide([1.0, 1.0, 1.0]) == 5  # four of one sign are a chance of 1 in 16
 
 
 def test_n_to_decide_pays_for_the_design_effect_and_delivers_the_power() -> None:
@@ -461,10 +467,17 @@ def test_hsic_statistic_equals_the_trace_formula() -> None:
     assert stats.hsic_test(x, y).statistic == pytest.approx(expected)
 
 
-def test_a_constant_is_independent_of_everything() -> None:
-    assert stats.hsic_test(np.zeros(10), np.arange(10.0)).p == 1
+def test_what_hsic_cannot_be_asked_is_refused() -> None:
+    with pytest.raises(InputError, match="x is constant"):
+        stats.hsic_test(np.zeros(10), np.arange(10.0))
+    with pytest.raises(InputError, match=r"y\[1\] is 1e\+200"):
+        stats.hsic_test(np.arange(10.0), np.arange(10.0) * 1e200)
+    with pytest.raises(InputError, match="distances in x are too large or too small"):
+        stats.hsic_test(np.arange(10.0) * 1e-200, np.arange(10.0))
     with pytest.raises(InputError, match="x has 3 and y 4 examples"):
         stats.hsic_test([1, 2, 3], [1, 2, 3, 4])
+    with pytest.raises(InputError, match="2 clusters"):
+        stats.hsic_test(np.arange(6.0), np.arange(6.0), clusters="aaabbb")
 
 
 # --- measurement -----------------------------------------------------------------------------------------------------
@@ -476,6 +489,7 @@ def test_a_measurement_carries_the_clustered_interval_and_survives_json() -> Non
     made = stats.measure("effect of <head>", x, groups=groups, unit="logits", seed=3, cost={"forwards": 20})
     test = stats.clustered_t(x, labels)
     assert (made.estimate, made.low, made.high, made.n_groups) == (test.estimate, test.low, test.high, 5)
+    assert made.effective_groups == 5
     assert stats.Measurement(**json.loads(json.dumps(made.to_json()))) == made
     assert "effect of &lt;head&gt;" in made._repr_html_()
 
@@ -537,7 +551,9 @@ def test_a_ratio_of_sums_is_measured_with_one_value_per_group() -> None:
     found = stats.measure_totals("ratio", totals, ratio, draws=500, seed=3, unit="nats", cost={"rows": 9})
     assert found.estimate == pytest.approx(totals[:, 0].sum() / totals[:, 1].sum())
     assert found.values == pytest.approx(tuple(totals[:, 0] / totals[:, 1]))
-    assert (found.low, found.high) == tuple(stats.bootstrap_of_sums(totals, ratio, draws=500, seed=3))
+    assert (found.low, found.high) == tuple(stats.interval_of_sums(totals, ratio, draws=500, seed=3))
+    plain = stats.bootstrap_of_sums(totals, ratio, draws=500, seed=3)
+    assert found.low is not None and found.high is not None and found.low <= plain.low < plain.high <= found.high
     assert (found.n, found.n_groups, found.unit, found.cost) == (20, 20, "nats", {"rows": 9})
 
 

@@ -104,6 +104,13 @@ def test_rows_of_all_sites_stay_together_and_sites_can_be_chosen_in_another_orde
     assert take(ActivationStore.open(made, dtype=torch.bfloat16), 1, 4)[0][0].dtype == torch.bfloat16
 
 
+def test_sites_can_be_chosen_by_transformerlens_s_names(made: Path) -> None:
+    ours = ActivationStore.open(made, sites=["layers.0.mlp_post"])
+    assert ActivationStore.open(made, sites=["blocks.*.mlp.hook_post"]).sites == ours.sites
+    with pytest.raises(UnknownNameError, match="hook_resid_mid"):
+        ActivationStore.open(made, sites=["blocks.0.hook_resid_mid"])
+
+
 def test_the_seed_decides_and_the_pool_mixes_all_shards(made: Path) -> None:
     store = ActivationStore.open(made, pool_rows=320)
     one, other = (numbers(store, take(store, 3, 64, seed=seed)) for seed in (1, 2))

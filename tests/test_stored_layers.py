@@ -17,7 +17,7 @@ import format_files as files
 import vesalius as vs
 from format_files import LAYERS, D, M, normal, rows
 from vesalius.dictionaries import Coder, CrossLayerTranscoder, Dictionary, StoredLayer, load
-from vesalius.errors import FileFormatError, InputError, InterventionError
+from vesalius.errors import FileFormatError, InputError
 from vesalius.parts import Part
 
 
@@ -67,11 +67,11 @@ def test_a_layer_is_a_coder_and_its_latents_are_parts(tmp_path: Path) -> None:
     assert (layer.n_latents, layer.settings, set(layer.tensors)) == (M, memory.settings, set(memory.tensors))
     latent, same = disk.latent(M + 4), memory.latent(4)
     assert isinstance(latent, Part)
-    x = rows().reshape(4, 10, D)
-    torch.testing.assert_close(latent.read(x), same.read(x))
-    assert latent.to_json() == same.to_json()
-    with pytest.raises(InterventionError, match="cannot be edited in one tensor"):
-        latent.write(x, latent.read(x))
+    at = {site: rows().reshape(4, 10, D) for site in (*latent.reads, *latent.writes)}
+    torch.testing.assert_close(latent.value(at), same.value(at))
+    moved, expected = (one.written(at, torch.ones(4, 10)) for one in (latent, same))
+    assert list(moved) == list(expected) == list(latent.writes)
+    torch.testing.assert_close(list(moved.values()), list(expected.values()))
     site = vs.Site("mlp_out", layer=2)
     torch.testing.assert_close(disk.written(M + 4, site), memory.written(4, site))
     torch.testing.assert_close(disk.direction(M + 4, site).vector, memory.direction(4, site).vector)

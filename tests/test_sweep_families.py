@@ -13,17 +13,18 @@ import families
 import tiny
 import vesalius as vs
 from families import FAMILIES
+from patching import edited
 from vesalius.adapters import submodule
 from vesalius.errors import InputError, NotFiniteError
 from vesalius.jobs import Event
-from vesalius.patching.cost import estimate
-from vesalius.patching.donors import Donor, donor_for
 from vesalius.patching.evaluate import Outcome, evaluate
 from vesalius.patching.plain import plain_value
-from vesalius.patching.record import Record, record, window_of
-from vesalius.patching.variants import Variant
+from vesalius.patching.plan import Plan
+from vesalius.patching.record import Recording, record, window_of
+from vesalius.patching.sources import Source, source_for
+from vesalius.patching.targets import Variant
 
-DONORS = ("patch", "zero", "mean", "resample")
+EDITS = ("patch", "zero", "mean", "resample")
 KINDS = ("z", "q", "k", "v", "attn_out", "mlp_in", "mlp_post", "mlp_out", "router", "expert_out")
 REPLAYED = sorted(name for name, family in FAMILIES.items() if family.replayed)
 WHOLE = sorted(set(FAMILIES) - set(REPLAYED))
@@ -33,22 +34,22 @@ WHOLE = sorted(set(FAMILIES) - set(REPLAYED))
 class Bench:
     model: vs.Model
     pairs: vs.Pairs
-    clean: Record
-    corrupted: Record
+    clean: Recording
+    corrupted: Recording
     parts: list[vs.Site]
 
-    def donor(self, mode: str) -> Donor:
-        return donor_for(mode, self.clean, self.corrupted, self.parts, 0)
+    def source(self, mode: str) -> Source:
+        return source_for(mode, self.clean, self.corrupted, 0)
 
     def run(self, variants: list[Variant], mode: str = "patch", **options: Any) -> Outcome:
-        return evaluate(self.clean, variants, self.donor(mode), self.pairs, vs.logit_diff, **options)
+        return evaluate(self.clean, variants, self.source(mode), self.pairs, vs.logit_diff, **options)
 
     def worst(self, variants: list[Variant], mode: str, out: Outcome) -> float:
         """Largest difference from plain runs of one example each, in units of the values' range."""
-        donor, found = self.donor(mode), []
+        source, found = self.source(mode), []
         for number, variant in enumerate(variants):
             example = number % len(self.pairs)
-            plain = plain_value(self.clean, variant, donor, self.pairs, vs.logit_diff, example)
+            plain = plain_value(self.clean, variant, source, self.pairs, vs.logit_diff, example)
             found.append(abs(plain - float(out.values[number, example])))
         return max(found) / float(out.values.max() - out.values.min())
 
@@ -78,21 +79,21 @@ def drawn(table: Bench, count: int, seed: int) -> list[Variant]:
     def part() -> vs.Site:
         return table.parts[draw(len(table.parts))]
 
-    return [Variant(tuple({part() for _ in range(1 + draw(3))}), None if draw(2) else draw(9)) for _ in range(count)]
+    return [edited(tuple({part() for _ in range(1 + draw(3))}), None if draw(2) else draw(9)) for _ in range(count)]
 
 
 # ------------------------------------------------------------------------------------------------------- exactness
 
 
-@pytest.mark.parametrize("mode", DONORS)
+@pytest.mark.parametrize("mode", EDITS)
 def test_random_parts_and_positions_equal_plain_runs(table: Bench, mode: str) -> None:
-    variants = drawn(table, 6, seed=DONORS.index(mode))
+    variants = drawn(table, 6, seed=EDITS.index(mode))
     assert table.worst(variants, mode, table.run(variants, mode)) < 1e-5
 
 
 def test_replayed_parts_of_every_layer_equal_plain_runs(table: Bench) -> None:
     """Without routers and experts, which send a whole batch to ordinary runs."""
-    variants = [Variant((part,)) for part in table.parts if part.kind not in ("router", "expert_out")]
+    variants = [edited((part,)) for part in table.parts if part.kind not in ("router", "expert_out")]
     variants = variants[:: 1 if table.clean.reason == "" else 4]
     heard: list[Event] = []
     out = table.run(variants, sink=heard.append)
@@ -137,12 +138,12 @@ def test_the_caps_under_test_change_the_numbers() -> None:
 
 def test_the_base_is_the_plain_run(table: Bench) -> None:
     plain = vs.logit_diff(table.model.run(table.pairs.tokens("clean")).logits, table.pairs)
-    assert torch.allclose(table.run([Variant((vs.Site("embed"),))]).base, plain, atol=1e-4)
+    assert torch.allclose(table.run([edited((vs.Site("embed"),))]).base, plain, atol=1e-4)
 
 
 def test_patching_everything_gives_the_other_run(table: Bench) -> None:
     other = vs.logit_diff(table.model.run(table.pairs.tokens("corrupted")).logits, table.pairs)
-    out = table.run([Variant((vs.Site("embed"),)), Variant((vs.Site("resid_post", 1),))])
+    out = table.run([edited((vs.Site("embed"),)), edited((vs.Site("resid_post", 1),))])
     last = table.model.architecture[1].n_layers == 2
     assert torch.allclose(out.values[: 1 + last], other.expand(1 + last, -1), atol=1e-4)
 
@@ -153,7 +154,7 @@ def test_patching_everything_gives_the_other_run(table: Bench) -> None:
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_runs_are_announced_with_the_reason(name: str) -> None:
     heard: list[Event] = []
-    bench(name).run([Variant((vs.Site("z", 0, 1),))], sink=heard.append)
+    bench(name).run([edited((vs.Site("z", 0, 1),))], sink=heard.append)
     assert heard[0].kind == "note"
     expected = "reads later positions too" if not FAMILIES[name].causal else "does not say how to replay a layer"
     assert heard[0].message.startswith("no replay: ")
@@ -172,24 +173,24 @@ def test_whole_runs_do_not_depend_on_the_budget(name: str, budget: int) -> None:
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_estimate_of_whole_runs_is_the_bill(name: str) -> None:
     table = bench(name)
-    variants = [Variant((vs.Site("z", 0, 1),), position) for position in (None, 0, 5, 8)]
+    variants = [edited((vs.Site("z", 0, 1),), position) for position in (None, 0, 5, 8)]
     bill = table.run(variants).cost
-    assert estimate(table.clean, variants, table.donor("patch"), table.pairs.at + 1) == bill
+    assert Plan(table.clean, variants, table.source("patch"), table.pairs.ends).estimate() == bill
     assert bill.spent + bill.skipped == bill.naive == 16
 
 
 def test_where_attention_reads_both_ways_earlier_positions_differ_too() -> None:
     """A causal model's values before the first differing token are equal; BERT's are not, and are patched."""
     table = bench("bert")
-    assert table.donor("patch").first.tolist() == [0, 0, 0, 0]
-    out = table.run([Variant((vs.Site("resid_post", 0),), 0)])
+    assert table.source("patch").first.tolist() == [0, 0, 0, 0]
+    out = table.run([edited((vs.Site("resid_post", 0),), 0)])
     assert float((out.values - out.base).abs().min()) > 1e-4
-    assert bench("llama").donor("patch").first.min() >= 2
+    assert bench("llama").source("patch").first.min() >= 2
 
 
 def test_a_position_past_the_end_is_not_run() -> None:
     table = bench("bert")
-    out = table.run([Variant((vs.Site("resid_post", 0),), 8)])
+    out = table.run([edited((vs.Site("resid_post", 0),), 8)])
     short = table.pairs.size <= 8
     assert short.any()
     assert torch.equal(out.values[0][short], out.base[short])
@@ -200,7 +201,7 @@ def test_a_position_past_the_end_is_not_run() -> None:
 @pytest.mark.parametrize("kind", ["pattern", "z", "mlp_out"])
 def test_watched_sites_equal_the_captures_of_plain_runs(name: str, kind: str) -> None:
     table, site = bench(name), vs.Site(kind, 1)
-    variants = [Variant((vs.Site("z", 0, 1),)), Variant((vs.Site("mlp_out", 0),), 5)]
+    variants = [edited((vs.Site("z", 0, 1),)), edited((vs.Site("mlp_out", 0),), 5)]
     watched = table.run(variants, "zero", watch=[site]).watched[site]
     rows, pos = torch.arange(4), torch.arange(9)
     for number, variant in enumerate(variants):
@@ -224,10 +225,10 @@ def test_other_labels_are_scored_from_the_same_runs(name: str) -> None:
 @pytest.mark.parametrize("name", ["bloom", "bert", "gemma2"])
 def test_metrics_of_the_whole_vocabulary_equal_plain_runs(name: str, metric: vs.Metric) -> None:
     table = bench(name)
-    variants, donor = drawn(table, 5, seed=4), table.donor("mean")
-    out = evaluate(table.clean, variants, donor, table.pairs, metric)
+    variants, source = drawn(table, 5, seed=4), table.source("mean")
+    out = evaluate(table.clean, variants, source, table.pairs, metric)
     for number, variant in enumerate(variants):
-        plain = plain_value(table.clean, variant, donor, table.pairs, metric, 2)
+        plain = plain_value(table.clean, variant, source, table.pairs, metric, 2)
         assert plain == pytest.approx(float(out.values[number, 2]), abs=1e-4)
 
 
@@ -239,26 +240,26 @@ def test_a_weight_that_is_not_a_number_is_named_by_the_first_site_it_shows_in(na
     with torch.no_grad():
         layer.get_submodule(path).weight.view(-1)[3] = float("nan")
     base = record(table.model, table.pairs.tokens("clean"), [vs.Site("z", 0)])
-    donor = donor_for("zero", base, base, [vs.Site("z", 0)], 0)
+    source = source_for("zero", base, base, 0)
     with pytest.raises(NotFiniteError, match=r"with nothing edited: layers.1.attn_out is the first site with NaN"):
-        evaluate(base, [Variant((vs.Site("z", 0, 1),))], donor, table.pairs, vs.logit_diff)
+        evaluate(base, [edited((vs.Site("z", 0, 1),))], source, table.pairs, vs.logit_diff)
 
 
 def test_a_value_that_is_not_a_number_is_refused_in_whole_runs() -> None:
     table, site = bench("bloom"), vs.Site("mlp_out", 0)
-    broken = table.corrupted.at(site).clone()
+    broken = table.corrupted[site].clone()
     broken[2] = float("nan")
-    donor = donor_for("patch", table.clean, replace(table.corrupted, sites={site: broken}), [], 0)
+    source = source_for("patch", table.clean, replace(table.corrupted, sites={site: broken}), 0)
     told = r"not finite for example 2 with layers.0.mlp_out edited: layers.0.mlp_out is the first site with NaN"
     with pytest.raises(NotFiniteError, match=told):
-        evaluate(table.clean, [Variant((site,))], donor, table.pairs, vs.logit_diff)
+        evaluate(table.clean, [edited((site,))], source, table.pairs, vs.logit_diff)
 
 
 @pytest.mark.parametrize("kind", ["router", "expert_out"])
 def test_routers_and_experts_are_swept_by_whole_runs(kind: str) -> None:
     heard: list[Event] = []
     table = bench("mixtral")
-    out = table.run([Variant((vs.Site(kind, 1, 2),))], sink=heard.append)
+    out = table.run([edited((vs.Site(kind, 1, 2),))], sink=heard.append)
     assert heard[0].message == f"no replay: {kind} edits are not replayed; every edited run is one whole forward"
     assert not torch.allclose(out.values[0], out.base)
 
@@ -271,8 +272,8 @@ def test_a_layer_with_a_tensor_nobody_told_about_is_run_whole() -> None:
     base = record(model, pairs.tokens("clean"), [vs.Site("z", 0)])
     assert "takes a tensor 'position_embeddings' that its adapter has no replay rule for" in base.reason
     heard: list[Event] = []
-    donor, variants = donor_for("zero", base, base, [vs.Site("z", 0)], 0), [Variant((vs.Site("z", 0, 1),))]
-    out = evaluate(base, variants, donor, pairs, vs.logit_diff, sink=heard.append)
+    source, variants = source_for("zero", base, base, 0), [edited((vs.Site("z", 0, 1),))]
+    out = evaluate(base, variants, source, pairs, vs.logit_diff, sink=heard.append)
     known = bench("llama")
     assert torch.allclose(out.values, known.run(variants, "zero").values, atol=1e-4)
     assert heard[0].kind == "note"

@@ -219,7 +219,7 @@ def test_edits_in_common_work_by_whole_runs_too(pairs: vs.Pairs) -> None:
 
 
 def test_an_edit_that_depends_on_the_run_cannot_be_in_common(model: vs.Model, pairs: vs.Pairs) -> None:
-    with pytest.raises(InputError, match=r"Steer at layers.1.resid_post does. Use Model.run"):
+    with pytest.raises(InputError, match=r"Steer of layers.1.resid_post does. Use Model.run"):
         quick(model, pairs, sites="layers.*.z", given=[vs.Steer(parts()[0], scale=1.0)])
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -417,7 +418,10 @@ def change(**fields: Any) -> Row:
         (change(corrupted=GOOD.clean), PairsError, "pair 1: clean and corrupted prompts are identical"),
         (change(corrupted="Anna gave"), PairsError, r"pair 1: clean has 13 tokens and corrupted 4.*' Anna'"),
         (change(edits=2), PairsError, "pair 1: 1 token positions differ where 2 should"),
-        (change(answer=" Anna Paul"), TokenizerError, r"pair 1: answer .* \[' Anna', ' Paul'\].*leading space"),
+        (change(answer=" Anna" * 9), TokenizerError, r"pair 1: answer .* is \[' Anna', .* give 1 to 8 tokens, all of"),
+        (change(distractor=" Paul" * 9), TokenizerError, r"pair 1: distractor .* give 1 to 8 tokens"),
+        (change(answer="Anna"), TokenizerError, r"answer 'Anna' is \['.*'\] .* write ' Anna', which is \[' Anna'\]"),
+        (change(answer=" Anna Paul", distractor=" Anna Paul"), PairsError, "pair 1: answer equals distractor"),
         (change(clean="a Paul ", corrupted="a Anna ", answer="Anna"), TokenizerError, "prompt without a space"),
         (change(where="line 7", answer=""), InputError, "line 7: answer is empty"),
     ],
@@ -428,11 +432,29 @@ def test_a_row_that_is_no_pair_is_refused_and_named(row: Row, error: type[Except
         build_pairs([GOOD, row], BYTE_LEVEL)
 
 
+def test_answers_of_up_to_eight_tokens_are_kept_as_sequences() -> None:
+    longest = " Anna and Paul left. Anna and"
+    pairs = build_pairs([GOOD, change(answer=" Anna Paul"), change(distractor=longest)], BYTE_LEVEL)
+    assert pairs.several
+    for row, texts in enumerate([(" Anna", " Paul"), (" Anna Paul", " Paul"), (" Anna", longest)]):
+        for ids, text in zip((pairs.answer[row], pairs.distractor[row]), texts, strict=True):
+            assert BYTE_LEVEL.decode(ids[ids >= 0]) == text
+    assert int((pairs.distractor[2] >= 0).sum()) == pairs.distractor.shape[1] <= 8
+    assert not build_pairs([GOOD, GOOD], BYTE_LEVEL).several
+
+
+def test_two_words_that_begin_alike_are_two_answers() -> None:
+    pairs = build_pairs([change(answer=" Anna Paul", distractor=" Anna and")], BYTE_LEVEL)
+    assert torch.equal(pairs.answer[:, 0], pairs.distractor[:, 0])
+    assert not torch.equal(pairs.answer, pairs.distractor)
+
+
 def test_words_the_tokenizer_does_not_know_are_refused() -> None:
-    with pytest.raises(
-        TokenizerError, match=r"answer ' Zorblax' is not a single token of this tokenizer but \['<unk>'\]"
-    ):
-        build_pairs([change(answer=" Zorblax")], WORD_LEVEL)
+    for unknown in (" Zorblax", " Anna Zorblax"):
+        with pytest.raises(
+            TokenizerError, match=rf"answer '{unknown}' is .*'<unk>'\] to this tokenizer; .* all of them known"
+        ):
+            build_pairs([change(answer=unknown)], WORD_LEVEL)
     with pytest.raises(PairsError, match="identical to this tokenizer"):
         build_pairs([change(clean="gave Zorblax to", corrupted="gave Quuxly to")], WORD_LEVEL)
     with pytest.raises(InputError, match="no pairs"):
@@ -444,19 +466,27 @@ def test_words_the_tokenizer_does_not_know_are_refused() -> None:
 
 def by_hand(pairs: Pairs) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {
-        key: [] for key in ("end", "answer", "distractor_first", "distractor_last", "changed")
+        key: [] for key in ("end", "answer", "distractor_first", "distractor_last", "changed", "changed_last")
     }
     for i, (clean, corrupted) in enumerate(zip(rows(pairs), rows(pairs, "corrupted"), strict=True)):
         end = int(pairs.at[i])
-        at = lambda token: [p for p in range(end + 1) if clean[p] == int(token)]  # noqa: B023, E731
-        answer, distractor = at(pairs.answer[i]), at(pairs.distractor[i])
+        answer, distractor = (
+            beginnings(clean, [token for token in label[i].reshape(-1).tolist() if token >= 0], end)
+            for label in (pairs.answer, pairs.distractor)
+        )
         changed = [p for p in range(end + 1) if clean[p] != corrupted[p]]
         found["end"].append(end)
         found["answer"].append(answer[0] if answer else -1)
         found["distractor_first"].append(distractor[0] if distractor else -1)
         found["distractor_last"].append(distractor[-1] if len(distractor) > 1 else -1)
         found["changed"].append(changed[0] if changed else -1)
+        found["changed_last"].append(changed[-1] if changed else -1)
     return found
+
+
+def beginnings(prompt: list[int], words: list[int], end: int) -> list[int]:
+    """Positions from where these tokens stand in a row, none of them past the end."""
+    return [p for p in range(end + 2 - len(words)) if prompt[p : p + len(words)] == words]
 
 
 def test_named_positions_equal_a_search_by_hand_on_random_pairs() -> None:
@@ -470,6 +500,14 @@ def test_named_positions_equal_a_search_by_hand_on_random_pairs() -> None:
         clean=clean, corrupted=corrupted, answer=answer, distractor=(answer + 1) % 6, lengths=lengths, read=read
     )
     assert {key: value.tolist() for key, value in named_positions(pairs).items()} == by_hand(pairs)
+    more = torch.randint(0, 3, (200, 2), generator=draw)
+    more[::3, 1], more[::4] = -1, -1
+    answer, distractor = (torch.cat([label[:, None], more], 1) for label in (pairs.answer, pairs.distractor))
+    sequences = replace(pairs, answer=answer, distractor=distractor)
+    found = {key: value.tolist() for key, value in named_positions(sequences).items()}
+    assert found == by_hand(sequences)
+    several = ((answer >= 0).sum(1) > 1).tolist()
+    assert sum(place >= 0 and long for place, long in zip(found["answer"], several, strict=True)) > 3
 
 
 BARE = ("<unk>", "Anna", "ĠAnna", "ĠPaul", "ĠAmy", "Ġand", "Ġtold")

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 import vesalius as vs
-from vesalius.bench import components
 from vesalius.data.positions import named_positions
 from vesalius.errors import InputError
 from vesalius.model.direct import direct_effects
+from vesalius.quantities import heads_and_mlps
 from vesalius.site import Site
 from vesalius.toys import PLANTED, VOCAB, planted_induction, planted_pairs, random_model
 from vesalius.toys.planted import LAYERS, POSITIONS, _codes, _places, _subspaces
@@ -20,7 +20,8 @@ PREVIOUS = PLANTED["previous-token"][0]
 MAIN, SECOND = PLANTED["name mover"]
 NEGATIVE = PLANTED["negative mover"][0]
 HEADS = {head for heads in PLANTED.values() for head in heads}
-NOISE = [part for part in components(planted_induction(0)) if part.kind != "embed" and part not in HEADS]
+COMPONENTS = [part.writes[0] for part in heads_and_mlps(planted_induction(0))]
+NOISE = [part for part in COMPONENTS if part.kind != "embed" and part not in HEADS]
 
 
 def at_end(model: vs.Model, pairs: vs.Pairs, which: str = "clean", without: Site | None = None) -> Tensor:
@@ -100,7 +101,7 @@ def test_planted_heads_look_where_they_should_and_noise_heads_do_not(
     model, pairs = planted
     run = model.run(pairs["swap"].tokens("clean"), capture=["layers.*.pattern"])
     rows, marks = torch.arange(len(pairs["swap"])), named_positions(pairs["swap"])
-    for part in (p for p in components(model) if p.kind == "z"):
+    for part in (p for p in COMPONENTS if p.kind == "z"):
         seen = run[f"layers.{part.layer}.pattern"][:, part.index]
         before = seen[rows, marks["answer"], marks["answer"] - 1].mean()
         answer = seen[rows, marks["end"], marks["answer"]].mean()

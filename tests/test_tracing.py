@@ -223,7 +223,7 @@ def test_a_sabotaged_replay_is_caught(
 
     def wrong(self: replay.Replay) -> tuple[Tensor, dict[vs.Site, Tensor]]:
         hidden, seen = real(self)
-        return hidden + 0.3 * torch.linspace(-1, 1, hidden.shape[1]), seen
+        return hidden + 0.3 * torch.linspace(-1, 1, hidden.shape[-1]), seen
 
     monkeypatch.setattr(replay.Replay, "run", wrong)
     with pytest.raises(SelfCheckError, match=r"differ by .* restored; please report"):

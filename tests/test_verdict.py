@@ -12,8 +12,9 @@ from scipy import stats as reference
 
 from vesalius.errors import ProtocolError
 from vesalius.protocol import Claim, Evidence, Verdict, canonical_json, unmeasured
-from vesalius.protocol.verdict import check_legs, decide
-from vesalius.stats import clustered_t, tost
+from vesalius.protocol.legs import check_legs
+from vesalius.protocol.verdict import decide
+from vesalius.stats import clustered_t, skewed_p, tost
 
 TEMPLATES, SIZE = 16, 4
 LABELS = tuple(f"t{i // SIZE}" for i in range(TEMPLATES * SIZE))
@@ -68,8 +69,10 @@ def test_legs_are_clustered_t_tests_of_the_three_inequalities() -> None:
         means = values.reshape(TEMPLATES, SIZE).mean(axis=1)  # balanced: the t-test of template means
         test = reference.ttest_1samp(means, 0, alternative="greater")
         assert leg["theta"] == pytest.approx(values.mean())
-        assert leg["p_greater"] == pytest.approx(test.pvalue)
-        worst, least = max(worst, test.pvalue), min(least, 1 - test.pvalue)
+        assert leg["effective_groups"] == TEMPLATES
+        greater, less = skewed_p([test.statistic, -test.statistic], TEMPLATES).tolist()
+        assert leg["p_greater"] == pytest.approx(greater) and greater >= test.pvalue
+        worst, least = max(worst, greater), min(least, less)
     assert result.p_supported == pytest.approx(worst)
     assert result.p_supported_holm == pytest.approx(min(1, 4 * worst))
     assert result.p_refuted == pytest.approx(min(1, 3 * least))
@@ -80,7 +83,8 @@ def test_the_reason_of_a_refutation_is_told_apart() -> None:
     cases = {
         "absent": found(made, sample(0.0)),
         "opposite": found(made, sample(-2.0)),
-        "not_specific": found(made, sample(2.0), control=sample(2.5, seed=1)),
+        # An effect that is not sure, of which the control has more.
+        "not_specific": found(made, sample(0.6), control=sample(4.0, seed=1)),
     }
     for reason, evidence in cases.items():
         result = verdict(made, evidence)
@@ -90,17 +94,35 @@ def test_the_reason_of_a_refutation_is_told_apart() -> None:
 def test_an_effect_below_delta_that_is_neither_absent_nor_opposite_is_too_small() -> None:
     made = claim(control={})
     raw = sample(0.0)
-    effects = raw * (0.38 / clustered_t(raw, LABELS).se) - 0.25  # standard error .38
-    assert clustered_t(effects, LABELS, null=0.5).p_less < 0.05
-    assert tost(effects, 0.5, LABELS) > 0.05 and clustered_t(effects, LABELS).p_less > 0.05
+    effects = raw * (0.2 / clustered_t(raw, LABELS).se) - 0.25  # standard error .2
+    assert clustered_t(effects, LABELS, null=0.5).p_less_skewed < 0.05
+    assert tost(effects, 0.5, LABELS, skewed=True) > 0.05 and clustered_t(effects, LABELS).p_less_skewed > 0.05
     result = verdict(made, found(made, effects))
     assert (result.outcome, result.reason) == ("REFUTED", "too_small")
 
 
-def test_a_declared_null_that_explains_the_effect_refutes_as_not_specific() -> None:
+def test_an_effect_that_holds_and_that_the_control_has_as_well_is_not_specific() -> None:
+    made = claim()
+    result = verdict(made, found(made, sample(2.0), control=sample(2.5, seed=1)))
+    assert (result.outcome, result.reason) == ("NOT SPECIFIC", None)
+    assert result.p_refuted_holm <= 0.05 < result.p_supported_holm
+
+
+def test_a_declared_null_that_explains_the_effect_is_not_specific() -> None:
     made = claim(nulls=(("shuffled", 0.0),))
     evidence = found(made, sample(2.0), nulls={"shuffled": sample(3.0, seed=5).tolist()})
-    assert verdict(made, evidence).reason == "not_specific"
+    assert verdict(made, evidence).outcome == "NOT SPECIFIC"
+
+
+def test_that_an_effect_holds_is_corrected_for_the_family() -> None:
+    """In a family of many, an effect of p just under .05 is not sure, and its control refutes it."""
+    made = claim()
+    barely = sample(0.0)
+    barely = 0.5 + barely * (0.4 / clustered_t(barely, LABELS).se) + 1.5
+    evidence = found(made, barely, control=sample(9.0, seed=1, spread=0.1))
+    assert verdict(made, evidence).outcome == "NOT SPECIFIC"
+    family = [made, *(claim(role=str(number)) for number in range(200))]
+    assert (decide(family, {made.id: evidence})[0].outcome) == "REFUTED"
 
 
 def test_an_absent_effect_is_called_absent_even_if_the_control_leg_fails_harder() -> None:
@@ -161,7 +183,7 @@ def test_unmeasured_and_missing_evidence_decide_nothing() -> None:
 
 def test_unmeasured_claims_count_in_the_correction() -> None:
     made = claim()
-    evidence = found(made, sample(0.75))
+    evidence = found(made, sample(0.95))
     alone, among_many = verdict(made, evidence), verdict(made, evidence, others=200)
     assert alone.outcome == "SUPPORTED"
     assert among_many.outcome == "INCONCLUSIVE"
@@ -170,7 +192,7 @@ def test_unmeasured_claims_count_in_the_correction() -> None:
 
 def test_support_and_refutation_are_corrected_apart() -> None:
     claims = [claim(statement=str(i), subject={"i": i}) for i in range(4)]
-    means = [2.0, 2.0, -2.0, 0.0]
+    means = [2.0, 2.0, -2.0, -0.5]
     results = decide(
         claims, {c.id: found(c, sample(mean, i)) for i, (c, mean) in enumerate(zip(claims, means, strict=True))}
     )
@@ -216,9 +238,10 @@ def test_names_are_a_second_clustering_and_the_claim_may_choose() -> None:
     groups = {"template": LABELS, "names": tuple(f"n{i % 5}" for i in range(64)), "order": ("a", "b") * 32}
     made, chosen = claim(control={}), claim(control={}, parameters={"clusters": ["order"]})
     both = verdict(made, found(made, effects, groups=groups)).legs[0]
-    assert both["p_greater"] == pytest.approx(clustered_t(effects - 0.5, groups["template"], groups["names"]).p_greater)
+    test = clustered_t(effects - 0.5, groups["template"], groups["names"])
+    assert both["p_greater"] == pytest.approx(test.p_greater_skewed)
     one = verdict(chosen, found(chosen, effects, groups=groups)).legs[0]
-    assert one["p_greater"] == pytest.approx(clustered_t(effects - 0.5, groups["order"]).p_greater)
+    assert one["p_greater"] == pytest.approx(clustered_t(effects - 0.5, groups["order"]).p_greater_skewed)
     with pytest.raises(ProtocolError, match=r"is clustered by \['order'\], but the evidence has groups \['template'\]"):
         verdict(chosen, found(chosen, effects))
 
@@ -229,7 +252,7 @@ def test_without_groups_an_example_that_occurs_twice_counts_once() -> None:
     twice = found(made, np.tile(effects, 2), groups={}, example_hashes=tuple(f"e{i % 20}" for i in range(40)))
     result = verdict(made, twice)
     assert result.n_groups == 20
-    assert result.legs[0]["p_greater"] == pytest.approx(clustered_t(effects - 0.5).p_greater)
+    assert result.legs[0]["p_greater"] == pytest.approx(clustered_t(effects - 0.5).p_greater_skewed)
 
 
 def test_one_template_or_one_example_cannot_decide() -> None:
@@ -277,7 +300,7 @@ def test_a_rank_leg_counts_null_draws() -> None:
     assert verdict(made, evidence).outcome == "SUPPORTED"
     beaten = found(made, sample(2.0), control=None, draws={"control": (draws + 4).tolist()})
     assert verdict(made, beaten).legs[1]["p_less"] == 1 / 40
-    assert verdict(made, beaten).reason == "not_specific"
+    assert verdict(made, beaten).outcome == "NOT SPECIFIC"
 
 
 def test_too_few_draws_fall_back_on_the_paired_leg_or_are_refused() -> None:

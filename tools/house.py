@@ -22,7 +22,7 @@ STOREYS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         ("validate", "a claim, fresh data, matched controls: Evidence"),
         ("describe circuits", "what a part does; which parts it takes"),
         ("dictionaries", "parts that are found, not given"),
-        ("bench", "one split, with all that is measured on it"),
+        ("quantities", "what is measured about a part, one file each"),
         ("concepts", "whether latents stand for a concept"),
         ("data toys", "prompts in pairs, text; networks with known parts"),
     )),
@@ -32,6 +32,8 @@ STOREYS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     )),
     ("words", "#2f6299", "#e2ecf7", (
         ("metric intervention adapters coder", "what is measured, changed, and where it lies"),
+        ("refs", "from a reference back to its part"),
+        ("directions", "parts that are coordinates along vectors"),
         ("activations parts", "values read; what can be edited"),
         ("inputs", "Tokens and Pairs"),
         ("site", "the name of one tensor"),

@@ -14,13 +14,18 @@ _HOME = {
     "Ablate": "intervention",
     "Activations": "activations",
     "Adapter": "adapters",
-    "Agreement": "patching.scores",
+    "Agreement": "patching.agreement",
     "Claim": "protocol",
-    "Direction": "parts",
+    "Contrast": "quantities",
+    "Corpus": "inputs",
+    "Description": "describe",
+    "Direction": "directions",
+    "Edge": "parts",
     "Evidence": "protocol",
     "Family": "protocol",
     "Freeze": "intervention",
     "Generation": "model.generation",
+    "Group": "parts",
     "Interchange": "intervention",
     "Ledger": "protocol.ledger",
     "Measurement": "stats",
@@ -29,14 +34,17 @@ _HOME = {
     "Needs": "metric",
     "Noise": "intervention",
     "Pairs": "inputs",
+    "Part": "parts",
     "Patch": "intervention",
     "Project": "intervention",
     "Replace": "intervention",
     "Run": "activations",
+    "Runs": "quantities",
     "Scores": "patching.scores",
     "Site": "site",
     "Steer": "intervention",
-    "Subspace": "parts",
+    "Subspace": "directions",
+    "Together": "parts",
     "Tokens": "inputs",
     "Tracing": "patching.tracing",
     "TrainConfig": "dictionaries",
@@ -45,17 +53,32 @@ _HOME = {
     "answer_logprob": "metric",
     "attribution_patching": "patching.attribution",
     "causal_tracing": "patching.tracing",
+    "decide": "protocol.verdict",
     "head": "parts",
     "kl_divergence": "metric",
+    "latent": "refs",
     "load": "model.loading",
     "logit_diff": "metric",
     "neuron": "parts",
     "next_token_loss": "metric",
     "path_patching": "patching.paths",
+    "resolve": "refs",
     "silent": "jobs",
     "sweep": "patching.sweep",
 }
-_ROOMS = ("circuits", "concepts", "data", "describe", "dictionaries", "report", "stats", "studies", "toys", "validate")
+_ROOMS = (
+    "circuits",
+    "concepts",
+    "data",
+    "describe",
+    "dictionaries",
+    "quantities",
+    "report",
+    "stats",
+    "studies",
+    "toys",
+    "validate",
+)
 
 __all__ = sorted([*_HOME, *_ROOMS])
 
@@ -78,7 +101,11 @@ if TYPE_CHECKING:
     from vesalius.activations import Activations as Activations
     from vesalius.activations import Run as Run
     from vesalius.adapters import Adapter as Adapter
+    from vesalius.describe import Description as Description
     from vesalius.dictionaries import TrainConfig as TrainConfig
+    from vesalius.directions import Direction as Direction
+    from vesalius.directions import Subspace as Subspace
+    from vesalius.inputs import Corpus as Corpus
     from vesalius.inputs import Pairs as Pairs
     from vesalius.inputs import Tokens as Tokens
     from vesalius.intervention import Ablate as Ablate
@@ -99,14 +126,16 @@ if TYPE_CHECKING:
     from vesalius.model import Model as Model
     from vesalius.model.generation import Generation as Generation
     from vesalius.model.loading import load as load
-    from vesalius.parts import Direction as Direction
-    from vesalius.parts import Subspace as Subspace
+    from vesalius.parts import Edge as Edge
+    from vesalius.parts import Group as Group
+    from vesalius.parts import Part as Part
+    from vesalius.parts import Together as Together
     from vesalius.parts import Unit as Unit
     from vesalius.parts import head as head
     from vesalius.parts import neuron as neuron
+    from vesalius.patching.agreement import Agreement as Agreement
     from vesalius.patching.attribution import attribution_patching as attribution_patching
     from vesalius.patching.paths import path_patching as path_patching
-    from vesalius.patching.scores import Agreement as Agreement
     from vesalius.patching.scores import Scores as Scores
     from vesalius.patching.sweep import sweep as sweep
     from vesalius.patching.tracing import Tracing as Tracing
@@ -116,5 +145,10 @@ if TYPE_CHECKING:
     from vesalius.protocol import Family as Family
     from vesalius.protocol import Verdict as Verdict
     from vesalius.protocol.ledger import Ledger as Ledger
+    from vesalius.protocol.verdict import decide as decide
+    from vesalius.quantities import Contrast as Contrast
+    from vesalius.quantities import Runs as Runs
+    from vesalius.refs import latent as latent
+    from vesalius.refs import resolve as resolve
     from vesalius.site import Site as Site
     from vesalius.stats import Measurement as Measurement

@@ -1,45 +1,99 @@
-"""Parts of a network: what can be read and edited at a Site.
+"""Parts of a network: what can be read and edited.
 
-Unit        a whole tensor, or one head, neuron or dimension of it
-Direction   the coordinate along a unit vector
-Subspace    the coordinates in an orthonormal basis
+Unit       a whole tensor, or one head, neuron or dimension of it
+Group      several heads, neurons or dimensions of one tensor
+Together   several parts as one
+
+`vesalius.directions` has Direction and Subspace, the coordinates along vectors. The latents of a dictionary are Parts
+as well (`latent`): those of a transcoder are read at one site and written at another, those of a crosscoder at several.
+Interventions, sweeps, circuits, descriptions and claims take any Part.
 """
 
 from __future__ import annotations
 
-import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from vesalius.errors import InputError, NotFiniteError
+from vesalius.errors import InputError
 from vesalius.site import INDEX_AXIS, Site
+
+Ref = dict[str, Any]
+
+
+class At(Protocol):
+    """Whole tensors [example, pos, ...] by whole site: `Activations`, a dict, a recorded run."""
+
+    def __getitem__(self, site: Site, /) -> Tensor: ...
 
 
 @runtime_checkable
 class Part(Protocol):
-    """Something that can be read and edited at a Site."""
+    """Something that can be read and edited."""
 
     @property
-    def site(self) -> Site: ...
+    def reads(self) -> tuple[Site, ...]:
+        """Sites that its value is computed from."""
+        ...
 
+    @property
+    def writes(self) -> tuple[Site, ...]:
+        """Sites that change when it is given a value, in the order of the forward pass."""
+        ...
+
+    def value(self, at: At) -> Tensor:
+        """Its value [example, pos], or with more axes where it has several numbers. at: holds `reads`."""
+        ...
+
+    def written(self, at: At, value: Tensor) -> dict[Site, Tensor]:
+        """Copies of the whole tensors at `writes` in which the part has the value. at: holds `reads` and `writes`."""
+        ...
+
+    @property
+    def ref(self) -> Ref:
+        """JSON that names the part; `resolve` gives the part back."""
+        ...
+
+
+class OneSite(ABC):
+    """A part of a single tensor: it reads and writes the same site."""
+
+    site: Site
+
+    @abstractmethod
     def read(self, whole: Tensor) -> Tensor:
         """This part's value from the whole tensor at the site."""
-        ...
 
+    @abstractmethod
     def write(self, whole: Tensor, value: Tensor) -> Tensor:
         """A copy of the whole tensor in which this part has the value."""
-        ...
 
-    def to_json(self) -> dict[str, Any]:
-        """Reference to the part."""
-        ...
+    @property
+    def reads(self) -> tuple[Site, ...]:
+        """The site."""
+        return (self.site,)
+
+    @property
+    def writes(self) -> tuple[Site, ...]:
+        """The site."""
+        return (self.site,)
+
+    def value(self, at: At) -> Tensor:
+        """As `read`, from tensors by site."""
+        return self.read(at[self.site.whole])
+
+    def written(self, at: At, value: Tensor) -> dict[Site, Tensor]:
+        """As `write`, from tensors by site."""
+        return {self.site.whole: self.write(at[self.site.whole], value)}
 
 
 @dataclass(frozen=True)
-class Unit:
+class Unit(OneSite):
     """A whole tensor (`layers.5.mlp_out`), one head (`layers.5.z[3]`), neuron (`layers.5.mlp_post[7]`) or dimension.
 
     read and write raise InputError for an index past the end.
@@ -50,13 +104,13 @@ class Unit:
     def read(self, whole: Tensor) -> Tensor:
         if self.site.index is None:
             return whole
-        self._check(whole)
+        _check_index(self.site, whole, self.site.index)
         return whole.select(INDEX_AXIS[self.site.kind], self.site.index)
 
     def write(self, whole: Tensor, value: Tensor) -> Tensor:
         if self.site.index is None:
             return value.to(whole).expand_as(whole)
-        self._check(whole)
+        _check_index(self.site, whole, self.site.index)
         axis = INDEX_AXIS[self.site.kind]
         row = torch.zeros(whole.shape[axis], dtype=torch.bool, device=whole.device)
         row[self.site.index] = True
@@ -64,16 +118,127 @@ class Unit:
         shape[axis] = -1
         return torch.where(row.view(shape), value.to(whole).unsqueeze(axis), whole)
 
-    def _check(self, whole: Tensor) -> None:
-        size = whole.shape[INDEX_AXIS[self.site.kind]]
-        if self.site.index is not None and self.site.index >= size:
-            raise InputError(f"{self.site}: the tensor there has {size} of these, numbered from 0")
-
-    def to_json(self) -> dict[str, Any]:
+    @property
+    def ref(self) -> Ref:
         return {"kind": "unit", "site": str(self.site)}
 
     def __str__(self) -> str:
         return str(self.site)
+
+
+@dataclass(frozen=True)
+class Group(OneSite):
+    """Several heads, neurons or dimensions of one tensor, such as `Group("layers.5.mlp_post", [1, 7, 30])`.
+
+    Its value keeps their axis, in the order given. Raises InputError for a site without numbered units, for none, and
+    for one that is listed twice.
+    """
+
+    site: Site
+    indices: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "site", Site.parse(self.site))
+        object.__setattr__(self, "indices", tuple(map(int, self.indices)))
+        if self.site.index is not None or self.site.kind not in INDEX_AXIS:
+            raise InputError(f"a group is of a whole site with numbered units, such as layers.5.z; got {self.site}")
+        if not self.indices or len(set(self.indices)) < len(self.indices):
+            raise InputError(f"a group at {self.site} needs units, each listed once; got {list(self.indices)}")
+
+    def read(self, whole: Tensor) -> Tensor:
+        _check_index(self.site, whole, max(self.indices))
+        return whole.index_select(INDEX_AXIS[self.site.kind], torch.tensor(self.indices, device=whole.device))
+
+    def write(self, whole: Tensor, value: Tensor) -> Tensor:
+        index = torch.tensor(self.indices, device=whole.device)
+        present = self.read(whole)
+        return whole.index_copy(INDEX_AXIS[self.site.kind], index, value.to(whole).expand_as(present))
+
+    @property
+    def ref(self) -> Ref:
+        return {"kind": "group", "site": str(self.site), "indices": list(self.indices)}
+
+    def __str__(self) -> str:
+        return f"{self.site}[{','.join(map(str, self.indices))}]"
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several parts as one: the value of all is the list of theirs, side by side on the last axis.
+
+    parts: parts of one number each, such as latents, neurons and directions; two of them must not write the same
+    numbers. Raises InputError for none.
+    """
+
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self.parts))
+        if not self.parts:
+            raise InputError("no parts to take together")
+
+    @property
+    def reads(self) -> tuple[Site, ...]:
+        return tuple(dict.fromkeys(site for part in self.parts for site in part.reads))
+
+    @property
+    def writes(self) -> tuple[Site, ...]:
+        found = dict.fromkeys(site for part in self.parts for site in part.writes)
+        return tuple(sorted(found, key=lambda site: site.order))
+
+    def value(self, at: At) -> Tensor:
+        """[example, pos, part]."""
+        return torch.stack([part.value(at) for part in self.parts], -1)
+
+    def written(self, at: At, value: Tensor) -> dict[Site, Tensor]:
+        """Every part's value, one after the other."""
+        tensors = {site: at[site] for site in places(self.parts)}
+        for number, part in enumerate(self.parts):
+            tensors |= part.written(tensors, value[..., number])
+        return {site: tensors[site] for site in {site.whole for site in self.writes}}
+
+    @property
+    def ref(self) -> Ref:
+        return {"kind": "together", "parts": [part.ref for part in self.parts]}
+
+    def __str__(self) -> str:
+        first, count = str(self.parts[0]), len(self.parts) - 1
+        return f"{first} and {count} more" if count else first
+
+
+@dataclass(frozen=True)
+class Edge:
+    """From what one part writes to what another reads. target: several parts as one `Together`, or the logits."""
+
+    source: Part
+    target: Part
+
+    def __str__(self) -> str:
+        return f"{self.source} -> {self.target}"
+
+
+@runtime_checkable
+class HasLatents(Protocol):
+    """A dictionary, as far as its latents as parts need it."""
+
+    @property
+    def n_latents(self) -> int: ...
+
+    @property
+    def content_hash(self) -> str: ...
+
+    def latent(self, index: int) -> Part: ...
+
+
+@runtime_checkable
+class OfDictionary(Protocol):
+    """A latent: it knows the dictionary that counts it, and its number there."""
+
+    @property
+    def dictionary(self) -> HasLatents: ...
+
+    @property
+    def number(self) -> int: ...
 
 
 def head(layer: int, index: int) -> Unit:
@@ -87,94 +252,31 @@ def neuron(layer: int, index: int) -> Unit:
 
 
 def as_part(what: Part | Site | str) -> Part:
-    """A Part from a Part, a Site or a site's name."""
-    return Unit(Site.parse(what)) if isinstance(what, str | Site) else what
+    """A Part from a Part, a Site or a site's name. Raises InputError for anything else."""
+    if isinstance(what, str | Site):
+        return Unit(Site.parse(what))
+    if not isinstance(what, Part):
+        raise InputError(f"a part is a site's name, a Site or a Part such as vs.Direction; got {type(what).__name__}")
+    return what
 
 
-def _digest(tensor: Tensor) -> str:
-    # As bytes: NumPy has no bfloat16.
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+# What refs of this process name by hash and is still alive, so that such a ref resolves without further ado.
+ALIVE: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
-def _named(site: Site, label: str) -> str:
-    return f"{label!r} at {site}" if label else str(site)
+def remember(digest_of: str, what: Part | HasLatents) -> None:
+    """Let `resolve` find a direction, subspace or dictionary by its hash for as long as it is alive."""
+    # An equal one that is named as well must not take the place of the first, and leave with it.
+    ALIVE.setdefault(digest_of, what)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Direction:
-    """The coordinate along a direction at a site. vector: [width of the site]; normalised here.
-
-    Raises NotFiniteError for NaN or infinity, InputError for a zero vector or a wrong shape.
-    """
-
-    site: Site
-    vector: Tensor
-    label: str = ""
-
-    def __post_init__(self) -> None:
-        if not bool(torch.isfinite(self.vector).all()):
-            raise NotFiniteError(f"the direction at {self.site} holds NaN or infinity")
-        if self.vector.ndim != 1 or float(self.vector.detach().norm()) == 0.0:
-            raise InputError(f"a direction is one non-zero vector; got shape {tuple(self.vector.shape)} at {self.site}")
-        object.__setattr__(self, "vector", self.vector / self.vector.norm())
-
-    def read(self, whole: Tensor) -> Tensor:
-        """[batch, pos] coordinate."""
-        return Unit(self.site).read(whole) @ self.vector.to(whole)
-
-    def write(self, whole: Tensor, value: Tensor) -> Tensor:
-        unit = Unit(self.site)
-        vector = self.vector.to(whole)
-        inside = unit.read(whole)
-        return unit.write(whole, inside + (value - inside @ vector).unsqueeze(-1) * vector)
-
-    def angle(self, other: Direction) -> float:
-        """Cosine with another direction. Raises InputError for directions at different sites."""
-        if other.site != self.site:
-            raise InputError(f"directions at {self.site} and {other.site} cannot be compared: different spaces")
-        return float(self.vector @ other.vector)
-
-    def __repr__(self) -> str:
-        return f"Direction({_named(self.site, self.label)}, width {len(self.vector)})"
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": "direction", "site": str(self.site), "label": self.label, "sha256": _digest(self.vector)}
+def _check_index(site: Site, whole: Tensor, index: int) -> None:
+    size = whole.shape[INDEX_AXIS[site.kind]]
+    if index >= size:
+        raise InputError(f"{site}: the tensor there has {size} of these, numbered from 0")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Subspace:
-    """Coordinates in an orthonormal basis at a site. basis: [rank, width of the site]; orthonormalised here.
-
-    Raises InputError when the rows are linearly dependent.
-    """
-
-    site: Site
-    basis: Tensor
-    label: str = ""
-
-    def __post_init__(self) -> None:
-        if self.basis.ndim != 2 or self.basis.shape[0] > self.basis.shape[1]:
-            raise InputError(f"a basis is [rank, width] with rank <= width; got {tuple(self.basis.shape)}")
-        if not bool(torch.isfinite(self.basis).all()):
-            raise NotFiniteError(f"the basis at {self.site} holds NaN or infinity")
-        q, r = torch.linalg.qr(self.basis.T.to(torch.float64))
-        sizes = r.detach().diagonal().abs()
-        if float(sizes.min()) < 1e-8 * float(sizes.max()):
-            raise InputError(f"the basis at {self.site} is linearly dependent")
-        object.__setattr__(self, "basis", q.T.to(self.basis.dtype).contiguous())
-
-    def read(self, whole: Tensor) -> Tensor:
-        """[batch, pos, rank] coordinates."""
-        return Unit(self.site).read(whole) @ self.basis.T.to(whole)
-
-    def write(self, whole: Tensor, value: Tensor) -> Tensor:
-        unit = Unit(self.site)
-        basis = self.basis.to(whole)
-        inside = unit.read(whole)
-        return unit.write(whole, inside + (value - inside @ basis.T) @ basis)
-
-    def __repr__(self) -> str:
-        return f"Subspace({_named(self.site, self.label)}, rank {len(self.basis)}, width {self.basis.shape[1]})"
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": "subspace", "site": str(self.site), "label": self.label, "sha256": _digest(self.basis)}
+def places(parts: Sequence[Part]) -> list[Site]:
+    """Whole sites that some parts read or write, each once, in the order of the forward pass."""
+    found = {site.whole for part in parts for site in (*part.reads, *part.writes)}
+    return sorted(found, key=lambda site: site.order)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -40,6 +41,9 @@ _OUTSIDE_FORWARD = frozenset(
      "unsloth_version", "original_architecture",
      "attn_implementation", "experts_implementation", "n_ctx", "seq_length"]
 )  # fmt: skip
+
+# How the library spreads a model over several devices: `base_model_tp_plan` and whatever follows it.
+_PLANS = re.compile(r"base_model_\w+_plan")
 
 
 def check_config(adapter: Adapter, module: nn.Module) -> None:
@@ -78,6 +82,8 @@ def _unknown_field(config: Any, understood: Collection[str]) -> tuple[str, Any] 
         if name.startswith("_") or name in _OUTSIDE_FORWARD or name in understood:
             continue
         if name in defaults and value == defaults[name]:
+            continue
+        if _PLANS.fullmatch(name):
             continue
         if name not in defaults and not value:
             continue  # an unknown switch that is off

@@ -1,26 +1,20 @@
-"""Decompose a network into circuits: exact effects, a circuit by a stated rule, how faithful it is."""
+"""Decompose a network into circuits: exact effects, and a circuit by a stated rule."""
 
 from __future__ import annotations
 
-from vesalius.circuits.circuit import RULE, Circuit, Edge, find_circuit
+from vesalius.circuits.circuit import RULE, Circuit, edges_from_json, edges_to_json, find_circuit, share
 from vesalius.circuits.edges import find_edges
-from vesalius.circuits.effects import Condition, Effects, clusters, decompose
-from vesalius.circuits.faithfulness import ABLATIONS, Share, kept, random_sets, removed, share
+from vesalius.circuits.effects import Condition, Effects, component_effects
 
 __all__ = [
-    "ABLATIONS",
     "RULE",
     "Circuit",
     "Condition",
-    "Edge",
     "Effects",
-    "Share",
-    "clusters",
-    "decompose",
+    "component_effects",
+    "edges_from_json",
+    "edges_to_json",
     "find_circuit",
     "find_edges",
-    "kept",
-    "random_sets",
-    "removed",
     "share",
 ]

@@ -13,17 +13,23 @@ Single effects alone would keep members that only matter while the whole model r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
 import numpy as np
+import torch
 
-from vesalius.bench import EMBED, Bench
-from vesalius.circuits.effects import Effects
-from vesalius.circuits.faithfulness import kept
+from vesalius.circuits.effects import Effects, Floats
+from vesalius.errors import InputError
+from vesalius.parts import Edge, HasLatents, Part, Unit, as_part
+from vesalius.quantities import Runs
+from vesalius.quantities.circuit import metric_with_only
+from vesalius.quantities.contrast import EMBED
+from vesalius.refs import resolve
 from vesalius.site import Site
+from vesalius.stats import Measurement, measure
 
 START, KEEP = 0.9, 0.8
 SIZES = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 120, 150, 200, 300, 500, 1000)
@@ -35,13 +41,7 @@ RULE = (
 )
 
 
-@dataclass(frozen=True)
-class Edge:
-    """weight: share of the target's change, clean to corrupted, that patching the source alone brings about."""
-
-    source: str
-    target: str
-    weight: float
+LOGITS = Unit(Site("logits"))
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,15 @@ class Circuit:
     """Components found by `rule`, with their edges.
 
     members: in forward order. kept: share of the effect they keep alone, on the prompts they were found on. reached:
-    False when no tried prefix kept `KEEP` of the effect; then it is the best of them. history: (size, kept) of every
-    set accepted on the way.
+    False when no tried prefix kept `KEEP` of the effect; then it is the best of them. edges: weight of each, the share
+    of the target's change, clean to corrupted, that patching the source alone brings about. history: (size, kept) of
+    every set accepted on the way.
     """
 
-    members: tuple[Site, ...]
+    members: tuple[Part, ...]
     kept: float
     reached: bool
-    edges: tuple[Edge, ...] = ()
+    edges: Mapping[Edge, float] = field(default_factory=dict)
     rule: str = RULE
     history: tuple[tuple[int, float], ...] = ()
 
@@ -65,22 +66,23 @@ class Circuit:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "members": [str(part) for part in self.members],
+            "members": [str(part) if isinstance(part, Unit) else part.ref for part in self.members],
             "kept": self.kept,
             "reached": self.reached,
-            "edges": [{"source": e.source, "target": e.target, "weight": e.weight} for e in self.edges],
+            "edges": edges_to_json(self.edges),
             "rule": self.rule,
             "history": [list(step) for step in self.history],
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Circuit:
-        """The circuit that `to_json` gave."""
+    def from_json(cls, data: Mapping[str, Any], *given: Part | HasLatents) -> Circuit:
+        """The circuit that `to_json` gave. given: what its members name by hash, see `resolve`."""
+        members = tuple(as_part(one) if isinstance(one, str) else resolve(one, *given) for one in data["members"])
         return cls(
-            members=tuple(Site.parse(name) for name in data["members"]),
+            members=members,
             kept=float(data["kept"]),
             reached=bool(data["reached"]),
-            edges=tuple(Edge(**edge) for edge in data["edges"]),
+            edges=edges_from_json(data["edges"], members),
             rule=data["rule"],
             history=tuple((int(size), float(share)) for size, share in data["history"]),
         )
@@ -91,38 +93,63 @@ class Circuit:
         return f"<p>{title}</p><p>{names}</p>"
 
 
-def find_circuit(bench: Bench, effects: Effects) -> Circuit:
+def edges_to_json(edges: Mapping[Edge, float]) -> list[dict[str, Any]]:
+    """Rows of source, target and weight."""
+    return [{"source": str(e.source), "target": str(e.target), "weight": weight} for e, weight in edges.items()]
+
+
+def edges_from_json(rows: Sequence[Mapping[str, Any]], members: Sequence[Part]) -> dict[Edge, float]:
+    """The edges that `edges_to_json` gave, between these members and the logits."""
+    named = {str(part): part for part in (*members, LOGITS)}
+    return {Edge(named[row["source"]], named[row["target"]]): float(row["weight"]) for row in rows}
+
+
+def share(runs: Runs, values: Floats, empty: Floats, name: str) -> Measurement:
+    """What a set does of the whole effect: (values - empty) / mean(full - empty) per example, a ratio of means.
+
+    values, empty: the metric [example]; empty is the run with everything ablated (Wang et al. 2022; a mean of ratios
+    would be dominated by prompts with a small denominator). Raises InputError where ablating everything does nothing.
+    """
+    whole = runs.mean(runs.metric("clean").double() - torch.from_numpy(empty))
+    if whole == 0:
+        raise InputError(f"{name}: ablating every component does not change the metric, so there is no share of it")
+    return measure(name, (values - empty) / whole, groups=runs.groups, clusters=runs.clusters, unit="share")
+
+
+def find_circuit(runs: Runs, effects: Effects) -> Circuit:
     """The circuit by the rule above, without edges (`find_edges` measures those)."""
-    search = _Search(bench)
+    search = _Search(runs)
     ranked = [effects.components[i] for i in effects.ranked()]
     members, history = search.prefix(ranked)
     reached = history[-1][1] >= KEEP
     if reached:
         members, history = search.thin(members, history)
-    order = sorted(members, key=lambda part: (part != EMBED, part.order))
+    order = sorted(members, key=lambda part: (part != EMBED, part.writes[0].order))
     return Circuit(tuple(order), history[-1][1], reached, history=tuple(history))
 
 
 class _Search:
     """Shares kept by candidate sets."""
 
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
+    def __init__(self, runs: Runs) -> None:
+        self._runs = runs
         self._empty: float | None = None
 
-    def kept(self, sets: Sequence[Sequence[Site]]) -> list[float]:
+    def kept(self, sets: Sequence[Sequence[Part]]) -> list[float]:
         """Share of the effect each set keeps alone (resample ablation of the rest)."""
         if self._empty is None:
             self._empty = self._means([[]])[0]
-        full = float(self._bench.metric("clean").mean())
+        full = float(self._runs.metric("clean").mean())
         return [(mean - self._empty) / (full - self._empty) for mean in self._means(sets)]
 
-    def _means(self, sets: Sequence[Sequence[Site]]) -> list[float]:
+    def _means(self, sets: Sequence[Sequence[Part]]) -> list[float]:
         names = [sorted(map(str, members)) for members in sets]
-        found = self._bench.stored(f"kept {names}", lambda: {"mean": kept(self._bench, sets, "resample").mean(1)})
+        found = self._runs.stored(
+            f"kept {names}", lambda: {"mean": metric_with_only(self._runs, sets, "resample").mean(1)}
+        )
         return [float(mean) for mean in found["mean"]]
 
-    def prefix(self, ranked: list[Site]) -> tuple[list[Site], list[tuple[int, float]]]:
+    def prefix(self, ranked: list[Part]) -> tuple[list[Part], list[tuple[int, float]]]:
         """Steps 1 and 2 of the rule; when no prefix keeps enough, the one that keeps most."""
         best: tuple[int, float] = (1, -np.inf)
         for size in [*(size for size in SIZES if size < len(ranked)), len(ranked)]:
@@ -133,7 +160,7 @@ class _Search:
                 break
         return ranked[: best[0]], [best]
 
-    def thin(self, members: list[Site], history: list[tuple[int, float]]) -> tuple[list[Site], list[tuple[int, float]]]:
+    def thin(self, members: list[Part], history: list[tuple[int, float]]) -> tuple[list[Part], list[tuple[int, float]]]:
         """Step 3 of the rule."""
         while len(members) > 1:
             without = self.kept([[m for m in members if m != part] for part in members])
@@ -146,7 +173,7 @@ class _Search:
             history = [*history, (len(members), smaller[1])]
         return members, history
 
-    def _drop(self, members: list[Site], least: list[int]) -> tuple[list[Site], float] | None:
+    def _drop(self, members: list[Part], least: list[int]) -> tuple[list[Part], float] | None:
         count = max(1, len(members) // 6)
         while count:
             gone = set(least[:count])

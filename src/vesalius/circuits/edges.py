@@ -8,93 +8,92 @@ import torch
 from torch import Tensor
 
 from vesalius.activations import Activations
-from vesalius.bench import EMBED, Bench
-from vesalius.circuits.circuit import Edge
+from vesalius.circuits.circuit import LOGITS
 from vesalius.intervention import Patch
 from vesalius.model.products import computing
-from vesalius.patching.cost import Cost
-from vesalius.site import Site
+from vesalius.parts import Edge, Part, places
+from vesalius.patching.plan import Cost
+from vesalius.quantities import DIRECT_EFFECT, Runs
+from vesalius.quantities.contrast import EMBED
+from vesalius.quantities.direct_effect import frozen, written
 
 SMALLEST_EDGE = 0.05
 EDGE_EXAMPLES = 16
 
 
-def find_edges(bench: Bench, members: Sequence[Site], examples: int = EDGE_EXAMPLES) -> tuple[Edge, ...]:
-    """Measured edges between members, on the bench's first prompts under its main corruption.
+def find_edges(runs: Runs, members: Sequence[Part], examples: int = EDGE_EXAMPLES) -> dict[Edge, float]:
+    """Measured edges between members with their weights, on the first prompts under the main corruption.
 
     For a source s and a later target t, with D the target's change between the clean and the corrupted run and d its
-    change when only s is patched: weight = <d, D> / <D, D> over live positions. To `logits`: the source's own direct
+    change when only s is patched: weight = <d, D> / <D, D> over live positions. To the logits: the source's own direct
     effect, clean minus corrupted, as a share of the total effect. From `embed`: 1 by this definition for every target,
     so only those in the first member's layer are listed. Edges under 5 % are left out.
     """
-    few = Bench(bench.model, {bench.main: bench.pairs.subset(range(min(examples, bench.n)))}, bench.seed, check=False)
+    few = runs.few(range(min(examples, runs.n)))
     parts = [part for part in members if part != EMBED]
     measure = _Measure(few, parts)
-    edges = [Edge(str(EMBED), str(target), 1.0) for target in _roots(parts)] if EMBED in members else []
+    edges = {Edge(EMBED, target): 1.0 for target in _roots(parts)} if EMBED in members else {}
     for source in parts:
-        edges += [
-            *measure.into(source, [target for target in parts if feeds(source, target)]),
-            *_to_logits(few, source),
-        ]
-    bench.cost = bench.cost + Cost(float(measure.forwards), float(measure.forwards), 0)
-    return tuple(edges)
+        edges |= measure.into(source, [target for target in parts if feeds(source, target)])
+        edges |= _to_logits(few, source)
+    runs.cost = runs.cost + Cost(float(measure.forwards), float(measure.forwards))
+    return {edge: weight for edge, weight in edges.items() if abs(weight) >= SMALLEST_EDGE}
 
 
-def feeds(source: Site, target: Site) -> bool:
+def feeds(source: Part, target: Part) -> bool:
     """Whether a component's output reaches another: in a later layer, or from a head to the MLP of its own layer.
 
     In models whose attention and MLP run side by side the latter is measured all the same, as 0.
     """
-    assert source.layer is not None and target.layer is not None
-    if source.layer == target.layer:
-        return source.kind == "z" and target.kind == "mlp_out"
-    return target.layer > source.layer
+    one, two = source.writes[-1], target.reads[0]
+    assert one.layer is not None and two.layer is not None
+    if one.layer == two.layer:
+        return one.kind == "z" and two.kind == "mlp_out"
+    return two.layer > one.layer
 
 
 class _Measure:
     """Clean and corrupted values of the members, and plain runs with one of them patched."""
 
-    def __init__(self, few: Bench, parts: Sequence[Site]) -> None:
+    def __init__(self, few: Runs, parts: Sequence[Part]) -> None:
         self._few = few
         self.forwards = 0
-        sites = _sites(parts)
-        self._clean, self._corrupted = (self._run(which, sites) for which in ("clean", "corrupted"))
+        self._clean, self._corrupted = (self._run(which, parts) for which in ("clean", few.main))
         position = torch.arange(few.pairs.clean.shape[1])[None]
         self._live = few.pairs.real & (position <= few.pairs.at[:, None])
 
-    def into(self, source: Site, targets: Sequence[Site]) -> list[Edge]:
+    def into(self, source: Part, targets: Sequence[Part]) -> dict[Edge, float]:
         """Edges of one source."""
         if not targets:
-            return []
-        run = self._run("clean", _sites(targets), [Patch(source, source=self._corrupted)])
-        found = [Edge(str(source), str(target), self._weight(run, target)) for target in targets]
-        return [edge for edge in found if abs(edge.weight) >= SMALLEST_EDGE]
+            return {}
+        run = self._run("clean", targets, [Patch(source, source=self._corrupted)])
+        return {Edge(source, target): self._weight(run, target) for target in targets}
 
-    def _weight(self, run: Activations, target: Site) -> float:
-        change = (self._clean[target] - self._corrupted[target])[self._live]
-        moved = (self._clean[target] - run[target])[self._live]
+    def _weight(self, run: Activations, target: Part) -> float:
+        clean = target.value(self._clean)
+        change = (clean - target.value(self._corrupted))[self._live]
+        moved = (clean - target.value(run))[self._live]
         return float((moved * change).sum() / change.pow(2).sum().clamp_min(1e-12))
 
-    def _run(self, which: str, sites: Sequence[Site], edits: Sequence[Patch] = ()) -> Activations:
+    def _run(self, which: str, parts: Sequence[Part], edits: Sequence[Patch] = ()) -> Activations:
         self.forwards += self._few.n
         with computing():
             run = self._few.model.run(
-                self._few.pairs.tokens(which), capture=sites, interventions=edits, last_logits=True
+                self._few.tokens(which), capture=places(parts), interventions=edits, last_logits=True
             )
         return run.activations
 
 
-def _sites(parts: Sequence[Site]) -> list[Site]:
-    return sorted({part.whole for part in parts}, key=lambda site: site.order)
-
-
-def _roots(parts: Sequence[Site]) -> list[Site]:
+def _roots(parts: Sequence[Part]) -> list[Part]:
     """The members of the first layer that has any."""
-    first = min((part.layer for part in parts if part.layer is not None), default=0)
-    return [part for part in parts if part.layer == first]
+    layers = [part.reads[0].layer for part in parts]
+    first = min((layer for layer in layers if layer is not None), default=0)
+    return [part for part, layer in zip(parts, layers, strict=True) if layer == first]
 
 
-def _to_logits(bench: Bench, source: Site) -> list[Edge]:
-    change: Tensor = bench.frozen("clean").of(bench.write(source) - bench.write(source, bench.main))
-    weight = float(change.mean() / bench.total(bench.main).mean())
-    return [Edge(str(source), "logits", weight)] if abs(weight) >= SMALLEST_EDGE else []
+def _to_logits(runs: Runs, source: Part) -> dict[Edge, float]:
+    """Nothing where the part has no direct effect on the metric."""
+    if DIRECT_EFFECT.refuses(runs, source):
+        return {}
+    change: Tensor = frozen(runs, "clean").of(written(runs, source) - written(runs, source, runs.main))
+    return {Edge(source, LOGITS): float(change.mean() / runs.total(runs.main).mean())}

@@ -1,4 +1,4 @@
-"""Decompose: the exact effect of every component on its own, under every corruption and in both directions.
+"""Effects: the exact effect of every component on its own, under every corruption and in both directions.
 
 Nothing is approximated: each figure is a measured run with that one component patched. Prompts of one template are not
 independent, so intervals and p-values are clustered by template (and names), and the 301 or so p-values of a condition
@@ -17,17 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vesalius.bench import DIRECTIONS, Bench, components
 from vesalius.errors import InputError, UnknownNameError
-from vesalius.inputs import Pairs
-from vesalius.site import Site
-from vesalius.stats import bh, clustered_t
+from vesalius.parts import Part
+from vesalius.quantities import Runs
+from vesalius.quantities.runs import DIRECTIONS
+from vesalius.stats import Measurement, bh, clustered_means, measure
 
 FDR = 0.05
 # A prompt counts as flipped when its effect has the other sign and is at least this share of the total effect.
 FLIP_SHARE = 0.01
 # Components in the table a notebook shows.
 SHOWN = 15
+UNIT = "share of the total effect"
 
 Floats = NDArray[np.float64]
 
@@ -36,31 +37,40 @@ Floats = NDArray[np.float64]
 class Condition:
     """Effects under one corruption and direction, as shares of that corruption's total effect.
 
-    values: [component, example]. The other arrays are per component: mean, 95 % clustered interval, standard deviation
-    over prompts, two-sided p, Benjamini-Hochberg q, and the share of prompts whose sign differs from the mean's.
+    effects: one Measurement per component. p: two-sided; q: Benjamini-Hochberg; sign_flips: share of prompts whose sign
+    differs from the mean's.
     """
 
     corruption: str
     direction: str
-    values: Floats
-    mean: Floats
-    low: Floats
-    high: Floats
-    sd: Floats
+    effects: tuple[Measurement, ...]
     p: Floats
     q: Floats
     sign_flips: Floats
 
+    @cached_property
+    def values(self) -> Floats:
+        """[component, example]."""
+        return np.array([effect.values for effect in self.effects])
+
+    @cached_property
+    def mean(self) -> Floats:
+        """[component]."""
+        return np.array([effect.estimate for effect in self.effects])
+
     def to_json(self) -> dict[str, Any]:
-        arrays = {name: getattr(self, name).tolist() for name in ("mean", "low", "high", "sd", "p", "q", "sign_flips")}
-        return {"corruption": self.corruption, "direction": self.direction, **arrays}
+        arrays = {name: [getattr(effect, name) for effect in self.effects] for name in ("low", "high")}
+        own = {name: getattr(self, name).tolist() for name in ("p", "q", "sign_flips")}
+        deviation = self.values.std(1, ddof=1).tolist()
+        where = {"corruption": self.corruption, "direction": self.direction}
+        return {**where, "mean": self.mean.tolist(), **arrays, "sd": deviation, **own}
 
 
 @dataclass(frozen=True, eq=False)
 class Effects:
-    """Effects of all components under all conditions. total: corruption -> mean total effect, in logits."""
+    """Effects of all components under all conditions. total: corruption -> mean total effect, in the metric's unit."""
 
-    components: tuple[Site, ...]
+    components: tuple[Part, ...]
     conditions: tuple[Condition, ...]
     total: Mapping[str, float]
 
@@ -97,7 +107,7 @@ class Effects:
         names = [str(part) for part in self.components]
         return {
             "components": names,
-            "unit": "share of the total effect",
+            "unit": UNIT,
             "conditions": [condition.to_json() for condition in self.conditions],
             "sign_conflicts": [name for name, hit in zip(names, self.sign_conflicts, strict=True) if hit],
             "significant": [name for name, hit in zip(names, self.significant, strict=True) if hit],
@@ -106,7 +116,7 @@ class Effects:
     def _repr_html_(self) -> str:
         heads = "".join(f"<th>{escape(c.corruption)}, {c.direction}</th>" for c in self.conditions)
         rows = "".join(self._row(number) for number in self.ranked()[:SHOWN])
-        caption = "<caption>Largest effects, share of the total effect</caption>"
+        caption = f"<caption>Largest effects, {UNIT}</caption>"
         return f"<table>{caption}<tr><th>component</th>{heads}</tr>{rows}</table>"
 
     def _row(self, number: int) -> str:
@@ -114,49 +124,35 @@ class Effects:
         return f"<tr><td>{escape(str(self.components[number]))}</td>{cells}</tr>"
 
 
-def decompose(bench: Bench) -> Effects:
-    """Measure every component alone under every corruption of the bench, noising and denoising.
+def component_effects(runs: Runs) -> Effects:
+    """Patch every component alone under every corruption of the data, noising and denoising.
 
-    Raises InputError when a corruption does not change the logit difference at all.
+    Raises InputError when a corruption does not change the metric at all.
     """
-    parts = components(bench.model)
     conditions = []
-    for corruption in bench.corruptions:
+    for corruption in runs.corruptions:
         for direction in DIRECTIONS:
-            values = bench.effects(parts, corruption, direction).double().numpy()
-            conditions.append(summarise(bench, corruption, direction, values))
-    total = {name: float(bench.total(name).mean()) for name in bench.corruptions}
-    return Effects(tuple(parts), tuple(conditions), total)
+            values = runs.effects(runs.components, corruption, direction).double().numpy()
+            conditions.append(summarise(runs, corruption, direction, values))
+    total = {name: runs.mean(runs.total(name)) for name in runs.corruptions}
+    return Effects(runs.components, tuple(conditions), total)
 
 
-def clusters(bench: Bench) -> tuple[tuple[str, ...], ...]:
-    """Groups that a bench's intervals respect; see `clusters_of`."""
-    return clusters_of(bench.pairs)
-
-
-def clusters_of(pairs: Pairs) -> tuple[tuple[str, ...], ...]:
-    """Groups that intervals respect: template and names as far as the pairs have them, else their first two kinds.
-
-    A kind of which all prompts share one label is left out: nothing can be said about its spread.
-    """
-    named = [kind for kind in ("template", "names") if kind in pairs.groups] or sorted(pairs.groups)[:2]
-    return tuple(tuple(pairs.groups[kind]) for kind in named if len(set(pairs.groups[kind])) > 1)
-
-
-def summarise(bench: Bench, corruption: str, direction: str, values: Floats) -> Condition:
-    """Statistics of effects [component, example], in logits, as shares of the corruption's total effect."""
-    total = float(bench.total(corruption).mean())
+def summarise(runs: Runs, corruption: str, direction: str, values: Floats) -> Condition:
+    """Statistics of effects [component, example], in the metric's unit, as shares of the corruption's total effect."""
+    total = runs.mean(runs.total(corruption))
     if total == 0:
         raise InputError(
-            f"corruption {corruption!r} does not change the mean logit difference of these {bench.n} prompts, so there "
-            "is no effect to take apart; check that answers and distractors differ in what the corruption changes"
+            f"corruption {corruption!r} does not change the mean metric of these {runs.n} prompts, so there is no "
+            "effect to take apart; check that answers and distractors differ in what the corruption changes"
         )
     shares = values / total
-    tests = [clustered_t(row, *clusters(bench)) for row in shares]
-    p = np.array([test.p_two_sided for test in tests])
+    labels = [runs.groups[kind] for kind in runs.clusters]
+    # A screen on the data the claims are made from: Student's p-values, which no claim rests on.
+    p = clustered_means(shares, *labels).p_two_sided
     flipped = (np.sign(shares) != np.sign(shares.mean(1, keepdims=True))) & (np.abs(shares) > FLIP_SHARE)
-    return Condition(
-        corruption, direction, shares,
-        mean=shares.mean(1), low=np.array([test.low for test in tests]), high=np.array([test.high for test in tests]),
-        sd=shares.std(1, ddof=1), p=p, q=np.asarray(bh(p)), sign_flips=flipped.mean(1),
-    )  # fmt: skip
+    measured = tuple(
+        measure(str(part), row, groups=runs.groups, clusters=runs.clusters, unit=UNIT)
+        for part, row in zip(runs.components, shares, strict=True)
+    )
+    return Condition(corruption, direction, measured, p, np.asarray(bh(p)), flipped.mean(1))

@@ -36,6 +36,10 @@ ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="Demo alias, local folder, .gguf file, or transformers id.")
 ]
 
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Device of the tensors, such as cpu or cuda; default cuda where there is one.")
+]
+
 
 def main() -> None:
     """Entry point: turns errors into one message and an exit code."""
@@ -98,6 +102,7 @@ def study(
     random_sets: Annotated[
         int, typer.Option(help="Random sets the circuit is compared with; p is at least 1 / (sets + 1).")
     ] = 99,
+    device: DeviceOption = None,
 ) -> int:
     """From a question to tested claims: circuit, descriptions, verdicts on fresh data, and a report."""
     request = studying.Request(
@@ -110,6 +115,7 @@ def study(
         past_gate=past_gate,
         bos=bos,
         random_sets=random_sets,
+        device=device,
         command=_command_line(),
     )
     return studying.study(request)
@@ -151,6 +157,7 @@ def harvest(
         float, typer.Option("--max-norm", help="Drop rows over this many times the median norm; 0 keeps all.")
     ] = 10.0,
     column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files that holds the text.")] = "text",
+    device: DeviceOption = None,
 ) -> None:
     """Activations of a model over texts, for training on; the model is run only up to the last site."""
     request = harvesting.Request(
@@ -166,6 +173,7 @@ def harvest(
         keep_bos=keep_bos,
         max_norm=max_norm,
         column=column,
+        device=device,
     )
     checks.harvest(texts, request.models, site, dtype, compute, tokens)
     check_writable(out)
@@ -220,7 +228,7 @@ def train(
     held_out: Annotated[
         float | None, typer.Option(help="Share of rows, the last documents, left out to evaluate on; default 0.05.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Device of the tensors, such as cpu or cuda.")] = "cpu",
+    device: DeviceOption = None,
     jobs: Annotated[int, typer.Option(help="Of several dictionaries, how many are trained at a time.")] = 1,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write a file for TensorBoard.")] = False,
     texts: Annotated[str, typer.Option(help="With --site: stdlib, or a file or folder of texts, as for harvest.")] = (
@@ -243,14 +251,14 @@ def train(
         "precision": precision, "dead_after": dead_after, "checkpoint_every": checkpoint_every, "held_out": held_out,
     }  # fmt: skip
     harvest = harvesting.Request(texts, [model], site or [], None, tokens, context, compute=compute)
-    request = training.Request(store, out, device, fields, harvest, jobs, tensorboard, _command_line())
     checks.training(fields, device)
     check_writable(out or Path("runs"))
     if store is None:
         checks.harvest(texts, [model], harvest.sites, "float32", compute, tokens)
     else:
         checks.store(store)
-    training.train(request)
+    where, command = checks.chosen_device(device), _command_line()
+    training.train(training.Request(store, out, where, fields, harvest, jobs, tensorboard, command))
 
 
 @app.command()
@@ -275,6 +283,7 @@ def quality(
     rows: Annotated[int, typer.Option(help="Rows to measure on.")] = 16_384,
     contexts: Annotated[int, typer.Option(help="Contexts to run through the model.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: DeviceOption = None,
 ) -> None:
     """How good a dictionary is, on documents it was not trained on, beside what it has to beat."""
     request = evaluating.Request(
@@ -290,6 +299,7 @@ def quality(
         label=label,
         mark=mark,
         seed=seed,
+        device=device,
         command=_command_line(),
     )
     request.check()

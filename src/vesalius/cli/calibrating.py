@@ -13,7 +13,7 @@ from vesalius.jobs import write_atomic
 
 
 def run(*, seeds: int, quick: bool, json: Path | None) -> None:
-    """Measure, print a row per validator, and write the figures as JSON if asked."""
+    """Measure, print a row per validator and per kind of simulated data, and write the figures as JSON if asked."""
     with bars() as progress:
         found = vs.studies.calibrate(seeds=seeds, quick=quick, sink=Screen(progress))
     data = found.to_json()
@@ -25,3 +25,9 @@ def run(*, seeds: int, quick: bool, json: Path | None) -> None:
     for row in data["validators"]:
         table.add_row(*(str(row[key]) for key in ("name", "false_positive_rate", "upper_bound", "power", "n")))
     output.print(table)
+    at_delta = Table(title="Simulated families, effects exactly at the threshold", title_justify="left")
+    for heading in ("data", "claims", *(found.simulated[0].rates if found.simulated else ())):
+        at_delta.add_column(heading)
+    for row in found.simulated:
+        at_delta.add_row(row.data, str(row.m), *map(str, row.rates.values()))
+    output.print(at_delta)

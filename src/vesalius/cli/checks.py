@@ -5,6 +5,7 @@ The rooms that do the work check everything again, and more. The names listed he
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -92,7 +93,7 @@ def sites(names: Iterable[str]) -> None:
             Site.parse(name)
 
 
-def training(fields: Mapping[str, Any], where: str) -> None:
+def training(fields: Mapping[str, Any], where: str | None) -> None:
     """Fields of TrainConfig that take names, and the device."""
     one_of("kind of dictionary", fields["kind"] or (), KINDS)
     one_of("coder", [fields["coder"]], CODERS)
@@ -101,8 +102,10 @@ def training(fields: Mapping[str, Any], where: str) -> None:
     device(where)
 
 
-def device(name: str) -> None:
-    """A device that can be used on this machine."""
+def device(name: str | None) -> None:
+    """A device that can be used on this machine; None is left to `chosen_device`."""
+    if name is None:
+        return
     kind = name.partition(":")[0]
     if kind not in _DEVICES:
         raise UnknownNameError("device", name, _DEVICES)
@@ -117,6 +120,17 @@ def device(name: str) -> None:
         raise InputError(
             f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); the cpu always can."
         ) from error
+
+
+def chosen_device(name: str | None) -> str:
+    """The device asked for; without a word the GPU where there is one, and the CPU for processes of torchrun."""
+    if name is not None:
+        return name
+    # Late and at this one edge: other commands, such as `ledger`, start without torch.
+    import torch
+
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return "cuda" if alone and torch.cuda.is_available() else "cpu"
 
 
 def one_of(what: str, values: Iterable[str], known: Sequence[str]) -> None:

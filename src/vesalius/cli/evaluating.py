@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import vesalius as vs
+from vesalius.cli import checks
 from vesalius.cli.screen import Screen, bars, note, say
 from vesalius.errors import InputError
 from vesalius.jobs import Sink
@@ -29,10 +30,13 @@ class Request:
     rows: int
     contexts: int
     seed: int
+    device: str | None
+    """None is the GPU where there is one."""
     command: str
 
     def check(self) -> None:
         """Refuse what cannot be done before anything is loaded."""
+        checks.device(self.device)
         for name, value in (("--rows", self.rows), ("--contexts", self.contexts)):
             if value < 1:
                 raise InputError(f"{name} must be at least 1; got {value}")
@@ -49,7 +53,8 @@ class Request:
 def quality(request: Request) -> None:
     """Measure with progress bars, write page and figures, and say the answer."""
     request.check()
-    coder, *others = (vs.dictionaries.load(folder) for folder in (request.dictionary, *request.others))
+    device = checks.chosen_device(request.device)
+    coder, *others = (vs.dictionaries.load(folder, device=device) for folder in (request.dictionary, *request.others))
     store = vs.data.ActivationStore.open(request.store)
     concepts = [
         vs.data.load_labelled(path, text=request.text, label=request.label, mark=request.mark)
@@ -57,7 +62,7 @@ def quality(request: Request) -> None:
     ]
     with bars() as progress:
         screen = Screen(progress)
-        model = None if request.model is None else vs.load(request.model, sink=screen)
+        model = None if request.model is None else vs.load(request.model, device=device, sink=screen)
         if model is not None and "format" in getattr(coder, "metadata", {}):
             vs.dictionaries.verify(coder, model, sink=screen)  # another library's: is it read as it was written?
         found = vs.dictionaries.quality(
@@ -111,7 +116,7 @@ def page(
     """Measure a dictionary that was just trained, and write its page beside it."""
     found = vs.dictionaries.quality(
         # A model can be spliced at one site only; other coders are measured on rows alone.
-        coder,
+        coder if model is None else coder.to(model.device),
         store,
         model=model if len(coder.out_sites) == 1 else None,
         others=others,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import vesalius as vs
+from vesalius.cli import checks
 from vesalius.cli.checks import COMPUTE, TAGGED
 from vesalius.cli.screen import Screen, bars, say
 from vesalius.errors import InputError, UnknownNameError
@@ -31,9 +32,12 @@ class Request:
     keep_bos: bool = False
     max_norm: float = 10.0
     column: str = "text"
+    device: str | None = None
+    """None is the GPU where there is one."""
 
     def check(self) -> None:
         """Refuse what cannot be done before a model is loaded."""
+        checks.device(self.device)
         if self.dtype not in vs.data.DTYPES:
             raise UnknownNameError("--dtype", self.dtype, vs.data.DTYPES)
         if self.compute not in COMPUTE:
@@ -60,7 +64,7 @@ def harvested(request: Request, model: Any, out: Path, sink: Sink) -> vs.data.Ac
     """The activations asked for, in a folder; the texts are checked before a model is loaded."""
     texts = vs.data.texts_from(request.texts, request.column)
     return vs.data.harvest(
-        model or loaded(request.models, sink),
+        model or loaded(request.models, request.device, sink),
         texts,
         sites=request.sites,
         out=out,
@@ -76,10 +80,11 @@ def harvested(request: Request, model: Any, out: Path, sink: Sink) -> vs.data.Ac
     )
 
 
-def loaded(names: Sequence[str], sink: Sink) -> Any:
+def loaded(names: Sequence[str], device: str | None, sink: Sink) -> Any:
     """One model, or several by their tags: `tag=name`, else a, b, c in the order given. Raises InputError."""
+    where_to = checks.chosen_device(device)
     if len(names) == 1 and TAGGED.fullmatch(names[0]) is None:
-        return vs.load(names[0], sink=sink)
+        return vs.load(names[0], device=where_to, sink=sink)
     found: dict[str, str] = {}
     for number, name in enumerate(names):
         tagged = TAGGED.fullmatch(name)
@@ -87,7 +92,7 @@ def loaded(names: Sequence[str], sink: Sink) -> Any:
         if tag in found:
             raise InputError(f"two models have the tag {tag!r}; write --model TAG=NAME for each")
         found[tag] = where
-    return {tag: vs.load(where, sink=sink) for tag, where in found.items()}
+    return {tag: vs.load(where, device=where_to, sink=sink) for tag, where in found.items()}
 
 
 def plain_name(sites: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vesalius.studies import Options, Question, Study
 
 CONTROLS = ("random-weights",)
-STEPS = ("decompose", "circuit", "describe", "validate")
+STEPS = ("patching", "circuit", "describe", "validate")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Request:
     past_gate: bool
     bos: str
     random_sets: int
+    device: str | None
+    """None is the GPU where there is one."""
     command: str
 
     def check(self) -> None:
@@ -48,6 +50,7 @@ class Request:
         checks.at_least("--random-sets", self.random_sets, checks.FEWEST_SETS)
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed must lie between 0 and 2**63 - 1; got {self.seed}")
+        checks.device(self.device)
         checks.question(self.question)
         check_writable(self.folder)
         look_up(self.model)
@@ -68,7 +71,7 @@ def study(request: Request) -> int:
     request.check()
     with bars() as progress:
         screen = Screen(progress)
-        model = vs.load(request.model, sink=screen)
+        model = vs.load(request.model, device=checks.chosen_device(request.device), sink=screen)
         question = _question(request, model)
         note(_announcement(model, question))
         run = _plain_study if request.control is None else _control_study
@@ -77,6 +80,8 @@ def study(request: Request) -> int:
     for sentence in summary["answer"]:
         say(sentence)
     say(str(report))
+    if summary["timings"]["ledger_head"]:
+        note(f"Ledger head, to keep elsewhere for vesalius ledger verify --head: {summary['timings']['ledger_head']}")
     return 1 if summary["stopped"] else 0
 
 
@@ -99,38 +104,26 @@ def _announcement(model: Model, question: Question) -> str:
 
 
 def _plain_study(request: Request, model: Model, question: Question, screen: Screen) -> dict[str, Any]:
-    return _studied(request, model, question, screen, request.folder, request.options())[1]
+    done = vs.studies.run_study(question, model, out=request.folder, options=request.options(), sink=screen)
+    return _summary(request, done, screen)
 
 
 def _control_study(request: Request, model: Model, question: Question, screen: Screen) -> dict[str, Any]:
-    """The same study on the re-initialised model; the trained model's claims are tested on it as well.
-
-    The trained model's study goes into a subfolder. When it stops at the gate, there is nothing to compare with.
-    """
-    inside = request.folder / "trained"
-    trained, summary = _studied(request, model, question, screen, inside, request.options())
-    vs.report.write(summary, inside)
-    if trained.stopped:
-        return {**summary, "control": request.control}
-    untrained = vs.validate.reinitialised(model, request.seed)
-    # No untrained model does the task, so that its gate would always stop it.
-    options = request.options(past_gate=True, control=request.control)
-    rows = vs.studies.claims_on(trained, untrained, request.folder, screen)
-    return _studied(request, untrained, question, screen, request.folder, options, rows)[1]
+    """The control's summary; the trained model's own study and page go into a folder inside."""
+    found = vs.studies.random_weights_control(
+        question, model, out=request.folder, options=request.options(), sink=screen
+    )
+    trained = _summary(request, found.trained, screen)
+    vs.report.write(trained, request.folder / "trained")
+    if found.control is None:
+        return {**trained, "control": request.control}
+    return _summary(request, found.control, screen, [dict(row) for row in found.rows])
 
 
-def _studied(
-    request: Request,
-    model: Model,
-    question: Question,
-    screen: Screen,
-    out: Path,
-    options: Options,
-    on_control: list[dict[str, Any]] | None = None,
-) -> tuple[Study, dict[str, Any]]:
-    done = vs.studies.run_study(question, model, out=out, options=options, sink=screen)
-    summary = vs.studies.summarise(done, command=request.command, timings=timings(screen, done), on_control=on_control)
-    return done, summary
+def _summary(
+    request: Request, done: Study, screen: Screen, on_control: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    return vs.studies.summarise(done, command=request.command, timings=timings(screen, done), on_control=on_control)
 
 
 def timings(screen: Screen, done: Study) -> Mapping[str, Any]:

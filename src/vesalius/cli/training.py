@@ -30,6 +30,7 @@ class Request:
     store: Path | None
     out: Path | None
     device: str
+    """Where the dictionary is trained; the model's is the harvest's."""
     fields: Mapping[str, Any]
     harvest: harvesting.Request
     jobs: int
@@ -81,7 +82,7 @@ def train(request: Request) -> None:
             vs.data.texts_from(
                 request.harvest.texts
             )  # so that what is wrong with them is said before a model is loaded
-        model = None if request.store else harvesting.loaded(request.harvest.models, sink)
+        model = None if request.store else harvesting.loaded(request.harvest.models, request.device, sink)
         store = _activations(request, folder, model, sink)
         # How many steps make ten passes is known only when the rows are there.
         configs = configs if request.store else [_scaled(config, request, store) for config in configs]

@@ -5,7 +5,6 @@ Of pairs of such prompts, a part of one run is put into the other, to see what t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from vesalius.data.packing import bos_for
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
 from vesalius.inputs import Tokens
 from vesalius.intervention import Replace
+from vesalius.jobs.untrusted import read_json
 from vesalius.model import Model
 from vesalius.model.products import computing
 from vesalius.seeds import generator_for
@@ -76,7 +76,7 @@ def load_ravel(folder: str | Path, kind: str = "city") -> Entities:
 def _read(path: Path, value_of: Any) -> dict[str, Any]:
     """A table of RAVEL: name -> value_of(what is there), which raises TypeError for what should not be."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = read_json(path)
         return {str(name): value_of(value) for name, value in found.items()}
     except FileNotFoundError as error:
         raise FileFormatError(f"there is no file {path.absolute()}; it is part of RAVEL's data") from error

@@ -24,7 +24,8 @@ from vesalius.jobs import Sink, track
 from vesalius.jobs.progress import shown
 from vesalius.model import Model
 from vesalius.site import Site
-from vesalius.stats import Measurement, bootstrap_of_sums
+from vesalius.stats import Measurement, interval_of_sums
+from vesalius.stats.resampling import FEWEST_GROUPS
 
 KS = (1, 4, 16, 64, 256)
 WORDS = {
@@ -218,8 +219,8 @@ def _measured(name: str, estimate: float, means: Hits, test: OfAttribute, seed: 
     # An entity may be in few pairs: a draw without any of an attribute's is 0 / 0, and is kept from being.
     statistic = lambda t: (t[..., ::2] / np.maximum(t[..., 1::2], 1e-9)).mean(-1)  # noqa: E731
     low = high = None
-    if len(names) > 1:
-        low, high = bootstrap_of_sums(totals, statistic, draws=500, seed=seed, method="percentile")
+    if len(names) >= FEWEST_GROUPS:
+        low, high = interval_of_sums(totals, statistic, draws=500, seed=seed, method="percentile")
     complete = np.asarray((totals[:, 1::2] > 0).all(1))
     return Measurement(
         name=name,

@@ -16,6 +16,7 @@ import torch
 
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs import write_atomic
+from vesalius.jobs.untrusted import WRONG, read_json, reason_of
 from vesalius.protocol import content_hash
 from vesalius.site import Site
 
@@ -114,17 +115,17 @@ def read_manifest(folder: Path) -> Manifest:
             f"with {NAME} and safetensors files"
         )
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = read_json(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileFormatError(f"{folder.absolute()} is no activation store: there is no {NAME} in it") from error
     except (OSError, ValueError) as error:
         raise FileFormatError(f"{path} cannot be read: {error}") from error
     try:
         return _parsed(found)
-    except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
+    except (*WRONG, InputError) as error:
         raise FileFormatError(
-            f"{path} is not a manifest of activations as it was written ({error}); harvest again into another folder, "
-            "or restore it from a copy"
+            f"{path} is not a manifest of activations as it was written ({reason_of(error)}); harvest again into "
+            "another folder, or restore it from a copy"
         ) from error
 
 
@@ -147,6 +148,9 @@ def _check(manifest: Manifest) -> None:
     sizes = [size for shard in manifest.shards for size in (shard.rows, shard.contexts, shard.bytes)]
     if not all(isinstance(size, int) and size > 0 for size in (*sizes, *manifest.widths, manifest.block_rows)):
         raise ValueError("its sizes are not those of files that hold something")
+    row = sum(manifest.widths) * manifest.dtype.itemsize
+    if any(shard.rows * row + shard.contexts > shard.bytes for shard in manifest.shards) or manifest.block_rows > 2**40:
+        raise ValueError("it promises more rows than its files have bytes for")
     if not manifest.sites or manifest.dtype is None or (manifest.counts is not None and not sizes):
         raise ValueError("it has no sites or no rows")
     bos = manifest.plan["bos"]

@@ -18,7 +18,8 @@ def named_positions(pairs: Pairs, tokenizer: Any = None) -> dict[str, Positions]
 
     "end": where the metric reads. "answer": first position of the answer token in the clean prompt.
     "distractor_first", "distractor_last": first position of the distractor token, and its last one when it is
-    repeated. "changed": first position where clean and corrupted differ. Only positions up to "end" count.
+    repeated. "changed", "changed_last": first and last position where clean and corrupted differ. Only positions up to
+    "end" count.
 
     With a tokenizer, a word is the same word with and without its leading space ("Anna" at the very start of a text).
     """
@@ -31,16 +32,28 @@ def named_positions(pairs: Pairs, tokenizer: Any = None) -> dict[str, Positions]
         "distractor_first": _first(distractor),
         "distractor_last": torch.where(distractor.sum(1) > 1, _last(distractor), -1),
         "changed": _first(pairs.differs & within),
+        "changed_last": _last(pairs.differs & within),
     }
 
 
-def _holds(pairs: Pairs, token: Positions, tokenizer: Any) -> Bool[Tensor, "example pos"]:
+def _holds(pairs: Pairs, token: Int[Tensor, example * token], tokenizer: Any) -> Bool[Tensor, "example pos"]:
+    if token.ndim > 1:
+        return _holds_sequence(pairs, token)
     found = pairs.clean == token[:, None]
     if tokenizer is None:
         return found
     # "Anna" at the start of a text and " Anna" elsewhere are two tokens of one word.
     other = {int(t): _respaced(tokenizer, int(t)) for t in token.unique()}
     return found | (pairs.clean == torch.tensor([other[int(t)] for t in token], device=token.device)[:, None])
+
+
+def _holds_sequence(pairs: Pairs, tokens: Int[Tensor, "example token"]) -> Bool[Tensor, "example pos"]:
+    """Where an answer of several tokens begins that ends where the metric reads, or before."""
+    past_end = torch.arange(pairs.clean.shape[1], device=pairs.clean.device)[None] > pairs.at[:, None]
+    # What lies past the end may be padding, and is no part of an answer.
+    padded = torch.nn.functional.pad(pairs.clean.masked_fill(past_end, -2), (0, tokens.shape[1]), value=-2)
+    windows = padded.unfold(1, tokens.shape[1], 1)[:, : pairs.clean.shape[1]]
+    return ((windows == tokens[:, None]) | (tokens < 0)[:, None]).all(2)
 
 
 def _respaced(tokenizer: Any, token: int) -> int:

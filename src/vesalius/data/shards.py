@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from vesalius.data.packing import Context, Group
 from vesalius.errors import FileFormatError
 from vesalius.jobs import write_atomic
 from vesalius.jobs.cache import file_sha256
+from vesalius.jobs.untrusted import opened_safetensors
 
 TOKEN, CONTEXT, POSITION = "rows.token", "rows.context", "rows.position"
 IDS, START, DOCUMENT, OFFSET = "contexts.ids", "contexts.start", "contexts.document", "contexts.offset"
@@ -100,6 +100,19 @@ def _wrong_size(path: Path, record: ShardRecord) -> str:
     return "" if size == record.bytes else f"{path} has {size:,} bytes and was written with {record.bytes:,}"
 
 
+def check_promise(folder: Path, manifest: Manifest, rows: int) -> None:
+    """Raises FileFormatError when all files together cannot hold so many rows, naming the first that is not whole.
+
+    To be called before memory is taken for them: what a manifest says of sizes is as easily written as any text.
+    """
+    paths = [folder / shard_name(number) for number in range(len(manifest.shards))]
+    there = sum(path.stat().st_size for path in paths if path.is_file())
+    if rows * sum(manifest.widths) * manifest.dtype.itemsize > there:
+        for number in range(len(paths)):
+            open_shard(folder, number, manifest)
+        raise FileFormatError(f"{folder} holds too few bytes for its rows; {_AGAIN}")
+
+
 @dataclass(frozen=True, eq=False)
 class Shard:
     """An open shard, mapped into memory: a block is read, and its checksum compared, when it is first used."""
@@ -143,9 +156,9 @@ def open_shard(folder: Path, number: int, manifest: Manifest) -> Shard:
         raise FileFormatError(f"{wrong}; {_AGAIN}")
     names = (*map(str, manifest.sites), *OF_ROWS)
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened_safetensors(path) as file:
             tensors = {name: file.get_tensor(name) for name in (*names, *OF_CONTEXTS, BLOCKS_CRC, CONTEXTS_CRC)}
-    except (SafetensorError, OSError) as error:
+    except (OSError, ValueError) as error:
         raise FileFormatError(f"{path} is damaged: {error}; {_AGAIN}") from error
     shard = Shard(path, tensors, names, manifest.block_rows)
     if not _fits(shard, record, manifest):

@@ -33,6 +33,7 @@ from vesalius.data.shards import (
     TOKEN,
     Origin,
     Shard,
+    check_promise,
     contexts_of,
     flaw,
     open_shard,
@@ -301,6 +302,7 @@ class ActivationStore:
         sizes = self._blocks[2]
         per_pool = max(1, self.pool_rows // self.manifest.block_rows)
         most = min(per_pool * self.manifest.block_rows, self.n_rows)
+        check_promise(self.folder, self.manifest, most)
         memory = [torch.empty(most, width, dtype=self.manifest.dtype) for width in self.widths]
         first, skip = divmod(skip, self.n_rows)
         for epoch in itertools.count(first):
@@ -329,7 +331,7 @@ class ActivationStore:
 
 def _chosen(name: Site | str, known: Sequence[Site]) -> list[Site]:
     exact = [site for site in known if str(site) == str(name)]
-    found = exact or [site for site in known if fnmatchcase(str(site), str(name))]
+    found = exact or [site for site in known if any(fnmatchcase(own, str(name)) for own in (str(site), site.hook_name))]
     if not found:
         raise UnknownNameError("site of this store", str(name), map(str, known))
     return found

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs.paths import check_file
+from vesalius.jobs.untrusted import UnreadableError, check_depth, decode_at, parse_json
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -95,9 +96,10 @@ def _read_json_lines(path: Path, text: str, needed: Sequence[str]) -> Records:
         if not raw.strip():
             continue
         try:
-            record = json.loads(raw)
-        except json.JSONDecodeError as error:
-            raise FileFormatError(f"{path.name}, line {line} is not JSON ({error.msg}): {raw[:60]!r}") from error
+            # What a number is has no meaning here: cells are text, and those that are not are named.
+            record = parse_json(raw, finite=False)
+        except UnreadableError as error:
+            raise FileFormatError(f"{path.name}, line {line} is not JSON ({error}): {raw[:60]!r}") from error
         if not isinstance(record, dict):
             hint = "; an array of objects is read from a .json file" if isinstance(record, list) else ""
             raise FileFormatError(
@@ -117,14 +119,14 @@ def _read_json_array(path: Path, text: str, needed: Sequence[str]) -> Records:
             f"{path.name} is not a JSON array of objects with {', '.join(needed)}; one object a line is read from a "
             ".jsonl file"
         )
-    decoder = json.JSONDecoder()
     records: Records = []
     line, counted = 1, 0
     at = _skip_space(text, at + 1)
     try:
+        check_depth(text)
         while text[at : at + 1] != "]":
             line, counted = line + text.count("\n", counted, at), at
-            record, at = decoder.raw_decode(text, at)
+            record, at = decode_at(text, at)
             if not isinstance(record, dict):
                 raise FileFormatError(f"{path.name}, line {line} is not a JSON object with {', '.join(needed)}")
             records.append((line, record))
@@ -136,8 +138,10 @@ def _read_json_array(path: Path, text: str, needed: Sequence[str]) -> Records:
         end = _skip_space(text, at + 1)
         if end < len(text):
             raise json.JSONDecodeError("Extra data", text, end)
-    except json.JSONDecodeError as error:
-        raise FileFormatError(f"{path.name}, line {error.lineno} is not JSON ({error.msg})") from error
+    except (json.JSONDecodeError, UnreadableError) as error:
+        wrong = error if isinstance(error, json.JSONDecodeError) else error.__cause__
+        line = wrong.lineno if isinstance(wrong, json.JSONDecodeError) else line
+        raise FileFormatError(f"{path.name}, line {line} is not JSON ({error})") from error
     return records
 
 

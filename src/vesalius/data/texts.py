@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
 from vesalius.jobs.cache import file_sha256
+from vesalius.jobs.untrusted import parse_json
 
 Document = str | Sequence[int]
 """Text, or token ids for a model without tokenizer."""
@@ -215,7 +215,7 @@ def _json_rows(file: Path, column: str) -> Iterator[str]:
 
 def _json_row(line: str, where: str, column: str) -> str:
     try:
-        row = json.loads(line)
+        row = parse_json(line, finite=False)
     except ValueError as error:
         raise FileFormatError(f"{where} is not JSON ({error}): {line[:60]!r}") from error
     if isinstance(row, str):

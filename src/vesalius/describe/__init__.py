@@ -1,28 +1,41 @@
-"""DESCRIBE: what each member of a circuit does, as an executable prediction from which claims are made."""
+"""DESCRIBE: what each member of a circuit does, as predictions from which claims are made."""
 
 from __future__ import annotations
 
-from vesalius.describe.context import FITS, Behaviour, Context, Estimate, Role, RoleFit
-from vesalius.describe.fitting import NO_ROLE, Descriptions, best_of, describe
-from vesalius.describe.matching import Matched, matched_controls
-from vesalius.describe.measures import MEASURES, figure, measure_shifts
-from vesalius.describe.roles import ROLES
+from vesalius.describe.circuit import describe_circuit
+from vesalius.describe.description import (
+    FITS,
+    Describer,
+    Description,
+    Descriptions,
+    Discovery,
+    Prediction,
+    best_of,
+    claim_of,
+    claims_of,
+    describe,
+    short_name,
+)
+from vesalius.describe.predictions import claim_about
+from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, Role, causal
 
 __all__ = [
     "FITS",
-    "MEASURES",
+    "GOES_FIRST",
     "NO_ROLE",
     "ROLES",
-    "Behaviour",
-    "Context",
+    "Describer",
+    "Description",
     "Descriptions",
-    "Estimate",
-    "Matched",
+    "Discovery",
+    "Prediction",
     "Role",
-    "RoleFit",
     "best_of",
+    "causal",
+    "claim_about",
+    "claim_of",
+    "claims_of",
     "describe",
-    "figure",
-    "matched_controls",
-    "measure_shifts",
+    "describe_circuit",
+    "short_name",
 ]

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from vesalius.coder import Coder, SiteTensors
-from vesalius.parts import Direction
+from vesalius.directions import Direction
 from vesalius.site import Site
 
 Reconstruction = Tensor | tuple[Tensor, ...]

@@ -18,10 +18,12 @@ from vesalius.coder import SiteTensors
 from vesalius.dictionaries.coder import Reconstruction, SparseCoder
 from vesalius.dictionaries.history import History
 from vesalius.dictionaries.kinds.base import strongest
+from vesalius.dictionaries.latent import Latent
 from vesalius.dictionaries.rows import aligned_rows, check_latents, site_number
+from vesalius.directions import Direction
 from vesalius.errors import InputError
 from vesalius.intervention import digest
-from vesalius.parts import Direction, Part
+from vesalius.parts import Part
 from vesalius.protocol import content_hash
 from vesalius.site import Site
 
@@ -172,7 +174,7 @@ class CrossLayerTranscoder:
     def latent(self, index: int) -> Part:
         """Latent `index` (through all layers) as a Part, read at its layer's input."""
         layer, own = self._in_layer(check_latents([index], self.n_latents)[0])
-        return self.layers[layer].latent(own)
+        return Latent(self.layers[layer], own, owner=(self, index))
 
     def direction(self, index: int, site: Site | str | None = None) -> Direction:
         """Unit vector that latent `index` writes at an output site of its own layer (the default) or a later one."""

@@ -29,10 +29,10 @@ from vesalius.dictionaries.rows import (
     site_number,
     unscaled,
 )
+from vesalius.directions import Direction
 from vesalius.errors import InputError, NotFiniteError, UnknownNameError
 from vesalius.intervention import digest
 from vesalius.model.products import linear
-from vesalius.parts import Direction
 from vesalius.protocol import content_hash
 from vesalius.site import Site
 

@@ -17,6 +17,7 @@ from vesalius.dictionaries.evaluation.verify import verify
 from vesalius.dictionaries.formats import FORMATS, READ_ONLY, WRITERS, Found, Options
 from vesalius.dictionaries.stored_layer import StoredLayer
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
+from vesalius.jobs.untrusted import understood
 from vesalius.model import Model
 from vesalius.site import Site
 
@@ -104,11 +105,9 @@ def _read(path: Path, options: Options) -> SparseCoder:
     known = next((known for known in FORMATS if known.claims(found)), None)
     if known is None:
         raise FileFormatError(_nothing(path))
-    try:
-        # Nothing in a stranger's JSON can be trusted to be of the type it should be.
+    # Nothing in a stranger's JSON can be trusted to be of the type it should be.
+    with understood(f"{path} is not understood as a dictionary of {known.name}"):
         return known.read(found)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:  # a value of another type than it should be
-        raise FileFormatError(f"{path} is not understood as a dictionary of {known.name} ({error!r})") from error
 
 
 def _nothing(path: Path) -> str:

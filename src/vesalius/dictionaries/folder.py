@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from vesalius.dictionaries.cross_layer import CrossLayerTranscoder
@@ -34,6 +33,7 @@ from vesalius.dictionaries.history import History
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
 from vesalius.jobs import write_atomic
 from vesalius.jobs.cache import file_sha256
+from vesalius.jobs.untrusted import read_json, read_npz, read_safetensors, understood
 from vesalius.protocol.canonical import plain
 from vesalius.site import Site
 
@@ -81,7 +81,7 @@ def _config(coder: Stored) -> dict[str, Any]:
 def is_folder(folder: str | Path) -> bool:
     """Whether a folder claims to hold a dictionary of this format."""
     try:
-        found = json.loads((Path(folder) / CONFIG).read_text("utf-8"))
+        found = read_json(Path(folder) / CONFIG)
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and found.get("format") == FORMAT
@@ -95,9 +95,17 @@ def read(folder: str | Path) -> Stored:
     """
     where = Path(folder)
     config = _read_config(where)
+    with understood(f"{where} is not a dictionary as it was written"):
+        return _built(where, config)
+
+
+def _built(where: Path, config: Mapping[str, Any]) -> Stored:
+    """What the files describe; anything may be of another type than it should be."""
     if config["coder"] not in READERS:
         raise UnknownNameError("coder in a file", str(config["coder"]), READERS)
     for name, wanted in config["sha256"].items():
+        if name not in (WEIGHTS, HISTORY):
+            raise FileFormatError(f"{where / CONFIG} names the file {name!r}, which no dictionary has")
         _check_file(where / name, str(wanted))
     history = _read_history(where / HISTORY) if HISTORY in config["sha256"] else None
     coder = READERS[config["coder"]](config["settings"], _read_weights(where / WEIGHTS), config["metadata"], history)
@@ -153,7 +161,7 @@ READERS: Mapping[str, Callable[..., Stored]] = {"dictionary": _dictionary, "cros
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = read_json(path)
         if config["format"] != FORMAT:
             raise FileFormatError(f"{path} is of format {config['format']!r}, not {FORMAT!r}")
         if config["version"] != VERSION:
@@ -173,8 +181,8 @@ def _check_file(path: Path, wanted: str) -> None:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(path)
-    except (OSError, SafetensorError) as error:
+        return read_safetensors(path)
+    except (OSError, ValueError) as error:
         raise FileFormatError(f"{path} cannot be read as safetensors ({error})") from error
 
 
@@ -186,7 +194,6 @@ def _npz(history: History) -> bytes:
 
 def _read_history(path: Path) -> History:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            return History({name: stored[name] for name in stored.files})
+        return History(read_npz(path))
     except (OSError, ValueError) as error:
         raise FileFormatError(f"{path} cannot be read as a training history ({error})") from error

@@ -25,9 +25,12 @@ class History:
     columns: Mapping[str, NDArray[np.float64]]
 
     def __post_init__(self) -> None:
-        sizes = {name: len(self.columns.get(name, ())) for name in COLUMNS}
-        if set(self.columns) != set(COLUMNS) or len(set(sizes.values())) != 1:
-            raise FileFormatError(f"a training history has the columns {', '.join(COLUMNS)}, equally long; got {sizes}")
+        shapes = {name: np.shape(column) for name, column in self.columns.items()}
+        numbers = all(np.asarray(column).dtype.kind in "biuf" for column in self.columns.values())
+        if set(shapes) != set(COLUMNS) or len({*shapes.values()}) != 1 or len(shapes["loss"]) != 1 or not numbers:
+            raise FileFormatError(
+                f"a training history has the columns {', '.join(COLUMNS)}, equally long; got {shapes}"
+            )
 
     def __len__(self) -> int:
         return len(self.columns["loss"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 from jaxtyping import Float
 from torch import Tensor
@@ -11,62 +11,93 @@ from torch import Tensor
 from vesalius.dictionaries.coder import SparseCoder
 from vesalius.dictionaries.rows import normalised
 from vesalius.dictionaries.unknown_sites import known_site
-from vesalius.errors import InputError, InterventionError
-from vesalius.parts import Unit
+from vesalius.parts import At, HasLatents, Ref, Unit, remember
 from vesalius.site import Site
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False)
 class Latent:
-    """Latent `index` of a dictionary that reads one site.
+    """Latent `index` of a dictionary: of an SAE, a transcoder, a crosscoder or a layer of a cross-layer transcoder.
 
-    read: its value from the activations at that site. write: the activations moved along its decoder row until it would
-    have the value, with other latents and the error left as they are; only where the dictionary rebuilds what it reads.
+    It is read where the dictionary reads and written where it writes. Giving it a value moves the activations at every
+    output site along its decoder row there; the other latents, and what the dictionary leaves unexplained, stay as
+    they are. Where it writes at several sites, that is: as in the run without the edit. What the edit at the first site
+    does to the later ones is not added on top (constrained patching, Ameisen et al. 2025, "Steering").
 
-    read raises InputError for a dictionary that reads several sites (use `encode`); write raises InterventionError for
-    a transcoder, whose latents are read at one site and written at another: `intervention.Replace` goes between sites.
+    owner: the coder that counts this latent among its own, under another number, and that number (the layers of a
+    cross-layer transcoder). Raises InputError, when it is used, for a dictionary whose file did not say where it reads
+    or writes.
     """
 
     coder: SparseCoder
     index: int
+    owner: tuple[HasLatents, int] | None = None
+
+    @property
+    def dictionary(self) -> HasLatents:
+        """The dictionary that counts it."""
+        return self.coder if self.owner is None else self.owner[0]
+
+    @property
+    def number(self) -> int:
+        """Its number in `dictionary`."""
+        return self.index if self.owner is None else self.owner[1]
 
     @property
     def site(self) -> Site:
-        """The site that is read. Raises InputError when the dictionary's file did not say which."""
-        if len(self.coder.in_sites) != 1:
-            raise InputError(
-                f"latent {self.index} reads {len(self.coder.in_sites)} sites, so it is no part of one; "
-                "encode(activations, latents=[...]) gives its values"
-            )
-        return known_site(self.coder.in_sites[0])
+        """The (first) site that is read."""
+        return self.reads[0]
 
-    def read(self, whole: Tensor) -> Tensor:
-        """[batch, pos] value, zero where inactive."""
-        return self.coder.encode(Unit(self.site).read(whole), latents=[self.index])[..., 0]
+    @property
+    def reads(self) -> tuple[Site, ...]:
+        """The sites that the dictionary reads."""
+        return tuple(map(known_site, self.coder.in_sites))
 
-    def write(self, whole: Tensor, value: Tensor) -> Tensor:
-        """A copy of the whole tensor in which the latent's contribution is `value` times its decoder row."""
-        if self.coder.out_sites != self.coder.in_sites:
-            raise InterventionError(
-                f"latent {self.index} is read at {self.site} and written at "
-                f"{', '.join(map(str, self.coder.out_sites))}; it cannot be edited in one tensor"
-            )
-        inside = Unit(self.site).read(whole)
-        change = value - self.read(whole)
+    @property
+    def writes(self) -> tuple[Site, ...]:
+        """The sites that the dictionary writes, in the order of the forward pass."""
+        return tuple(sorted(map(known_site, self.coder.out_sites), key=lambda site: site.order))
+
+    def value(self, at: At) -> Float[Tensor, "*example_pos"]:
+        """[example, pos], zero where inactive."""
+        read = [Unit(site).read(at[site.whole]) for site in self.reads]
+        found = self.coder.encode(read[0] if len(read) == 1 else read, latents=[self.index])[..., 0]
+        # The dictionary may lie elsewhere than the model.
+        return found.to(read[0].device)
+
+    def written(self, at: At, value: Tensor) -> dict[Site, Tensor]:
+        """Copies of the whole tensors in which its contribution is `value` times its decoder row, site by site."""
+        change = value - self.value(at)
+        return {site.whole: self._moved(site, at[site.whole], change) for site in self.writes}
+
+    def _moved(self, site: Site, whole: Tensor, change: Tensor) -> Tensor:
+        unit = Unit(site)
+        inside = unit.read(whole)
         wide = inside.reshape(*change.shape, -1)  # heads [..., head, d_head] count as one width
+        # A dictionary that normalises rows reads and writes one site: the row's own size is the unit of its latents.
         _, units = normalised(wide, self.coder.row_norm)
-        moved = inside + (change[..., None] * units.size * self.row.to(inside)).reshape(inside.shape)
-        return Unit(self.site).write(whole, moved)
+        moved = wide + change[..., None].to(wide.device) * units.size * self.rows[site].to(inside)
+        return unit.write(whole, moved.reshape(inside.shape))
+
+    @cached_property
+    def rows(self) -> dict[Site, Float[Tensor, " d_out"]]:
+        """What one unit of it adds to the activations, by output site."""
+        return {site: self.coder.written(self.index, site) for site in self.writes}
 
     @property
     def row(self) -> Float[Tensor, " d_out"]:
-        """What one unit of it adds to the activations at the (first) output site."""
+        """What one unit of it adds at the first output site."""
         return self.coder.written(self.index)
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "kind": "latent", "site": str(self.site), "index": self.index, "dictionary": self.coder.content_hash,
-        }  # fmt: skip
+    @property
+    def ref(self) -> Ref:
+        """Reference by the dictionary's content hash and the number of the latent."""
+        remember(self.dictionary.content_hash, self.dictionary)
+        sites = {"reads": [str(site) for site in self.reads], "writes": [str(site) for site in self.writes]}
+        return {"kind": "latent", **sites, "index": self.number, "dictionary": self.dictionary.content_hash}
 
     def __str__(self) -> str:
-        return f"{self.site} latent {self.index}"
+        return f"{self.site} latent {self.number}"
+
+    def __repr__(self) -> str:
+        return f"Latent({self})"

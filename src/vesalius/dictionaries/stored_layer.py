@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vesalius.coder import SiteTensors
@@ -23,9 +22,10 @@ from vesalius.dictionaries.coder import Reconstruction
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.latent import Latent
 from vesalius.dictionaries.rows import CHUNK, aligned_rows, check_latents, site_number
+from vesalius.directions import Direction
 from vesalius.errors import FileFormatError, InputError
 from vesalius.intervention import digest
-from vesalius.parts import Direction
+from vesalius.jobs.untrusted import opened_safetensors
 from vesalius.protocol import content_hash
 from vesalius.site import Site
 
@@ -53,9 +53,9 @@ class StoredTensor:
 
     def _read(self, cut: Callable[[Any], Tensor], like: Tensor) -> Tensor:
         try:
-            with safe_open(self.path, framework="pt") as stored:
+            with opened_safetensors(self.path) as stored:
                 found = cut(stored.get_slice(self.name)).to(like)
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except (OSError, ValueError) as error:
             raise FileFormatError(
                 f"{self.path} can no longer be read ({error}): its weights are read when they are used"
             ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -37,6 +38,7 @@ class Tokens:
 
     def __post_init__(self) -> None:
         check_ids("ids", self.ids)
+        bring_to_cpu(self, "ids", "mask", "decoder", "named_positions")
         if self.mask is not None and self.mask.shape != self.ids.shape:
             raise InputError(
                 f"mask has shape {tuple(self.mask.shape)}, ids {tuple(self.ids.shape)}; they must be equal"
@@ -124,6 +126,17 @@ def pad_rows(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Int[Tensor, "
     width = max(len(row) for row in rows)
     ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=torch.long)
     return ids, torch.tensor([len(row) for row in rows])
+
+
+def bring_to_cpu(inputs: Any, *names: str) -> None:
+    """Prompts are planned with on the CPU, and a model takes them to its own device: so they lie there."""
+    for name in names:
+        value = getattr(inputs, name)
+        if isinstance(value, Mapping):
+            if any(one.device.type != "cpu" for one in value.values()):
+                object.__setattr__(inputs, name, {key: one.cpu() for key, one in value.items()})
+        elif value is not None and value.device.type != "cpu":
+            object.__setattr__(inputs, name, value.cpu())
 
 
 def check_ids(name: str, ids: Tensor) -> None:

@@ -10,16 +10,27 @@ Edits of one site are applied in the order given, edits of different sites in th
 
 from __future__ import annotations
 
-from vesalius.intervention.basic import Ablate, Freeze, Interchange, Patch, Steer, derangement
-from vesalius.intervention.diagnostic import off_distribution
+from vesalius.directions import digest
+from vesalius.intervention.apply import (
+    Edits,
+    Intervention,
+    Reader,
+    apply,
+    joint,
+    listed,
+    off_distribution,
+    reads_of,
+    writes_of,
+)
+from vesalius.intervention.basic import Ablate, Freeze, Interchange, Patch, Steer, as_patches, derangement, is_number
 from vesalius.intervention.edits import Noise, Project, Replace
-from vesalius.intervention.form import Recorded, Source, digest
+from vesalius.intervention.form import Recorded, Source
 from vesalius.intervention.place import NamedPositions, Place, Positions, mask_of, token_axis
-from vesalius.intervention.protocol import Intervention, Reader, apply
 from vesalius.intervention.stored import from_json, load, save, tensors_of
 
 __all__ = [
     "Ablate",
+    "Edits",
     "Freeze",
     "Interchange",
     "Intervention",
@@ -35,13 +46,19 @@ __all__ = [
     "Source",
     "Steer",
     "apply",
+    "as_patches",
     "derangement",
     "digest",
     "from_json",
+    "is_number",
+    "joint",
+    "listed",
     "load",
     "mask_of",
     "off_distribution",
+    "reads_of",
     "save",
     "tensors_of",
     "token_axis",
+    "writes_of",
 ]

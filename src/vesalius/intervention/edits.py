@@ -10,16 +10,17 @@ from jaxtyping import Int
 from torch import Tensor
 
 from vesalius.activations import Activations
+from vesalius.directions import Direction, Subspace
 from vesalius.errors import InputError, InterventionError
-from vesalius.intervention.basic import KEPT_OUT, At, mean_of
+from vesalius.intervention.basic import KEPT_OUT, Edit, mean_of
 from vesalius.intervention.form import Recorded, Source, Write
 from vesalius.intervention.place import Place, Positions, token_axis
-from vesalius.parts import Direction, Part, Subspace, Unit, as_part
+from vesalius.parts import At, Part, Unit, as_part
 from vesalius.site import ATTENTION, Site
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Project(At):
+class Project(Edit):
     """Remove a Direction or Subspace from a site, or keep nothing else: x - P(x - c), or c + P(x - c).
 
     keep: keep the subspace instead of removing it. centre: c, a vector or Activations (their mean over real
@@ -35,13 +36,10 @@ class Project(At):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.part, Direction | Subspace):
-            raise InputError(
-                f"Project at {self.part.site} needs a Direction or a Subspace; to remove all of it, Ablate"
-            )
-        object.__setattr__(self, "part", Unit(self.part.site))
+            raise InputError(f"Project at {self.place} needs a Direction or a Subspace; to remove all of it, Ablate")
+        object.__setattr__(self, "part", Unit(self.place))
 
-    def value(self, whole: Tensor, _place: Place) -> Tensor:
-        present = self.part.read(whole)
+    def value(self, present: Tensor, _place: Place) -> Tensor:
         wide = present.to(torch.promote_types(present.dtype, torch.float32))
         centre = self._centre().to(wide)
         basis = _basis(self.target).to(wide)
@@ -52,7 +50,7 @@ class Project(At):
         if self.centre is None:
             return torch.zeros(())
         if isinstance(self.centre, Activations):
-            return mean_of(self.part.read(self.centre[self.part.site.whole]), self.centre.tokens, self.part.site)
+            return mean_of(self.part.value(self.centre), self.centre.tokens, self.place)
         return self.centre
 
 
@@ -63,7 +61,7 @@ def _basis(part: Part) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Noise(At):
+class Noise(Edit):
     """Add Gaussian noise: `scale` times `std` times a standard normal draw, independent for every example and token.
 
     std: what the scale is measured in: a number, or a tensor that broadcasts to the part's value, such as the standard
@@ -83,24 +81,23 @@ class Noise(At):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scale < 0 or not bool(torch.isfinite(torch.as_tensor(self.std)).all()):
-            raise InputError(f"Noise at {self.part.site} needs scale >= 0 and a finite std; got {self.scale}")
+            raise InputError(f"Noise at {self.place} needs scale >= 0 and a finite std; got {self.scale}")
 
-    def value(self, whole: Tensor, place: Place) -> Tensor:
-        present = self.part.read(whole)
-        if place.index is not None and self.part.site.kind in ATTENTION:
-            raise InterventionError(f"Noise at {self.part.site} is not fixed token by token while a model generates")
+    def value(self, present: Tensor, place: Place) -> Tensor:
+        if place.index is not None and self.place.kind in ATTENTION:
+            raise InterventionError(f"Noise at {self.place} is not fixed token by token while a model generates")
         std = self.std.to(present) if isinstance(self.std, Tensor) else self.std
         return present + self.scale * std * self._draw(present, place).to(present)
 
     def _draw(self, present: Tensor, place: Place) -> Tensor:
         """Standard normal noise of the shape of `present`, in float32 on the CPU whatever the model runs in."""
-        axis = token_axis(self.part.site)
+        axis = token_axis(self.place)
         if present.ndim <= axis:
-            raise InterventionError(f"Noise at {self.part.site} needs [batch, pos, ...]; got {tuple(present.shape)}")
+            raise InterventionError(f"Noise at {self.place} needs [batch, pos, ...]; got {tuple(present.shape)}")
         shape = list(present.movedim(axis, 1).shape)
         numbers = torch.arange(shape[0]) if self.examples is None else torch.as_tensor(self.examples)
         if len(numbers) != shape[0]:
-            raise InterventionError(f"Noise at {self.part.site}: {len(numbers)} examples= for a run of {shape[0]}")
+            raise InterventionError(f"Noise at {self.place}: {len(numbers)} examples= for a run of {shape[0]}")
         index = torch.arange(shape[1]).expand(shape[0], -1) if place.index is None else place.index.cpu()
         rows = [self._of_example(int(n), index[row], shape[2:]) for row, n in enumerate(numbers)]
         return torch.stack(rows).movedim(1, axis)
@@ -132,30 +129,39 @@ class Replace(Recorded):
     positions: Positions = None
     made: Tensor | None = field(default=None, metadata=KEPT_OUT)
     part: Part = field(init=False)
-    reads: tuple[Part, ...] = field(init=False)
+    inputs: tuple[Part, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "part", as_part(self.write))
         listed = [self.read] if isinstance(self.read, str | Site | Part) else list(self.read)
-        object.__setattr__(self, "reads", tuple(as_part(one) for one in listed))
-        if not self.reads:
-            raise InputError(f"Replace at {self.part.site} reads nothing: give read=, a site or a list of sites")
+        object.__setattr__(self, "inputs", tuple(as_part(one) for one in listed))
+        if not self.inputs:
+            raise InputError(f"Replace at {self.place} reads nothing: give read=, a site or a list of sites")
         if not self.ref:
-            raise InputError(f"Replace at {self.part.site} needs ref=, a name or hash that stands for its function")
+            raise InputError(f"Replace at {self.place} needs ref=, a name or hash that stands for its function")
 
-    def given(self, *read: Tensor) -> Replace:
-        """The edit, now that the whole tensors of `reads` are known."""
-        return replace(self, made=self.fn(*(part.read(whole) for part, whole in zip(self.reads, read, strict=True))))
+    @property
+    def place(self) -> Site:
+        """Where it is written, first if at several sites."""
+        return self.part.writes[0]
 
-    def value(self, _whole: Tensor, _place: Place) -> Tensor:
+    @property
+    def reads(self) -> tuple[Site, ...]:
+        """The sites that its function is given."""
+        return tuple(site for part in self.inputs for site in part.reads)
+
+    def given(self, at: At) -> Replace:
+        """The edit, now that the whole tensors at `reads` are known."""
+        return replace(self, made=self.fn(*(part.value(at) for part in self.inputs)))
+
+    def value(self, _present: Tensor, _place: Place) -> Tensor:
         if self.made is None:
             raise InterventionError(
-                f"Replace at {self.part.site}: {', '.join(str(p.site) for p in self.reads)} has not been read; use it "
-                "in a run"
+                f"Replace at {self.place}: {', '.join(map(str, self.reads))} has not been read; use it in a run"
             )
         return self.made
 
     def written(self, write: Write) -> dict[str, object]:
         data = super().written(write)
-        listed = [part.to_json() for part in self.reads]
+        listed = [part.ref for part in self.inputs]
         return {**data, "read": listed[0] if len(listed) == 1 else listed}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vesalius.activations import Activations
+from vesalius.directions import digest
 from vesalius.errors import InputError
 from vesalius.parts import Part
 from vesalius.protocol import content_hash
@@ -18,12 +17,6 @@ from vesalius.site import Site
 
 Source = Activations | Tensor
 Write = Callable[[Tensor], dict[str, Any]]
-
-
-def digest(tensor: Tensor) -> str:
-    """sha256 of a tensor's bytes, whatever its dtype."""
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
 def by_hash(tensor: Tensor) -> dict[str, Any]:
@@ -44,20 +37,28 @@ def form(value: Any, part: Part, write: Write) -> Any:
     if isinstance(value, Tensor):
         return write(value)
     if isinstance(value, Activations):
-        return _activations_form(value, part.site.whole, write)
+        return _activations_form(value, part, write)
     if isinstance(value, Site | str):
         return str(value)
     if isinstance(value, Sequence):
         return [form(item, part, write) for item in value]
     if isinstance(value, Part):
-        return value.to_json()
+        return value.ref
     if value is None or isinstance(value, bool | int | float):
         return value
-    raise InputError(f"a {type(value).__name__} at {part.site} has no JSON form; give numbers, tensors or activations")
+    raise InputError(
+        f"a {type(value).__name__} at {part.writes[0]} has no JSON form; give numbers, tensors or activations"
+    )
 
 
-def _activations_form(source: Activations, site: Site, write: Write) -> dict[str, Any]:
-    found: dict[str, Any] = {"site": str(site), "activations": write(source[site]), "tokens": None}
+def _activations_form(source: Activations, part: Part, write: Write) -> dict[str, Any]:
+    """Activations at the sites that a part reads: under the one site's name, or by site where there are several."""
+    sites = tuple(dict.fromkeys(site.whole for site in part.reads))
+    found: dict[str, Any] = {"tokens": None}
+    if len(sites) == 1:
+        found |= {"site": str(sites[0]), "activations": write(source[sites[0]])}
+    else:
+        found |= {"sites": {str(site): write(source[site]) for site in sites}}
     if source.tokens is not None:
         mask = source.tokens.mask
         found["tokens"] = source.tokens.content_hash
@@ -93,19 +94,21 @@ class Recorded:
         """The JSON form, with tensors as `write` has them."""
         fields = [f for f in dataclasses.fields(self) if f.init and not f.metadata.get("kept_out")]  # type: ignore[arg-type]
         data = {f.name: form(getattr(self, f.name), self.part, write) for f in fields}
-        return {"edit": type(self).__name__.lower(), "part": self.target.to_json(), **data}
+        return {"edit": type(self).__name__.lower(), "part": self.target.ref, **data}
 
     def __repr__(self) -> str:
         shown = {name: value for name, value in self.describe().items() if name not in ("edit", "part")}
         rest = "".join(f", {name}={_short(value)}" for name, value in shown.items() if value is not None)
-        kind = self.target.to_json()["kind"]
-        where = str(self.part.site) if kind == "unit" else f"{kind} at {self.part.site}"
+        kind = self.target.ref["kind"]
+        where = str(self.target) if kind == "unit" else f"{kind} at {self.part.writes[0]}"
         return f"{type(self).__name__}({where}{rest})"
 
 
 def _short(value: Any) -> str:
     if isinstance(value, dict) and "activations" in value:
         return f"activations {value['activations']['shape']}"
+    if isinstance(value, dict) and "sites" in value:
+        return f"activations at {', '.join(value['sites'])}"
     if isinstance(value, dict) and "shape" in value:
         return f"{value['dtype']} {value['shape']}"
     text = str(value)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from vesalius.errors import InputError, InterventionError, UnknownNameError
-from vesalius.parts import Part
+from vesalius.inputs import Tokens
 from vesalius.site import ATTENTION, Site
 
 Positions = int | str | Sequence[int | str] | Tensor | None
@@ -36,32 +36,33 @@ class Place:
     named_positions: NamedPositions = field(default_factory=dict)
     keys: Int[Tensor, "batch key"] | None = None
 
-    def here(self, values: Tensor, part: Part, whole: Tensor) -> Tensor:
+    def here(self, values: Tensor, site: Site, present: Tensor) -> Tensor:
         """Values given for a whole sequence, at these tokens; values without a token axis are the same everywhere.
 
-        Raises InterventionError when a token that is edited is past the end of the values.
+        site: where the part is written. present: its value in this run. Raises InterventionError when a token that is
+        edited is past the end of the values.
         """
         if self.index is None:
             return values
-        rank, axis = part.read(whole).ndim, token_axis(part.site)
-        missing = rank - values.ndim
+        axis = token_axis(site)
+        missing = present.ndim - values.ndim
         if missing > axis or values.shape[axis - missing] == 1:
             return values
         values = values[(None,) * missing]
-        self._check_reach(values.shape[axis], part.site)
+        self._check_reach(values.shape[axis], site)
         index = self.index.to(values.device).clamp_max(values.shape[axis] - 1)
         row = torch.arange(len(index), device=values.device) if values.shape[0] > 1 else torch.zeros_like(index[:, 0])
         found = values.movedim(axis, 1)[row[:, None], index].movedim(1, axis)
-        return self._at_keys(found, part, whole) if part.site.kind in ATTENTION else found
+        return self._at_keys(found, present) if site.kind in ATTENTION else found
 
-    def _at_keys(self, found: Tensor, part: Part, whole: Tensor) -> Tensor:
+    def _at_keys(self, found: Tensor, present: Tensor) -> Tensor:
         """Values by key's number, at the keys there are; what is not given (padding too) keeps its present value."""
         assert self.keys is not None
         # A cache with a window holds the last keys only.
-        held = self.keys[:, -whole.shape[-1] :].to(found.device)
-        held = held.view(len(held), *[1] * (found.ndim - 2), -1)
-        at = held.clamp_max(found.shape[-1] - 1).expand(*found.shape[:-1], -1)
-        return torch.where(held < found.shape[-1], found.gather(-1, at), part.read(whole).to(found))
+        cached = self.keys[:, -present.shape[-1] :].to(found.device)
+        cached = cached.view(len(cached), *[1] * (found.ndim - 2), -1)
+        at = cached.clamp_max(found.shape[-1] - 1).expand(*found.shape[:-1], -1)
+        return torch.where(cached < found.shape[-1], found.gather(-1, at), present.to(found))
 
     def _check_reach(self, width: int, site: Site) -> None:
         assert self.index is not None
@@ -71,6 +72,16 @@ class Place:
                 f"{site}: the values given hold {width} tokens, and token {int(edited.max())} is to be edited; "
                 "give positions= inside them"
             )
+
+
+def place_of(tokens: Tokens | None, site: Site, tensor: Tensor) -> Place:
+    """All tokens of a pass, at the site whose tensor this is; named positions are the prompts', not a decoder's."""
+    if tokens is None:
+        shape = tensor.shape[:2] if tensor.ndim > 1 else (tensor.shape[0], 1)
+        return Place(torch.ones(shape, dtype=torch.bool, device=tensor.device))
+    inside = tokens.decoder is None or site.of_encoder
+    real = tokens.real_at(site).to(tensor.device)
+    return Place(real, named_positions=tokens.named_positions if inside else {})
 
 
 def token_axis(site: Site) -> int:

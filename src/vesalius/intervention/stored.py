@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,18 @@ import torch
 from torch import Tensor
 
 from vesalius.activations import Activations
+from vesalius.directions import Direction, Subspace, digest
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
 from vesalius.inputs import Tokens
+from vesalius.intervention.apply import Intervention
 from vesalius.intervention.basic import Ablate, Freeze, Interchange, Patch, Steer
 from vesalius.intervention.edits import Noise, Project, Replace
-from vesalius.intervention.form import Recorded, by_hash, digest
-from vesalius.intervention.protocol import Intervention
+from vesalius.intervention.form import Recorded, by_hash
 from vesalius.jobs import write_atomic
-from vesalius.parts import Direction, Part, Subspace, Unit
+from vesalius.jobs.untrusted import read_json, read_safetensors, understood
+from vesalius.parts import HasLatents, Part
 from vesalius.protocol import canonical_json
+from vesalius.refs import resolve, stored_part
 from vesalius.site import Site
 
 KINDS: Mapping[str, type[Any]] = {
@@ -32,12 +34,12 @@ def from_json(
     data: Mapping[str, Any],
     tensors: Mapping[str, Tensor] | None = None,
     functions: Functions | None = None,
-    parts: Sequence[Part] = (),
+    parts: Sequence[Part | HasLatents] = (),
 ) -> Any:
     """The edit of a JSON form.
 
     tensors: floating-point tensors by content hash (see `tensors_of`), for edits that hold any. functions: ref -> the
-    function of a Replace. parts: those that are kept elsewhere (a latent of a dictionary), found by their reference.
+    function of a Replace. parts: those that are kept elsewhere, and dictionaries of latents, found by their reference.
     Raises UnknownNameError for an unknown kind of edit, InputError for a tensor, function or part that is missing,
     FileFormatError for a tensor that does not match its hash.
     """
@@ -53,7 +55,7 @@ def from_json(
     listed = given["read"] if isinstance(given["read"], list) else [given["read"]]
     read, ref = [_part(one, held, parts) for one in listed], str(given["ref"])
     if ref not in (functions or {}):
-        raise InputError(f"Replace at {part.site} needs its function: pass functions={{{ref!r}: ...}}")
+        raise InputError(f"Replace at {part.writes[0]} needs its function: pass functions={{{ref!r}: ...}}")
     assert functions is not None
     return Replace(read, part, functions[ref], ref, fields["positions"])
 
@@ -74,7 +76,7 @@ def tensors_of(edits: Sequence[Intervention]) -> dict[str, Tensor]:
                 f"a {type(edit).__name__} is not one of vesalius's edits ({', '.join(KINDS)}); store it yourself"
             )
         edit.written(keep)
-        for part in (edit.target, *getattr(edit, "reads", ())):
+        for part in (edit.target, *getattr(edit, "inputs", ())):
             if isinstance(part, Direction | Subspace):
                 keep(part.vector if isinstance(part, Direction) else part.basis)
     return found
@@ -92,17 +94,16 @@ def save(edits: Sequence[Intervention], path: str | Path) -> None:
     write_atomic(target, canonical_json([edit.to_json() for edit in edits]))
 
 
-def load(path: str | Path, functions: Functions | None = None, parts: Sequence[Part] = ()) -> list[Any]:
+def load(path: str | Path, functions: Functions | None = None, parts: Sequence[Part | HasLatents] = ()) -> list[Any]:
     """The edits that `save` wrote. Raises FileFormatError for a file that is none, and as `from_json`."""
-    from safetensors.torch import load_file
-
     target = Path(path)
     try:
-        listed = json.loads(target.read_text("utf-8"))
+        listed = read_json(target)
+        tensors = read_safetensors(_beside(target)) if _beside(target).exists() else {}
     except (OSError, ValueError) as error:
         raise FileFormatError(f"{target} holds no stored interventions: {error}") from error
-    tensors = load_file(_beside(target)) if _beside(target).exists() else {}
-    return [from_json(data, tensors, functions, parts) for data in listed]
+    with understood(f"{target} holds no stored interventions"):
+        return [from_json(data, tensors, functions, parts) for data in listed]
 
 
 def _beside(path: Path) -> Path:
@@ -111,7 +112,7 @@ def _beside(path: Path) -> Path:
 
 def _value(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
-        if "activations" in value:
+        if "activations" in value or "sites" in value:
             return _activations(value, tensors)
         if "values" in value:
             return torch.tensor(value["values"], dtype=getattr(torch, value["dtype"]))
@@ -121,7 +122,8 @@ def _value(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _activations(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Activations:
-    values = {Site.parse(data["site"]): _value(data["activations"], tensors)}
+    by_site = data["sites"] if "sites" in data else {data["site"]: data["activations"]}
+    values = {Site.parse(site): _value(one, tensors) for site, one in by_site.items()}
     if data["tokens"] is None:
         return Activations(values)
     return Activations(values, Tokens(_value(data["ids"], tensors), _value(data["mask"], tensors)))
@@ -137,21 +139,7 @@ def _tensor(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     return tensors[name]
 
 
-def _part(data: Mapping[str, Any], tensors: Mapping[str, Tensor], parts: Sequence[Part]) -> Part:
-    handed = next((part for part in parts if part.to_json() == data), None)
-    if handed is not None:
-        return handed
-    site = Site.parse(data["site"])
-    if data["kind"] == "unit":
-        return Unit(site)
-    if data["kind"] not in ("direction", "subspace"):
-        raise InputError(
-            f"the {data['kind']} at {site} of this edit is kept elsewhere: hand it over, parts=[...], with the "
-            f"reference {dict(data)}"
-        )
-    kept = _tensor(data["sha256"], tensors)
-    kept = kept.reshape(-1) if data["kind"] == "direction" else torch.atleast_2d(kept)
-    part: Any = (Direction if data["kind"] == "direction" else Subspace)(site, kept, data["label"])
-    # Normalising what is already normal could move a last bit, and with it the hash.
-    object.__setattr__(part, "vector" if data["kind"] == "direction" else "basis", kept)
-    return part
+def _part(data: Mapping[str, Any], tensors: Mapping[str, Tensor], parts: Sequence[Part | HasLatents]) -> Part:
+    if data["kind"] in ("direction", "subspace") and data["sha256"] in tensors:
+        return stored_part(data, _tensor(data["sha256"], tensors))
+    return resolve(data, *parts)

@@ -10,8 +10,6 @@ import json
 import os
 import shutil
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,13 @@ from numpy.typing import NDArray
 
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs.progress import Event, Sink, silent, size_in_words
+from vesalius.jobs.untrusted import read_json, read_npz
 
 Arrays = dict[str, NDArray[Any]]
 
 _CHECKSUM = "__checksum__"
 # The last two are parameters of np.savez, which takes arrays as keywords.
 _RESERVED = frozenset({_CHECKSUM, "file", "allow_pickle"})
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> Path:
@@ -38,10 +36,31 @@ def write_atomic(path: str | Path, data: bytes | str) -> Path:
     full, FileFormatError when the path cannot be written.
     """
     target = Path(path)
+    _written(target, data, _take_name)
+    return target
+
+
+def write_once(path: str | Path, data: bytes | str) -> bool:
+    """As `write_atomic`, unless there is a file of that name: then it stays, and the answer is False.
+
+    Of several processes that do this at once, one writes the file and the others hear that it is there.
+    """
+    try:
+        _written(Path(path), data, _take_free_name)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _written(target: Path, data: bytes | str, take: Callable[[Path, Path], object]) -> None:
     content = data.encode() if isinstance(data, str) else data
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_and_rename(target, content)
+        _write_and_take(target, content, take)
+    except FileExistsError:
+        if take is _take_free_name and target.exists():
+            raise
+        raise FileFormatError(f"cannot write {target}: there is a file where its folder should be") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
@@ -49,7 +68,6 @@ def write_atomic(path: str | Path, data: bytes | str) -> Path:
                 f"free in {target.parent}; free some, or choose another folder"
             ) from error
         raise FileFormatError(f"cannot write {target}: {error.strerror or error}") from error
-    return target
 
 
 class Blocks:
@@ -77,7 +95,7 @@ class Blocks:
         if path.exists():
             try:
                 return _read_block(path, key)
-            except _UNREADABLE as error:
+            except (OSError, ValueError, KeyError) as error:
                 self._sink(Event("note", "blocks", message=f"block {key!r} is damaged ({error}); computing it again"))
         arrays = _arrays(key, compute())
         write_atomic(path, _npz({**arrays, _CHECKSUM: np.array(_checksum(key, arrays))}))
@@ -94,7 +112,7 @@ class Blocks:
         return self.folder / f"{readable}.{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
 
 
-def _write_and_rename(target: Path, content: bytes) -> None:
+def _write_and_take(target: Path, content: bytes, take: Callable[[Path, Path], object]) -> None:
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -103,11 +121,28 @@ def _write_and_rename(target: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         # mkstemp makes files that only their owner can read; results are ordinary files.
         Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(target)
+        take(Path(name), target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
     _sync_folder(target.parent)
+
+
+def _take_name(made: Path, target: Path) -> None:
+    made.replace(target)
+
+
+def _take_free_name(made: Path, target: Path) -> None:
+    """Raises FileExistsError when the name is taken."""
+    try:
+        os.link(made, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        # Some file systems have no hard links; here a reader may meet the file before it is whole.
+        with target.open("xb") as file:
+            file.write(made.read_bytes())
+    made.unlink()
 
 
 def _umask() -> int:
@@ -128,22 +163,23 @@ def _sync_folder(folder: Path) -> None:
 
 def _claim_folder(folder: Path, plan_hash: str) -> None:
     plan = folder / "plan.json"
-    if plan.exists():
-        kept = _read_plan(plan)
-        if kept != plan_hash:
-            raise InputError(
-                f"{folder} holds blocks of plan {kept}, but this job has plan {plan_hash}; "
-                "use another folder, or delete this one to start afresh"
-            )
-    elif any(folder.glob("*.npz")):
+    # The last look is for another process, which may have written its plan and a block in the meantime.
+    if not plan.exists() and any(folder.glob("*.npz")) and not plan.exists():
         raise InputError(f"{folder} holds .npz files but no plan.json, so they are not blocks; use another folder")
-    else:
-        write_atomic(plan, json.dumps({"plan_hash": plan_hash}))
+    # Of two jobs that begin at the same instant one writes its plan, and the other finds it.
+    if not plan.exists() and write_once(plan, json.dumps({"plan_hash": plan_hash})):
+        return
+    kept = _read_plan(plan)
+    if kept != plan_hash:
+        raise InputError(
+            f"{folder} holds blocks of plan {kept}, but this job has plan {plan_hash}; "
+            "use another folder, or delete this one to start afresh"
+        )
 
 
 def _read_plan(path: Path) -> str:
     try:
-        return str(json.loads(path.read_text("utf-8"))["plan_hash"])
+        return str(read_json(path)["plan_hash"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileFormatError(f"{path} is not a plan of blocks ({error}); delete the folder to start afresh") from error
 
@@ -166,8 +202,7 @@ def _npz(arrays: Arrays) -> bytes:
 
 
 def _read_block(path: Path, key: str) -> Arrays:
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
+    arrays = read_npz(path)
     if str(arrays.pop(_CHECKSUM)) != _checksum(key, arrays):
         raise ValueError("its checksum does not match")
     return arrays

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from vesalius.errors import InputError
 from vesalius.jobs import Event, Sink, silent, write_atomic
+from vesalius.jobs.untrusted import read_json
 
 if sys.platform != "win32":
     import fcntl
@@ -46,7 +47,7 @@ def flaw(folder: Path) -> str:
     Hidden files are ignored: file browsers write them everywhere.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = read_json(folder / MANIFEST)["files"]
         present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
         if present != {*files, MANIFEST}:
             return "files were added or removed"

@@ -136,14 +136,14 @@ def decoded(forward: Decode, prompts: Tokens, edits: Sequence[Intervention], ste
     spans = torch.full((len(prompts),), given)
     masks = [
         mask_of(edit.positions, prompts.real, prompts.named_positions)
-        if edit.part.site.of_encoder
+        if edit.part.writes[0].of_encoder
         else edited_tokens(edit.positions, spans, steps)
         for edit in edits
     ]
     made, logits, unfinished = prompts, [], torch.ones(len(prompts), dtype=torch.bool)
     diagnostics: list[Mapping[str, Any]] = []
     for number in range(steps):
-        places = [_decoder_place(made, edit.part.site, mask) for edit, mask in zip(edits, masks, strict=True)]
+        places = [_decoder_place(made, edit.part.writes[0], mask) for edit, mask in zip(edits, masks, strict=True)]
         step, ran = forward(made, places), made
         last = step.logits[:, -1]
         _refuse_nan(last, number)

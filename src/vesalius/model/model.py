@@ -22,10 +22,11 @@ from vesalius.adapters import Adapter, Layout, Stack, adapter_for, submodule
 from vesalius.adapters.base import device_of, frozen_scale, gain, parameter, weight_of
 from vesalius.errors import InputError
 from vesalius.inputs import Tokens
-from vesalius.intervention import Intervention, Place
+from vesalius.intervention import Intervention, Place, as_patches, joint, listed
 from vesalius.model.calls import Caller, logits_of
 from vesalius.model.generation import Choice, Generation, Step, decoded, generated
 from vesalius.model.taps import Recorder
+from vesalius.parts import places
 from vesalius.site import ATTENTION, GLOBAL_KINDS, LAYER_KINDS, RESULTS, Site, select
 
 _GUESS = object()
@@ -185,11 +186,21 @@ class Model:
             call = {**call, "logits_to_keep": 1}
         wanted = self._wanted(capture)
         watch = self._all_sites if check_finite else ()
-        recorder = Recorder(self, wanted, _listed(interventions), tokens, grad, watch=watch)
+        edits = self._separated(inputs, listed(interventions), tokens)
+        recorder = Recorder(self, wanted, edits, tokens, grad, watch=watch)
         with torch.set_grad_enabled(grad), recorder.listening():
             output = self.module(*args, **call)
         recorder.check_fired()
         return Run(logits_of(output), Activations(recorder.captured(), tokens), recorder.diagnostics())
+
+    def _separated(self, inputs: Any, edits: list[Intervention], tokens: Tokens | None) -> list[Intervention]:
+        """Edits of parts that are written before all of them is read take a run of their own, with the other edits."""
+        together = [edit for edit in edits if joint(edit.part)]
+        if not together:
+            return edits
+        others = [edit for edit in edits if edit not in together]
+        seen = self.run(inputs, capture=places([edit.part for edit in together]), interventions=others).activations
+        return [*others, *as_patches(together, seen, tokens)]
 
     def generate(
         self,
@@ -216,7 +227,7 @@ class Model:
         tokens = self._call(prompts)[2]
         if tokens is None or not self._takes("past_key_values"):
             raise InputError(f"{self.name} does not write here: it takes no past_key_values. Use run")
-        edits, wanted, choice = _listed(interventions), self._wanted(capture), Choice(temperature, seed, stop)
+        edits, wanted, choice = listed(interventions), self._wanted(capture), Choice(temperature, seed, stop)
         if tokens.decoder is None:
             made = generated(partial(self._pass, wanted, edits), tokens, edits, max_new_tokens, choice)
         else:
@@ -257,7 +268,8 @@ class Model:
             if adapter.positions:
                 call["position_ids"] = (index * here).to(self.device)
         whole = any(
-            site.kind in ("logits", "module") for site in (*capture, *(edit.part.site for edit in interventions))
+            site.kind in ("logits", "module")
+            for site in (*capture, *(site for edit in interventions for site in edit.part.writes))
         )
         if self._takes("logits_to_keep") and not whole:
             call["logits_to_keep"] = 1
@@ -315,15 +327,6 @@ class Model:
     def _caller(self) -> Caller:
         masked = "attention_mask" in inspect.signature(self.module.forward).parameters
         return Caller(self.adapter, self.layout, self.name, self.device, masked)
-
-
-def _listed(interventions: Sequence[Intervention] | Intervention) -> list[Intervention]:
-    """Raises InputError for what are no interventions."""
-    listed = [interventions] if isinstance(interventions, Intervention) else list(interventions)
-    for one in listed:
-        if not isinstance(one, Intervention):
-            raise InputError(f"interventions= takes edits such as vs.Ablate(site); got {type(one).__name__}")
-    return listed
 
 
 def _derives(stack: Stack, kind: str) -> bool:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from vesalius.activations import refuse_nonfinite
@@ -17,7 +16,7 @@ from vesalius.adapters import Access, Adapter, Layout, Stack, submodule
 from vesalius.adapters.base import contributions, join_heads, rerouted, split_heads
 from vesalius.errors import InterventionError, UnknownNameError
 from vesalius.inputs import Tokens
-from vesalius.intervention import Intervention, Place, Reader, Recorded, apply, off_distribution
+from vesalius.intervention import Edits, Intervention, Place, joint, reads_of
 from vesalius.model.attention import Plain, attending
 from vesalius.model.hooks import OutputTap, Tap, Visit, tapped
 from vesalius.site import ATTENTION, RESULTS, SCORES, Site
@@ -59,19 +58,16 @@ class Recorder:
         self._host = host
         self._tokens = tokens
         self._grad = grad
-        self._places = places
         self._seen: dict[Site, Tensor] = {}
         self._fired: set[Site] = set()
         self._capture = list(dict.fromkeys(capture))
-        self._edits: dict[Site, list[tuple[int, Intervention]]] = {}
-        self._diagnostics: dict[int, dict[str, Any]] = {}
+        self._edits = Edits(interventions, tokens, places)
         self._read: set[Site] = set()
-        for number, edit in enumerate(interventions):
+        for edit in interventions:
             self._check_editable(edit)
-            self._edits.setdefault(edit.part.site.whole, []).append((number, edit))
-            self._read.update(self._checked_reads(edit) if isinstance(edit, Reader) else ())
+            self._read.update(self._checked_reads(edit))
         self._read.update(_z_of(site) for site in self._capture if site.kind in RESULTS)
-        asked = [*self._edits, *self._read, *(s for s in self._capture if s.kind not in RESULTS)]
+        asked = [*self._edits.by_site, *self._read, *(s for s in self._capture if s.kind not in RESULTS)]
         # In the order of the forward pass: two sites can share a module's tensor (attn_out, and the sum resid_mid).
         self._all = sorted(dict.fromkeys(asked), key=_forward_order)
         through = [site for site in self._all if self._through_attention(site)]
@@ -99,19 +95,23 @@ class Recorder:
             yield
 
     def _check_editable(self, edit: Intervention) -> None:
-        site = edit.part.site
-        if site.kind in RESULTS:
-            raise InterventionError(f"{site} is computed for reading and cannot be edited; edit {_z_of(site)} instead")
-        self._host.check_site(site)
-
-    def _checked_reads(self, edit: Reader) -> list[Site]:
-        for part in edit.reads:
-            if part.site.kind in RESULTS:
+        for site in edit.part.writes:
+            if site.kind in RESULTS:
                 raise InterventionError(
-                    f"{part.site} is no tensor of the pass, so no edit can read it; read {_z_of(part.site)}"
+                    f"{site} is computed for reading and cannot be edited; edit {_z_of(site)} instead"
                 )
-            self._host.check_site(part.site)
-        return [part.site.whole for part in edit.reads]
+            self._host.check_site(site)
+        if joint(edit.part):
+            raise InterventionError(
+                f"{edit.part} is written before all of it can be read, which takes a run of its own: use Model.run"
+            )
+
+    def _checked_reads(self, edit: Intervention) -> tuple[Site, ...]:
+        for site in reads_of(edit):
+            if site.kind in RESULTS:
+                raise InterventionError(f"{site} is no tensor of the pass, so no edit can read it; read {_z_of(site)}")
+            self._host.check_site(site)
+        return reads_of(edit)
 
     def _through_attention(self, site: Site) -> bool:
         """Scores and patterns are reached in our attention function, unless a module of the model returns them."""
@@ -175,7 +175,7 @@ class Recorder:
 
         def add_change(tensor: Tensor) -> Tensor:
             total = before[0] + tensor
-            return tensor + (self._edited(site, total) - total)
+            return tensor + (self._edits.at(site, total, self._seen) - total)
 
         read = self._reader(site, access)
         return [
@@ -204,7 +204,7 @@ class Recorder:
             if access is not None and here.shape[0] == 1:
                 # Position embeddings are made once for the whole batch.
                 here = here.expand(self._batch(), *here.shape[1:])
-            edited = self._edited(site, here) if site in self._edits else here
+            edited = self._edits.at(site, here, self._seen)
             edited = self._keep(site, edited)
             if edited is here and not self._grad:
                 return None
@@ -217,12 +217,12 @@ class Recorder:
 
         def route(_: tuple[Any, ...], output: Any) -> Any:
             here = self._split(output[0], access)
-            edited = self._keep(site, self._edited(site, here) if site in self._edits else here)
+            edited = self._keep(site, self._edits.at(site, here, self._seen))
             return None if edited is here and not self._grad else rerouted(gate, edited.flatten(0, 1))
 
         def add(args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             here = self._split(contributions(gate, *args[:3]), access)
-            edited = self._keep(site, self._edited(site, here) if site in self._edits else here)
+            edited = self._keep(site, self._edits.at(site, here, self._seen))
             if self._grad:
                 # The same value, with the gradient through the contributions.
                 return edited.sum(2).flatten(0, 1) + (output - here.sum(2).flatten(0, 1)).detach()
@@ -255,50 +255,10 @@ class Recorder:
         site = replace(made, kind=made.kind.replace("scores", kind))
         if site not in self._all:
             return None
-        edited = self._edited(site, tensor) if site in self._edits else tensor
-        return self._keep(site, edited)
-
-    def _edited(self, site: Site, tensor: Tensor) -> Tensor:
-        for number, edit in self._edits[site]:
-            place = self._places[number] if self._places else self._place(site, tensor)
-            if place.chosen is not None and not bool(place.chosen.any()):
-                continue
-            changed = apply(self._ready(edit, site, tensor), tensor, place)
-            self._diagnostics[number] = {
-                "intervention": edit.describe() if isinstance(edit, Recorded) else edit.to_json(),
-                **off_distribution(tensor, changed, place.real if self._tokenwise else None, edit.part.site),
-            }
-            tensor = changed
-        return tensor
-
-    @property
-    def _tokenwise(self) -> bool:
-        return self._tokens is not None or bool(self._places)
-
-    def _place(self, site: Site, tensor: Tensor) -> Place:
-        """All tokens; named positions are the prompts', not a decoder's."""
-        if self._tokens is None:
-            shape = tensor.shape[:2] if tensor.ndim > 1 else (tensor.shape[0], 1)
-            return Place(torch.ones(shape, dtype=torch.bool, device=tensor.device))
-        real = self._tokens.real_at(site).to(tensor.device)
-        inside = self._tokens.decoder is None or site.of_encoder
-        return Place(real, named_positions=self._tokens.named_positions if inside else {})
+        return self._keep(site, self._edits.at(site, tensor, self._seen))
 
     def _real_at(self, site: Site) -> Tensor | None:
         return None if self._tokens is None else self._tokens.real_at(site)
-
-    def _ready(self, edit: Intervention, site: Site, tensor: Tensor) -> Intervention:
-        """The edit, with what it reads elsewhere in this run."""
-        if not isinstance(edit, Reader):
-            return edit
-        wanted = [part.site.whole for part in edit.reads]
-        late = [read for read in wanted if read != site and read not in self._seen]
-        if late:
-            raise InterventionError(
-                f"{type(edit).__name__} reads {late[0]}, which this pass makes only after {site}; "
-                "an edit can read the same site or an earlier one"
-            )
-        return edit.given(*(tensor if read == site else self._seen[read] for read in wanted))
 
     def _batch(self) -> int:
         """Examples in this pass; 1 when nothing says so."""
@@ -331,7 +291,7 @@ class Recorder:
 
     def diagnostics(self) -> tuple[Mapping[str, Any], ...]:
         """One entry per intervention that acted, in the order given."""
-        return tuple(self._diagnostics[number] for number in sorted(self._diagnostics))
+        return self._edits.diagnostics()
 
 
 def _z_of(result: Site) -> Site:

@@ -5,7 +5,7 @@ effect of patching a part ~ gradient of the metric there, at the base run, times
 One forward and one backward for all parts, where `sweep` runs every patch. It is exact for what is linear, and says
 nothing of what saturates: a softmax near 0 or 1 has no gradient (Kramar et al. 2024). With steps > 1 the gradient is
 averaged along the straight line from base to source at the edited site (integrated gradients, Sundararajan et al. 2017,
-by midpoints), site by site. An estimate is a hypothesis; `Scores.against` holds it against patches that were run.
+by midpoints), site by site. An estimate is a hypothesis; `Scores.against` compares it with patches that were run.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vesalius.activations import Run
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Pairs
-from vesalius.intervention import Patch
+from vesalius.intervention import Patch, joint
 from vesalius.metric import Metric, logit_diff
 from vesalius.model import Model
-from vesalius.patching.cost import Cost
-from vesalius.patching.scores import PROMPTS, Scores
+from vesalius.parts import At, Part, Unit, as_part, places
+from vesalius.patching.examples import Examples
+from vesalius.patching.plan import Cost
+from vesalius.patching.scores import Scores
+from vesalius.patching.targets import PROMPTS
 from vesalius.site import INDEX_AXIS, Site
 
 EACH = ("position", "head", "neuron")
@@ -44,10 +48,11 @@ def attribution_patching(
 ) -> Scores:
     """Estimated metric of every patched run: base value plus gradient times difference.
 
-    sites: names, globs or Sites of the residual stream, heads (q, k, v, z), MLPs and their neurons, as in `sweep`.
-    each: "position", "head", "neuron", or None for whole sites; the estimates of a site's positions add up to its own.
-    steps: gradients averaged along the way from base to source, each costs a forward and a backward per site; 1 takes
-    the gradient at the base run, for all sites at once. base: the prompts whose run is patched.
+    sites: names, globs or Sites of the residual stream, heads (q, k, v, z), MLPs and their neurons, as in `sweep`, or
+    Parts (a Direction, a latent, ...) that write one site. each: "position", "head", "neuron", or None for whole sites
+    and Parts; the estimates of a site's positions add up to its own. steps: gradients averaged along the way from base
+    to source, each costs a forward and a backward per site; 1 takes the gradient at the base run, for all sites at
+    once. base: the prompts whose run is patched.
 
     Returns Scores as `sweep` does, with estimates. Raises UnknownNameError and InputError for what cannot be asked.
     """
@@ -57,38 +62,60 @@ def attribution_patching(
         raise UnknownNameError("base", base, PROMPTS)
     if steps < 1:
         raise InputError(f"steps must be at least 1; got {steps}")
-    found = _sites(model, sites, each)
+    found = _requested(model, sites, each)
     work = _Work(model, pairs, metric, base, tuple(found))
     values, plain = work.first_order() if steps == 1 else work.along_the_way(steps)
-    pooled = torch.stack([_pooled(site, share, each) for site, share in zip(found, values, strict=True)])
+    plain = (plain[0].cpu(), plain[1].cpu())
+    shares = zip(found, values, strict=True)
+    pooled = torch.stack([_pooled(part.writes[0], share, each).cpu() for part, share in shares])
     estimates = plain[0] + pooled
     real = pairs.tokens(base).real.T[None] if each == "position" else torch.ones((), dtype=torch.bool)
     passes = len(pairs) * (1 + (1 + _BACKWARD) * (1 if steps == 1 else 1 + steps * len(found)))
+    rows, columns = tuple(found), range(estimates.shape[1]) if each in ("head", "neuron") else ()
     return Scores(
-        values=estimates, base=plain[0], source=plain[1], mask=real.expand_as(estimates),
-        cost=Cost(passes, float(estimates.numel()), 0), sites=tuple(map(str, found)), each=each, edit="estimated patch",
-        metric=metric.name, unit=metric.unit, prompts=base,
-    )  # fmt: skip
+        values=estimates,
+        base=plain[0],
+        source=plain[1],
+        mask=real.expand_as(estimates),
+        cost=Cost(passes, float(estimates.numel())),
+        items=tuple(Unit(part.writes[0][index]) for part in found for index in columns) or rows,
+        each=each,
+        edit="estimated patch",
+        metric=metric.name,
+        unit=metric.unit,
+        prompts=base,
+        rows=rows,
+        examples=Examples.of(model, pairs, base),
+    )
 
 
-def _sites(model: Model, given: Any, each: str | None) -> list[Site]:
-    listed = [given] if isinstance(given, str | Site) else list(given)
-    found = [
-        site for name in listed for site in (model.sites(str(name)) if "*" in str(name) else [Site.parse(name)])
-    ]  # fmt: skip
-    for site in found:
-        model.check_site(site)
-        if site.kind in ("module", "logits", "result") or site.index is not None:
-            raise InputError(f"{site} is not attributed to; give whole sites inside the layers, or embed")
-        if each == "head" and not {"head", "kv_head"} & set(site.axes):
-            raise InputError(f'{site} has no heads; each="head" takes z, q, k or v')
-        if each == "neuron" and site.kind != "mlp_post":
-            raise InputError(f'{site} has no neurons; each="neuron" takes mlp_post')
-        if each == "position" and site.axes[1:2] != ("pos",):
-            raise InputError(f'{site} is not counted by positions; each="position" takes the stream, heads and MLPs')
+def _requested(model: Model, given: Any, each: str | None) -> list[Part]:
+    listed = [given] if isinstance(given, str | Site | Part) else list(given)
+    found: list[Part] = []
+    for name in listed:
+        many = isinstance(name, str | Site) and "*" in str(name)
+        found += [Unit(site) for site in model.sites(str(name))] if many else [as_part(name)]
+    for part in found:
+        _check(model, part, each)
     if not found:
         raise InputError('no sites; give sites= such as "layers.*.z"')
     return list(dict.fromkeys(found))
+
+
+def _check(model: Model, part: Part, each: str | None) -> None:
+    for site in places([part]):
+        model.check_site(site)
+        if site.kind in ("module", "logits", "result"):
+            raise InputError(f"{site} is not attributed to; give sites inside the layers, or embed")
+    if joint(part):
+        raise InputError(f"{part} writes several sites, whose gradients hold each other's; sweep it")
+    site, whole = part.writes[0], isinstance(part, Unit) and part.writes[0].index is None
+    if each == "head" and not (whole and {"head", "kv_head"} & set(site.axes)):
+        raise InputError(f'{part} has no heads; each="head" takes z, q, k or v')
+    if each == "neuron" and not (whole and site.kind == "mlp_post"):
+        raise InputError(f'{part} has no neurons; each="neuron" takes mlp_post')
+    if each == "position" and site.axes[1:2] != ("pos",):
+        raise InputError(f'{part} is not counted by positions; each="position" takes the stream, heads and MLPs')
 
 
 def _pooled(site: Site, share: Float[Tensor, "example pos ..."], each: str | None) -> Tensor:
@@ -105,36 +132,44 @@ class _Work:
     pairs: Pairs
     metric: Metric
     base: str
-    sites: tuple[Site, ...]
-
-    @property
-    def _names(self) -> list[Site | str]:
-        return list(self.sites)
+    parts: tuple[Part, ...]
 
     def first_order(self) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
-        """Share of every number of every site [example, pos, ...], and the metric of the base and source runs."""
-        source = self._source()
-        run = self.model.run(self.pairs.tokens(self.base), capture=self._names, grad=True)
-        plain, gradients = self._gradients(run.logits, [run[site] for site in self.sites])
-        real = self.pairs.tokens(self.base).real
-        shares = [
-            _masked(gradient * (source[1][site] - run[site].detach()), real)
-            for site, gradient in zip(self.sites, gradients, strict=True)
-        ]
-        return shares, (plain, source[0])
+        """Share of every number of every part's site [example, pos, ...], and the metric of both runs."""
+        value, source = self._source()
+        written = list(dict.fromkeys(part.writes[0].whole for part in self.parts))
+        run = self.model.run(self.pairs.tokens(self.base), capture=self._sites, grad=True)
+        plain, gradients = self._gradients(run.logits, [run[site] for site in written])
+        by_site = dict(zip(written, gradients, strict=True))
+        with torch.no_grad():
+            shares = [by_site[part.writes[0].whole] * self._change(part, run, source) for part in self.parts]
+        return [_masked(share, self._real) for share in shares], (plain, value)
 
     def along_the_way(self, steps: int) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
-        """The same with the gradient averaged over midpoints between base and source, one site at a time."""
+        """The same with the gradient averaged over midpoints between base and source, one part at a time."""
         value, source = self._source()
-        tokens = self.pairs.tokens(self.base)
-        run = self.model.run(tokens, capture=self._names)
+        run = self.model.run(self.pairs.tokens(self.base), capture=self._sites)
         shares = []
-        for site in self.sites:
-            difference, total = source[site] - run[site], torch.zeros_like(run[site])
+        for part in self.parts:
+            site, change = part.writes[0].whole, self._change(part, run, source)
+            total = torch.zeros_like(change)
             for step in range(steps):
-                total += self._at(site, run[site] + (step + 0.5) / steps * difference)
-            shares.append(_masked(total / steps * difference, tokens.real))
+                total += self._at(site, run[site] + (step + 0.5) / steps * change)
+            shares.append(_masked(total / steps * change, self._real))
         return shares, (self._metric(run.logits, run.logits), value)
+
+    @property
+    def _sites(self) -> list[Site | str]:
+        return list(places(self.parts))
+
+    @property
+    def _real(self) -> Tensor:
+        return self.pairs.tokens(self.base).real
+
+    def _change(self, part: Part, run: At, source: At) -> Tensor:
+        """What giving the part its source value changes in the whole tensor that it writes."""
+        site = part.writes[0].whole
+        return part.written(run, part.value(source))[site].detach() - run[site].detach()
 
     def _at(self, site: Site, value: Tensor) -> Tensor:
         """Gradient at a site that has this value."""
@@ -142,9 +177,9 @@ class _Work:
         run = self.model.run(tokens, capture=[site], interventions=[Patch(site, source=value)], grad=True)
         return self._gradients(run.logits, [run[site]])[1][0]
 
-    def _source(self) -> tuple[Tensor, Any]:
+    def _source(self) -> tuple[Tensor, Run]:
         other = PROMPTS[1 - PROMPTS.index(self.base)]
-        run = self.model.run(self.pairs.tokens(other), capture=self._names)
+        run = self.model.run(self.pairs.tokens(other), capture=self._sites)
         return self._metric(run.logits, run.logits), run
 
     def _gradients(self, logits: Tensor, at: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -161,4 +196,5 @@ def _masked(share: Tensor, real: Tensor) -> Tensor:
     """Nothing on padding."""
     if share.shape[:2] != real.shape:
         return share
+    real = real.to(share.device)
     return torch.where(real.view(*real.shape, *[1] * (share.ndim - 2)), share, 0.0)

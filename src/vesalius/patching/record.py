@@ -1,4 +1,4 @@
-"""Record: one base run, kept so that later runs can start in its middle.
+"""A recorded run, kept so that later runs can start in its middle.
 
 It holds every layer's input, keys and values (after rotation), the keywords each layer was called with, and the sites a
 sweep takes values from. Prompts are right-padded; where attention is causal, nothing before a position depends on it.
@@ -30,7 +30,7 @@ from vesalius.site import Site
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
+class Recording:
     """A base run. Tensors are [example, pos, ...]; `resid[l]` is layer l's input, `resid[n_layers]` the last output."""
 
     model: Model
@@ -66,7 +66,7 @@ class Record:
         """True on the real positions that a site counts; without tokens they are the second axis of its tensor."""
         if isinstance(self.inputs, Tokens):
             return self.inputs.real_at(site)
-        return torch.ones(self.at(site).shape[:2], dtype=torch.bool)
+        return torch.ones(self[site].shape[:2], dtype=torch.bool)
 
     @property
     def causal(self) -> bool:
@@ -82,8 +82,15 @@ class Record:
         """Tokens that each example counts as, where what runs together is bounded."""
         return self.inputs.weight if isinstance(self.inputs, Raw) else self.inputs.ids.shape[1]
 
-    def at(self, site: Site) -> Tensor:
-        """The base run's value of a whole site."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are kept."""
+        logits = [] if self.logits is None else [self.logits]
+        kept = [*self.resid, *self.queries, *self.keys, *self.values, *self.sites.values(), *logits]
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+    def __getitem__(self, site: Site) -> Tensor:
+        """The run's whole tensor at a whole site. Raises UnknownNameError for one that was not recorded."""
         if site.stack and site in self.sites:
             return self.sites[site]
         if site.kind == "resid_pre" and site.layer is not None:
@@ -157,7 +164,7 @@ def window_of(mask: Tensor, lengths: Int[Tensor, " example"]) -> int | None:
     return None if reach >= int(lengths.max()) else reach
 
 
-def record(model: Model, inputs: Inputs, sites: Sequence[Site] = (), given: Sequence[Intervention] = ()) -> Record:
+def record(model: Model, inputs: Inputs, sites: Sequence[Site] = (), given: Sequence[Intervention] = ()) -> Recording:
     """Run the model once, with the interventions given, and keep what replays need.
 
     Raises InputError for left-padded tokens.
@@ -183,17 +190,22 @@ def record(model: Model, inputs: Inputs, sites: Sequence[Site] = (), given: Sequ
         model.module(**model.token_call(tokens), logits_to_keep=1)
     taps.check_fired()
     order = range(layout.n_layers)
-    reason = keeper.strange or _untold(calls, adapter.replay)
+    reason = keeper.strange or _without_rule(calls, adapter.replay)
     if reason:
         return _plain(model, tokens, sites, reason, given)
-    return Record(
-        model, tokens,
+    return Recording(
+        model,
+        tokens,
         resid=(*(entered[n] for n in order), last.captured()[Site("resid_post", layout.n_layers - 1)]),
-        queries=tuple(keeper.q[n] for n in order), keys=tuple(keeper.k[n] for n in order),
-        values=tuple(keeper.v[n] for n in order), calls=tuple(calls[n] for n in order),
-        scaling=tuple(keeper.scaling[n] for n in order), sites=taps.captured(),
-        windows=tuple(keeper.windows[n] for n in order), caps=tuple(keeper.caps[n] for n in order),
-    )  # fmt: skip
+        queries=tuple(keeper.q[n] for n in order),
+        keys=tuple(keeper.k[n] for n in order),
+        values=tuple(keeper.v[n] for n in order),
+        calls=tuple(calls[n] for n in order),
+        scaling=tuple(keeper.scaling[n] for n in order),
+        sites=taps.captured(),
+        windows=tuple(keeper.windows[n] for n in order),
+        caps=tuple(keeper.caps[n] for n in order),
+    )
 
 
 def _never_replayed(model: Model) -> str:
@@ -210,26 +222,28 @@ def _never_replayed(model: Model) -> str:
     return ""
 
 
-def _plain(model: Model, inputs: Inputs, sites: Sequence[Site], reason: str, given: Sequence[Intervention]) -> Record:
+def _plain(
+    model: Model, inputs: Inputs, sites: Sequence[Site], reason: str, given: Sequence[Intervention]
+) -> Recording:
     """A record of an ordinary run, for a model whose layers cannot be replayed."""
     one = model.adapter is not None and model.adapter.stack_names == ("",)
     n_layers = model.architecture[1].n_layers if one else 0
     stream = [*(Site("resid_pre", n) for n in range(n_layers)), *(Site("resid_post", n - 1) for n in [n_layers] if n)]
-    held_already = ("resid_pre", "resid_post") if one else ()
-    asked = [*stream, *(site.whole for site in sites if site.kind not in held_already)]
+    kept_anyway = ("resid_pre", "resid_post") if one else ()
+    asked = [*stream, *(site.whole for site in sites if site.kind not in kept_anyway)]
     groups = together(model, inputs, torch.arange(len(inputs)))
     if given and len(groups) > 1:
         raise InputError("edits that every run has in common need prompts of one length in a model without adapter")
     runs = [model.run(taken(model, inputs, rows), capture=asked, interventions=given) for rows in groups]
     logits = _merged(inputs, groups, [_checked_logits(model, run.logits) for run in runs], "its output")
-    held = {site: _merged(inputs, groups, [run[site] for run in runs], str(site)) for site in runs[0].activations}
-    _check_examples(held, len(inputs))
-    resid = tuple(held[site] for site in stream)
-    return Record(model, inputs, resid, (), (), (), (), (), held, reason=reason, logits=logits)
+    tensors = {site: _merged(inputs, groups, [run[site] for run in runs], str(site)) for site in runs[0].activations}
+    _check_examples(tensors, len(inputs))
+    resid = tuple(tensors[site] for site in stream)
+    return Recording(model, inputs, resid, (), (), (), (), (), tensors, reason=reason, logits=logits)
 
 
-def _check_examples(held: Mapping[Site, Tensor], count: int) -> None:
-    for site, tensor in held.items():
+def _check_examples(tensors: Mapping[Site, Tensor], count: int) -> None:
+    for site, tensor in tensors.items():
         # A tensor made once for the whole batch, such as position embeddings, is the same in every run.
         once = tensor.shape[:1] == (1,) and "." not in site.side
         if site.kind == "module" and tensor.shape[:1] != (count,) and not once:
@@ -285,16 +299,17 @@ def _merged(inputs: Inputs, groups: Sequence[Tensor], pieces: Sequence[Tensor], 
     return whole
 
 
-def _untold(calls: Mapping[int, Mapping[str, Any]], rules: Mapping[str, str]) -> str:
+def _without_rule(calls: Mapping[int, Mapping[str, Any]], rules: Mapping[str, str]) -> str:
     """The first tensor argument of a layer that has no replay rule, in words; empty when there is none."""
     for layer, call in calls.items():
         for name, value in call.items():
             if name not in rules and holds_tensor(value):
-                return untold(layer, name)
+                return no_rule(layer, name)
     return ""
 
 
-def untold(layer: int, name: str) -> str:
+def no_rule(layer: int, name: str) -> str:
+    """Why a layer cannot be replayed."""
     return f"layer {layer} takes a tensor {name!r} that its adapter has no replay rule for"
 
 

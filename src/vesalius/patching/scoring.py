@@ -2,73 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from vesalius.adapters import submodule
 from vesalius.adapters.base import parameter, weight_of
-from vesalius.errors import NotFiniteError
 from vesalius.inputs import Pairs
 from vesalius.metric import Metric, wide
 from vesalius.model.attention import capped
-from vesalius.patching.plain import base_logits, plain_metric
-from vesalius.patching.record import Record
-
-
-def base_values(record: Record, pairs: Pairs, metric: Metric, reference: Record) -> Float[Tensor, " example"]:
-    """The metric of a recorded run without edits. reference: the run that metrics with a base are measured from."""
-    rows = torch.arange(len(record))
-    if record.reason:
-        return plain_metric(base_logits(record), base_logits(reference), rows, pairs, metric)
-    ends = [run.resid[-1][rows, pairs.at] for run in (record, reference)]
-    return score(record, ends[0], rows, pairs, metric, ends[1])
+from vesalius.patching.record import Recording
 
 
 def score(
-    record: Record, hidden: Float[Tensor, "row d_model"], example: Int[Tensor, " row"], pairs: Pairs, metric: Metric,
-    base_hidden: Float[Tensor, "example d_model"],
-) -> Float[Tensor, " row"]:  # fmt: skip
-    """Metric of rows from their final residual vectors; base_hidden: the base run's, of all examples."""
-    chosen = pairs.subset(example.tolist())
+    base: Recording,
+    hidden: Float[Tensor, "row read d_model"],
+    example: Int[Tensor, " row"],
+    pairs: Pairs,
+    metric: Metric,
+    base_hidden: Float[Tensor, "example read d_model"],
+) -> Float[Tensor, " row"]:
+    """Metric of rows, on the CPU, from their final residual vectors at the positions it reads; base_hidden: the base
+    run's."""
+    normed = final_norm(base, hidden)
+    reference = final_norm(base, base_hidden[example]) if metric.needs.base else normed
+    return score_normed(base, normed, example, pairs, metric, reference)
+
+
+def score_normed(
+    base: Recording,
+    normed: Float[Tensor, "row read d_model"],
+    example: Int[Tensor, " row"],
+    pairs: Pairs,
+    metric: Metric,
+    base_normed: Float[Tensor, "row read d_model"],
+) -> Float[Tensor, " row"]:
+    """As `score`, from vectors after the final norm; base_normed: the base run's, of the same rows."""
     tokens = metric.tokens(pairs)
-    wanted = None if tokens is None else tokens[example]
-    base = _logits(record, base_hidden[example], wanted) if metric.needs.base else None
+    wanted = None if tokens is None else tokens[example].to(normed.device)
+    found = [_logits(base, some, wanted) for some in (normed, *([base_normed] if metric.needs.base else []))]
     with torch.no_grad():
-        return metric.of(_logits(record, hidden, wanted), base, chosen)
+        return metric.of(found[0], found[1] if metric.needs.base else None, pairs.subset(example.tolist())).cpu()
 
 
-def _logits(record: Record, hidden: Tensor, tokens: Tensor | None) -> Tensor:
-    adapter, _ = record.model.architecture
-    unembed = submodule(record.model.module, adapter.unembed)
+def final_norm(base: Recording, hidden: Tensor) -> Tensor:
+    """The model's own final norm of residual vectors."""
     with torch.no_grad():
-        normed = submodule(record.model.module, adapter.final_norm)(hidden)
+        normed: Tensor = submodule(base.model.module, base.model.architecture[0].final_norm)(hidden)
+        return normed
+
+
+def _logits(base: Recording, normed: Float[Tensor, "row read d_model"], tokens: Tensor | None) -> Tensor:
+    """[row, token] of one read position, [row, read, token] of several."""
+    model = base.model
+    adapter = model.architecture[0]
+    unembed = submodule(model.module, adapter.unembed)
+    if normed.shape[1] == 1:
+        normed = normed[:, 0]
+    with torch.no_grad():
         if tokens is None:
             logits = unembed(normed)
         else:
             weight, bias = weight_of(unembed), parameter(unembed, "bias")
             logits = torch.einsum("rd,rkd->rk", normed, weight[tokens])
             logits = logits if bias is None else logits + bias[tokens]
-        return wide(capped(logits, getattr(record.model.module.config, adapter.cap) if adapter.cap else None))
+        return wide(capped(logits, getattr(model.module.config, adapter.cap) if adapter.cap else None))
 
 
-def logit_range(record: Record, pairs: Pairs) -> float:
+def at_reads(base: Recording, pairs: Pairs) -> Float[Tensor, "example read d_model"]:
+    """A recorded run's final residual vectors where the metric reads."""
+    reads = pairs.reads
+    return base.resid[-1][torch.arange(len(reads))[:, None], reads]
+
+
+def base_logits(base: Recording) -> Float[Tensor, "example *pos vocab"]:
+    return base.model.run(base.inputs).logits if base.logits is None else base.logits
+
+
+def plain_metric(
+    logits: Tensor, base: Tensor, example: Int[Tensor, " row"], pairs: Pairs, metric: Metric
+) -> Float[Tensor, " row"]:
+    """Metric of some examples' runs, on the CPU. logits: [row, pos, vocab]; base: [example, pos, vocab], of all."""
+    return metric(logits, pairs.subset(example.tolist()), base[example] if metric.needs.base else None).cpu()
+
+
+def base_values(run: Recording, pairs: Pairs, metric: Metric, reference: Recording) -> Float[Tensor, " example"]:
+    """The metric of a recorded run without edits. reference: the run that metrics with a base are measured from."""
+    rows = torch.arange(len(run))
+    if run.reason:
+        return plain_metric(base_logits(run), base_logits(reference), rows, pairs, metric)
+    return score(run, at_reads(run, pairs), rows, pairs, metric, at_reads(reference, pairs))
+
+
+def logit_range(base: Recording, pairs: Pairs) -> float:
     """Spread of the first example's logits at its read position: what rounding is measured against."""
     end = pairs.read_at()[0]
-    if record.logits is None:
-        logits = _logits(record, record.resid[-1][:1, end], None)
+    if base.logits is None:
+        logits = _logits(base, final_norm(base, base.resid[-1][:1, end][:, None]), None)
     else:
-        logits = record.logits[0] if record.logits.ndim == 2 else record.logits[0, end]
+        logits = base.logits[0] if base.logits.ndim == 2 else base.logits[0, end]
     return float(logits.max() - logits.min())
-
-
-def refuse_nan(
-    values: Float[Tensor, "variant example"], edited: str, where: Callable[[int], str] = lambda _: ""
-) -> None:
-    """Raise NotFiniteError naming the example, what was edited and, as `where(example)` tells, the first bad site."""
-    bad = ~torch.isfinite(values)
-    if bool(bad.any()):
-        example = int(bad.nonzero()[0, 1])
-        raise NotFiniteError(f"the metric is not finite for example {example} with {edited} edited{where(example)}")

@@ -8,7 +8,7 @@ what is needed for it (noising).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,17 @@ from vesalius.jobs import Blocks, Event, Sink
 from vesalius.jobs.progress import shown
 from vesalius.metric import Metric, logit_diff
 from vesalius.model import Model
-from vesalius.patching.cost import Cost, estimate
-from vesalius.patching.donors import Donor, donor_for
+from vesalius.parts import Part
+from vesalius.patching.edits import Setting, fixed_parts
 from vesalius.patching.evaluate import TOKENS_PER_BATCH, evaluate
-from vesalius.patching.held import Under, held_of
-from vesalius.patching.memory import announcement, tokens_in
-from vesalius.patching.places import Asked, asked_for, variants_of
-from vesalius.patching.plain import why_plain
-from vesalius.patching.record import Record, record
-from vesalius.patching.scores import PROMPTS, Scores
+from vesalius.patching.examples import Examples
+from vesalius.patching.plan import Cost, Plan, announcement, tokens_in
+from vesalius.patching.record import Recording, record
+from vesalius.patching.scores import Scores
 from vesalius.patching.scoring import base_values
-from vesalius.patching.variants import Variant
-from vesalius.patching.what import What, name_of, place_of, reference_of
+from vesalius.patching.sources import Source, source_for
+from vesalius.patching.targets import PROMPTS, Targets, Variant, requested, to_record, writes_at
 from vesalius.protocol import content_hash
-from vesalius.site import Site
 
 
 def sweep(
@@ -91,17 +88,36 @@ def sweep(
     _check_types(pairs, metric, budget)
     if not pairs.raw:
         pairs = replace(pairs, decoder=model.begun(pairs.tokens("clean")).decoder)
-    asked = asked_for(model, sites, each, group, edit, base)
-    under = Under((), hold_patterns, compute)
+    targets = requested(model, sites, each, group, edit, base)
+    setting = Setting((), hold_patterns, compute)
     tokens = TOKENS_PER_BATCH if budget is None else budget
     tokens = tokens_in(model, memory) if memory is not None else tokens
-    plan = {"model": model.content_hash if out else "", "pairs": pairs.content_hash, "each": each, "edit": edit,
-            "metric": [metric.name, metric.unit], "base": base, "seed": seed, "budget": tokens, "group": group,
-            "scale": scale, "given": [one.to_json() for one in given], "patterns": hold_patterns,
-            "compute": compute, "whats": [reference_of(what) for what in asked.whats] if out else []}  # fmt: skip
-    with shown(sink) as told:
-        work = _recorded(model, pairs, asked, edit, scale, base, given, under, metric, tokens, seed, told)
-        return work.scores(Blocks(out, content_hash(plan), told), check)
+    knobs = [each, edit, base, seed, tokens, group, scale, hold_patterns, compute]
+    plan = content_hash(_plan(model, pairs, metric, given, targets, knobs)) if out else ""
+    rows, row_metric, fold = metric.rows_of(pairs)
+    with shown(sink) as screen:
+        runs, setting, seconds = _recorded(model, rows, targets, base, given, setting)
+        _check_labels(runs[0], pairs)
+        source = source_for(edit, *runs, seed, scale)
+        if given:
+            # The two runs differ from the first token on: only one of them has what is given.
+            source = replace(source, first=torch.zeros_like(source.first))
+        work = _Sweep(targets, runs, source, pairs, rows, row_metric, fold, setting, tokens, edit, seed, base, screen)
+        return work.scores(Blocks(out, plan, screen), check, seconds)
+
+
+def _plan(
+    model: Model, pairs: Pairs, metric: Metric, given: Sequence[Intervention], targets: Targets, knobs: Sequence[Any]
+) -> dict[str, Any]:
+    """What a sweep computes: finished sites in a folder are of this and no other."""
+    return {
+        "model": model.content_hash,
+        "pairs": pairs.content_hash,
+        "metric": [metric.name, metric.unit],
+        "given": [one.to_json() for one in given],
+        "parts": [part.ref for part in targets.parts],
+        "knobs": list(knobs),
+    }
 
 
 def _check_types(pairs: Any, metric: Any, budget: int | None) -> None:
@@ -116,124 +132,7 @@ def _check_types(pairs: Any, metric: Any, budget: int | None) -> None:
         raise InputError(f"budget= is the number of tokens that run together, at least 1; got {budget}")
 
 
-NOTHING = Cost(0.0, 0.0, 0)
-BLOCK = 64.0
-"""Forward equivalents of a block at least: seconds of work."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Work:
-    """A sweep whose base and source runs are recorded."""
-
-    asked: Asked
-    runs: tuple[Record, Record]
-    donor: Donor
-    variants: Mapping[What, list[Variant]]
-    pairs: Pairs
-    metric: Metric
-    under: Under
-    budget: int
-    edit: str
-    seed: int
-    prompts: str
-    seconds: float
-    """Of one forward pass of one example, as it took to record the base run."""
-    sink: Sink
-
-    def scores(self, blocks: Blocks, check: bool) -> Scores:
-        """Tell the cost, then run."""
-        every = [variant for rows in self.variants.values() for variant in rows]
-        reason = why_plain(self.runs[0], every)
-        if reason:
-            self.sink(Event("note", "sweep", message=f"no replay: {reason}; every edited run is one whole forward"))
-        mask = _mask(next(iter(self.variants.values())), self.runs[0])
-        quotes = [estimate(self.runs[0], rows, self.donor, self.pairs.at + 1) for rows in self.variants.values()]
-        quote = _bill(sum(quotes, NOTHING), mask, len(self.variants))
-        self.sink(announcement("sweep", quote, self.runs, self.seconds, self.budget))
-        results = self._results(_together([quote.spent for quote in quotes]), blocks, check)
-        return self._scores(results, mask)
-
-    def _results(self, groups: Sequence[range], blocks: Blocks, check: bool) -> list[Mapping[str, NDArray[Any]]]:
-        """One block per group of sites: values [site and variant, example], cost, and error when it was looked at.
-
-        Sites of a group go up the layers together, so that batches are full.
-        """
-        whats = list(self.variants)
-        names = [f"{group.start}-{group.stop} {name_of(whats[group.start])}" for group in groups]
-        pending = [name for name in names if name not in blocks]
-        checked = pending[self.seed % len(pending)] if pending and check else None
-
-        def compute(group: range, name: str) -> dict[str, NDArray[Any]]:
-            found = evaluate(
-                self.runs[0], [variant for number in group for variant in self.variants[whats[number]]], self.donor,
-                self.pairs, self.metric, budget=self.budget, check=name == checked, seed=self.seed, under=self.under,
-            )  # fmt: skip
-            cost = torch.tensor([found.cost.spent, found.cost.naive, found.cost.skipped], dtype=torch.float64)
-            error = torch.tensor([] if found.error is None else [found.error], dtype=torch.float64)
-            return {"values": found.values.cpu().numpy(), "cost": cost.numpy(), "error": error.numpy()}
-
-        results: list[Mapping[str, NDArray[Any]]] = []
-        self.sink(Event("start", "sweep", 0, len(whats)))
-        for group, name in zip(groups, names, strict=True):
-            results.append(blocks.get(name, lambda group=group, name=name: compute(group, name)))  # type: ignore[misc]
-            self.sink(Event("advance", "sweep", group.stop, len(whats)))
-        self.sink(Event("end", "sweep", len(whats), len(whats)))
-        return results
-
-    def _scores(self, results: Sequence[Mapping[str, NDArray[Any]]], mask: Tensor) -> Scores:
-        values = torch.cat([torch.from_numpy(result["values"].copy()) for result in results])
-        values = values.unflatten(0, (len(self.variants), -1))
-        mask, each = mask.expand(len(values), -1, -1), self.asked.each
-        costs = [result["cost"] for result in results]
-        spent = sum((Cost(float(c[0]), float(c[1]), int(c[2])) for c in costs), NOTHING)
-        plain = [base_values(run, self.pairs, self.metric, self.runs[0]) for run in self.runs]
-        errors = [float(worst) for result in results for worst in result["error"]]
-        return Scores(
-            values=values if each else values[:, 0], base=plain[0], source=plain[1],
-            mask=mask if each else mask[:, 0], cost=_bill(spent, mask[0], len(values)),
-            sites=tuple(name_of(what) for what in self.variants), each=each, edit=self.edit, metric=self.metric.name,
-            unit=self.metric.unit, prompts=self.prompts, error=max(errors, default=None), compute=self.under.compute,
-        )  # fmt: skip
-
-
-def _together(costs: Sequence[float]) -> list[range]:
-    """Neighbouring sites that make one block: enough work to fill batches, little enough to lose when killed."""
-    groups, first, held = [], 0, 0.0
-    for number, cost in enumerate(costs):
-        held += cost
-        if held >= BLOCK or number == len(costs) - 1:
-            groups.append(range(first, number + 1))
-            first, held = number + 1, 0.0
-    return groups
-
-
-def _recorded(
-    model: Model, pairs: Pairs, asked: Asked, edit: str, scale: float, base: str, given: Sequence[Intervention],
-    under: Under, metric: Metric, budget: int, seed: int, sink: Sink,
-) -> _Work:  # fmt: skip
-    """The base run (with what is given) and the source run, and the variants."""
-    if given and pairs.raw:
-        raise InputError("given= takes edits of prompts; edits that all runs on images have in common are not built")
-    held = held_of(given, pairs.tokens(base)) if given else ()
-    written = _written([*asked.whats, *(one.what for one in held)])
-    other = PROMPTS[1 - PROMPTS.index(base)]
-    began = time.perf_counter()
-    first = record(model, pairs.inputs(base), written, given)
-    seconds = (time.perf_counter() - began) / len(pairs)
-    runs = (first, record(model, pairs.inputs(other), written))
-    _check_labels(runs[0], pairs)
-    donor = donor_for(edit, *runs, asked.whats, seed, scale)
-    if given:
-        # The two runs differ from the first token on: only one of them has what is given.
-        donor = replace(donor, first=torch.zeros_like(donor.first))
-    variants = {what: variants_of(asked, what, first) for what in asked.rows}
-    _check_counts(variants, asked.each)
-    return _Work(
-        asked, runs, donor, variants, pairs, metric, replace(under, held=held), budget, edit, seed, base, seconds, sink
-    )  # fmt: skip
-
-
-def _check_labels(run: Record, pairs: Pairs) -> None:
+def _check_labels(run: Recording, pairs: Pairs) -> None:
     size = run.logits.shape[-1] if run.logits is not None else run.model.architecture[1].vocab
     for name in ("answer", "distractor"):
         highest = int(getattr(pairs, name).max())
@@ -241,25 +140,166 @@ def _check_labels(run: Record, pairs: Pairs) -> None:
             raise InputError(f"{name} {highest} is outside the {size} logits of {run.model.name}, numbered from 0")
 
 
-def _check_counts(variants: Mapping[What, Sequence[Variant]], each: str | None) -> None:
-    counts = {len(rows): name_of(what) for what, rows in variants.items()}
-    if len(counts) > 1:
-        told = ", ".join(f"{name} has {count}" for count, name in counts.items())
-        raise InputError(f"the rows of a sweep count the same {each}s: {told}. Sweep them apart")
+BLOCK = 64.0
+"""Forward equivalents of a block at least: seconds of work."""
 
 
-def _written(whats: Sequence[What]) -> list[Site]:
-    """The sites to record."""
-    return sorted({place_of(what)[0] for what in whats}, key=lambda site: site.order)
+def _recorded(
+    model: Model, pairs: Pairs, targets: Targets, base: str, given: Sequence[Intervention], setting: Setting
+) -> tuple[tuple[Recording, Recording], Setting, float]:
+    """The base run (with what is given) and the source run, the setting, and the seconds that a forward pass took."""
+    if given and pairs.raw:
+        raise InputError("given= takes edits of prompts; edits that all runs on images have in common are not built")
+    fixed = fixed_parts(given, pairs.tokens(base)) if given else ()
+    sites = to_record([*targets.parts, *(one.part for one in fixed)])
+    other = PROMPTS[1 - PROMPTS.index(base)]
+    began = time.perf_counter()
+    first = record(model, pairs.inputs(base), sites, given)
+    seconds = (time.perf_counter() - began) / len(pairs)
+    return (first, record(model, pairs.inputs(other), sites)), replace(setting, fixed=fixed), seconds
 
 
-def _mask(variants: Sequence[Variant], base: Record) -> Bool[Tensor, "variant example"]:
-    """True where the example has the variant's position, at the site that is edited."""
-    return torch.stack([base.real_at(place_of(one.parts[0])[0]).sum(1) > (one.position or 0) for one in variants])
+@dataclass(frozen=True, eq=False)
+class _Sweep:
+    """A sweep whose base and source runs are recorded."""
+
+    targets: Targets
+    runs: tuple[Recording, Recording]
+    source: Source
+    pairs: Pairs
+    rows: Pairs
+    """What is run: the pairs, or two teacher-forced rows for each of them."""
+    metric: Metric
+    """Of a row."""
+    fold: Callable[[Tensor], Tensor]
+    """From values of rows to values of pairs, on the last axis."""
+    setting: Setting
+    budget: int
+    edit: str
+    seed: int
+    prompts: str
+    sink: Sink
+
+    def scores(self, blocks: Blocks, check: bool, seconds: float) -> Scores:
+        """Say the cost, then run."""
+        variants = self._variants()
+        plans = [Plan(self.runs[0], some, self.source, self.rows.ends) for some in variants.values()]
+        reason = next((plan.why_plain for plan in plans if plan.why_plain), "")
+        if reason:
+            self.sink(Event("note", "sweep", message=f"no replay: {reason}; every edited run is one whole forward"))
+        mask = self._mask(plans[0].variants)
+        estimates = [plan.estimate() for plan in plans]
+        total = self._bill(sum(estimates, Cost()), mask, len(variants))
+        self.sink(announcement("sweep", total, self.runs, seconds, self.budget))
+        groups = _together([cost.spent for cost in estimates])
+        return self._scores(variants, self._results(list(variants.values()), groups, blocks, check), mask)
+
+    def _variants(self) -> Mapping[Part, tuple[Variant, ...]]:
+        """The edited runs of every row. Raises InputError for rows that do not count the same units."""
+        each, found = self.targets.each, {}
+        for row in self.targets.rows:
+            found[row] = tuple(self.targets.variants(row, self._count(row)))
+        counts = {len(some): str(row) for row, some in found.items()}
+        if len(counts) > 1:
+            listed = ", ".join(f"{name} has {count}" for count, name in counts.items())
+            raise InputError(f"the rows of a sweep count the same {each}s: {listed}. Sweep them apart")
+        return found
+
+    def _count(self, row: Part) -> int:
+        """Positions or units of a row."""
+        site = writes_at(row)[0]
+        if self.targets.each == "position":
+            # Positions of the prompt: what follows it in teacher-forced rows is not one.
+            return self.pairs.clean.shape[1] if self.pairs.several else self.runs[0].real_at(site).shape[1]
+        units = self.targets.each in ("head", "neuron")
+        return self.runs[0][site].shape[self.targets.axis_of(row)] if units else 0
+
+    def _mask(self, variants: Sequence[Variant]) -> Bool[Tensor, "variant example"]:
+        """True where the example has the variant's position, at the site that is edited."""
+        if self.pairs.several:
+            sizes = [self.pairs.size] * len(variants)
+        else:
+            sizes = [self.runs[0].real_at(writes_at(one.parts[0])[0]).sum(1) for one in variants]
+        return torch.stack([size > (one.position or 0) for size, one in zip(sizes, variants, strict=True)])
+
+    def _results(
+        self, variants: Sequence[Sequence[Variant]], groups: Sequence[range], blocks: Blocks, check: bool
+    ) -> list[Mapping[str, NDArray[Any]]]:
+        """One block per group of rows: values [row and variant, example], cost, and error where it was looked at.
+
+        Rows of a group go up the layers together, so that batches are full.
+        """
+        names = [f"{group.start}-{group.stop} {self.targets.rows[group.start]}" for group in groups]
+        pending = [name for name in names if name not in blocks]
+        checked = pending[self.seed % len(pending)] if pending and check else None
+
+        def compute(group: range, name: str) -> dict[str, NDArray[Any]]:
+            together = [one for number in group for one in variants[number]]
+            found = evaluate(
+                self.runs[0],
+                together,
+                self.source,
+                self.rows,
+                self.metric,
+                budget=self.budget,
+                check=name == checked,
+                seed=self.seed,
+                setting=self.setting,
+            )
+            cost = torch.tensor([found.cost.spent, found.cost.naive, found.cost.skipped], dtype=torch.float64)
+            error = torch.tensor([] if found.error is None else [found.error], dtype=torch.float64)
+            return {"values": found.values.cpu().numpy(), "cost": cost.numpy(), "error": error.numpy()}
+
+        results: list[Mapping[str, NDArray[Any]]] = []
+        self.sink(Event("start", "sweep", 0, len(variants)))
+        for group, name in zip(groups, names, strict=True):
+            results.append(blocks.get(name, lambda group=group, name=name: compute(group, name)))  # type: ignore[misc]
+            self.sink(Event("advance", "sweep", group.stop, len(variants)))
+        self.sink(Event("end", "sweep", len(variants), len(variants)))
+        return results
+
+    def _scores(
+        self, variants: Mapping[Part, Sequence[Variant]], results: Sequence[Mapping[str, NDArray[Any]]], mask: Tensor
+    ) -> Scores:
+        each, rows = self.targets.each, tuple(variants)
+        values = torch.cat([torch.from_numpy(result["values"].copy()) for result in results])
+        values = self.fold(values).unflatten(0, (len(rows), -1))
+        mask = mask.expand(len(values), -1, -1)
+        costs = [Cost(float(c[0]), float(c[1]), int(c[2])) for c in (result["cost"] for result in results)]
+        plain = [self.fold(base_values(run, self.rows, self.metric, self.runs[0])) for run in self.runs]
+        errors = [float(worst) for result in results for worst in result["error"]]
+        units = each not in (None, "position")
+        return Scores(
+            values=values if each else values[:, 0],
+            base=plain[0],
+            source=plain[1],
+            mask=mask if each else mask[:, 0],
+            cost=self._bill(sum(costs, Cost()), mask[0], len(values)),
+            items=tuple(one.item for some in variants.values() for one in some) if units else rows,
+            each=each,
+            edit=self.edit,
+            metric=self.metric.name,
+            unit=self.metric.unit,
+            prompts=self.prompts,
+            error=max(errors, default=None),
+            compute=self.setting.compute,
+            rows=rows,
+            examples=Examples.of(self.runs[0].model, self.pairs, self.prompts),
+        )
+
+    def _bill(self, cost: Cost, mask: Bool[Tensor, "variant example"], count: int) -> Cost:
+        """With the base and source runs, and without the cells past an example's end, which nobody would run."""
+        runs = 2.0 * len(self.rows)
+        past = count * int((~mask).sum()) * len(self.rows) // len(self.pairs)
+        return Cost(cost.spent + runs, cost.naive - past + runs, cost.skipped - past)
 
 
-def _bill(cost: Cost, mask: Bool[Tensor, "variant example"], rows: int) -> Cost:
-    """The cost with the base and source runs, and without the cells past an example's end, which nobody would run."""
-    runs = 2.0 * mask.shape[-1]
-    past = rows * int((~mask).sum())
-    return Cost(cost.spent + runs, cost.naive - past + runs, cost.skipped - past)
+def _together(costs: Sequence[float]) -> list[range]:
+    """Neighbouring rows that make one block: enough work to fill batches, little enough to lose when killed."""
+    groups, first, size = [], 0, 0.0
+    for number, cost in enumerate(costs):
+        size += cost
+        if size >= BLOCK or number == len(costs) - 1:
+            groups.append(range(first, number + 1))
+            first, size = number + 1, 0.0
+    return groups

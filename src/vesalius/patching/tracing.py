@@ -23,15 +23,16 @@ from vesalius.jobs import Event, Sink
 from vesalius.jobs.progress import shown
 from vesalius.metric import Metric, answer_logprob
 from vesalius.model import Model
-from vesalius.patching.checking import allowance
-from vesalius.patching.cost import Cost, estimate
-from vesalius.patching.donors import Donor
+from vesalius.parts import Part, Unit
 from vesalius.patching.evaluate import TOKENS_PER_BATCH, evaluate
-from vesalius.patching.memory import announcement
-from vesalius.patching.record import Record, record
+from vesalius.patching.examples import Examples
+from vesalius.patching.plain import allowance
+from vesalius.patching.plan import Cost, Plan, announcement
+from vesalius.patching.record import Recording, record
 from vesalius.patching.scores import Scores
 from vesalius.patching.scoring import base_values
-from vesalius.patching.variants import Variant
+from vesalius.patching.sources import Source
+from vesalius.patching.targets import Variant
 from vesalius.site import Site
 
 KINDS = ("resid_post", "mlp_out", "attn_out")
@@ -52,9 +53,9 @@ class Tracing:
     """Standard deviation of the subject tokens' embeddings; the noise is a multiple of it."""
 
     def __repr__(self) -> str:
-        most = {kind: float(found.mean.nan_to_num(float("-inf")).max()) for kind, found in self.scores.items()}
-        told = ", ".join(f"{kind} up to {value:.2f}" for kind, value in most.items())
-        return f"Tracing({len(self.noised)} draws take {float(self.total.mean()):.2f}; restored: {told})"
+        most = {kind: float(found.effects.mean(-1).max()) for kind, found in self.scores.items()}
+        restored = ", ".join(f"{kind} up to {value:.2f}" for kind, value in most.items())
+        return f"Tracing({len(self.noised)} draws take {float(self.total.mean()):.2f}; restored: {restored})"
 
     def __getitem__(self, kind: str) -> Scores:
         if kind not in self.scores:
@@ -110,8 +111,8 @@ def causal_tracing(
     noises = [Noise("embed", scale=scale, std=std, seed=seed * 1_009 + draw, positions=mask) for draw in range(draws)]
     windows = {kind: _windows(model, kind, window) for kind in kinds}
     work = _Work(model, clean, pairs, metric, mask, windows, budget, seconds)
-    with shown(sink) as told:
-        return work.trace(noises, std, check, seed, told)
+    with shown(sink) as screen:
+        return work.trace(noises, std, check, seed, screen)
 
 
 def _subject(subject: Positions, tokens: Tokens) -> Bool[Tensor, "example pos"]:
@@ -124,21 +125,21 @@ def _subject(subject: Positions, tokens: Tokens) -> Bool[Tensor, "example pos"]:
     return mask
 
 
-def _windows(model: Model, kind: str, window: int) -> list[tuple[Site, ...]]:
+def _windows(model: Model, kind: str, window: int) -> list[tuple[Part, ...]]:
     """The sites restored together, for each layer."""
     n_layers, width = model.architecture[1].n_layers, 1 if kind == "resid_post" else window
     ranges = [range(max(0, n - width // 2), min(n_layers, n - width // 2 + width)) for n in range(n_layers)]
-    return [tuple(Site(kind, layer) for layer in layers) for layers in ranges]
+    return [tuple(Unit(Site(kind, layer)) for layer in layers) for layers in ranges]
 
 
 @dataclass(frozen=True, eq=False)
 class _Work:
     model: Model
-    clean: Record
+    clean: Recording
     pairs: Pairs
     metric: Metric
     mask: Bool[Tensor, "example pos"]
-    windows: Mapping[str, list[tuple[Site, ...]]]
+    windows: Mapping[str, list[tuple[Part, ...]]]
     budget: int
     seconds: float
     """Of one forward pass of one example, as it took to record the clean run."""
@@ -150,17 +151,18 @@ class _Work:
         return [Variant(some, position) for some in parts for position in range(width)]
 
     @property
-    def donor(self) -> Donor:
+    def source(self) -> Source:
         """Clean values; where attention is causal nothing differs before the first subject token."""
         first = self.mask.long().argmax(1) * int(self.clean.causal)
-        return Donor("patch", self.clean, torch.arange(len(self.pairs)), first)
+        clean = self.clean
+        return Source("patch", clean.__getitem__, lambda part: part.value(clean), torch.arange(len(self.pairs)), first)
 
     def trace(self, noises: Sequence[Noise], std: float, check: bool, seed: int, sink: Sink) -> Tracing:
         """All draws, averaged."""
-        variants, drawn, bases, cost = self.variants, [], [], Cost(2.0 * len(self.pairs), 2.0 * len(self.pairs), 0)
+        variants, drawn, bases, cost = self.variants, [], [], Cost(2.0 * len(self.pairs), 2.0 * len(self.pairs))
         if self.clean.reason:
             sink(Event("note", "tracing", message=f"no replay: {self.clean.reason}; every state is one whole forward"))
-        sink(announcement("tracing", self._quote(noises, variants), [self.clean], self.seconds, self.budget))
+        sink(announcement("tracing", self._estimate(noises, variants), [self.clean], self.seconds, self.budget))
         sink(Event("start", "tracing", 0, len(noises)))
         for number, noise in enumerate(noises):
             values, base, spent = self._draw(noise, variants)
@@ -178,14 +180,14 @@ class _Work:
             self._check(noises, variants, values, seed)
         return self._tracing(values, torch.stack(bases), std, cost)
 
-    def _quote(self, noises: Sequence[Noise], variants: Sequence[Variant]) -> Cost:
+    def _estimate(self, noises: Sequence[Noise], variants: Sequence[Variant]) -> Cost:
         """What all draws cost: those of the first one, as often as there are."""
         n, draws = float(len(self.pairs)), len(noises)
         if self.clean.reason:
             one = Cost(len(variants) * n, len(variants) * n, 0)
         else:
             noised = record(self.model, self.clean.tokens, list(self.clean.sites), [noises[0]])
-            one = estimate(noised, variants, self.donor, self.pairs.at + 1)
+            one = Plan(noised, variants, self.source, self.pairs.ends).estimate()
         return Cost((one.spent + n) * draws + 2 * n, (one.naive + n) * draws + 2 * n, one.skipped * draws)
 
     def _draw(self, noise: Noise, variants: Sequence[Variant]) -> tuple[Tensor, Tensor, Cost]:
@@ -195,21 +197,19 @@ class _Work:
             values = torch.stack([self._plain(noise, variant) for variant in variants])
             return values, self._plain(noise, None), Cost(float(values.numel() + n), float(values.numel() + n), 0)
         noised = record(self.model, self.clean.tokens, list(self.clean.sites), [noise])
-        out = evaluate(noised, variants, self.donor, self.pairs, self.metric, budget=self.budget, check=False)
+        out = evaluate(noised, variants, self.source, self.pairs, self.metric, budget=self.budget, check=False)
         return out.values, out.base, out.cost + Cost(float(n), float(n), 0)
 
     def _plain(self, noise: Noise, variant: Variant | None) -> Float[Tensor, " example"]:
         """One restoration on every example by an ordinary run with hooks."""
         edits: list[Intervention] = [noise]
-        for part in variant.parts if variant is not None else ():
-            assert variant is not None
-            assert isinstance(part, Site)
-            live = (torch.arange(self.mask.shape[1]) == variant.position) & self.clean.tokens.real
-            live &= torch.arange(self.mask.shape[1]) >= self.donor.first[:, None]
-            edits.append(Patch(part, source=self.clean.at(part), positions=live))
+        if variant is not None:
+            position = torch.arange(self.mask.shape[1])
+            live = (position == variant.position) & self.clean.tokens.real & (position >= self.source.first[:, None])
+            edits += [Patch(part, source=part.value(self.clean), positions=live) for part in variant.parts]
         logits = self.model.run(self.clean.tokens, interventions=edits).logits
         base = self.model.run(self.clean.tokens, interventions=[noise]).logits if self.metric.needs.base else None
-        return self.metric(logits, self.pairs, base)
+        return self.metric(logits, self.pairs, base).cpu()
 
     def _check(self, noises: Sequence[Noise], variants: Sequence[Variant], values: Tensor, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -230,15 +230,24 @@ class _Work:
         draws = dict(zip(self.windows, pieces, strict=True))
         share = len(self.windows)
         part = Cost(cost.spent / share, cost.naive / share, cost.skipped // share)
+        examples = Examples.of(self.model, self.pairs, "clean")
         scores = {
             kind: Scores(
-                values=_average(found, noised), base=noised.mean(0), source=clean,
-                mask=live.expand(found.shape[1], -1, -1), cost=part,
-                sites=tuple(str(Site(kind, layer)) for layer in range(found.shape[1])), each="position",
-                edit="restore", metric=self.metric.name, unit=self.metric.unit, prompts="noised",
+                values=_average(found, noised),
+                base=noised.mean(0),
+                source=clean,
+                mask=live.expand(found.shape[1], -1, -1),
+                cost=part,
+                items=tuple(Unit(Site(kind, layer)) for layer in range(found.shape[1])),
+                each="position",
+                edit="restore",
+                metric=self.metric.name,
+                unit=self.metric.unit,
+                prompts="noised",
+                examples=examples,
             )
             for kind, found in draws.items()
-        }  # fmt: skip
+        }
         return Tracing(scores, draws, noised, clean, std)
 
 

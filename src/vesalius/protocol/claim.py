@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.protocol.canonical import build, content_hash, mapping, number, plain
 
-KINDS = ("predictive", "causal", "circuit")
+SCHEMA = 2
+"""Claims of schema 1 (before quantities declared their scales) are still read, and keep their hashes."""
+_SCHEMA_1 = {"quantity": "check", "scale": "total_effect"}
+TOTAL_EFFECT = "total effect"
 DIRECTIONS = ("noising", "denoising")
 EFFECTS = ("total", "direct")
 RESERVED_LEGS = ("effect", "control")
+ORIGINS = ("effect", "scale")
+MEASURED = ("estimate", "low", "high", "n", "data_hash")
 DEFAULT_SHARE, SMALLEST_SHARE = 0.05, 0.02
 
 
@@ -27,35 +33,42 @@ def default_delta(total_effect: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One testable statement about a Part or a Circuit. Data only; its `id` is the hash of its content.
+    """One testable statement about a Part or a circuit. Data only; its `id` is the hash of its content.
 
     statement      in words
-    subject        reference to what it is about: kind, site, index, model hash ...
-    check          name of the check that measures it, with `parameters`. The rule itself reads `"test": "rank"` (legs
-                   with enough null draws use ranks) and `"clusters": [..]` (kinds of group that p-values respect)
+    subject        reference to what it is about: the Part's `ref`, its name, the model's hash
+    quantity       name of the quantity that is measured, with `parameters`. The rule itself reads `"test": "rank"`
+                   (legs with enough null draws use ranks) and `"clusters": [..]` (kinds of group that p-values respect)
     sign           +1 or -1: the predicted sign of the effect
-    delta          smallest |effect| worth claiming, > 0, in `unit`; with a total effect R never under 2 % of |R|
-    total_effect   R, clean minus corrupted, measured on discovery; required for causal claims
+    delta          smallest |effect| worth claiming, > 0, in `unit`; never under 2 % of a total effect
+    scale          what delta is measured against, on discovery, and `scale_name` what that is: a total effect R (clean
+                   minus corrupted), a standard deviation, an accuracy; required for causal claims
+    kind           free: "predictive", "causal", "circuit", ...
     control        how the matched control was chosen, and the chosen parts; empty: the claim has no control leg
     delta_c        margin over the control, default delta / 2
     nulls          (name, margin) of each further null hypothesis that must be beaten
-    condition      corruption, positions, direction ("noising" or "denoising"), effect ("total" or "direct")
+    condition      what holds while it is measured, in the quantity's words: corruption, direction ("noising" or
+                   "denoising"), effect ("total" or "direct"), prompts, ...
     n              planned number of examples
     parents        content hashes of the data it was made from
+    origin         what was measured there: "effect", of the subject itself, and "scale", each with estimate, low, high,
+                   n and data_hash. A ledger takes a claim without for exploratory: its threshold could be any number
     role           free label;  study: the study whose family it belongs to
 
-    Raises InputError for impossible values, UnknownNameError for an unknown kind, direction or effect.
+    `check=` and `total_effect=` are taken for `quantity=` and `scale=`, and can be read. Raises InputError for
+    impossible values, UnknownNameError for an unknown direction or effect.
     """
 
     statement: str
     subject: Mapping[str, Any]
-    check: str
+    quantity: str = ""
     delta: float
     n: int
     kind: str = "causal"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     sign: int = 1
-    total_effect: float | None = None
+    scale: float | None = None
+    scale_name: str = TOTAL_EFFECT
     unit: str = ""
     control: Mapping[str, Any] = field(default_factory=dict)
     delta_c: float | None = None
@@ -65,9 +78,13 @@ class Claim:
     parents: tuple[str, ...] = ()
     role: str | None = None
     study: str = ""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
 
     def __post_init__(self) -> None:
-        for name in ("subject", "parameters", "control", "condition"):
+        if self.schema not in (1, SCHEMA):
+            raise InputError(f"claims of schema {self.schema} are not understood; this version writes {SCHEMA}")
+        for name in ("subject", "parameters", "control", "condition", "origin"):
             object.__setattr__(self, name, mapping(getattr(self, name), name))
         object.__setattr__(self, "delta", number(self.delta, "delta"))
         margin = self.delta / 2 if self.delta_c is None else number(self.delta_c, "delta_c")
@@ -77,12 +94,12 @@ class Claim:
         self._check_words()
         self._check_numbers()
         self._check_share()
+        self._check_origin()
 
     def _check_words(self) -> None:
-        for name in ("statement", "check"):
+        for name in ("statement", "quantity", "kind"):
             if not str(getattr(self, name)).strip():
                 raise InputError(f"a claim needs a {name}; got {getattr(self, name)!r}")
-        _known("kind of claim", self.kind, KINDS)
         for key, known in (("direction", DIRECTIONS), ("effect", EFFECTS)):
             if key in self.condition:
                 _known(key, str(self.condition[key]), known)
@@ -101,17 +118,43 @@ class Claim:
             raise InputError(f"n, the planned number of examples, must be a positive integer; got {self.n!r}")
 
     def _check_share(self) -> None:
-        if self.total_effect is None:
+        if self.scale is None:
             if self.kind == "causal":
-                raise InputError("a causal claim needs total_effect (clean minus corrupted, measured on discovery)")
+                raise InputError("a causal claim needs scale=: the total effect, clean minus corrupted, on discovery")
             return
-        total = number(self.total_effect, "total_effect")
-        object.__setattr__(self, "total_effect", total)
-        if self.delta < SMALLEST_SHARE * abs(total) * (1 - 1e-12):
+        scale = number(self.scale, "scale")
+        object.__setattr__(self, "scale", scale)
+        if self.scale_name == TOTAL_EFFECT and self.delta < SMALLEST_SHARE * abs(scale) * (1 - 1e-12):
             raise InputError(
-                f"delta {self.delta:g} is {self.delta / abs(total):.1%} of the total effect {total:g}; effects under "
-                f"{SMALLEST_SHARE:.0%} are not worth claiming: use at least {SMALLEST_SHARE * abs(total):g}"
+                f"delta {self.delta:g} is {self.delta / abs(scale):.1%} of the total effect {scale:g}; effects under "
+                f"{SMALLEST_SHARE:.0%} are not worth claiming: use at least {SMALLEST_SHARE * abs(scale):g}"
             )
+
+    def _check_origin(self) -> None:
+        for name, measured in self.origin.items():
+            _known("origin", name, ORIGINS)
+            if not isinstance(measured, dict) or set(measured) != set(MEASURED):
+                raise InputError(f"origin {name!r} must have {', '.join(MEASURED)}; got {measured!r}")
+            number(measured["estimate"], f"origin.{name}.estimate")
+        if "scale" in self.origin:
+            stated = self.origin["scale"]["estimate"]
+            if self.scale is None or not math.isclose(stated, self.scale, rel_tol=1e-9):
+                raise InputError(f"scale is {self.scale}, but its origin measured {stated}")
+
+    @property
+    def has_fixed_scale(self) -> bool:
+        """Whether delta is on a scale that needs no measuring, such as a probability."""
+        return self.scale is None and self.scale_name != TOTAL_EFFECT
+
+    @property
+    def check(self) -> str:
+        """The quantity, by its old name."""
+        return self.quantity
+
+    @property
+    def total_effect(self) -> float | None:
+        """The scale, by its old name."""
+        return self.scale
 
     @property
     def control_margin(self) -> float:
@@ -126,26 +169,56 @@ class Claim:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists; `Claim.from_json` gives an equal claim back."""
-        return mapping({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "claim")
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "origin" or self.origin}
+        if self.schema == 1:
+            plain = {_SCHEMA_1.get(name, name): plain[name] for name in plain if name not in ("schema", "scale_name")}
+        return mapping(plain, "claim")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Claim:
         """Raises UnknownNameError for an unknown key, InputError for a missing one."""
-        return build(cls, data)
+        if not isinstance(data, Mapping) or "schema" in data:
+            return build(cls, data)
+        renamed = {old: new for new, old in _SCHEMA_1.items()}
+        return build(cls, {**{renamed.get(name, name): value for name, value in data.items()}, "schema": 1})
+
+
+def _taking_aliases(made: Callable[..., None]) -> Callable[..., None]:
+    """Claim.__init__ that takes the old names as well.
+
+    As InitVars of the dataclass they would be handed over by `dataclasses.replace`, and contradict what it changes.
+    """
+
+    @wraps(made)
+    def init(self: Claim, **given: Any) -> None:
+        for name, old in _SCHEMA_1.items():
+            value = given.pop(old, None)
+            if value is not None and given.get(name) not in ("", None, value):
+                raise InputError(f"{name}={given[name]!r} and {old}={value!r} say different things")
+            given |= {} if value is None else {name: value}
+        made(self, **given)
+
+    return init
+
+
+Claim.__init__ = _taking_aliases(Claim.__init__)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
 class Family:
-    """All claims of a study, sealed together: m is how many tests are corrected for.
+    """All claims of a study, sealed together; m is how many they are.
 
-    `exploratory` says that data of the study had been opened before the family was sealed; it is what happened, not
-    what was claimed, and therefore no part of the `id`.
+    exploratory: data of the study had been opened before the family was sealed, or what a claim was made from had not
+    been opened and measured; it is what happened, not what was claimed, and therefore no part of the `id`.
+    control_model: of a declared control, the hash of the model that all claims are tested on in place of the one that
+    they are about.
     """
 
     claims: tuple[Claim, ...]
     study: str = ""
     exploratory: bool = False
     m: int = 0
+    control_model: str = ""
 
     def __post_init__(self) -> None:
         claims = tuple(c if isinstance(c, Claim) else Claim.from_json(c) for c in self.claims)
@@ -161,11 +234,17 @@ class Family:
     @cached_property
     def id(self) -> str:
         """Content hash of the claims and the study."""
-        return content_hash({"claims": [claim.id for claim in self.claims], "m": self.m, "study": self.study})
+        content = {"claims": [claim.id for claim in self.claims], "m": self.m, "study": self.study}
+        return content_hash({**content, **self._control})
+
+    @property
+    def _control(self) -> dict[str, str]:
+        """Nothing where there is none: families that were sealed before there were any keep their hash."""
+        return {"control_model": self.control_model} if self.control_model else {}
 
     def to_json(self) -> dict[str, Any]:
         claims = [claim.to_json() for claim in self.claims]
-        return {"claims": claims, "m": self.m, "study": self.study, "exploratory": self.exploratory}
+        return {"claims": claims, "m": self.m, "study": self.study, "exploratory": self.exploratory, **self._control}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Family:

@@ -6,28 +6,39 @@ With s the sign of the claim, e_i the raw effects, c_i the matched control's and
     control   theta = mean(s e - s c) - delta_c      (when the claim names a control)
     <null>    theta = mean(s e - s b) - margin       (one leg per declared null)
 
+Every mean is over groups of the first clustering (templates), each counting once, however many examples it has: what is
+claimed is claimed about a further template, and none is worth more because more prompts were drawn from it.
+
 SUPPORTED    iff the Holm-adjusted p_S <= .05, p_S the largest p-value over legs of H0: theta <= 0.
 REFUTED      iff the Holm-adjusted p_R <= .05, p_R = min(1, K * smallest p-value over the K legs of H0: theta >= 0).
+NOT SPECIFIC instead of REFUTED, when it is the control or a null that refutes and the effect itself holds: its own p of
+             H0: theta <= 0, Holm-adjusted over the effect legs of the family, is <= .05. True, and nothing special.
 INCONCLUSIVE otherwise. A large p-value never refutes.
 
 Where the protocol leaves room, this is what is done:
 
-- p-values are clustered t (`stats.clustered_t`) by the kinds of group in the claim's parameter "clusters", which must
-  all be there; by default by "template" and "names", as far as the evidence has them, else by its first two other kinds
-  in alphabetical order. Evidence without groups is clustered by example hash: one that occurs twice counts once.
+- p-values are clustered t by the kinds of group in the claim's parameter "clusters", which must all be there; by
+  default by "template" and "names", as far as the evidence has them, else by its first two other kinds in alphabetical
+  order. A label "Mary|John" is in the groups of both names. Evidence without groups is clustered by example hash: one
+  that occurs twice counts once.
+- Each p-value is the larger of Student's and of that which holds when groups are skewed (log-normal, to the side that
+  makes the claim look good), and never below 2^-G (`stats.skewed`). With twelve templates only large effects decide
+  then; a smaller one is INCONCLUSIVE, with the number that would decide.
+- Under six effective groups (degrees of freedom + 1) nothing is decided: p = 1.
 - A claim with parameter {"test": "rank"} tests a leg other than the effect by rank when the evidence has at least
   m / alpha null draws of the mean effect under the leg's name: p = (1 + #{s draw >= s mean(e) - margin}) / (draws + 1),
   theta = s mean(e) - margin - mean(s draw). With fewer draws the paired leg is used; if there are no paired values
   either, the evidence cannot be used (ProtocolError).
 - Holm runs over the m claims of the family, for p_S and p_R separately; a claim without measured evidence, or measured
-  on fewer than two groups, counts as p = 1. As evidence comes in, adjusted p-values can only fall, so that SUPPORTED
-  and REFUTED stay.
+  on fewer than six effective groups, counts as p = 1. As evidence comes in, adjusted p-values can only fall, so that
+  SUPPORTED and REFUTED stay.
 - The reason of REFUTED is about the effect when the effect leg alone refutes (K p <= .05), or else when its p is the
-  smallest: "absent" if TOST at .05 puts the mean within +-delta, else "opposite" if the signed mean is significantly
-  below 0, else "too_small". Otherwise the control or a null refutes: "not_specific".
+  smallest: "absent" if TOST puts the mean within +-delta, else "opposite" if the signed mean is significantly below 0
+  (two-sided), else "too_small"; both at .05, Holm-adjusted over the family, since a reason is a statement as well.
+  Otherwise the control or a null refutes, of an effect that is not sure: "not_specific".
 - INCONCLUSIVE says n_too_small with the n that would reach 80 % power at alpha / m, were the true effects the observed
-  ones: for support if all observed thetas are positive, else for refutation by a leg that is not. When only the number
-  of null draws stands in the way, it says None.
+  ones: for support if all observed thetas are positive, else for refutation by a leg that is not. Each leg says it in
+  groups as well, beside the effective number it has. When only the number of null draws stands in the way, n is None.
 - An effect whose sign differs in another condition (another claim of the family on the same subject, check and unit, or
   the evidence's diagnostics "other_conditions") is capped at its named condition. Fewer than 12 groups of the first
   clustering: "on these templates only".
@@ -40,37 +51,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vesalius.errors import ProtocolError
 from vesalius.protocol import Claim, Evidence, Verdict, canonical_json
-from vesalius.stats import clustered_t, holm, n_to_decide, rank_p, tost
+from vesalius.protocol.legs import ALPHA, Floats, Labels, Leg, check_legs, clusters_of, legs_of
+from vesalius.stats import TTest, clustered_t, group_mean, holm, n_to_decide, tost
 
-ALPHA = 0.05
-GENERAL_FROM = 12
-DEFAULT_CLUSTERS = ("template", "names")
+GENERAL_FROM, FEWEST_GROUPS = 12, 6
 
-Floats = NDArray[np.float64]
-Labels = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Leg:
-    """One inequality of a claim: theta > 0 on signed effects, with both one-sided p-values and a 95 % interval.
-
-    `values` are the per-example terms of theta; None for a rank leg, which has none.
-    """
-
-    name: str
-    theta: float
-    low: float
-    high: float
-    p_greater: float
-    p_less: float
-    values: Floats | None = None
-
-    def to_json(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in ("name", "theta", "low", "high", "p_greater", "p_less")}
+_P = ("p_supported", "p_refuted", "p_effect", "p_absent", "p_opposite")
 
 
 @dataclass(frozen=True)
@@ -81,16 +69,44 @@ class _Test:
     evidence: Evidence
     clusters: tuple[Labels, ...]
     legs: tuple[Leg, ...]
+    tries: int = 1
+
+    @property
+    def decides(self) -> bool:
+        """Whether there are groups enough for any verdict."""
+        return bool(self.legs) and (self.legs[0].effective_groups or 0.0) >= FEWEST_GROUPS
 
     @property
     def p_supported(self) -> float:
-        return max((leg.p_greater for leg in self.legs), default=1.0)
+        return max(leg.p_greater for leg in self.legs) if self.decides else 1.0
 
     @property
     def p_refuted(self) -> float:
-        if not self.legs:
-            return 1.0
-        return min(1.0, len(self.legs) * min(leg.p_less for leg in self.legs))
+        return min(1.0, len(self.legs) * min(leg.p_less for leg in self.legs)) if self.decides else 1.0
+
+    @property
+    def p_effect(self) -> float:
+        """Of H0: the effect alone is no more than delta."""
+        return self.legs[0].p_greater if self.decides else 1.0
+
+    @property
+    def p_absent(self) -> float:
+        """Of H0: the effect is delta or more, on one side or the other."""
+        return tost(self.effects, self.claim.delta, *self.clusters, skewed=True) if self.decides else 1.0
+
+    @property
+    def p_opposite(self) -> float:
+        """Of H0: the effect has the claimed sign or none; two-sided."""
+        return min(1.0, 2 * self._signed.p_less_skewed) if self.decides else 1.0
+
+    @property
+    def _signed(self) -> TTest:
+        return clustered_t(self.claim.sign * self.effects, *self.clusters)
+
+    @property
+    def mean(self) -> float:
+        """Over groups, of the raw effects."""
+        return group_mean(self.effects, self.clusters[0])
 
     @property
     def effects(self) -> Floats:
@@ -102,168 +118,116 @@ class _Test:
 
 
 def decide(
-    claims: Sequence[Claim], evidences: Mapping[str, Evidence], *, exploratory: bool = False
+    claims: Sequence[Claim],
+    evidences: Mapping[str, Evidence],
+    *,
+    exploratory: bool = False,
+    tries: Mapping[str, int] | None = None,
 ) -> tuple[Verdict, ...]:
     """The verdict of every claim of a family, in order; the rule is in the module's docstring.
 
-    evidences: claim id -> its one primary evidence; claims that have none, or unmeasured evidence, count as p = 1.
+    evidences: claim id -> its one primary evidence; claims that have none, unmeasured evidence or evidence with missing
+    examples count as p = 1. tries: claim id -> how many times it was tried, default once; its p-values count as the
+    smallest of so many.
     Raises ProtocolError for evidence that lacks a leg of its claim.
     """
     m = len(claims)
-    tests = [_test(claim, evidences.get(claim.id), m) for claim in claims]
-    supported = holm([1.0 if test is None else test.p_supported for test in tests])
-    refuted = holm([1.0 if test is None else test.p_refuted for test in tests])
+    tests = [_test(claim, evidences.get(claim.id), m, (tries or {}).get(claim.id, 1)) for claim in claims]
+    adjusted = zip(*(_adjusted(tests, name).tolist() for name in _P), strict=True)
     conflicts = _conflicts([test for test in tests if test is not None])
     verdicts = []
-    for claim, test, p_s, p_r in zip(claims, tests, supported.tolist(), refuted.tolist(), strict=True):
+    for claim, test, p in zip(claims, tests, adjusted, strict=True):
         if test is None:
             verdicts.append(_unmeasured(claim, exploratory))
         else:
-            verdicts.append(_verdict(test, p_s, p_r, m, _scope(test, claim.id in conflicts), exploratory))
+            scope = _scope(test, claim.id in conflicts)
+            verdicts.append(_verdict(test, dict(zip(_P, p, strict=True)), m, scope, exploratory))
     return tuple(verdicts)
 
 
-def check_legs(claim: Claim, evidence: Evidence, m: int) -> None:
-    """Raises ProtocolError unless measured evidence holds every leg and clustering that its claim declared.
-
-    m: number of claims in the family, on which the number of null draws of a rank leg depends.
-    """
-    _clusters(claim, evidence)
-    for name in _comparisons(claim):
-        if not _by_rank(claim, evidence, name, m) and _paired(evidence, name) is None:
-            raise ProtocolError(
-                f"evidence for claim {claim.id[:12]} lacks the leg {name!r}: it needs one value per example"
-                f"{_rank_hint(claim, evidence, name, m)}"
-            )
+def _adjusted(tests: Sequence[_Test | None], name: str) -> Floats:
+    return holm([1.0 if test is None else min(1.0, test.tries * getattr(test, name)) for test in tests])
 
 
-def _test(claim: Claim, evidence: Evidence | None, m: int) -> _Test | None:
-    if evidence is None or not evidence.measured:
+def _test(claim: Claim, evidence: Evidence | None, m: int, tries: int) -> _Test | None:
+    if evidence is None or not evidence.counts:
         return None
     check_legs(claim, evidence, m)
-    clusters = _clusters(claim, evidence)
+    clusters = clusters_of(claim, evidence)
     testable = evidence.n >= 2 and all(len(set(labels)) >= 2 for labels in clusters)
-    return _Test(claim, evidence, clusters, _legs(claim, evidence, clusters, m) if testable else ())
+    return _Test(claim, evidence, clusters, legs_of(claim, evidence, clusters, m) if testable else (), tries)
 
 
-def _clusters(claim: Claim, evidence: Evidence) -> tuple[Labels, ...]:
-    declared = claim.parameters.get("clusters")
-    present = [kind for kind in DEFAULT_CLUSTERS if kind in evidence.groups] or sorted(evidence.groups)[:2]
-    kinds = present if declared is None else list(declared)
-    missing = [kind for kind in kinds if kind not in evidence.groups]
-    if missing or len(kinds) > 2:
-        raise ProtocolError(
-            f"claim {claim.id[:12]} is clustered by {kinds}, but the evidence has groups {sorted(evidence.groups)}; "
-            "declare at most two kinds that the data have"
-        )
-    return tuple(evidence.groups[kind] for kind in kinds) or (evidence.example_hashes,)
-
-
-def _legs(claim: Claim, evidence: Evidence, clusters: tuple[Labels, ...], m: int) -> tuple[Leg, ...]:
-    signed = claim.sign * np.array(evidence.effects)
-    legs = [_paired_leg("effect", signed - claim.delta, clusters)]
-    for name, margin in _comparisons(claim).items():
-        if _by_rank(claim, evidence, name, m):
-            legs.append(_rank_leg(name, signed.mean() - margin, claim.sign * np.array(evidence.draws[name])))
-        else:
-            other = claim.sign * np.array(_paired(evidence, name))
-            legs.append(_paired_leg(name, signed - other - margin, clusters))
-    return tuple(legs)
-
-
-def _comparisons(claim: Claim) -> dict[str, float]:
-    """Margin of each leg that compares with something: the control, then the declared nulls."""
-    control = {"control": claim.control_margin} if claim.control else {}
-    return control | dict(claim.nulls)
-
-
-def _paired(evidence: Evidence, name: str) -> tuple[float, ...] | None:
-    return evidence.control if name == "control" else evidence.nulls.get(name)
-
-
-def _by_rank(claim: Claim, evidence: Evidence, name: str, m: int) -> bool:
-    enough = len(evidence.draws.get(name, ())) >= m / ALPHA * (1 - 1e-12)
-    return claim.parameters.get("test") == "rank" and enough
-
-
-def _rank_hint(claim: Claim, evidence: Evidence, name: str, m: int) -> str:
-    if claim.parameters.get("test") != "rank":
-        return ""
-    return f", or at least {math.ceil(m / ALPHA - 1e-9)} null draws ({len(evidence.draws.get(name, ()))} given)"
-
-
-def _paired_leg(name: str, values: Floats, clusters: tuple[Labels, ...]) -> Leg:
-    test = clustered_t(values, *clusters)
-    return Leg(name, test.estimate, test.low, test.high, test.p_greater, test.p_less, values)
-
-
-def _rank_leg(name: str, observed: float, draws: Floats) -> Leg:
-    low, high = np.quantile(observed - draws, [0.025, 0.975]).tolist()
-    greater, less = rank_p(observed, draws), rank_p(-observed, -draws)
-    return Leg(name, float(observed - draws.mean()), low, high, greater, less)
-
-
-def _verdict(test: _Test, p_s: float, p_r: float, m: int, scope: str, exploratory: bool) -> Verdict:
-    outcome, reason, enough = _outcome(test, p_s, p_r, m)
+def _verdict(test: _Test, p: Mapping[str, float], m: int, scope: str, exploratory: bool) -> Verdict:
+    """p: Holm-adjusted, by name (`_P`)."""
+    outcome, reason, enough = _outcome(test, p, m)
     interval = clustered_t(test.effects, *test.clusters) if test.legs else None
     return Verdict(
         claim_id=test.claim.id,
         outcome=outcome,
         reason=reason,
         p_supported=test.p_supported,
-        p_supported_holm=p_s,
+        p_supported_holm=p["p_supported"],
         p_refuted=test.p_refuted,
-        p_refuted_holm=p_r,
-        estimate=float(test.effects.mean()),
+        p_refuted_holm=p["p_refuted"],
+        estimate=test.mean,
         low=interval.low if interval else None,
         high=interval.high if interval else None,
         n=test.evidence.n,
         n_groups=test.n_groups,
-        legs=tuple(leg.to_json() for leg in test.legs),
+        legs=tuple(leg.to_json() | _to_decide(leg, test, m, outcome) for leg in test.legs),
         n_to_decide=enough,
         scope=scope,
         exploratory=exploratory,
     )
 
 
-def _outcome(test: _Test, p_s: float, p_r: float, m: int) -> tuple[str, str | None, int | None]:
-    if p_s <= ALPHA:
+def _outcome(test: _Test, p: Mapping[str, float], m: int) -> tuple[str, str | None, int | None]:
+    if p["p_supported"] <= ALPHA:
         return "SUPPORTED", None, None
-    if p_r <= ALPHA:
-        return "REFUTED", _why_refuted(test), None
+    if p["p_refuted"] <= ALPHA:
+        why = _why_refuted(test, p)
+        special = why == "not_specific" and p["p_effect"] <= ALPHA
+        return ("NOT SPECIFIC", None, None) if special else ("REFUTED", why, None)
     enough = _n_to_decide(test, m)
-    limited_by_draws = bool(test.legs) and enough is None
+    limited_by_draws = test.decides and enough is None
     return "INCONCLUSIVE", None if limited_by_draws else "n_too_small", enough
 
 
-def _why_refuted(test: _Test) -> str:
+def _why_refuted(test: _Test, p: Mapping[str, float]) -> str:
     effect = test.legs[0]
     alone = len(test.legs) * effect.p_less <= ALPHA
     if not alone and effect.p_less > min(leg.p_less for leg in test.legs):
         return "not_specific"
-    signed = test.claim.sign * test.effects
-    if tost(signed, test.claim.delta, *test.clusters) <= ALPHA:
+    if p["p_absent"] <= ALPHA:
         return "absent"
-    return "opposite" if clustered_t(signed, *test.clusters).p_less <= ALPHA else "too_small"
+    return "opposite" if p["p_opposite"] <= ALPHA else "too_small"
 
 
 def _n_to_decide(test: _Test, m: int) -> int | None:
-    paired = [leg for leg in test.legs if leg.values is not None]
     wrong = [leg for leg in test.legs if leg.theta <= 0]
     if not wrong:
         if any(leg.values is None and leg.p_greater > ALPHA / m for leg in test.legs):
             return None
-        needed = max((_needed(leg, test, ALPHA / m, 1) for leg in paired), default=math.inf)
+        needed = max((_needed(leg, test, m) for leg in test.legs if leg.values is not None), default=math.inf)
     else:
-        each = ALPHA / (m * len(test.legs))
-        needed = min((_needed(leg, test, each, -1) for leg in wrong if leg.values is not None), default=math.inf)
+        needed = min((_needed(leg, test, m) for leg in wrong if leg.values is not None), default=math.inf)
     # The power is an expectation; what was measured already has not decided, so it takes at least one more.
     return None if math.isinf(needed) else max(int(needed), test.evidence.n + 1)
 
 
-def _needed(leg: Leg, test: _Test, alpha: float, side: int) -> float:
-    assert leg.values is not None
-    return n_to_decide(side * leg.values, *test.clusters, alpha=alpha)
+def _needed(leg: Leg, test: _Test, m: int) -> float:
+    """Examples with which a leg would likely be decided on the side where it lies."""
+    assert leg.values is not None and leg.effective_groups is not None
+    side, alpha = (1, ALPHA / m) if leg.theta > 0 else (-1, ALPHA / (m * len(test.legs)))
+    fewest = math.ceil(FEWEST_GROUPS * test.evidence.n / leg.effective_groups)
+    return max(fewest, n_to_decide(side * leg.values, *test.clusters, alpha=alpha, skewed=True))
+
+
+def _to_decide(leg: Leg, test: _Test, m: int, outcome: str) -> dict[str, int | None]:
+    """The same in groups of the first clustering; None where the claim is decided or no number would do."""
+    needed = math.inf if outcome != "INCONCLUSIVE" or leg.values is None else _needed(leg, test, m)
+    return {"groups_to_decide": None if math.isinf(needed) else math.ceil(needed * test.n_groups / test.evidence.n)}
 
 
 def _scope(test: _Test, sign_differs: bool) -> str:
@@ -278,18 +242,18 @@ def _conflicts(tests: Sequence[_Test]) -> set[str]:
     known: dict[str, list[tuple[str, float]]] = {}
     for test in tests:
         named = test.evidence.diagnostics.get("other_conditions", {})
-        here = (canonical_json(test.claim.condition), float(test.effects.mean()))
+        here = (canonical_json(test.claim.condition), test.mean)
         known.setdefault(_about(test), []).append(here)
         known.setdefault(test.claim.id, []).extend((name, float(mean)) for name, mean in named.items())
     return {test.claim.id for test in tests if _differs(test, known[_about(test)] + known[test.claim.id])}
 
 
 def _about(test: _Test) -> str:
-    return canonical_json([test.claim.subject, test.claim.check, test.claim.unit])
+    return canonical_json([test.claim.subject, test.claim.quantity, test.claim.unit])
 
 
 def _differs(test: _Test, elsewhere: Sequence[tuple[str, float]]) -> bool:
-    condition, here = canonical_json(test.claim.condition), float(test.effects.mean())
+    condition, here = canonical_json(test.claim.condition), test.mean
     return any(other != condition and here * mean < 0 for other, mean in elsewhere)
 
 

@@ -14,17 +14,29 @@ OUTSIDE = ("embed", "logits")
 def check_consistency(summary: Mapping[str, Any]) -> None:
     """Raises InputError or UnknownNameError, naming the path. The summary already has the right keys and types."""
     question = summary["question"]
+    for split, used in question["used"].items():
+        # A template that fails the gate takes prompts away; none can come from elsewhere.
+        if used > question["n"][split]:
+            raise InputError(f"summary.question.used.{split} is {used} but there are {question['n'][split]} prompts")
     for corruption in question["corruptions"]:
         _known(corruption, question["prompts"], "corruption without an example in summary.question.prompts:")
     if summary["effects"] is not None:
         _check_effects(summary["effects"], question["corruptions"])
     if summary["circuit"] is not None:
         _check_circuit(summary["circuit"], summary["effects"], summary["claims"])
+    for index, row in enumerate(summary["gate"]["templates"]):
+        _check_template(row, f"summary.gate.templates[{index}]")
     for index, head in enumerate(summary["attention"]):
-        _check_attention(head, f"summary.attention[{index}]")
+        _check_attention(head, summary["attention"][0], f"summary.attention[{index}]")
     for key in ("claims", "trained_claims_on_control"):
         for index, claim in enumerate(summary[key] or ()):
             _check_claim(claim, f"summary.{key}[{index}]")
+
+
+def _check_template(row: Mapping[str, Any], path: str) -> None:
+    # Choosing validation prompts by what the model answers on them would bias every verdict.
+    if row["split"] == "validation" and row["passed"] is not None:
+        raise InputError(f"{path}.passed is {row['passed']}; validation templates are not judged, so it must be null")
 
 
 def _check_effects(effects: Mapping[str, Any], corruptions: Iterable[str]) -> None:
@@ -48,16 +60,30 @@ def _check_circuit(circuit: Mapping[str, Any], effects: Mapping[str, Any] | None
             _known(member["component"], effects["components"], f"component in {path}")
         for claim in member["claims"]:
             _known(claim, ids, f"claim in {path}")
+        _check_uncertain(member, path)
     for index, edge in enumerate(circuit["edges"]):
         for end in ("source", "target"):
             _known(edge[end], (*members, *OUTSIDE), f"{end} of summary.circuit.edges[{index}]")
 
 
-def _check_attention(head: Mapping[str, Any], path: str) -> None:
-    count = len(head["tokens"])
-    _same_length(head["pattern"], count, f"{path}.pattern", f"{path}.tokens")
-    for index, row in enumerate(head["pattern"]):
-        _same_length(row, count, f"{path}.pattern[{index}]", f"{path}.tokens")
+def _check_uncertain(member: Mapping[str, Any], path: str) -> None:
+    low, high = member["effect"]["low"], member["effect"]["high"]
+    if low is None or high is None:
+        return
+    # An interval that ends at zero exactly may be called either.
+    if (low < 0 < high and not member["uncertain"]) or (member["uncertain"] and not low <= 0 <= high):
+        raise InputError(f"{path}.uncertain is {member['uncertain']} but its interval is [{low}, {high}]")
+
+
+def _check_attention(head: Mapping[str, Any], first: Mapping[str, Any], path: str) -> None:
+    _same_length(head["prompts"], len(first["prompts"]), f"{path}.prompts", "summary.attention[0].prompts")
+    for number, (prompt, other) in enumerate(zip(head["prompts"], first["prompts"], strict=True)):
+        here, count = f"{path}.prompts[{number}]", len(prompt["tokens"])
+        if prompt["tokens"] != other["tokens"]:
+            raise InputError(f"{here}.tokens differ from summary.attention[0]'s; every head has the same prompts")
+        _same_length(prompt["pattern"], count, f"{here}.pattern", f"{here}.tokens")
+        for index, row in enumerate(prompt["pattern"]):
+            _same_length(row, count, f"{here}.pattern[{index}]", f"{here}.tokens")
 
 
 def _check_claim(claim: Mapping[str, Any], path: str) -> None:

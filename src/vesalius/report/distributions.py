@@ -11,7 +11,6 @@ from vesalius.report.scales import Scale, around
 BINS = 70
 PANEL_WIDTH, PANEL_LEFT = 520.0, 12.0
 LINE_WIDTH, BAR_TOP, BAR_BASE = 760.0, 26.0, 92.0
-WORST, BEST = -0.5, 1.6
 ROW_HEIGHT, ROWS_LEFT, ROWS_TOP, MOST_ROWS = 15.0, 40.0, 10.0, 16
 MAIN_CLAIMS, MAIN_SUPPORTED = 8, 6
 
@@ -57,16 +56,12 @@ class Spread:
 
 
 def against_random(circuit: Mapping[str, Any]) -> list[Against]:
-    """One panel per ablation, all on one scale that holds 0 and 1 (nothing kept, everything kept).
-
-    Single prompts far outside (below -0.5, above 1.6) are drawn at the edge.
-    """
+    """One panel per ablation, all on one scale that holds every prompt, and 0 and 1 (nothing and everything kept)."""
     entries = circuit["faithfulness"]
     ends = [entry[name] for entry in entries for name in ("low", "high", "estimate")]
     random = [value for entry in entries if entry["random"] for value in entry["random"]["values"]]
     every = [value for entry in entries for value in entry["per_example"]]
-    known = [min(max(value, WORST), BEST) for value in [0.0, 1.0, *ends, *random, *every] if value is not None]
-    scale = around(known, PANEL_LEFT, LINE_WIDTH - PANEL_LEFT, pad=0.03)
+    scale = around([0.0, 1.0, *ends, *random, *every], PANEL_LEFT, LINE_WIDTH - PANEL_LEFT, pad=0.03)
     rest = {entry["ablation"]: entry for entry in circuit["completeness"]}
     return [_against(entry, rest.get(entry["ablation"]), scale) for entry in entries]
 
@@ -81,6 +76,7 @@ def _against(entry: Mapping[str, Any], rest: Mapping[str, Any] | None, scale: Sc
     heights = [round((BAR_BASE - BAR_TOP) * count / tallest, 1) for count in counts]
     bars = [(round(scale.start + i * width, 1), BAR_BASE - h, h) for i, h in enumerate(heights) if h]
     dots = [
+        # On four lines, so that prompts of about one value can be told apart.
         (scale(value), BAR_BASE + 8 + 3.5 * (i % 4))
         for i, value in enumerate(entry["per_example"])
         if value is not None
@@ -88,15 +84,21 @@ def _against(entry: Mapping[str, Any], rest: Mapping[str, Any] | None, scale: Sc
     return Against(entry["ablation"], entry, rest, scale, tuple(bars), round(width - 1, 2), tuple(dots))
 
 
+def drawable(claims: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The claims that have more than one example to draw."""
+    return [claim for claim in claims if len(claim["values"]) > 1 and claim["estimate"] is not None]
+
+
 def main_claims(claims: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The claims whose distributions are drawn: the largest supported ones, one per part, then the largest others."""
-    drawn = sorted((c for c in claims if len(c["values"]) > 1 and c["estimate"] is not None), key=_importance)
+    """The claims whose distributions are shown at once: the largest supported ones, one per part, then the others."""
     first: dict[str, Mapping[str, Any]] = {}
-    for claim in drawn:
+    # One claim a part: three panels of one head would push the others out of sight.
+    for claim in sorted(drawable(claims), key=_importance):
         first.setdefault(claim["component"] or claim["id"], claim)
     kept = list(first.values())
     supported = [c for c in kept if c["verdict"] == "SUPPORTED"]
     others = [c for c in kept if c["verdict"] != "SUPPORTED"]
+    # What was not supported is evidence too, so some room is kept for it.
     room = max(MAIN_SUPPORTED, MAIN_CLAIMS - len(others))
     return supported[:room] + others[: MAIN_CLAIMS - len(supported[:room])]
 
@@ -121,6 +123,7 @@ def _groups(claim: Mapping[str, Any], numbers: Mapping[str, int]) -> list[tuple[
     """(label, title, indices of examples) per template; one group when there are no templates or too many to draw."""
     every = list(range(len(claim["values"])))
     names = sorted(set(claim["templates"]), key=lambda name: (numbers.get(name, 1 << 30), name))
+    # Many templates of one prompt each would make a row for every dot.
     if not 1 < len(names) <= MOST_ROWS:
         return [("all", "all examples", every)]
     members = {name: [i for i in every if claim["templates"][i] == name] for name in names}

@@ -1,4 +1,7 @@
-"""A small forest plot for one line of a table: interval, estimate, the band of effects too small to claim, control."""
+"""A small forest plot for one line of a table: interval, estimate, the band of effects too small to claim, control.
+
+All of them are on square-root scales, so that the embedding's 100 % and a head's 2 % have room on one axis.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,20 @@ from typing import Any
 
 from vesalius.report.scales import Scale, around
 
-WIDTH, HEIGHT, MARGIN = 190.0, 26.0, 6.0
+WIDTH, HEIGHT, MARGIN = 190.0, 26.0, 10.0
+TICKS = 4
 
 
 @dataclass(frozen=True)
 class Forest:
-    """Pixel places along one line; what was not measured is None. `beyond` (-1, 1): the point is off the scale."""
+    """Pixel places along one line; what was not measured is None. ticks: (pixel, value), for an axis."""
 
     zero: float
     band: tuple[float, float] | None
     line: tuple[float, float] | None
     point: float | None
     control: float | None
-    beyond: int = 0
+    ticks: tuple[tuple[float, float], ...]
     width: float = WIDTH
     height: float = HEIGHT
 
@@ -36,14 +40,14 @@ def forest(
         None if low is None or high is None else (scale(low), scale(high)),
         None if point is None else scale(point),
         None if control is None else scale(control),
-        0 if point is None or scale.holds(point) else 1 if point > 0 else -1,
+        tuple(scale.ticks(TICKS)),
     )
 
 
 def shared_scale(found: Sequence[Mapping[str, Any]], extra: Sequence[float | None] = ()) -> Scale:
-    """One scale for estimates that are read against each other."""
+    """One scale for estimates that are read against each other; it holds all of them, with their intervals."""
     ends = [item[name] for item in found for name in ("low", "high", "estimate")]
-    return around([*ends, *extra], MARGIN, WIDTH - MARGIN)
+    return around([*ends, *extra], MARGIN, WIDTH - MARGIN, pad=0.02, root=True)
 
 
 def forests(claims: Sequence[Mapping[str, Any]]) -> list[Forest]:
@@ -51,6 +55,7 @@ def forests(claims: Sequence[Mapping[str, Any]]) -> list[Forest]:
     scales = {}
     for unit in {claim["unit"] for claim in claims}:
         alike = [claim for claim in claims if claim["unit"] == unit]
+        # Thresholds and controls belong on the axis too: a verdict is read from how the three lie.
         extra = [value for claim in alike for value in (claim["delta"], claim["control_estimate"])]
         scales[unit] = shared_scale(alike, [*extra, *(None if c["delta"] is None else -c["delta"] for c in alike)])
     return [forest(c, scales[c["unit"]], delta=c["delta"], control=c["control_estimate"]) for c in claims]

@@ -9,7 +9,7 @@ from typing import Any
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.report.words import VERDICTS, number
 
-_COLOURS = {"SUPPORTED": "#0b6b58", "REFUTED": "#a8321a", "INCONCLUSIVE": "#6a6456"}
+_COLOURS = {"SUPPORTED": "#0b6b58", "REFUTED": "#a8321a", "NOT SPECIFIC": "#6b4aa8", "INCONCLUSIVE": "#6a6456"}
 _CELL = "padding:2px 12px 2px 0;text-align:{};vertical-align:top"
 
 
@@ -18,6 +18,7 @@ def table(rows: Sequence[Mapping[str, Any]], *, caption: str = "") -> str:
 
     Raises InputError when a row has other keys than the first.
     """
+    # By the first row's keys: a column that only later rows have would be a table that lies about the first.
     names = list(rows[0]) if rows else []
     for index, row in enumerate(rows):
         if list(row) != names:
@@ -29,7 +30,7 @@ def table(rows: Sequence[Mapping[str, Any]], *, caption: str = "") -> str:
 
 
 def verdict(outcome: str) -> str:
-    """A verdict as a coloured word with its sign. Raises UnknownNameError for anything but the three outcomes."""
+    """A verdict as a coloured word with its sign. Raises UnknownNameError for anything but the four outcomes."""
     if outcome not in VERDICTS:
         raise UnknownNameError("verdict", outcome, VERDICTS)
     word, sign = VERDICTS[outcome]

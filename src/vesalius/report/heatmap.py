@@ -1,4 +1,8 @@
-"""Layer x head heatmap of effects, with a row for the MLPs and a column for the embedding; one per condition."""
+"""Layer x head heatmap of effects, with a row for the MLPs and a column for the embedding; one per condition.
+
+It is a table and not a drawing: every cell has its row's and its column's header, for screen readers and for the
+arrow keys, and its number as text.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +10,39 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vesalius.report.scales import LEVELS, diverging, nice
-from vesalius.report.words import component, estimate, number
+from vesalius.errors import InputError
+from vesalius.report.scales import LEVELS, Scale, diverging
+from vesalius.report.words import SHARE, component, estimate, number
 from vesalius.site import Site
 
-WIDTH, LEFT, TOP, GAP = 1080.0, 64.0, 26.0, 7.0
 RANKED = 12
+MOST_NUMBERED = 36
+"""Layers up to which a cell is wide enough for its number."""
+STEP_WIDTH = 16.0
+INPUT = "input"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One component: place, colour class, what the pointer shows, and the marks drawn on it."""
+    """One component: its number, colour class, what the pointer shows, and the marks drawn on it.
 
-    x: float
-    y: float
+    silent: its number rounds to zero and is there for screen readers only.
+    """
+
+    text: str
     colour: str
+    silent: bool
     title: str
-    suppresses: bool
     conflict: bool
     member: bool
 
 
 @dataclass(frozen=True)
-class Label:
-    """Text at a place."""
+class Line:
+    """A row of the table: a head of every layer, or their MLPs. None where there is no such component."""
 
-    x: float
-    y: float
-    text: str
+    name: str
+    cells: tuple[Cell | None, ...]
 
 
 @dataclass(frozen=True)
@@ -51,111 +60,122 @@ class Row:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Geometry of one condition's heatmap, and its ranking by size of effect."""
+    """One condition's heatmap, and its ranking by size of effect. columns: "input", then the layers."""
 
     corruption: str
     direction: str
-    width: float
-    height: float
-    cell_width: float
-    cell_height: float
     limit: float
     unit: str
-    cells: tuple[Cell, ...]
-    layers: tuple[Label, ...]
-    rows: tuple[Label, ...]
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
     ranking: tuple[Row, ...]
     description: str
 
     @property
-    def legend(self) -> list[str]:
-        """Colour classes from the strongest suppression (-limit) over 0 to the strongest help (limit)."""
-        return [diverging(step / LEVELS * self.limit, self.limit) for step in range(-LEVELS, LEVELS + 1)]
-
-
-@dataclass(frozen=True)
-class _Grid:
-    columns: int
-    heads: int
-    names: tuple[str, ...]
-    """Rows under the heads: MLP, then whatever else occurs."""
-    cell_width: float
-    cell_height: float
-
-    def place(self, site: Site) -> tuple[float, float]:
-        column = 0 if site.layer is None else site.layer + 1
-        x = LEFT + column * self.cell_width + (GAP if column else 0)
-        if site.kind == "z" and site.index is not None:
-            return x, TOP + site.index * self.cell_height
-        return x, TOP + (GAP if self.heads else 0) + (self.heads + self.names.index(_row(site))) * self.cell_height
+    def numbered(self) -> bool:
+        """Whether there is room for numbers in the cells."""
+        return len(self.columns) <= MOST_NUMBERED
 
     @property
-    def height(self) -> float:
-        return TOP + GAP + (self.heads + len(self.names)) * self.cell_height + 26
+    def legend(self) -> list[str]:
+        """Colour classes from the strongest suppression (-limit) over 0 to the strongest help (limit)."""
+        return [diverging(sign * _middle(step) * self.limit, self.limit) for sign, step in _STEPS]
+
+    @property
+    def legend_ticks(self) -> list[tuple[float, float]]:
+        """(pixel, value) under the legend, each class of which is `STEP_WIDTH` wide."""
+        width = STEP_WIDTH * len(_STEPS)
+        return Scale(-self.limit, self.limit, STEP_WIDTH / 2, width - STEP_WIDTH / 2, root=True).ticks(5)
+
+
+_STEPS = [(-1, step) for step in range(LEVELS, 0, -1)] + [(1, step) for step in range(LEVELS + 1)]
+
+
+def _middle(step: int) -> float:
+    return (step / LEVELS) ** 2
 
 
 def heatmaps(effects: Mapping[str, Any], members: Collection[str]) -> list[Heatmap]:
-    """One heatmap per condition, all on one colour scale, so that switching between them compares."""
-    sites = [Site.parse(name) for name in effects["components"]]
-    grid, limit = _grid(sites), _limit(effects["conditions"], sites)
-    return [_heatmap(effects, condition, sites, grid, limit, members) for condition in effects["conditions"]]
+    """One heatmap per condition, all on one colour scale, so that switching between them compares.
+
+    Components that are no head, MLP or other site of a layer stand in the ranking only.
+    """
+    sites = [_site(name) for name in effects["components"]]
+    # The largest effect of all has the deepest colour: a scale that stopped earlier would hide how much larger it is.
+    means = [abs(value) for condition in effects["conditions"] for value in condition["mean"] if value is not None]
+    limit = max(means, default=0.0) or 1.0
+    return [_heatmap(effects, condition, sites, limit, members) for condition in effects["conditions"]]
 
 
-def _limit(conditions: Sequence[Mapping[str, Any]], sites: Sequence[Site]) -> float:
-    # The embedding and the first MLP carry nearly everything; on their scale no head could be seen.
-    inner = [index for index, site in enumerate(sites) if site.layer is not None] or range(len(sites))
-    means = (found["mean"][index] for found in conditions for index in inner)
-    sizes = sorted(abs(value) for value in means if value is not None)
-    return nice(sizes[int(0.985 * (len(sizes) - 1))]) if sizes and sizes[-1] > 0 else 1.0
+def _site(name: str) -> Site | None:
+    try:
+        return Site.parse(name)
+    except InputError:
+        return None
 
 
-def _grid(sites: Sequence[Site]) -> _Grid:
-    columns = 2 + max((site.layer for site in sites if site.layer is not None), default=0)
-    heads = 1 + max((site.index for site in sites if site.kind == "z" and site.index is not None), default=-1)
-    names = dict.fromkeys(_row(site) for site in sorted(sites, key=_row_order) if not _is_head(site))
-    width = min(36.0, (WIDTH - LEFT - GAP - 4) / columns)
-    height = min(28.0, max(9.0, min(width * 0.8, 620 / max(heads, 1))))
-    return _Grid(columns, heads, tuple(names), round(width, 2), round(height, 2))
+@dataclass(frozen=True, order=True)
+class _Line:
+    """Where a row stands: heads by number, then the MLPs, then whatever else occurs; a second stack under the first."""
+
+    stack: str
+    group: int
+    head: int
+    kind: str
+
+    @property
+    def name(self) -> str:
+        """What stands at its left."""
+        return f"{self.stack} {(f'head {self.head}', 'MLP', self.kind)[self.group]}".strip()
 
 
-def _is_head(site: Site) -> bool:
-    return site.kind == "z" and site.index is not None
-
-
-def _row(site: Site) -> str:
-    return "MLP" if site.kind in ("mlp_out", "embed") else site.kind
-
-
-def _row_order(site: Site) -> tuple[bool, str]:
-    return _row(site) != "MLP", _row(site)
+def _place(site: Site | None) -> tuple[_Line, str] | None:
+    """Row and column of the table."""
+    if site is not None and site.kind == "embed":
+        return _Line(site.stack, 1, 0, "mlp_out"), INPUT
+    if site is None or site.layer is None:
+        return None
+    if site.kind == "z" and site.index is not None:
+        return _Line(site.stack, 0, site.index, "z"), str(site.layer)
+    return _Line(site.stack, 1 if site.kind == "mlp_out" else 2, 0, site.kind), str(site.layer)
 
 
 def _heatmap(
     effects: Mapping[str, Any],
     condition: Mapping[str, Any],
-    sites: Sequence[Site],
-    grid: _Grid,
+    sites: Sequence[Site | None],
     limit: float,
     members: Collection[str],
 ) -> Heatmap:
     rows = [_ranked(index, effects, condition, members) for index in range(len(sites))]
-    cells = tuple(_cell(row, site, grid, limit, effects["unit"]) for row, site in zip(rows, sites, strict=True))
+    columns = _columns(sites)
+    cells = {
+        place: _cell(row, limit, effects["unit"])
+        for row, site in zip(rows, sites, strict=True)
+        if (place := _place(site)) is not None
+    }
+    lines = [
+        Line(line.name, tuple(cells.get((line, column)) for column in columns))
+        for line in sorted({line for line, _ in cells})
+    ]
     ranking = sorted((row for row in rows if row.effect["estimate"] is not None), key=_size, reverse=True)[:RANKED]
     return Heatmap(
         condition["corruption"],
         condition["direction"],
-        round(LEFT + GAP + grid.columns * grid.cell_width + 4, 1),
-        round(grid.height, 1),
-        grid.cell_width,
-        grid.cell_height,
         limit,
         effects["unit"],
-        cells,
-        _layer_labels(grid),
-        _row_labels(grid),
+        columns,
+        tuple(lines),
         tuple(ranking),
         _description(condition, ranking, effects["unit"]),
     )
+
+
+def _columns(sites: Sequence[Site | None]) -> tuple[str, ...]:
+    # Every layer has a column, also one of which nothing was patched: gaps are seen as gaps.
+    layers = 1 + max((site.layer for site in sites if site is not None and site.layer is not None), default=-1)
+    outside = [INPUT] if any(site is not None and site.kind == "embed" for site in sites) else []
+    return (*outside, *map(str, range(layers)))
 
 
 def _size(row: Row) -> float:
@@ -176,33 +196,21 @@ def _ranked(index: int, effects: Mapping[str, Any], condition: Mapping[str, Any]
     )
 
 
-def _cell(row: Row, site: Site, grid: _Grid, limit: float, unit: str) -> Cell:
-    x, y = grid.place(site)
+def _cell(row: Row, limit: float, unit: str) -> Cell:
     mean = row.effect["estimate"]
     notes = ("in the circuit" if row.member else "", "sign differs between conditions" if row.conflict else "")
     title = "; ".join([f"{component(row.component)}: {estimate(row.effect, unit)}", *filter(None, notes)])
-    suppresses = mean is not None and mean <= -0.15 * limit
-    return Cell(round(x, 1), round(y, 1), diverging(mean, limit), title, suppresses, row.conflict, row.member)
+    text = _short(mean, unit)
+    return Cell(text, diverging(mean, limit), text == "0", title, row.conflict, row.member)
 
 
-def _layer_labels(grid: _Grid) -> tuple[Label, ...]:
-    every = 1 if grid.cell_width >= 18 else 2 if grid.cell_width >= 11 else 5
-    middle = LEFT + GAP + 1.5 * grid.cell_width
-    shown = range(0, grid.columns - 1, every)
-    outside = Label(round(LEFT + 0.5 * grid.cell_width, 1), TOP - 8, "emb")
-    return (outside, *(Label(round(middle + layer * grid.cell_width, 1), TOP - 8, str(layer)) for layer in shown))
-
-
-def _row_labels(grid: _Grid) -> tuple[Label, ...]:
-    every = 1 if grid.cell_height >= 11 else 4
-    middle = TOP + 0.5 * grid.cell_height + 4
-    heads = [
-        Label(LEFT - 8, round(middle + head * grid.cell_height, 1), f"head {head}")
-        for head in range(0, grid.heads, every)
-    ]
-    start = middle + (GAP if grid.heads else 0) + grid.heads * grid.cell_height
-    rest = [Label(LEFT - 8, round(start + i * grid.cell_height, 1), name) for i, name in enumerate(grid.names)]
-    return (*heads, *rest)
+def _short(value: float | None, unit: str) -> str:
+    """Two digits at most, for a narrow cell; shares in per cent without the sign for it."""
+    if value is None:
+        return number(None)
+    shown = 100 * value if unit.startswith(SHARE) else value
+    text = f"{shown:.0f}" if unit.startswith(SHARE) or abs(shown) >= 10 else f"{shown:.1f}"
+    return ("0" if float(text) == 0 else text).replace("-", "−")
 
 
 def _description(condition: Mapping[str, Any], ranking: Sequence[Row], unit: str) -> str:

@@ -41,6 +41,7 @@ class Histogram:
 
 def cosines(found: Mapping[str, Any], name: str) -> Histogram:
     """Cosines of one histogram (key `name`) against its null; empty bins at either end are not drawn."""
+    # Cosines run from -1 to 1, but most dictionaries use a narrow part of that.
     used = [number for number, pair in enumerate(zip(found[name], found["null"], strict=True)) if any(pair)]
     first, stop = (used[0], used[-1] + 1) if used else (0, len(found["null"]))
     edges, counts, null = found["edges"][first : stop + 1], found[name][first:stop], found["null"][first:stop]

@@ -5,12 +5,12 @@ A description can be held against a value (`check_node`) and printed (`rows`), s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vesalius.errors import InputError, NotFiniteError, UnknownNameError
+from vesalius.jobs.untrusted import LARGEST
 
 KINDS = ("text", "number", "whole number", "true or false")
 
@@ -45,8 +45,8 @@ class Named:
 
 
 @dataclass(frozen=True)
-class Record:
-    """An object with fixed keys, all of them required; `rest` describes further keys, where they are allowed."""
+class Object:
+    """A JSON object with fixed keys, all of them required; `rest` describes further keys, where they are allowed."""
 
     fields: Mapping[str, Node]
     doc: str = ""
@@ -54,7 +54,43 @@ class Record:
     rest: Value | None = None
 
 
-Node = Value | Items | Named | Record
+Node = Value | Items | Named | Object
+
+
+def text(doc: str, *, null: bool = False, one_of: tuple[str, ...] = ()) -> Value:
+    """A text."""
+    return Value("text", doc, null, one_of)
+
+
+def number(doc: str = "", *, null: bool = True) -> Value:
+    """A finite number; null (not measured) unless said otherwise."""
+    return Value("number", doc, null)
+
+
+def whole(doc: str, *, null: bool = False) -> Value:
+    """A whole number."""
+    return Value("whole number", doc, null)
+
+
+def flag(doc: str, *, null: bool = False) -> Value:
+    """True or false."""
+    return Value("true or false", doc, null)
+
+
+def numbers(doc: str, *, null: bool = False) -> Items:
+    """A list of numbers, any of which may be null."""
+    return Items(number(), doc, null)
+
+
+def interval(doc: str, **more: Node) -> Object:
+    """An estimate with both ends of its 95 % interval, and further fields after them."""
+    bounds = {"estimate": number("mean"), "low": number("95 % interval, lower end"), "high": number("upper end")}
+    return Object({**bounds, **more}, doc)
+
+
+def estimate(doc: str) -> Object:
+    """An interval with the number of examples behind it."""
+    return interval(doc, n=whole("examples"))
 
 
 def check_node(node: Node, value: Any, path: str) -> None:
@@ -80,7 +116,7 @@ def rows(node: Node, path: str) -> Iterator[tuple[str, str, str]]:
         yield from _inner(rows(node.of, f"{path}[]"))
     elif isinstance(node, Named) and not isinstance(node.of, Value):
         yield from _inner(rows(node.of, f"{path}.<name>"))
-    elif isinstance(node, Record):
+    elif isinstance(node, Object):
         for name, field in node.fields.items():
             yield from rows(field, f"{path}.{name}")
         if node.rest is not None:
@@ -115,13 +151,17 @@ def _check_value(node: Value, value: Any, path: str) -> None:
     elif node.kind == "true or false":
         if not isinstance(value, bool):
             raise wrong
+    # To Python True is a whole number; in JSON it is not.
     elif isinstance(value, bool) or not isinstance(value, int if node.kind == "whole number" else (int, float)):
         raise wrong
-    elif not math.isfinite(value):
-        raise NotFiniteError(f"{path} is {value}; numbers that were not measured are null")
+    elif not abs(value) <= LARGEST:
+        # A whole number of thousands of digits cannot even be written out.
+        shown = value if isinstance(value, float) else "too large a number"
+        raise NotFiniteError(f"{path} is {shown}; numbers that were not measured are null")
 
 
 def _check_items(node: Items, value: Any, path: str) -> None:
+    # A text is a sequence too, and would pass for a list of its letters.
     if not isinstance(value, (list, tuple)):
         raise InputError(f"{path} must be {kind_of(node)}; got {_shown(value)}")
     if node.length is not None and len(value) != node.length:
@@ -130,10 +170,10 @@ def _check_items(node: Items, value: Any, path: str) -> None:
         check_node(node.of, item, f"{path}[{index}]")
 
 
-def _check_object(node: Named | Record, value: Any, path: str) -> None:
+def _check_object(node: Named | Object, value: Any, path: str) -> None:
     if not isinstance(value, Mapping):
         raise InputError(f"{path} must be an object; got {_shown(value)}")
-    if isinstance(node, Record):
+    if isinstance(node, Object):
         missing = [name for name in node.fields if name not in value]
         if missing:
             raise InputError(
@@ -142,10 +182,14 @@ def _check_object(node: Named | Record, value: Any, path: str) -> None:
     for name, item in value.items():
         inner = node.of if isinstance(node, Named) else node.fields.get(name, node.rest)
         if inner is None:
-            raise UnknownNameError(f"key in {path}", str(name), node.fields if isinstance(node, Record) else ())
+            raise UnknownNameError(f"key in {path}", str(name), node.fields if isinstance(node, Object) else ())
         check_node(inner, item, f"{path}.{name}")
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:
+        # Of a whole number of thousands of digits.
+        text = "a number"
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -92,7 +92,7 @@ def _view(found: Mapping[str, Any], words: Mapping[str, str], command: str) -> d
         "q": found,
         "f": figures,
         "answer": quality_answer(found),
-        "rebuilt": _rows(found, "fvu"),
+        "reconstructed": _rows(found, "fvu"),
         "losses": _losses(found),
         "densities": densities(found["density"]),
         "nearest": None if found["geometry"] is None else cosines(found["geometry"]["histogram"], "nearest"),
@@ -115,17 +115,19 @@ def quality_answer(found: Mapping[str, Any]) -> list[str]:
     explained = number(1 - figures["fvu"]["value"], "share")
     kept = f"{figures['l0']['value']:.3g}"
     sites = " and ".join(about["out_sites"])
-    told = [f"{explained} of the variance of {sites} is rebuilt, with {kept} of {about['latents']:,} latents per row."]
+    said = [
+        f"{explained} of the variance of {sites} is reconstructed, with {kept} of {about['latents']:,} latents per row."
+    ]
     if found["baselines"]:
         others = [f"{NAMES[b['name']]} {number(1 - b['figures']['fvu']['value'], 'share')}" for b in found["baselines"]]
-        told.append(f"With as many numbers per row: {', '.join(others)}.")
+        said.append(f"With as many numbers per row: {', '.join(others)}.")
     if "ce_increase" in figures:
         added, clean = number(figures["ce_increase"]["value"]), number(figures["ce_clean"]["value"])
         mean = number(figures["ce_increase_mean"]["value"])
-        told.append(
+        said.append(
             f"In the model it adds {added} nats to a cross-entropy of {clean}; the mean in its place adds {mean}."
         )
-    return told
+    return said
 
 
 def _rows(found: Mapping[str, Any], name: str) -> list[Row]:
@@ -138,6 +140,7 @@ def _rows(found: Mapping[str, Any], name: str) -> list[Row]:
 
 def _scored(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Bar]]:
     """The lines of a metric with a bar each, on one scale; counts, which are no shares, get none that says anything."""
+    # Of all metrics only counts of latents exceed this; on their axis every share would shrink to nothing.
     shares = [line for line in lines if -1.5 <= line["value"] <= 1.5]
     ends = [value for line in shares for value in (line["value"], line["low"], line["high"]) if value is not None]
     scale = Scale(min(0.0, *ends), max(1.0, *ends), 1.0, BAR_WIDTH - 1.0)

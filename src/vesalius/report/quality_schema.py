@@ -6,125 +6,113 @@ from collections.abc import Mapping
 from typing import Any
 
 from vesalius.errors import InputError
-from vesalius.report.nodes import Items, Named, Node, Record, Value, check_node, rows
+from vesalius.report.nodes import Items, Named, Node, Object, check_node, flag, number, rows, text, whole
 
 NAME = "vesalius/quality/1"
 
 
-def _text(doc: str, *, null: bool = False) -> Value:
-    return Value("text", doc, null)
-
-
-def _whole(doc: str) -> Value:
-    return Value("whole number", doc)
-
-
-def _number(doc: str = "", *, null: bool = False) -> Value:
-    return Value("number", doc, null)
-
-
-def _histogram(*names: str) -> Record:
-    counts = {name: Items(_whole(""), "per bin") for name in names}
-    return Record({"edges": Items(_number(), "ends of the bins, one more than bins"), **counts}, "histogram")
+def _histogram(*names: str) -> Object:
+    counts = {name: Items(whole(""), "per bin") for name in names}
+    return Object({"edges": Items(number(null=False), "ends of the bins, one more than bins"), **counts}, "histogram")
 
 
 FIGURES = Named(
-    Record(
+    Object(
         {
-            "value": _number("the figure"),
-            "low": _number("95 % interval, lower end", null=True),
-            "high": _number("upper end", null=True),
+            "value": number("the figure", null=False),
+            "low": number("95 % interval, lower end"),
+            "high": number("upper end"),
         }
     ),
     "figures by name",
 )
-SUMMARY = Record({name: _number() for name in ("mean", "q25", "median", "q75")}, "quartiles of a cosine")
-COMPARED: dict[str, Node] = {"name": _text("name"), "words": _text("what it is"), "figures": FIGURES}
-SHARED = Record(
+SUMMARY = Object({name: number(null=False) for name in ("mean", "q25", "median", "q75")}, "quartiles of a cosine")
+COMPARED: dict[str, Node] = {"name": text("name"), "words": text("what it is"), "figures": FIGURES}
+SHARED = Object(
     {
-        "n": _whole("latents matched one to one"),
-        "share": _number("share of them with a cosine of at least .7 by decoder and by encoder row"),
-        "null_share": _number("the same by decoder row, matched to random directions"),
-        "cosine": Record({name: _number() for name in ("decoder", "encoder", "null")}, "means"),
+        "n": whole("latents matched one to one"),
+        "share": number("share of them with a cosine of at least .7 by decoder and by encoder row", null=False),
+        "null_share": number("the same by decoder row, matched to random directions", null=False),
+        "cosine": Object({name: number(null=False) for name in ("decoder", "encoder", "null")}, "means"),
         "histogram": _histogram("matched", "null"),
     },
     "what it shares with the dictionary",
 )
-SCORES = Record(
+SCORES = Object(
     {
-        "metric": _text("name of the metric"),
-        "concept": _text("name of the concept"),
-        "n_train": _whole("texts fitted to"),
-        "n_test": _whole("texts tested on"),
-        "note": _text("what to know before it is believed"),
+        "metric": text("name of the metric"),
+        "concept": text("name of the concept"),
+        "n_train": whole("texts fitted to"),
+        "n_test": whole("texts tested on"),
+        "note": text("what to know before it is believed"),
         "lines": Items(
-            Record(
+            Object(
                 {
-                    "method": _text("what was scored"),
-                    "words": _text("what that is"),
-                    "k": Value("whole number", "latents or coordinates used", True),
-                    "value": _number("mean over the dictionaries"),
-                    "low": _number("95 % interval, lower end", null=True),
-                    "high": _number("upper end", null=True),
-                    "spread": _number("standard deviation over the dictionaries", null=True),
-                    "values": Items(_number(), "one per dictionary"),
-                    "parts": Named(_number(), "the same per label", null=True),
+                    "method": text("what was scored"),
+                    "words": text("what that is"),
+                    "k": whole("latents or coordinates used", null=True),
+                    "value": number("mean over the dictionaries", null=False),
+                    "low": number("95 % interval, lower end"),
+                    "high": number("upper end"),
+                    "spread": number("standard deviation over the dictionaries"),
+                    "values": Items(number(null=False), "one per dictionary"),
+                    "parts": Named(number(null=False), "the same per label", null=True),
                 }
             ),
             "one per method",
         ),
     }
 )
-QUALITY = Record(
+QUALITY = Object(
     {
-        "schema": Value("text", "name of this schema", False, (NAME,)),
-        "version": _text("version of vesalius"),
-        "dictionary": Record(
+        "schema": text("name of this schema", one_of=(NAME,)),
+        "version": text("version of vesalius"),
+        "dictionary": Object(
             {
-                "name": _text("what it is, in short"),
-                "hash": _text("content hash"),
-                "latents": _whole("number of latents"),
-                "in_sites": Items(_text(""), "sites it reads"),
-                "out_sites": Items(_text(""), "sites it rebuilds"),
-                "trained": _text("how it was trained, where that is known", null=True),
+                "name": text("what it is, in short"),
+                "hash": text("content hash"),
+                "latents": whole("number of latents"),
+                "in_sites": Items(text(""), "sites it reads"),
+                "out_sites": Items(text(""), "sites it rebuilds"),
+                "trained": text("how it was trained, where that is known", null=True),
             },
             "what was judged",
         ),
-        "data": Record(
+        "data": Object(
             {
-                "words": _text("which rows were used, and whether they were trained on"),
-                "seen": Value("true or false", "whether they were trained on; null: cannot be told", True),
-                "rows": _whole("rows measured on"),
-                "groups": _whole("groups that intervals respect"),
-                "unit": _text("what the groups are"),
-                "tokens": _whole("tokens whose predictions were measured in the model"),
-                "hash": _text("content hash of the activations"),
-                "seed": _whole("seed of everything random"),
+                "words": text("which rows were used, and whether they were trained on"),
+                "seen": flag("whether they were trained on; null: cannot be told", null=True),
+                "rows": whole("rows measured on"),
+                "groups": whole("groups that intervals respect"),
+                "unit": text("what the groups are"),
+                "tokens": whole("tokens whose predictions were measured in the model"),
+                "hash": text("content hash of the activations"),
+                "seed": whole("seed of everything random"),
             },
             "what it was judged on",
         ),
-        "model": Record(
-            {"name": _text("name"), "hash": _text("hash of the weights"), "note": _text("what to know")},
+        "model": Object(
+            {"name": text("name"), "hash": text("hash of the weights"), "note": text("what to know")},
             "what it was spliced into; null without one",
             null=True,
         ),
         "figures": FIGURES,
         "sites": Named(FIGURES, "figures of each site, when it rebuilds several"),
-        "density": Record(
+        "density": Object(
             {
-                "edges": Items(_number(), "ends of the bins, log10 of the share of rows"),
-                "counts": Items(_whole(""), "latents per bin"),
-                "silent": _whole("latents active in no row"),
+                "edges": Items(number(null=False), "ends of the bins, log10 of the share of rows"),
+                "counts": Items(whole(""), "latents per bin"),
+                "silent": whole("latents active in no row"),
             },
             "how often latents are active",
         ),
-        "geometry": Record(
+        "geometry": Object(
             {"nearest": SUMMARY, "null": SUMMARY, "histogram": _histogram("nearest", "null")},
             "cosine of decoder rows to the nearest other one; null: of random directions",
             null=True,
         ),
-        "baselines": Items(Record(COMPARED), "what it is compared with"),
-        "seeds": Items(Record({**COMPARED, "shared": SHARED}), "the same from other seeds"),
+        "baselines": Items(Object(COMPARED), "what it is compared with"),
+        "seeds": Items(Object({**COMPARED, "shared": SHARED}), "the same from other seeds"),
         "concepts": Items(SCORES, "scores on concepts, over the dictionary and its seeds"),
     },
     "the quality of a dictionary",
@@ -158,6 +146,6 @@ def _histograms(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], 
     known: list[tuple[str, Mapping[str, Any], tuple[str, ...]]] = [("quality.density", found["density"], ("counts",))]
     if found["geometry"] is not None:
         known.append(("quality.geometry.histogram", found["geometry"]["histogram"], ("nearest", "null")))
-    for number, seed in enumerate(found["seeds"]):
-        known.append((f"quality.seeds[{number}].shared.histogram", seed["shared"]["histogram"], ("matched", "null")))
+    for index, seed in enumerate(found["seeds"]):
+        known.append((f"quality.seeds[{index}].shared.histogram", seed["shared"]["histogram"], ("matched", "null")))
     return known

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from vesalius.stats.arrays import Interval
-from vesalius.stats.clustered import TTest, clustered_t, intraclass_correlation, n_to_decide, tost
+from vesalius.stats.clustered import (
+    Means,
+    TTest,
+    clustered_means,
+    clustered_t,
+    group_mean,
+    groups_to_decide,
+    intraclass_correlation,
+    n_to_decide,
+    tost,
+)
 from vesalius.stats.dependence import IndependenceTest, hsic_test
 from vesalius.stats.exact import binomial_test, clopper_pearson, even_odds_test
 from vesalius.stats.measurement import Measurement, measure, measure_totals
@@ -13,16 +23,19 @@ from vesalius.stats.resampling import (
     bootstrap_interval,
     bootstrap_of_sums,
     draws_needed,
+    interval_of_sums,
     max_t,
     permutation_test,
     rank_p,
     sign_flip_test,
     wild_bootstrap,
 )
+from vesalius.stats.skewed import critical_t, skewed_p
 
 __all__ = [
     "IndependenceTest",
     "Interval",
+    "Means",
     "Measurement",
     "ResamplingTest",
     "TTest",
@@ -32,11 +45,16 @@ __all__ = [
     "bootstrap_of_sums",
     "by",
     "clopper_pearson",
+    "clustered_means",
     "clustered_t",
+    "critical_t",
     "draws_needed",
     "even_odds_test",
+    "group_mean",
+    "groups_to_decide",
     "holm",
     "hsic_test",
+    "interval_of_sums",
     "intraclass_correlation",
     "max_t",
     "measure",
@@ -45,6 +63,7 @@ __all__ = [
     "permutation_test",
     "rank_p",
     "sign_flip_test",
+    "skewed_p",
     "tost",
     "wild_bootstrap",
 ]

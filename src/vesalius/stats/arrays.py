@@ -13,6 +13,8 @@ from vesalius.errors import InputError, NotFiniteError
 
 Floats = NDArray[np.float64]
 Labels = Sequence[Hashable]
+LARGEST = 1e150
+"""Values beyond it have no square, and so no variance."""
 
 
 class Interval(NamedTuple):
@@ -31,9 +33,12 @@ class Groups:
 
 
 def finite(values: ArrayLike, name: str = "values") -> Floats:
-    """The values as float64, any shape. Raises NotFiniteError naming the first bad index."""
-    array = np.asarray(values, dtype=np.float64)
-    bad = np.argwhere(~np.isfinite(array))
+    """The values as float64, any shape. Raises NotFiniteError naming the first that is not finite or beyond 1e150."""
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{name} must be numbers; {error}") from error
+    bad = np.argwhere(~(np.abs(array) <= LARGEST))
     if len(bad):
         index = tuple(int(i) for i in bad[0])
         where = index[0] if len(index) == 1 else index

@@ -15,17 +15,18 @@ from numpy.typing import ArrayLike
 from vesalius.errors import InputError, NotFiniteError
 from vesalius.stats.arrays import Floats, finite, vector
 from vesalius.stats.clustered import clustered_t
-from vesalius.stats.resampling import bootstrap_of_sums
+from vesalius.stats.resampling import FEWEST_GROUPS, interval_of_sums
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Measurement:
     """Per-example values of one quantity, their mean (or other estimate) and an interval at `level`.
 
     values: one float per example (or per group, where the estimate is a statistic of groups), in `unit`; `groups` maps
-    a kind of group (template, names) to one label per value; `cost` and `diagnostics` are free JSON. low and high are
-    None where there are too few groups for an interval. Raises NotFiniteError naming the first bad index, InputError on
-    lengths and for an interval with one end.
+    a kind of group (template, names) to one label per value; `cost` and `diagnostics` are free JSON. n_groups is the
+    number of groups of the clustering with the fewest, effective_groups how many independent groups, all alike, would
+    be as sure (default: n_groups). low and high are None where there are too few groups for an interval. Raises
+    NotFiniteError naming the first bad index, InputError on lengths and for an interval with one end.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Measurement:
     seed: int | None = None
     cost: Mapping[str, Any] = field(default_factory=dict)
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    effective_groups: float | None = None
 
     def __post_init__(self) -> None:
         values = tuple(float(v) for v in self.values)
@@ -54,6 +56,9 @@ class Measurement:
             if getattr(self, part) is not None:
                 object.__setattr__(self, part, float(getattr(self, part)))
                 _finite(getattr(self, part), part, self.name)
+        given = self.n_groups if self.effective_groups is None else self.effective_groups
+        object.__setattr__(self, "effective_groups", float(given))
+        _finite(float(given), "effective_groups", self.name)
         self._check_lengths()
 
     def _check_lengths(self) -> None:
@@ -70,14 +75,26 @@ class Measurement:
         plain["groups"] = {k: list(v) for k, v in self.groups.items()}
         return plain | {"cost": dict(self.cost), "diagnostics": dict(self.diagnostics)}
 
+    def __repr__(self) -> str:
+        interval = "" if self.low is None else f" [{self.low:.4g}, {self.high:.4g}]"
+        counted = f"{self.n} examples in {self.n_groups} groups"
+        return f"Measurement({self.name}: {self.estimate:.4g}{interval} {self.unit}, {counted})"
+
     def _repr_html_(self) -> str:
+        interval = "none" if self.low is None or self.high is None else f"{self.low:.4g} to {self.high:.4g}"
         rows = {
             "estimate": f"{self.estimate:.4g} {self.unit}".strip(),
-            f"{self.level:.0%} interval": "none" if self.low is None else f"{self.low:.4g} to {self.high:.4g}",
-            "examples": f"{self.n} in {self.n_groups} groups",
+            f"{self.level:.0%} interval": interval,
+            "examples": f"{self.n} in {self.n_groups} groups{self._fewer}",
         }
         cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
         return f"<table><caption>{html.escape(self.name)}</caption>{cells}</table>"
+
+    @property
+    def _fewer(self) -> str:
+        """The effective number of groups, where it is another."""
+        effective = self.n_groups if self.effective_groups is None else self.effective_groups
+        return "" if abs(effective - self.n_groups) < 0.05 else f" (as sure as {effective:.1f} independent ones)"
 
 
 def measure(
@@ -95,7 +112,8 @@ def measure(
     """A Measurement of the mean of values `[example]` with its clustered t interval.
 
     `clusters` are the kinds of group (keys of `groups`, at most two; absent ones are skipped) that the interval
-    respects; without any the examples count as independent. Raises InputError for fewer than 2 values or groups.
+    respects; without any the examples count as independent. The estimate is the mean over groups of the first of them,
+    each counting once, however many examples it has. Raises InputError for fewer than 2 values or groups.
     """
     labels = {kind: tuple(map(str, of)) for kind, of in (groups or {}).items()}
     test = clustered_t(values, *(labels[kind] for kind in clusters if kind in labels), level=level)
@@ -113,6 +131,7 @@ def measure(
         seed=seed,
         cost=cost or {},
         diagnostics=diagnostics or {},
+        effective_groups=test.effective_groups,
     )
 
 
@@ -133,8 +152,8 @@ def measure_totals(
 
     totals: [group, column]. statistic: [..., column] totals to [...], over any leading axes. estimate: default the
     statistic of the totals of all groups. values: the statistic of each group alone, of those where it is defined; the
-    groups are resampled for the interval, as in `bootstrap_of_sums`. There is none for fewer than 2 groups, nor where
-    the statistic is 0 / 0 without some of them.
+    groups are resampled for the interval, as in `interval_of_sums`. There is none for fewer than 6 groups, which
+    `diagnostics` then says, nor where the statistic is 0 / 0 without some of them.
 
     Raises NotFiniteError where the statistic of all groups is not finite.
     """
@@ -145,6 +164,9 @@ def measure_totals(
         each = np.asarray(statistic(x), dtype=np.float64)
         low, high = _bootstrapped(x, statistic, whole, draws, method, seed)
     defined = np.isfinite(each)
+    noted = dict(diagnostics or {})
+    if len(x) < FEWEST_GROUPS:
+        noted["no_interval"] = f"{len(x)} group(s); an interval needs at least {FEWEST_GROUPS}"
     return Measurement(
         name=name,
         values=tuple(each[defined].tolist()),
@@ -157,7 +179,7 @@ def measure_totals(
         groups={"group": tuple(str(number) for number in defined.nonzero()[0])},
         seed=seed,
         cost=cost or {},
-        diagnostics=diagnostics or {},
+        diagnostics=noted,
     )
 
 
@@ -169,10 +191,10 @@ def _bootstrapped(
     method: Literal["bca", "percentile"],
     seed: int,
 ) -> tuple[float, float] | tuple[None, None]:
-    if len(totals) < 2:
+    if len(totals) < FEWEST_GROUPS:
         return None, None
     try:
-        low, high = bootstrap_of_sums(totals, statistic, draws=draws, seed=seed, method=method)
+        low, high = interval_of_sums(totals, statistic, draws=draws, seed=seed, method=method)
     except NotFiniteError:  # 0 / 0 without some of the groups
         return None, None
     # A quantity that is the same in every group has an interval of one point, up to rounding.

@@ -33,6 +33,9 @@ from vesalius.stats.arrays import (
 
 _WEBB = np.sqrt(np.array([0.5, 1.0, 1.5]))
 _WEBB_UP_TO = 12  # groups; with so few, Rademacher weights give too coarse a set of p-values (Webb 2014)
+FEWEST_GROUPS = 6
+"""Of fewer groups no interval is stated: their spread is too uncertain."""
+_STUDENTISED_UP_TO = 40  # groups; beyond, the bootstrap and the t interval agree well enough
 Statistic = Callable[[Floats], float]
 
 
@@ -185,6 +188,55 @@ def bootstrap_of_sums(
         tails = _bca(tails, whole, replicates, finite(statistic(x.sum(0) - x), "jackknife value"))
     low, high = np.quantile(replicates, tails)
     return Interval(float(low), float(high))
+
+
+def interval_of_sums(
+    sums: ArrayLike,
+    statistic: Callable[[Floats], Floats],
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+    method: Literal["bca", "percentile"] = "bca",
+) -> Interval:
+    """`bootstrap_of_sums`, widened where groups are few: a bootstrap of 6 to 12 groups covers .82 to .88 at .95.
+
+    The union with the jackknife's t interval on G - 1 degrees of freedom, and, with method "bca" and up to 40 groups,
+    with the bootstrap-t (Efron & Tibshirani 1993, sec. 12.5), which follows skewness. Raises InputError for fewer than
+    6 groups, otherwise as `bootstrap_of_sums`.
+    """
+    x = finite(sums, "sums")
+    if x.ndim == 2 and len(x) < FEWEST_GROUPS:
+        raise InputError(f"{len(x)} groups are too few for an interval; at least {FEWEST_GROUPS} are needed")
+    found = [bootstrap_of_sums(x, statistic, level=level, draws=draws, seed=seed, method=method)]
+    whole, spread = float(statistic(x.sum(0))), _jackknife_se(x, np.ones((1, len(x))), statistic)[0]
+    tails = np.array([0.5 - level / 2, 0.5 + level / 2])
+    if spread > 0:
+        found.append(Interval(*(whole + special.stdtrit(len(x) - 1, tails) * spread).tolist()))
+    if spread > 0 and method == "bca" and len(x) <= _STUDENTISED_UP_TO:
+        t = _studentised_draws(x, statistic, whole, draws, seed)
+        if len(t):
+            found.append(Interval(*(whole - np.quantile(t, tails[::-1]) * spread).tolist()))
+    return Interval(min(low for low, _ in found), max(high for _, high in found))
+
+
+def _studentised_draws(x: Floats, statistic: Callable[[Floats], Floats], whole: float, draws: int, seed: int) -> Floats:
+    """Distance of resampled statistics from the whole one in standard errors of their own, where these are defined."""
+    picks = np.random.default_rng(seed).integers(0, len(x), (draws, len(x)))
+    times = np.stack([np.bincount(pick, minlength=len(x)) for pick in picks]).astype(np.float64)
+    parts = np.array_split(times, max(1, times.size * x.shape[1] // 2_000_000))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.concatenate([(statistic(p @ x) - whole) / _jackknife_se(x, p, statistic) for p in parts])
+    return np.asarray(t[np.isfinite(t)])
+
+
+def _jackknife_se(x: Floats, times: Floats, statistic: Callable[[Floats], Floats]) -> Floats:
+    """Jackknife standard errors `[draw]` of samples that hold each group `times [draw, group]`."""
+    n = len(x)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        without = statistic((times @ x)[:, None] - x)
+        without = np.where(times > 0, without, 0.0)
+        away = without - (times * without).sum(1, keepdims=True) / n
+        return np.asarray(np.sqrt((n - 1) / n * (times * away**2).sum(1)))
 
 
 def _signs(n: int, draws: int, rng: np.random.Generator) -> tuple[Floats, bool]:

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 from vesalius.studies.answer import sentences, supported_roles
 from vesalius.studies.calibrate import Calibration, calibrate
-from vesalius.studies.control import claims_on
+from vesalius.studies.control import RANDOM_WEIGHTS, Controlled, claims_on, random_weights_control
+from vesalius.studies.gate import Gate, gate
 from vesalius.studies.question import Question, check_question, question_for
+from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, run_steps
 from vesalius.studies.summary import claim_row, summarise
-from vesalius.studies.task_circuit import Options, Study, run_study
+from vesalius.studies.task_circuit import TASK_CIRCUIT, run_study
 
 __all__ = [
+    "RANDOM_WEIGHTS",
+    "TASK_CIRCUIT",
+    "Artefact",
     "Calibration",
+    "Controlled",
+    "Gate",
     "Options",
     "Question",
+    "Step",
+    "StoppedError",
     "Study",
+    "Work",
     "calibrate",
     "check_question",
     "claim_row",
     "claims_on",
+    "gate",
     "question_for",
+    "random_weights_control",
+    "run_steps",
     "run_study",
     "sentences",
     "summarise",

@@ -1,63 +1,54 @@
-"""The answer of a study in two sentences, computed from its verdicts and estimates; and the same for a notebook."""
+"""The answer of a study of a task in two sentences, computed from its verdicts and measurements."""
 
 from __future__ import annotations
 
 from collections import Counter
-from html import escape
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
-from vesalius.circuits import clusters, share
-from vesalius.protocol import Claim, Verdict
-from vesalius.stats import clustered_t
-
-if TYPE_CHECKING:
-    from vesalius.studies.task_circuit import Study
+from vesalius.circuits import share
+from vesalius.protocol import Verdict
+from vesalius.quantities.circuit import ABLATIONS
+from vesalius.stats import Measurement, measure
+from vesalius.validate import all_supported
 
 _NOUNS = {
     "previous-token": "previous-token head",
     "duplicate-token": "duplicate-token head",
     "induction": "induction head",
     "S-inhibition": "S-inhibition head",
+    "copy suppression": "copy-suppression head",
     "MLP writes toward the answer": "MLP writing toward the answer",
     "MLP writes toward the distractor": "MLP writing toward the distractor",
 }
 """What to call a member by its role, where that is not the role's name."""
+_REST = {
+    "resample": "when the rest gets corrupted values",
+    "mean": "when it gets its mean",
+    "zero": "when it gets zeros",
+}
+
+Made = Mapping[str, Any]
+"""The artefacts of a finished study, by name."""
 
 
-def sentences(study: Study) -> list[str]:
-    """Two sentences: what was found, and how it stood the test."""
-    if study.stopped:
-        return [study.stopped, "Nothing was taken apart and nothing is claimed."]
-    return [_found(study), _stood(study)]
+def sentences(made: Made) -> list[str]:
+    """Two sentences: what was found, and how it stood the test; none where nothing was tested."""
+    if "tested" not in made:
+        return []
+    return [_found(made), _stood(made)]
 
 
-def supported_roles(study: Study) -> dict[str, list[str]]:
-    """Role -> members all of whose claims are SUPPORTED."""
-    assert study.family is not None and study.descriptions is not None
-    outcome = {verdict.claim_id: verdict for verdict in study.verdicts}
+def supported_roles(made: Made, verdicts: tuple[Verdict, ...]) -> dict[str, list[str]]:
+    """Role -> members all of whose claims of that role are SUPPORTED."""
+    by_member: dict[tuple[str, str], list[Verdict]] = {}
+    for claim, verdict in zip(made["family"].claims, verdicts, strict=True):
+        by_member.setdefault((str(claim.subject.get("name")), str(claim.role)), []).append(verdict)
     found: dict[str, list[str]] = {}
-    for name, fit in study.descriptions.fits.items():
-        if fit is not None and fit.claims and all(outcome[claim.id].outcome == "SUPPORTED" for claim in fit.claims):
-            found.setdefault(fit.role, []).append(name)
+    for name, fit in made["descriptions"].fits.items():
+        if fit is not None and all_supported(by_member.get((name, fit.label), [])):
+            found.setdefault(fit.label, []).append(name)
     return found
-
-
-def html(study: Study) -> str:
-    """The answer and a table of claims, for notebooks."""
-    answer = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(study))
-    if study.family is None:
-        return answer
-    rows = "".join(map(_row, study.family.claims, study.verdicts))
-    heads = "".join(f"<th>{name}</th>" for name in ("verdict", "claim", "estimate", "95 % interval", "n"))
-    return f"{answer}<table><tr>{heads}</tr>{rows}</table>"
-
-
-def _row(claim: Claim, verdict: Verdict) -> str:
-    outcome = f"{verdict.outcome} ({verdict.reason})" if verdict.reason else verdict.outcome
-    estimate = "" if verdict.estimate is None else f"{verdict.estimate:+.3g}"
-    interval = "" if verdict.low is None or verdict.high is None else f"{verdict.low:+.3g} to {verdict.high:+.3g}"
-    cells = (outcome, claim.statement, estimate, interval, str(verdict.n))
-    return f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
 
 
 def _short(name: str) -> str:
@@ -65,39 +56,46 @@ def _short(name: str) -> str:
     return name.removeprefix("layers.").replace(".z[", ".").replace("]", "").removesuffix(".mlp_out")
 
 
-def _found(study: Study) -> str:
-    assert study.circuit is not None and study.tested is not None and study.effects is not None
-    nothing = _no_effect(study)
+def _found(made: Made) -> str:
+    nothing = _no_effect(made)
     if nothing:
         return nothing
-    runs = study.tested.kept["resample"]
-    keeps = share(study.tested.bench, runs[0], runs[1], "resample")
-    size = f"{len(study.circuit)} of {len(study.effects.components)} components"
-    kept = (
-        f"{'keep' if len(study.circuit) > 1 else 'keeps'} {keeps.estimate:.0%} [{keeps.low:.0%}, {keeps.high:.0%}] of "
-        "the effect on fresh prompts when all others are corrupted"
-    )
-    roles = supported_roles(study)
+    circuit, tested = made["circuit"], made["tested"]
+    kept = {
+        ablation: share(tested.runs, runs[0], runs[1], f"faithfulness, {ablation}")
+        for ablation, runs in tested.with_only.items()
+    }
+    # The demanding one first; all three, because they differ, and one alone would flatter or shame.
+    order = ("resample", *(ablation for ablation in ABLATIONS if ablation != "resample"))
+    shares = ", ".join(f"{_percent(kept[ablation])} {_REST[ablation]}" for ablation in order)
+    size = f"{len(circuit)} of {len(made['effects'].components)} components"
+    keeps = f"{size} {'keep' if len(circuit) > 1 else 'keeps'}, of the effect on fresh prompts, {shares}"
+    roles = supported_roles(made, made["verdicts"])
     if not roles:
-        return f"{size} {kept}; no description of any of them was supported."
+        return f"{keeps}; no description of any of them was supported."
     listed = [_named(role, names) for role, names in sorted(roles.items(), key=lambda item: -len(item[1]))]
-    return f"{size} {kept}; among them, with every claim supported: {_join(listed)}."
+    return f"{keeps}; among them, with every claim supported: {_join(listed)}."
 
 
-def _no_effect(study: Study) -> str:
+def _percent(measured: Measurement) -> str:
+    interval = "" if measured.low is None or measured.high is None else f" [{measured.low:.0%}, {measured.high:.0%}]"
+    return f"{measured.estimate:.0%}{interval}"
+
+
+def _no_effect(made: Made) -> str:
     """A sentence when the corruption's total effect on the test prompts cannot be told from zero; else empty.
 
     Shares of such an effect would be quotients of noise.
     """
-    assert study.tested is not None
-    bench = study.tested.bench
-    total = clustered_t(bench.total(bench.main).double().numpy(), *clusters(bench))
+    runs = made["tested"].runs
+    total = measure("total effect", runs.total(runs.main).double().numpy(), groups=runs.groups, clusters=runs.clusters)
+    assert total.low is not None and total.high is not None
     if not total.low <= 0 <= total.high:
         return ""
     return (
-        f"On fresh prompts the corruption changes the logit difference by {total.estimate:+.2f} [{total.low:+.2f}, "
-        f"{total.high:+.2f}] ({total.n} prompts in {total.n_groups} independent groups): too uncertain to be told from "
-        "nothing, so no share of it is stated."
+        f"On fresh prompts the corruption changes the metric ({runs.contrast.metric.name}) by {total.estimate:+.2f} "
+        f"[{total.low:+.2f}, {total.high:+.2f}] ({total.n} prompts in {total.n_groups} independent groups): too "
+        "uncertain to be told from nothing, so no share of it is stated."
     )
 
 
@@ -108,15 +106,16 @@ def _named(role: str, members: list[str]) -> str:
     return f"{len(members)} {first}{many}{space}{rest} ({', '.join(map(_short, members))})"
 
 
-def _stood(study: Study) -> str:
-    count = Counter(verdict.outcome for verdict in study.verdicts)
-    assert study.circuit is not None and study.descriptions is not None
-    bare = sum(fit is None for name, fit in study.descriptions.fits.items() if name != "embed")
+def _stood(made: Made) -> str:
+    verdicts, count = made["verdicts"], Counter(verdict.outcome for verdict in made["verdicts"])
+    bare = sum(fit is None for name, fit in made["descriptions"].fits.items() if name != "embed")
     supported = count["SUPPORTED"]
+    special = f", {count['NOT SPECIFIC']} true but not specific" if count["NOT SPECIFIC"] else ""
     return (
-        f"Of {len(study.verdicts)} claims, sealed before the test prompts were opened, {supported} "
-        f"{'was' if supported == 1 else 'were'} supported, {count['REFUTED']} refuted and {count['INCONCLUSIVE']} left "
-        f"open{_scope(study.verdicts)}; {bare} {'member has' if bare == 1 else 'members have'} no role that fits."
+        f"Of {len(verdicts)} claims, sealed before the test prompts were opened, {supported} "
+        f"{'was' if supported == 1 else 'were'} supported, {count['REFUTED']} refuted{special} and "
+        f"{count['INCONCLUSIVE']} left open{_scope(verdicts)}; "
+        f"{bare} {'member has' if bare == 1 else 'members have'} no role that fits."
     )
 
 

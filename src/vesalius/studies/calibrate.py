@@ -1,11 +1,14 @@
 """Calibration: how often the whole procedure supports a claim about noise, and how often it finds what is planted.
 
 False positives, on networks with random weights and fresh prompts: the whole study, past its gate; and, since a study
-of noise claims little, claims handed to the validators about the strongest parts (`studies.handed`). A false positive
-is a network with any SUPPORTED claim: the error rate of a whole family, which Holm's correction should hold.
+of noise claims little, null claims about the strongest parts (`studies.known_claims`). A false positive is a network
+with any SUPPORTED claim: the error rate of a whole family, which Holm's correction should hold.
+
+Both lie far below the threshold of a claim. How often the rule errs when an effect is exactly at it, on uneven and on
+skewed data, is simulated (`studies.simulated`).
 
 Power, on networks with a planted circuit: the whole study (was the part found, given a role it has, and all its claims
-supported), and true claims handed to the validators.
+supported), and true claims about the planted parts.
 """
 
 from __future__ import annotations
@@ -25,37 +28,39 @@ from vesalius.jobs import Blocks, Sink, silent, track
 from vesalius.jobs.progress import shown
 from vesalius.model import Model
 from vesalius.protocol import Claim, Verdict, content_hash
-from vesalius.stats import clopper_pearson
-from vesalius.studies.handed import circular, idle_claims, judged, true_claims
+from vesalius.quantities import COMPLETENESS, FAITHFULNESS
+from vesalius.studies.known_claims import circular, null_claims, tested, true_claims
 from vesalius.studies.question import Question
-from vesalius.studies.task_circuit import Options, Study, run_study
+from vesalius.studies.simulated import LEVEL, Rate, Simulated, simulated
+from vesalius.studies.study import Options, Study
+from vesalius.studies.task_circuit import CIRCUIT, DESCRIPTIONS, EFFECTS, run_study
 from vesalius.toys import PLANTED, planted_induction, planted_pairs, random_model
 
-LEVEL, BOUND, POWER = 0.95, 0.08, 0.8
-"""Confidence of the one-sided bounds; what the upper bound of false positives may be; what the power must be."""
+BOUND, POWER = 0.08, 0.8
+"""What the upper bound of false positives may be; what the power must be."""
 PROMPTS, RANDOM_SETS = 36, 9
 """Prompts per split, three of each template; random sets of the circuit's control."""
 PLANTED_SEEDS = 40
 """Planted networks at most: one takes longer than a random one, and power needs no tight bound."""
 QUICK = (8, 2)
-STUDY, HANDED, CIRCULAR = "whole study", "handed claims", "handed claims on their own prompts"
-CIRCUIT_CHECKS = ("circuit keeps", "circuit is needed")
+STUDY, KNOWN, CIRCULAR = "whole study", "true and null claims", "null claims on their own prompts"
+OF_CIRCUIT = (FAITHFULNESS.name, COMPLETENESS.name)
 # A mover of this task attends to what followed the last token's earlier occurrence: it is an induction head as well.
 TRUE_ROLES = {
     "previous-token": {"previous-token"},
     "name mover": {"name mover", "induction"},
     "negative mover": {"negative mover"},
 }
-FIELDS = ("arm", "check", "site", "role", "outcome", "p")
+FIELDS = ("arm", "quantity", "part", "role", "outcome", "p")
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One claim and what became of it. arm: `STUDY`, `HANDED` or `CIRCULAR`. p: uncorrected p-value of support."""
+    """One claim and what became of it. arm: `STUDY`, `KNOWN` or `CIRCULAR`. p: uncorrected p-value of support."""
 
     arm: str
-    check: str
-    site: str
+    quantity: str
+    part: str
     role: str
     outcome: str
     p: float
@@ -73,45 +78,16 @@ class Network:
     members: dict[str, str]
 
     def of(self, name: str) -> list[Tried]:
-        """Claims of an arm, or of a check: the circuit's checks in the study, all others as handed over."""
-        if name in (STUDY, HANDED, CIRCULAR):
+        """Claims of an arm, or about a quantity: the circuit's in the study, all others among the known claims."""
+        if name in (STUDY, KNOWN, CIRCULAR):
             return [claim for claim in self.claims if claim.arm == name]
-        arm = STUDY if name in CIRCUIT_CHECKS else HANDED
-        return [claim for claim in self.claims if claim.check == name and claim.arm == arm]
+        arm = STUDY if name in OF_CIRCUIT else KNOWN
+        return [claim for claim in self.claims if claim.quantity == name and claim.arm == arm]
 
     def stands(self, part: str) -> bool:
         """Whether the study gave the part a role and all claims of that role were supported."""
-        claims = [claim for claim in self.of(STUDY) if claim.site == part]
+        claims = [claim for claim in self.of(STUDY) if claim.part == part]
         return bool(claims) and all(claim.supported for claim in claims)
-
-
-@dataclass(frozen=True)
-class Rate:
-    """k of n, with the exact one-sided 95 % bounds (Clopper and Pearson 1934)."""
-
-    k: int
-    n: int
-
-    @property
-    def share(self) -> float:
-        return self.k / self.n
-
-    @property
-    def upper(self) -> float:
-        return clopper_pearson(self.k, self.n, LEVEL, "upper").high
-
-    @property
-    def lower(self) -> float:
-        return clopper_pearson(self.k, self.n, LEVEL, "lower").low
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "k": self.k,
-            "n": self.n,
-            "share": _short(self.share),
-            "lower": _short(self.lower),
-            "upper": _short(self.upper),
-        }
 
 
 @dataclass(frozen=True)
@@ -139,16 +115,19 @@ class Validator:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Figures over all networks. `holds`: false positives and power are within what is asked of the whole study."""
+    """Figures over all networks. `holds`: false positives and power are within what is asked of the whole study, and
+    false verdicts on simulated data within what is asked of the rule.
+    """
 
     random: tuple[Network, ...] = field(repr=False)
     planted: tuple[Network, ...] = field(repr=False)
+    simulated: tuple[Simulated, ...] = field(repr=False, compare=False, default=())
 
     @property
     def validators(self) -> tuple[Validator, ...]:
-        """The whole study, the family of handed claims, then every check."""
-        checks = sorted({claim.check for network in self.planted for claim in network.of(HANDED)})
-        return tuple(self._validator(name) for name in (STUDY, HANDED, *checks, *CIRCUIT_CHECKS))
+        """The whole study, the family of known claims, then every quantity."""
+        quantities = sorted({claim.quantity for network in self.planted for claim in network.of(KNOWN)})
+        return tuple(self._validator(name) for name in (STUDY, KNOWN, *quantities, *OF_CIRCUIT))
 
     def _validator(self, name: str) -> Validator:
         right = [claim.supported for network in self.planted for claim in network.of(name)]
@@ -175,20 +154,20 @@ class Calibration:
         return {name: Rate(sum(hits), len(hits)) for name, hits in counted.items()}
 
     def uncorrected(self, arm: str) -> Rate:
-        """Idle claims whose own p-value is at most .05, before the correction for the family."""
+        """Null claims whose own p-value is at most .05, before the correction for the family."""
         p = [claim.p for network in self.random for claim in network.of(arm)]
         return Rate(sum(value <= 1 - LEVEL + 1e-12 for value in p), len(p))
 
     @property
     def described(self) -> Rate:
         """Random networks whose study made any claim beside the two about the circuit."""
-        return Rate(sum(any(c.check not in CIRCUIT_CHECKS for c in n.of(STUDY)) for n in self.random), len(self.random))
+        return Rate(sum(any(c.quantity not in OF_CIRCUIT for c in n.of(STUDY)) for n in self.random), len(self.random))
 
     @property
     def holds(self) -> bool:
-        study, handed = self.validators[:2]
-        bounded = max(study.false_positives.upper, handed.false_positives.upper) <= BOUND
-        return bounded and study.power.share >= POWER
+        study, known = self.validators[:2]
+        bounded = max(study.false_positives.upper, known.false_positives.upper) <= BOUND
+        return bounded and study.power.share >= POWER and all(row.holds(BOUND) for row in self.simulated)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -199,53 +178,64 @@ class Calibration:
             "validators": [validator.to_json() for validator in self.validators],
             "planted_parts": {name: rate.to_json() for name, rate in self.parts.items()},
             "random_networks_with_described_parts": self.described.to_json(),
-            "idle_claims_uncorrected": self.uncorrected(HANDED).to_json(),
-            "idle_claims_uncorrected_on_their_own_prompts": self.uncorrected(CIRCULAR).to_json(),
+            "null_claims_uncorrected": self.uncorrected(KNOWN).to_json(),
+            "null_claims_uncorrected_on_their_own_prompts": self.uncorrected(CIRCULAR).to_json(),
             "false_positives_on_their_own_prompts": self._wrong(CIRCULAR).to_json(),
+            "simulated": [row.to_json() for row in self.simulated],
             "holds": self.holds,
             "version": __version__,
         }
 
     def _repr_html_(self) -> str:
-        rows = [validator.to_json() for validator in self.validators]
         names = ("name", "false_positive_rate", "upper_bound", "power", "n")
-        head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
-        body = "".join(f"<tr>{''.join(f'<td>{escape(str(row[name]))}</td>' for name in names)}</tr>" for row in rows)
+        rows = [[row.to_json()[name] for name in names] for row in self.validators]
         caption = f"Calibration on {len(self.random)} random and {len(self.planted)} planted networks"
-        return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
+        networks = _table(caption, [name.replace("_", " ") for name in names], rows)
+        if not self.simulated:
+            return networks
+        told = [[row.data, row.m, *map(str, row.rates.values())] for row in self.simulated]
+        heads = ["data", "claims", *self.simulated[0].rates]
+        return networks + _table("Simulated families, effects exactly at the threshold (95 % bounds)", heads, told)
+
+
+def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{escape(str(name))}</th>" for name in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><caption>{escape(caption)}</caption><tr>{head}</tr>{body}</table>"
 
 
 def calibrate(seeds: int = 100, quick: bool = False, out: Path | None = None, sink: Sink | None = None) -> Calibration:
     """Measure false positives on `seeds` random networks and power on up to 40 planted ones, seeds 0, 1, 2, ...
 
-    quick: 8 random and 2 planted networks, a smoke test whose bounds say little. out: folder in which finished networks
+    quick: 8 random and 2 planted networks, a smoke test whose bounds say little. The simulated rows are the same in any
+    case, and take seconds. out: folder in which finished networks
     are kept, so that an interrupted run goes on, and more seeds can be added. sink: None shows progress. Raises
     InputError for fewer than 1 seed.
     """
     if seeds < 1:
         raise InputError(f"seeds is {seeds}; give at least 1 (at least 36 for a bound of 8 %)")
     count, planted = QUICK if quick else (seeds, min(seeds, PLANTED_SEEDS))
-    with shown(sink) as told:
-        blocks = Blocks(out, content_hash({"calibration": [PROMPTS, RANDOM_SETS], "version": __version__}), told)
+    with shown(sink) as screen:
+        blocks = Blocks(out, content_hash({"calibration": [PROMPTS, RANDOM_SETS], "version": __version__}), screen)
         return Calibration(
-            _networks(count, "random networks", on_random, blocks, told),
-            _networks(planted, "planted networks", on_planted, blocks, told),
+            _networks(count, "random networks", on_random, blocks, screen),
+            _networks(planted, "planted networks", on_planted, blocks, screen),
+            simulated(),
         )
 
 
 def on_random(seed: int) -> Network:
-    """A study of a random network on fresh prompts, and claims handed over about its strongest parts."""
+    """A study of a random network on fresh prompts, and null claims about its strongest parts."""
     question, model = _question(seed), random_model(seed)
     study = _study(question, model, seed)
-    assert study.effects is not None
-    claims = idle_claims(question, model, study.effects, seed)
+    claims = null_claims(question, model, study[EFFECTS], seed)
     network = _network(study, question, model, claims, seed)
     control = _tried(CIRCULAR, claims, circular(question, model, claims, seed))
     return replace(network, claims=(*network.claims, *control))
 
 
 def on_planted(seed: int) -> Network:
-    """A study of a planted network on fresh prompts, and true claims handed over about its parts."""
+    """A study of a planted network on fresh prompts, and true claims about its parts."""
     question, model = _question(seed), planted_induction(seed)
     return _network(_study(question, model, seed), question, model, true_claims(question, model, seed), seed)
 
@@ -272,20 +262,24 @@ def _study(question: Question, model: Model, seed: int) -> Study:
 
 
 def _network(study: Study, question: Question, model: Model, claims: Sequence[Claim], seed: int) -> Network:
-    assert study.family is not None and study.circuit is not None and study.descriptions is not None
-    fits = study.descriptions.fits
-    given = {str(part): fits.get(str(part)) for part in study.circuit.members}
+    fits = study[DESCRIPTIONS].fits
+    given = {str(part): fits.get(str(part)) for part in study[CIRCUIT].members}
     found = [
-        *_tried(STUDY, study.family.claims, study.verdicts),
-        *_tried(HANDED, claims, judged(question, model, claims, seed)),
+        *_tried(STUDY, study.claims, study.verdicts),
+        *_tried(KNOWN, claims, tested(question, model, claims, seed)),
     ]
-    return Network(tuple(found), {part: "" if fit is None else fit.role for part, fit in given.items()})
+    return Network(tuple(found), {part: "" if fit is None else fit.label for part, fit in given.items()})
 
 
 def _tried(arm: str, claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[Tried]:
     return [
         Tried(
-            arm, claim.check, str(claim.subject.get("site", "")), claim.role or "", verdict.outcome, verdict.p_supported
+            arm,
+            claim.quantity,
+            str(claim.subject.get("name", "")),
+            claim.role or "",
+            verdict.outcome,
+            verdict.p_supported,
         )
         for claim, verdict in zip(claims, verdicts, strict=True)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,11 @@ from vesalius.data import TASKS, load_pairs
 from vesalius.data.tasks import task as task_named
 from vesalius.errors import FileFormatError, PairsError, TokenizerError, UnknownNameError
 from vesalius.inputs import Pairs
+from vesalius.metric import Metric, logit_diff
 from vesalius.model import Model
+from vesalius.parts import Part, as_part
+from vesalius.quantities import Contrast
+from vesalius.site import Site
 
 SPLITS = ("discovery", "validation")
 SAMPLED = ("template", "names", "entity")
@@ -20,13 +24,18 @@ FEWEST = 4
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """corruptions: name -> Pairs with both splits; the first is the main one, and all share the same clean prompts."""
+    """corruptions: name -> Pairs with both splits; the first is the main one, and all share the same clean prompts.
+
+    metric: what is measured. components: what a circuit may be made of; default the embeddings, heads and MLPs.
+    """
 
     name: str
     text: str
     corruptions: Mapping[str, Pairs]
     bos: str = "none"
     seed: int = 0
+    metric: Metric = logit_diff
+    components: tuple[Part | Site | str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.corruptions:
@@ -47,6 +56,10 @@ class Question:
     def main(self) -> str:
         return next(iter(self.corruptions))
 
+    def contrast(self, split: str) -> Contrast:
+        """The pairs of one split, with the metric."""
+        return Contrast(self.split(split), self.metric)
+
     def split(self, name: str) -> dict[str, Pairs]:
         """Corruption -> pairs of one split."""
         return {corruption: pairs.split(name) for corruption, pairs in self.corruptions.items()}
@@ -57,7 +70,10 @@ class Question:
 
     def plan(self) -> dict[str, Any]:
         """What the question is, for hashing."""
-        return {"name": self.name, "seed": self.seed, "pairs": {k: v.content_hash for k, v in self.corruptions.items()}}
+        plan = {"name": self.name, "seed": self.seed, "pairs": {k: v.content_hash for k, v in self.corruptions.items()}}
+        if self.components is not None:
+            plan["components"] = [as_part(one).ref for one in self.components]
+        return plan if self.metric is logit_diff else {**plan, "metric": [self.metric.name, self.metric.unit]}
 
 
 def question_for(what: str, model: Model, *, n: int = 32, seed: int = 0, bos: str = "auto") -> Question:
@@ -100,21 +116,15 @@ def sampling_groups(pairs: Pairs) -> Pairs:
     """
     if not pairs.splits:
         raise PairsError(f"pairs without splits; a study needs {' and '.join(SPLITS)}: give Pairs(..., splits=)")
-    kept = {}
-    for kind, labels in pairs.groups.items():
-        seen: dict[str, set[str]] = {split: set() for split in SPLITS}
-        for label, split in zip(labels, pairs.splits, strict=True):
-            seen.setdefault(split, set()).update(label.split("|"))
-        shared = seen[SPLITS[0]] & seen[SPLITS[1]]
-        if not shared:
-            kept[kind] = labels
-        elif kind in SAMPLED:
+    for kind in SAMPLED:
+        shared = pairs.shared_labels(kind) if kind in pairs.groups else set()
+        if shared:
             raise PairsError(
                 f"{kind} {min(shared)!r} occurs in the discovery and in the validation split; what is found on one "
                 f"must be tested on other {kind}: give a split column in which they are disjoint, or leave the {kind} "
                 "column out"
             )
-    return replace(pairs, groups=kept)
+    return pairs.sampled_groups()
 
 
 def check_question(what: str) -> None:
@@ -130,22 +140,22 @@ def check_question(what: str) -> None:
     raise FileFormatError(f"there is no file {Path(what).absolute()}")
 
 
-def example_texts(question: Question, model: Model) -> dict[str, str]:
-    """One clean prompt, the same prompt under each corruption, its answer and distractor, as text."""
+def example_texts(question: Question, model: Model, row: int = 0) -> dict[str, str]:
+    """A discovery prompt, the same prompt under each corruption, its answer and distractor, as text."""
 
-    def text(ids: Any) -> str:
-        if model.tokenizer is None:
-            return " ".join(str(int(i)) for i in ids)
-        return str(model.tokenizer.decode([int(i) for i in ids]))
+    def text(tokens: Any) -> str:
+        # Answers of several tokens are filled up with -1.
+        ids = [i for i in tokens.reshape(-1).tolist() if i >= 0]
+        return " ".join(map(str, ids)) if model.tokenizer is None else str(model.tokenizer.decode(ids))
 
     pairs = {name: p.split(SPLITS[0]) for name, p in question.corruptions.items()}
     first = pairs[question.main]
-    # The bos token is told apart from the text; it is the same in every prompt.
-    words = slice(0 if question.bos in ("", "none") else 1, int(first.size[0]))
-    shown = {name: text(p.corrupted[0, words]) for name, p in pairs.items()}
+    # The bos token is kept apart from the text; it is the same in every prompt.
+    words = slice(0 if question.bos in ("", "none") else 1, int(first.size[row]))
+    shown = {name: text(p.corrupted[row, words]) for name, p in pairs.items()}
     return {
-        "clean": text(first.clean[0, words]),
-        "answer": text(first.answer[:1]),
-        "distractor": text(first.distractor[:1]),
+        "clean": text(first.clean[row, words]),
+        "answer": text(first.answer[row : row + 1]),
+        "distractor": text(first.distractor[row : row + 1]),
         **shown,
     }

@@ -1,30 +1,36 @@
-"""The summary of a study: everything the report shows, as plain data (schema: docs/summary-schema.md)."""
+"""The summary of a study of a task: everything the report shows, as plain data (schema: docs/summary-schema.md)."""
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import torch
 
 from vesalius import __version__
-from vesalius.bench import EMBED, Bench
-from vesalius.circuits import ABLATIONS, Circuit, clusters, share
-from vesalius.patching.cost import Cost
+from vesalius.circuits import Circuit, edges_to_json, share
+from vesalius.describe import NO_ROLE, Description
+from vesalius.parts import Part
+from vesalius.patching.plan import Cost
 from vesalius.protocol import Claim, Evidence, Verdict
-from vesalius.site import Site
-from vesalius.stats import clustered_t, rank_p
-from vesalius.studies.answer import sentences
-from vesalius.studies.gate import ACCURACY, TEMPLATE_ACCURACY, Gate
+from vesalius.protocol.legs import clusters_of
+from vesalius.quantities import Runs
+from vesalius.quantities.circuit import ABLATIONS
+from vesalius.quantities.contrast import EMBED
+from vesalius.stats import Measurement, group_mean, measure, rank_p
+from vesalius.studies.gate import Gate, estimate
 from vesalius.studies.question import example_texts
-from vesalius.studies.task_circuit import Study
-from vesalius.studies.testing import Tested
+from vesalius.studies.study import Study
+from vesalius.studies.task_circuit import CIRCUIT, DESCRIPTIONS, DISCOVERY, EFFECTS, FAMILY, GATE, TESTED, Tested
 
-NO_ROLE = "no role fits"
-KINDS = {"z": "head", "mlp_out": "mlp", "embed": "embed"}
-PICTURES = 8
+SCHEMA = "vesalius/summary/2"
+KINDS = {"z": "head", "mlp_out": "mlp", "mlp_post": "neuron"}
+# Heads whose attention is shown, and on how many prompts.
+PICTURES, PROMPTS = 8, 3
 
 
 def summarise(
@@ -34,21 +40,21 @@ def summarise(
 
     timings: what differs between two runs with one seed. on_control: claim rows of the random-weights control.
     """
-    claims = [claim_row(claim, verdict, study.evidence.get(claim.id)) for claim, verdict in _tested(study)]
+    tested = study.get(TESTED)
     return {
-        "schema": "vesalius/summary/1",
-        "question": _question(study),
+        "schema": SCHEMA,
+        "question": _question(study, tested),
         "model": _model(study),
         "control": study.options.control,
         "stopped": study.stopped,
-        "answer": sentences(study),
-        "gate": _gate(study.gate, study.tested.gate if study.tested else None),
+        "answer": list(study.answer),
+        "gate": _gate(study, tested),
         "total_effect": _totals(study),
-        "effects": None if study.effects is None else study.effects.to_json(),
-        "circuit": None if study.circuit is None else _circuit(study, study.circuit),
-        "attention": _attention(study),
-        "claims": claims,
-        "family": None if study.family is None else {"id": study.family.id, "m": study.family.m},
+        "effects": study[EFFECTS].to_json() if EFFECTS in study else None,
+        "circuit": None if tested is None else _circuit(study, study[CIRCUIT], tested),
+        "attention": [] if tested is None else _attention(study),
+        "claims": [] if tested is None else claim_rows(study, study.verdicts, tested.evidence),
+        "family": {"id": study[FAMILY].id, "m": study[FAMILY].m} if FAMILY in study else None,
         "trained_claims_on_control": None if on_control is None else list(on_control),
         "cost": _cost(study.costs),
         "timings": {"sealed_at": None, "ledger_head": study.ledger_head or None, **timings},
@@ -56,166 +62,220 @@ def summarise(
     }
 
 
-def _tested(study: Study) -> list[tuple[Claim, Verdict]]:
-    return [] if study.family is None else list(zip(study.family.claims, study.verdicts, strict=True))
-
-
-def _question(study: Study) -> dict[str, Any]:
-    question = study.question
+def _question(study: Study, tested: Tested | None) -> dict[str, Any]:
+    question, used = study.question, study[GATE].used
+    tested_on = tested.runs.n if tested else question.sizes["validation"]
     return {
-        "name": question.name, "text": question.text, "corruptions": list(question.corruptions),
-        "bos": question.bos, "n": question.sizes, "seed": question.seed,
-        "prompts": example_texts(question, study.model),
-    }  # fmt: skip
+        "name": question.name,
+        "text": question.text,
+        "corruptions": list(question.corruptions),
+        "bos": question.bos,
+        "n": question.sizes,
+        "seed": question.seed,
+        "used": {"discovery": 0 if study.stopped else len(used), "validation": 0 if study.stopped else tested_on},
+        "prompts": example_texts(question, study.model, used[0]),
+    }
 
 
 def _model(study: Study) -> dict[str, Any]:
     _, layout = study.model.architecture
     return {
-        "name": study.model.name, "hash": study.model.content_hash, "layers": layout.n_layers, "heads": layout.n_heads,
-        "parameters": sum(p.numel() for p in study.model.module.parameters()), "note": study.model.note,
-    }  # fmt: skip
-
-
-def _gate(discovery: Gate, validation: Gate | None) -> dict[str, Any]:
-    rows = [*discovery.templates, *(validation.templates if validation else ())]
-    return {
-        "passed": discovery.passed,
-        "thresholds": {"accuracy": ACCURACY, "template_accuracy": TEMPLATE_ACCURACY},
-        "accuracy": discovery.accuracy,
-        "logit_diff": discovery.logit_diff,
-        "templates": [row.to_json() for row in rows],
+        "name": study.model.name,
+        "hash": study.model.content_hash,
+        "layers": layout.n_layers,
+        "heads": layout.n_heads,
+        "parameters": sum(p.numel() for p in study.model.module.parameters()),
+        "note": study.model.note,
     }
 
 
-def _estimate(values: Any, groups: tuple[tuple[str, ...], ...]) -> dict[str, Any]:
-    test = clustered_t(values, *groups)
-    return {"estimate": test.estimate, "low": test.low, "high": test.high, "n": test.n}
+def _gate(study: Study, tested: Tested | None) -> dict[str, Any]:
+    gates: list[Gate] = [study[GATE], *([tested.gate] if tested else [])]
+    rows = [row for found in gates for row in found.templates]
+    used = {} if study.stopped is None else {"used": False}
+    return {**gates[0].to_json(), "templates": [{**row.to_json(), **used} for row in rows]}
+
+
+def _measured(runs: Runs, values: Any, name: str) -> Measurement:
+    return measure(name, values, groups=runs.groups, clusters=runs.clusters)
 
 
 def _totals(study: Study) -> dict[str, Any]:
-    bench = study.discovery
-    if bench is None:
+    if DISCOVERY not in study:
         return {}
-    return {name: _estimate(bench.total(name).double().numpy(), clusters(bench)) for name in bench.corruptions}
+    runs = study[DISCOVERY]
+    totals = {name: runs.total(name).double().numpy() for name in runs.corruptions}
+    return {name: estimate(_measured(runs, values, name)) for name, values in totals.items()}
 
 
-def _circuit(study: Study, circuit: Circuit) -> dict[str, Any]:
-    assert study.tested is not None
+def _circuit(study: Study, circuit: Circuit, tested: Tested) -> dict[str, Any]:
     reached = "" if circuit.reached else " No tried size kept enough: this is the best of them."
     return {
         "rule": circuit.rule + reached,
-        "members": [_member(study, number, part) for number, part in enumerate(circuit.members)],
-        "edges": [{"source": e.source, "target": e.target, "weight": e.weight} for e in circuit.edges],
-        "faithfulness": [_faithfulness(study.tested, ablation) for ablation in ABLATIONS],
-        "completeness": [_completeness(study.tested, ablation) for ablation in ABLATIONS],
+        "members": [_member(study, tested, number, part) for number, part in enumerate(circuit.members)],
+        "edges": edges_to_json(circuit.edges),
+        "faithfulness": [_faithfulness(tested, ablation) for ablation in ABLATIONS],
+        "completeness": [_share(tested, tested.without[ablation], 0, ablation) for ablation in ABLATIONS],
     }
 
 
-def _member(study: Study, number: int, part: Site) -> dict[str, Any]:
-    assert (
-        study.effects is not None
-        and study.descriptions is not None
-        and study.tested is not None
-        and study.circuit is not None
-    )
-    index = study.effects.components.index(part)
-    condition = study.effects.conditions[0]
-    fit = study.descriptions.fits.get(str(part))
-    effect = {"estimate": condition.mean[index], "low": condition.low[index], "high": condition.high[index]}
-    role = "input" if part == EMBED else NO_ROLE if fit is None else fit.role
+def _member(study: Study, tested: Tested, number: int, part: Part) -> dict[str, Any]:
+    effects, found, site = study[EFFECTS], study[DESCRIPTIONS], part.writes[0]
+    effect = effects.conditions[0].effects[effects.components.index(part)]
+    fit, name = found.fits.get(str(part)), str(part)
+    assert effect.low is not None and effect.high is not None
     return {
-        "component": str(part), "kind": KINDS[part.kind], "layer": part.layer, "head": part.index,
-        "effect": {name: float(value) for name, value in effect.items()}, "suppresses": bool(condition.mean[index] < 0),
-        "marginal": {"resample": _marginal(study.tested, number)}, "role": role,
-        "role_scores": {name: float(score) for name, score in study.descriptions.scores.get(str(part), {}).items()},
-        "description": _description(part, fit), "claims": [] if fit is None else [claim.id for claim in fit.claims],
-    }  # fmt: skip
+        "component": name,
+        "kind": "embed" if part == EMBED else KINDS.get(site.kind, str(part.ref["kind"])),
+        "layer": site.layer,
+        "head": site.index if site.kind == "z" else None,
+        "effect": {key: getattr(effect, key) for key in ("estimate", "low", "high")},
+        "suppresses": effect.estimate < 0,
+        "uncertain": effect.low <= 0 <= effect.high,
+        "marginal": {"resample": _marginal(tested, number)},
+        "role": "input" if part == EMBED else NO_ROLE if fit is None else fit.label,
+        "role_scores": {label: float(score) for label, score in found.scores.get(name, {}).items()},
+        "description": _description(part, fit),
+        "claims": [claim.id for claim in found.claims if claim.subject.get("name") == name],
+    }
 
 
-def _description(part: Site, fit: Any) -> str:
+def _description(part: Part, fit: Description | None) -> str:
     if part == EMBED:
         return "The token embeddings: where clean and corrupted prompts begin to differ."
-    return "No role of the library describes it." if fit is None else str(fit.description)
+    return "No role of the library describes it." if fit is None else fit.sentence
 
 
 def _marginal(tested: Tested, number: int) -> dict[str, Any]:
-    runs = tested.kept["resample"]
-    full = tested.bench.metric("clean").double().numpy()
-    lost = (runs[0] - tested.without[number]) / (full - runs[1]).mean()
-    test = clustered_t(lost, *clusters(tested.bench))
-    return {"estimate": test.estimate, "low": test.low, "high": test.high}
+    alone = tested.with_only["resample"]
+    whole = tested.runs.mean(tested.runs.metric("clean").double() - torch.from_numpy(alone[1]))
+    lost = (alone[0] - tested.smaller[number]) / whole
+    found = _measured(tested.runs, lost, "marginal")
+    return {key: getattr(found, key) for key in ("estimate", "low", "high")}
+
+
+def _share(tested: Tested, values: Any, number: int, ablation: str) -> dict[str, Any]:
+    return {"ablation": ablation, **estimate(share(tested.runs, values[number], values[1], ablation))}
 
 
 def _faithfulness(tested: Tested, ablation: str) -> dict[str, Any]:
-    runs = tested.kept[ablation]
-    circuit = share(tested.bench, runs[0], runs[1], ablation)
-    draws = np.array([share(tested.bench, values, runs[1], ablation).estimate for values in runs[2:]])
+    values = tested.with_only[ablation]
+    circuit = share(tested.runs, values[0], values[1], ablation)
+    draws = np.array([share(tested.runs, some, values[1], ablation).estimate for some in values[2:]])
     # Near 1 is faithful, so a random set does as well when it comes as near; more than all of the effect is no better.
     distance, theirs = -abs(1 - circuit.estimate), -np.abs(1 - draws)
     random = {
-        "draws": len(draws), "median": float(np.median(draws)), "q95": float(np.quantile(draws, 0.95)),
-        "p": rank_p(distance, theirs), "values": draws.tolist(),
-    }  # fmt: skip
-    return {**circuit.to_json(), "per_example": circuit.per_example.tolist(), "random": random}
+        "draws": len(draws),
+        "median": float(np.median(draws)),
+        "q95": float(np.quantile(draws, 0.95)),
+        "p": rank_p(distance, theirs),
+        "values": draws.tolist(),
+    }
+    return {"ablation": ablation, **estimate(circuit), "per_example": list(circuit.values), "random": random}
 
 
-def _completeness(tested: Tested, ablation: str) -> dict[str, Any]:
-    runs = tested.removed[ablation]
-    return share(tested.bench, runs[0], runs[1], ablation).to_json()
+def claim_rows(study: Study, verdicts: Sequence[Verdict], evidence: Mapping[str, Evidence]) -> list[dict[str, Any]]:
+    """Rows of the claims table, one for each claim of a study's family."""
+    discovery = study[DESCRIPTIONS].estimates
+    rows = zip(study[FAMILY].claims, verdicts, strict=True)
+    return [claim_row(claim, verdict, evidence.get(claim.id), discovery.get(claim.id)) for claim, verdict in rows]
 
 
-def claim_row(claim: Claim, verdict: Verdict, evidence: Evidence | None) -> dict[str, Any]:
-    """One row of the claims table."""
+def claim_row(
+    claim: Claim, verdict: Verdict, evidence: Evidence | None, discovery: float | None = None
+) -> dict[str, Any]:
+    """One row of the claims table. discovery: the estimate that the claim was made from."""
     control = None if evidence is None or evidence.control is None else list(evidence.control)
-    refuted = verdict.outcome == "REFUTED"
+    refuted = verdict.outcome in ("REFUTED", "NOT SPECIFIC")
     interval = None if verdict.low is None or verdict.high is None else [verdict.low, verdict.high]
+    compared = None
+    if evidence is not None and control is not None:
+        compared = group_mean(control, clusters_of(claim, evidence)[0])
     return {
-        "id": claim.id, "statement": claim.statement, "component": claim.subject.get("site"), "role": claim.role,
-        "kind": claim.kind, "check": claim.check, "verdict": verdict.outcome, "reason": verdict.reason,
-        "estimate": verdict.estimate, "interval": interval, "low": verdict.low, "high": verdict.high,
-        "unit": claim.unit, "delta": claim.delta, "delta_c": claim.delta_c,
-        "control": _control_text(claim), "control_estimate": None if control is None else float(np.mean(control)),
-        "n": verdict.n, "n_groups": verdict.n_groups, "n_to_decide": verdict.n_to_decide, "scope": verdict.scope,
+        "id": claim.id,
+        "statement": claim.statement,
+        "measured": _in_words(claim, verdict, compared),
+        "component": claim.subject.get("name", claim.subject.get("site")),
+        "role": claim.role,
+        "kind": claim.kind,
+        "quantity": claim.quantity,
+        "verdict": verdict.outcome,
+        "reason": verdict.reason,
+        "estimate": verdict.estimate,
+        "interval": interval,
+        "low": verdict.low,
+        "high": verdict.high,
+        "discovery": discovery,
+        "unit": claim.unit,
+        "delta": claim.delta,
+        "delta_c": claim.delta_c,
+        "control": _control_text(claim),
+        "control_estimate": compared,
+        "n": verdict.n,
+        "n_groups": verdict.n_groups,
+        "n_to_decide": verdict.n_to_decide,
+        "scope": verdict.scope,
         "p": verdict.p_refuted if refuted else verdict.p_supported,
         "p_holm": verdict.p_refuted_holm if refuted else verdict.p_supported_holm,
         "condition": {key: claim.condition.get(key) for key in ("corruption", "direction", "effect")},
-        "values": [] if evidence is None else list(evidence.effects), "control_values": control,
+        "values": [] if evidence is None else list(evidence.effects),
+        "control_values": control,
         "templates": [] if evidence is None else list(evidence.groups.get("template", ())),
         "exploratory": verdict.exploratory,
-    }  # fmt: skip
+    }
+
+
+def _in_words(claim: Claim, verdict: Verdict, compared: float | None) -> str:
+    """What was tested, and what validation measured."""
+    side, unit = "at least" if claim.sign > 0 else "at most", f" {claim.unit}" if claim.unit else ""
+    margin = f", and {claim.control_margin:.3g} beyond its control" if claim.control else ""
+    tested = f"Tested: {side} {claim.sign * claim.delta:+.3g}{unit}{margin}."
+    if verdict.estimate is None:
+        return f"{tested} Not measured."
+    interval = "" if verdict.low is None or verdict.high is None else f" [{verdict.low:+.3g}, {verdict.high:+.3g}]"
+    control = "" if compared is None else f"; the control {compared:+.3g}"
+    where = f"{verdict.n} fresh prompts in {verdict.n_groups} groups{_effective(verdict)}"
+    return f"{tested} Measured on {where}: {verdict.estimate:+.3g}{interval}{unit}{control}.{_would_decide(verdict)}"
+
+
+def _effective(verdict: Verdict) -> str:
+    """How many independent groups would be as sure, where these are fewer."""
+    effective = verdict.legs[0].get("effective_groups") if verdict.legs else None
+    fewer = effective is not None and verdict.n_groups - effective >= 0.05
+    return f" (as sure as {effective:.1f} independent ones)" if fewer else ""
+
+
+def _would_decide(verdict: Verdict) -> str:
+    """With how many groups an open claim would be decided, one way or the other."""
+    if verdict.n_to_decide is None or not verdict.n:
+        return ""
+    groups = math.ceil(verdict.n_to_decide * verdict.n_groups / verdict.n)
+    return f" About {groups} groups like these would decide."
 
 
 def _control_text(claim: Claim) -> str | None:
     if not claim.control:
         return None
-    parts = claim.control.get("parts", [])
-    return str(claim.control.get("rule", "")) + (f": {', '.join(map(str, parts))}" if parts else "")
+    parts = [one if isinstance(one, str) else str(one.get("label") or one) for one in claim.control.get("parts", [])]
+    return str(claim.control.get("rule", "")) + (f": {', '.join(parts)}" if parts else "")
 
 
 def _attention(study: Study) -> list[dict[str, Any]]:
-    """Pictures of the members with a role, strongest first, on one discovery prompt."""
-    bench, circuit, found, effects = study.discovery, study.circuit, study.descriptions, study.effects
-    if bench is None or circuit is None or found is None or effects is None:
-        return []
-    heads = [p for p in circuit.members if p.kind == "z" and found.fits.get(str(p)) is not None]
+    """Attention of the heads with a role, strongest first, on a few discovery prompts."""
+    found, effects = study[DESCRIPTIONS], study[EFFECTS]
+    heads = [p for p in study[CIRCUIT].members if p.writes[0].kind == "z" and found.fits.get(str(p)) is not None]
     strength = {part: effects.strength[effects.components.index(part)] for part in heads}
     chosen = sorted(heads, key=lambda part: -strength[part])[:PICTURES]
-    few = Bench(bench.model, {bench.main: bench.pairs.subset([0])}, bench.seed, check=False)
-    size = int(few.pairs.size[0])
-    tokens = _token_texts(study, few.pairs.clean[0, :size].tolist())
+    few = study[DISCOVERY].few(range(min(PROMPTS, study[DISCOVERY].n)))
+    sizes = [int(size) for size in few.pairs.size]
+    tokens = [_token_texts(study, few.pairs.clean[row, :size].tolist()) for row, size in enumerate(sizes)]
     rows = []
-    for part in sorted(chosen, key=lambda p: p.order):
-        fit = found.fits[str(part)]
-        pattern = few.pattern(part)[0, :size, :size]
-        rows.append(
-            {
-                "component": str(part),
-                "role": fit.role if fit else NO_ROLE,
-                "tokens": tokens,
-                "pattern": pattern.double().tolist(),
-            }
-        )
+    for part in sorted(chosen, key=lambda p: p.writes[0].order):
+        fit, pattern = found.fits[str(part)], few.pattern(part).double()
+        prompts = [
+            {"tokens": tokens[row], "pattern": pattern[row, :size, :size].tolist()} for row, size in enumerate(sizes)
+        ]
+        rows.append({"component": str(part), "role": fit.label if fit else NO_ROLE, "prompts": prompts})
     return rows
 
 
@@ -235,7 +295,10 @@ def _cost(costs: Sequence[tuple[str, Cost]]) -> dict[str, Any]:
 
 def _reproduce(command: str, study: Study) -> dict[str, Any]:
     return {
-        "command": command, "version": __version__, "python": platform.python_version(),
-        "torch": version("torch").split("+")[0], "transformers": version("transformers"),
-        "ledger": None if study.family is None else "ledger.sqlite",
-    }  # fmt: skip
+        "command": command,
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": version("torch").split("+")[0],
+        "transformers": version("transformers"),
+        "ledger": "ledger.sqlite" if FAMILY in study else None,
+    }

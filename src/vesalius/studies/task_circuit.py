@@ -1,93 +1,222 @@
 """The study of a task: from a question to tested claims.
 
     gate        does the model do the task, overall and per template (discovery prompts)
-    decompose   exact effect of every component alone, all corruptions, both directions
+    patching    exact effect of every component alone, all corruptions, both directions
     circuit     the smallest set by the stated rule, with measured edges
-    describe    roles of the members, scored on discovery; each role makes claims
+    describe    what the members are, on discovery; each description makes claims
     seal        all claims become one family in the ledger; only then
     validate    the validation split is opened, once, and every claim is tested on it against its controls
-    report      summary.json, report.html and ledger.sqlite
 
 Every finished piece is kept on disk under the plan's hash: a killed study goes on where it was.
 """
 
 from __future__ import annotations
 
+import datetime
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vesalius import __version__
-from vesalius.bench import Bench
-from vesalius.circuits import Circuit, Effects, decompose, find_circuit, find_edges, kept
-from vesalius.describe import Context, Descriptions, describe
+from vesalius.circuits import (
+    Circuit,
+    Effects,
+    component_effects,
+    edges_from_json,
+    edges_to_json,
+    find_circuit,
+    find_edges,
+)
+from vesalius.describe import (
+    GOES_FIRST,
+    ROLES,
+    Descriptions,
+    Discovery,
+    causal,
+    claims_of,
+    describe,
+    describe_circuit,
+)
+from vesalius.describe.circuit import needed_draws
 from vesalius.errors import FileFormatError, InputError
-from vesalius.inputs import Pairs
-from vesalius.jobs import Blocks, Event, Sink
+from vesalius.jobs import Blocks, Event, Sink, track
 from vesalius.jobs.progress import shown
+from vesalius.jobs.untrusted import parse_json
 from vesalius.model import Model
-from vesalius.patching.cost import Cost
-from vesalius.protocol import Claim, Evidence, Family, Verdict, content_hash
+from vesalius.protocol import Claim, Evidence, Family, canonical_json, content_hash
 from vesalius.protocol.ledger import Ledger
-from vesalius.site import Site
-from vesalius.studies.answer import html
-from vesalius.studies.cost import estimate_study
-from vesalius.studies.gate import ACCURACY, FEWEST_ROWS, Gate, gate
-from vesalius.studies.kept import edges_from_arrays, edges_to_arrays, found_from_arrays, found_to_arrays
+from vesalius.quantities import TOTAL_EFFECT, Runs
+from vesalius.quantities.circuit import ABLATIONS, Floats, PartSet, random_sets, stored
+from vesalius.quantities.contrast import EMBED, Contrast
+from vesalius.studies.answer import sentences
+from vesalius.studies.forecast import expected_cost, power_note
+from vesalius.studies.gate import FEWEST_ROWS, PREFERENCE, Gate, gate
 from vesalius.studies.question import Question
-from vesalius.studies.testing import Tested, measure_claims
-from vesalius.validate.circuit import circuit_claims
+from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, run_steps
+from vesalius.validate import check, prepare
 
-T = TypeVar("T")
-FEWEST_SETS = 4
-
-
-@dataclass(frozen=True)
-class Options:
-    """Knobs of a study. random_sets: draws of the random-set control; the smallest p it can give is 1 / (draws + 1).
-
-    Raises InputError for fewer than `FEWEST_SETS` of them.
-    """
-
-    seed: int = 0
-    past_gate: bool = False
-    random_sets: int = 99
-    check: bool = True
-    control: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.random_sets < FEWEST_SETS:
-            raise InputError(f"random_sets must be at least {FEWEST_SETS}; got {self.random_sets}")
+GATE = Artefact("gate", Gate)
+DISCOVERY = Artefact("discovery", Runs)
+EFFECTS = Artefact("effects", Effects)
+CIRCUIT = Artefact("circuit", Circuit)
+DESCRIPTIONS = Artefact("descriptions", Descriptions)
+FAMILY = Artefact("family", Family)
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
-    """A finished (or stopped) study; `studies.summarise(study)` makes the summary of it."""
+class Tested:
+    """What the validation split showed.
 
-    question: Question
-    model: Model
-    options: Options
+    with_only: ablation -> [set, example], the metric with only that set kept; set 0 is the circuit, set 1 nothing, the
+    rest random. without: ablation -> [set, example], with the set ablated; set 0 is the circuit, set 1 everything. The
+    embeddings are not among what is removed (but in set 1): without them there is no prompt, and any set would do.
+    smaller: [member, example], the circuit kept without that member (resample ablation of the rest). evidence: by
+    claim.
+    """
+
+    runs: Runs
     gate: Gate
-    stopped: str | None = None
-    effects: Effects | None = None
-    circuit: Circuit | None = None
-    descriptions: Descriptions | None = None
-    discovery: Bench | None = None
-    tested: Tested | None = None
-    family: Family | None = None
-    verdicts: tuple[Verdict, ...] = ()
-    evidence: Mapping[str, Evidence] = field(default_factory=dict)
-    costs: tuple[tuple[str, Cost], ...] = ()
-    ledger_head: str = ""
-    sealed_at: str | None = None
-    """When the validation split was first opened; the family was sealed just before."""
+    with_only: Mapping[str, Floats]
+    without: Mapping[str, Floats]
+    smaller: Floats
+    evidence: Mapping[str, Evidence]
 
-    def _repr_html_(self) -> str:
-        return html(self)
+
+TESTED = Artefact("tested", Tested)
+
+
+def _gate(work: Work) -> Gate:
+    """On discovery. Stops the study of a model that does not do the task, unless told to go on."""
+    found = gate(work.model, work.question.split("discovery")[work.question.main], "discovery")
+    if found.passed or work.options.past_gate:
+        return found
+    raise StoppedError(
+        f"{work.model.name} prefers the answer to the distractor in {found.preference.estimate:.0%} of "
+        f"{found.preference.n} discovery prompts, with a mean logit difference of {found.logit_diff.estimate:+.2f} "
+        f"(needed: {PREFERENCE:.0%}, above 0, and {FEWEST_ROWS} prompts of templates that it gets right): it does not "
+        "do this task well enough for its mechanism to be looked for. --past-gate (past_gate=True) goes on all the "
+        "same.",
+        found,
+    )
+
+
+def _opened(work: Work, split: str) -> Contrast:
+    """A split of every corruption, from the ledger, which records what claims are made from and tested on."""
+    opened = {name: work.ledger.open(pairs, split) for name, pairs in work.question.corruptions.items()}
+    return replace(work.question.contrast(split), corruptions=opened)
+
+
+def _record(work: Work) -> Runs:
+    """Runs on the discovery prompts of templates that passed; says what the study will cost, and what it can decide."""
+    contrast = _opened(work, "discovery").subset(work[GATE].used)
+    runs = Runs(
+        work.model,
+        contrast,
+        components=work.question.components,
+        seed=work.options.seed,
+        check=work.options.check,
+        sink=work.sink,
+        blocks=work.blocks,
+        name="discovery",
+    )
+    expected = expected_cost(runs, work.options.random_sets)
+    work.sink(Event("note", "cost", message=f"expected cost: {expected.describe()}"))
+    for sentence in power_note(work.question):
+        work.sink(Event("note", "power", message=sentence))
+    return runs
+
+
+def _patching(work: Work) -> Effects:
+    with work.counting(work[DISCOVERY]):
+        return component_effects(work[DISCOVERY])
+
+
+def _circuit(work: Work) -> Circuit:
+    runs = work[DISCOVERY]
+    with work.counting(runs):
+        found = find_circuit(runs, work[EFFECTS])
+        kept = runs.stored("edges", lambda: _json_array(edges_to_json(find_edges(runs, found.members))))
+    return replace(found, edges=edges_from_json(_from_array(kept), found.members))
+
+
+def _describe(work: Work) -> Descriptions:
+    """The members' descriptions and every claim of the study, kept with every digit.
+
+    A study that is resumed on another machine, or with another number of threads, must find the very same ones, so they
+    are read back and never made again.
+    """
+    runs, members = work[DISCOVERY], work[CIRCUIT].members
+
+    def make() -> dict[str, NDArray[Any]]:
+        setting = replace(
+            Discovery.of(runs, members, study=work.question.name, n=work.question.sizes["validation"]),
+            seed=work.options.seed,
+        )
+        found = describe(setting, ROLES, GOES_FIRST)
+        whole = describe_circuit(setting, members, work.options.random_sets)
+        claims = [*_of_members(setting, found), *claims_of(whole, setting)]
+        estimates = {claim.id: mean for claim, mean in claims}
+        return _json_array(replace(found, claims=tuple(c for c, _ in claims), estimates=estimates).to_json())
+
+    with work.counting(runs):
+        kept = runs.stored("descriptions and claims", make)
+    return Descriptions.from_json(_from_array(kept), *members)
+
+
+def _of_members(setting: Discovery, found: Descriptions) -> list[tuple[Claim, float]]:
+    """The claims of every member's role, and that the member matters, where no role says so already."""
+    claims: list[tuple[Claim, float]] = []
+    for member in setting.members:
+        fit = found.fits[str(member)]
+        role = claims_of(fit, setting) if fit is not None else ()
+        claims += role
+        plain = causal(setting, member)
+        if plain is not None and all(claim.quantity != TOTAL_EFFECT.name for claim, _ in role):
+            claims += claims_of(plain, setting)
+    return claims
+
+
+def _seal(work: Work) -> Family:
+    family = work.ledger.register(work[DESCRIPTIONS].claims, study=work.question.name)
+    work[DISCOVERY].forget()
+    return family
+
+
+def _validate(work: Work) -> Tested:
+    contrast = _opened(work, "validation")
+    passed = gate(work.model, contrast.pairs, "validation")
+    # All of its prompts: to leave out what the model gets wrong would choose the test data by their outcome.
+    runs = Runs(
+        work.model,
+        contrast,
+        components=work.question.components,
+        seed=work.options.seed,
+        check=work.options.check,
+        sink=work.sink,
+        blocks=work.blocks,
+        name="validation",
+    )
+    with work.counting(runs):
+        return test_family(
+            work.ledger, work[FAMILY], work[CIRCUIT], runs, passed, work.options.random_sets, work.blocks.plan_hash
+        )
+
+
+TASK_CIRCUIT: tuple[Step[Any], ...] = (
+    Step("gate", GATE, _gate),
+    Step("record", DISCOVERY, _record),
+    Step("patching", EFFECTS, _patching),
+    Step("circuit", CIRCUIT, _circuit),
+    Step("describe", DESCRIPTIONS, _describe),
+    Step("seal", FAMILY, _seal),
+    Step("validate", TESTED, _validate),
+)
 
 
 def run_study(
@@ -96,6 +225,7 @@ def run_study(
     *,
     out: Path | None = None,
     options: Options | None = None,
+    steps: Sequence[Step[Any]] = TASK_CIRCUIT,
     sink: Sink | None = None,
 ) -> Study:
     """Run or resume a study. out: folder for blocks and ledger (None: nothing is kept). sink: None shows progress.
@@ -104,12 +234,12 @@ def run_study(
     InputError when `out` holds another study, or clean and corrupted prompts do not differ in their effect.
     """
     chosen = options or Options()
-    with shown(sink) as told:
-        if out is not None:
-            return _Runner(question, model, out, _blocks(out, question, model, chosen, told), chosen, told).run()
-        with tempfile.TemporaryDirectory() as folder:
-            blocks = Blocks(None, _plan(question, model, chosen))
-            return _Runner(question, model, Path(folder), blocks, chosen, told).run()
+    plan = _plan(question, model, chosen)
+    with shown(sink) as screen, tempfile.TemporaryDirectory() as folder:
+        blocks = _blocks(out, plan, screen) if out is not None else Blocks(None, plan)
+        path = (out or Path(folder)) / "ledger.sqlite"
+        with closing(Work(question, model, chosen, blocks, path, screen)) as work:
+            return run_steps(work, steps, sentences)
 
 
 def _plan(question: Question, model: Model, options: Options) -> str:
@@ -118,9 +248,9 @@ def _plan(question: Question, model: Model, options: Options) -> str:
     return content_hash({**question.plan(), **knobs, "model": model.content_hash, "version": __version__})
 
 
-def _blocks(out: Path, question: Question, model: Model, options: Options, sink: Sink) -> Blocks:
+def _blocks(out: Path, plan: str, sink: Sink) -> Blocks:
     """Where the study's pieces are kept. Raises InputError when the folder holds those of another study."""
-    folder, plan, ledger = out / "blocks", _plan(question, model, options), out / "ledger.sqlite"
+    folder, ledger = out / "blocks", out / "ledger.sqlite"
     if ledger.exists():
         Ledger(ledger).close()  # refuses a file that is none before anything is written beside it
     try:
@@ -134,109 +264,60 @@ def _blocks(out: Path, question: Question, model: Model, options: Options, sink:
         ) from error
 
 
-class _Runner:
-    def __init__(
-        self, question: Question, model: Model, out: Path, blocks: Blocks, options: Options, sink: Sink
-    ) -> None:
-        self.question, self.model, self.options, self.sink = question, model, options, sink
-        self.out, self.blocks = out, blocks
-        self.costs: list[tuple[str, Cost]] = []
+def test_family(
+    ledger: Ledger,
+    family: Family,
+    circuit: Circuit,
+    runs: Runs,
+    passed: Gate,
+    draws: int,
+    plan_hash: str,
+    *,
+    other_model: bool = False,
+) -> Tested:
+    """Measure everything the family claims, once, and append one piece of evidence per claim.
 
-    def run(self) -> Study:
-        discovery = self.question.split("discovery")
-        passed = gate(self.model, discovery[self.question.main], "discovery")
-        stopped = self._stop(passed)
-        if stopped:
-            return Study(self.question, self.model, self.options, passed, stopped)
-        bench = self._bench(discovery, passed, "discovery")
-        expected = estimate_study(bench, self.options.random_sets)
-        self.sink(Event("note", "cost", message=f"expected cost: {expected.describe()}"))
-        with Ledger(self.out / "ledger.sqlite") as ledger:
-            return self._study(passed, bench, ledger)
-
-    def _stop(self, passed: Gate) -> str | None:
-        if passed.passed or self.options.past_gate:
-            return None
-        accuracy = passed.accuracy
-        return (
-            f"{self.model.name} prefers the answer in {accuracy['estimate']:.0%} of {int(accuracy['n'])} discovery "
-            f"prompts, with a mean logit difference of {passed.logit_diff['estimate']:+.2f} (needed: {ACCURACY:.0%}, "
-            f"above 0, and {FEWEST_ROWS} prompts of templates that it gets right): it does not do this task well "
-            "enough for its mechanism to be looked for. --past-gate goes on all the same."
+    Claims that have their evidence (a resumed study) are not measured again.
+    """
+    measured = _circuit_runs(circuit, runs, draws)
+    # All of them, also those that are done: what this finds is kept, and its cost must not depend on interruptions.
+    prepare(family.claims, runs)
+    todo = [claim for claim in family.claims if not any(e.measured for e in ledger.evidence(claim))]
+    for claim in track(todo, "test claims", sink=runs.sink):
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        evidence = check(
+            claim,
+            runs=runs,
+            data_hash=runs.pairs.content_hash,
+            plan_hash=plan_hash,
+            version=__version__,
+            created_at=now,
+            allow_other_model=other_model,
         )
+        ledger.append(evidence)
+    runs.forget()
+    return Tested(runs, passed, *measured, {claim.id: ledger.evidence(claim)[-1] for claim in family.claims})
 
-    def _bench(self, corruptions: Mapping[str, Pairs], passed: Gate, split: str) -> Bench:
-        """Prompts of templates that passed the gate; all of them when too few did (past the gate only)."""
-        rows = passed.rows if len(passed.rows) >= FEWEST_ROWS else range(len(passed.labels))
-        chosen = {name: pairs.subset(rows) for name, pairs in corruptions.items()}
-        return Bench(self.model, chosen, self.options.seed, self.options.check, self.sink, self.blocks, split)
 
-    def _study(self, passed: Gate, bench: Bench, ledger: Ledger) -> Study:
-        effects = self._step("decompose", bench, lambda: decompose(bench))
-        circuit = self._step("circuit", bench, lambda: self._circuit(bench, effects))
-        descriptions, claims = self._step("describe", bench, lambda: self._described(bench, circuit))
-        family = ledger.register(claims, study=self.question.name)
-        bench.forget()
-        tested = self._test(ledger, family, circuit)
-        tested.bench.forget()
-        self.costs.append(("validate", tested.bench.cost))
-        evidence = {claim.id: ledger.evidence(claim)[-1] for claim in family.claims}
-        return Study(
-            self.question, self.model, self.options, passed, None, effects, circuit, descriptions, bench, tested,
-            family, ledger.verdicts(family), evidence, tuple(self.costs), ledger.verify().head, ledger.openings()[0].at,
-        )  # fmt: skip
+def _circuit_runs(circuit: Circuit, runs: Runs, draws: int) -> tuple[dict[str, Floats], dict[str, Floats], Floats]:
+    """What the circuit and random sets do alone, what is lost without them, and the circuit without each member."""
+    members = circuit.members
+    random = random_sets(runs, members, draws, runs.seed)
+    others = random_sets(runs, members, needed_draws(draws), runs.seed, outside=True)
+    alone, lost = {}, {}
+    for ablation in ABLATIONS:
+        alone[ablation] = stored(runs, "with only", [members, (), *random], ablation)
+        compared = others if ablation == "resample" else []
+        parts = [tuple(part for part in some if part != EMBED) for some in (members, *compared)]
+        lost[ablation] = stored(runs, "without", [parts[0], runs.components, *parts[1:]], ablation)
+    smaller: list[PartSet] = [tuple(m for m in members if m != part) for part in members]
+    return alone, lost, stored(runs, "with only", smaller, "resample")
 
-    def _step(self, name: str, bench: Bench, work: Callable[[], T]) -> T:
-        self.sink(Event("note", name, message=name))
-        before = bench.cost
-        result = work()
-        self.costs.append((name, bench.cost - before))
-        return result
 
-    def _circuit(self, bench: Bench, effects: Effects) -> Circuit:
-        found = find_circuit(bench, effects)
-        stored = bench.stored("edges", lambda: edges_to_arrays(find_edges(bench, found.members)))
-        return replace(found, edges=edges_from_arrays(stored))
+def _json_array(data: Any) -> dict[str, NDArray[Any]]:
+    """JSON data as an array of bytes, every digit of its numbers included."""
+    return {"json": np.frombuffer(canonical_json(data).encode("ascii"), dtype=np.uint8)}
 
-    def _described(self, bench: Bench, circuit: Circuit) -> tuple[Descriptions, tuple[Claim, ...]]:
-        """Descriptions of the members, and every claim of the study."""
 
-        def work() -> dict[str, Any]:
-            found = describe(self._context(bench, circuit))
-            total = self._ablated(bench)
-            whole = circuit_claims(bench, circuit.members, total, self.options.random_sets, self._common())
-            return found_to_arrays(found, [*found.claims, *whole])
-
-        return found_from_arrays(bench.stored("descriptions and claims", work))
-
-    def _context(self, bench: Bench, circuit: Circuit) -> Context:
-        made = Context.of(bench, circuit.members, study=self.question.name, n=self.question.sizes["validation"])
-        return replace(made, parents=self._parents(), seed=self.options.seed)
-
-    def _parents(self) -> tuple[str, ...]:
-        """Hashes of the data that claims are made from: the whole discovery split, failed templates too."""
-        return tuple(pairs.content_hash for pairs in self.question.split("discovery").values())
-
-    def _common(self) -> dict[str, Any]:
-        return {
-            "n": self.question.sizes["validation"], "seed": self.options.seed, "parents": self._parents(),
-            "study": self.question.name, "subject_model": self.model.content_hash,
-        }  # fmt: skip
-
-    def _ablated(self, bench: Bench) -> float:
-        """Mean effect of giving every component its corrupted value, in logits (discovery)."""
-        nothing: list[tuple[Site, ...]] = [()]
-        empty = kept(bench, nothing, "resample")[0]
-        return float(np.mean(bench.metric("clean").double().numpy() - empty))
-
-    def _test(self, ledger: Ledger, family: Family, circuit: Circuit) -> Tested:
-        self.sink(Event("note", "validate", message="validate"))
-        opened = {name: ledger.open(pairs, "validation") for name, pairs in self.question.corruptions.items()}
-        main = opened[self.question.main]
-        passed = gate(self.model, main, "validation")
-        provenance = {
-            "data_hash": main.content_hash, "model_hash": self.model.content_hash,
-            "plan_hash": self.blocks.plan_hash, "version": __version__,
-        }  # fmt: skip
-        bench = self._bench(opened, passed, "validation")
-        return measure_claims(ledger, family, circuit, bench, passed, self.options.random_sets, provenance)
+def _from_array(arrays: Mapping[str, NDArray[Any]]) -> Any:
+    return parse_json(arrays["json"].tobytes().decode("utf-8"), finite=False, values=None)

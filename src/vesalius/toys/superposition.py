@@ -73,8 +73,8 @@ def toy_models(
     batches = _grid(probability) if n_features == 2 else _drawn(n_features, probability, generator)
     loss = torch.zeros(instances)
     for _, (x, share) in zip(range(steps), batches, strict=False):
-        rebuilt = torch.relu(torch.einsum("ifh,igh,ng->inf", W, W, x) + b[:, None])
-        loss = ((rebuilt - x).square() * weights * share[:, None]).sum((1, 2))
+        reconstructed = torch.relu(torch.einsum("ifh,igh,ng->inf", W, W, x) + b[:, None])
+        loss = ((reconstructed - x).square() * weights * share[:, None]).sum((1, 2))
         adam.zero_grad()
         loss.sum().backward()
         adam.step()

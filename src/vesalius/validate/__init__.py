@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from vesalius.validate.checks import CHECKS, Check, Measures, check, measure, prefetch
-from vesalius.validate.circuit import circuit_claims, circuit_evidence
-from vesalius.validate.controls import Matched, matched_controls, reinitialised
-from vesalius.validate.described import described
+from collections.abc import Iterable
 
-__all__ = [
-    "CHECKS",
-    "Check",
-    "Matched",
-    "Measures",
-    "check",
-    "circuit_claims",
-    "circuit_evidence",
-    "described",
-    "matched_controls",
-    "measure",
-    "prefetch",
-    "reinitialised",
-]
+from vesalius.protocol import Verdict
+from vesalius.quantities import Matched, matched_controls
+from vesalius.validate.controls import reinitialised
+from vesalius.validate.evidence import check, part_of, prepare
+
+
+def all_supported(verdicts: Iterable[Verdict]) -> bool:
+    """Whether a description has earned its name: it made claims, and ALL of them are SUPPORTED."""
+    outcomes = [verdict.outcome for verdict in verdicts]
+    return bool(outcomes) and all(outcome == "SUPPORTED" for outcome in outcomes)
+
+
+__all__ = ["Matched", "all_supported", "check", "matched_controls", "part_of", "prepare", "reinitialised"]

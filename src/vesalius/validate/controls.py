@@ -1,4 +1,4 @@
-"""Controls: components matched to a member of a circuit, and a model with the same statistics but no mechanism."""
+"""A model with the same statistics but no mechanism: the random-weights control."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from vesalius.describe.matching import Matched, matched_controls
 from vesalius.model import Model
-
-__all__ = ["Matched", "matched_controls", "reinitialised"]
 
 
 def reinitialised(model: Model, seed: int) -> Model:

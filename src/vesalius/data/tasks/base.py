@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from vesalius.data.positions import named_positions
 from vesalius.data.tables import read_each
@@ -23,6 +25,8 @@ T = TypeVar("T")
 SPLITS = ("discovery", "validation")
 # They begin and end a chat turn. What follows `<|im_start|>` is the name of a role, so that it must not stand before
 # plain text: on the demo model, names in the first position were no longer recognised behind it.
+MOST_TOKENS = 8
+"""Tokens of an answer."""
 CHAT_MARKERS = ("<|im_start|>", "<|im_end|>")
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 
@@ -58,8 +62,8 @@ class Encoded:
 
     clean: Sequence[int]
     corrupted: Sequence[int]
-    answer: int
-    distractor: int
+    answer: Sequence[int]
+    distractor: Sequence[int]
     groups: Mapping[str, str]
     split: str
 
@@ -116,7 +120,7 @@ def continuation(tokenizer: Any, text: str, more: str, before: Sequence[int] | N
     return both[len(before) :] if both[: len(before)] == before else None
 
 
-def _answer_id(tokenizer: Any, row: Row, name: str, clean: Sequence[int], where: str) -> int:
+def _answer_ids(tokenizer: Any, row: Row, name: str, clean: Sequence[int], where: str) -> list[int]:
     text = getattr(row, name)
     ids = continuation(tokenizer, row.clean, text, clean)
     if ids is None:
@@ -124,12 +128,18 @@ def _answer_id(tokenizer: Any, row: Row, name: str, clean: Sequence[int], where:
             f"{where}: {name} {text!r} merges with the end of the prompt {row.clean[-20:]!r}: end the prompt without a "
             f"space and begin the {name} with one (' Anna', not 'Anna')"
         )
-    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+    spaced = continuation(tokenizer, row.clean, f" {text}", clean)
+    if spaced is not None and len(ids) > len(spaced):
         raise TokenizerError(
-            f"{where}: {name} {text!r} is not a single token of this tokenizer but {show(tokenizer, ids)}. Most "
-            "tokenizers count the leading space as part of the word: ' Anna' may be one token where 'Anna' is several"
+            f"{where}: {name} {text!r} is {show(tokenizer, ids)} to this tokenizer, which counts the leading space as "
+            f"part of the word: write {f' {text}'!r}, which is {show(tokenizer, spaced)}"
         )
-    return ids[0]
+    if not 1 <= len(ids) <= MOST_TOKENS or tokenizer.unk_token_id in ids:
+        raise TokenizerError(
+            f"{where}: {name} {text!r} is {show(tokenizer, ids)} to this tokenizer; give 1 to {MOST_TOKENS} tokens, "
+            "all of them known"
+        )
+    return ids
 
 
 def _check_text(row: Row, where: str) -> None:
@@ -166,9 +176,9 @@ def encode_row(tokenizer: Any, row: Row, where: str) -> Encoded:
     _check_text(row, where)
     clean, corrupted = encode(tokenizer, row.clean), encode(tokenizer, row.corrupted)
     _check_aligned(tokenizer, row, clean, corrupted, where)
-    answer, distractor = (_answer_id(tokenizer, row, name, clean, where) for name in ("answer", "distractor"))
+    answer, distractor = (_answer_ids(tokenizer, row, name, clean, where) for name in ("answer", "distractor"))
     if answer == distractor:
-        raise PairsError(f"{where}: answer {row.answer!r} and distractor {row.distractor!r} are the same token")
+        raise PairsError(f"{where}: answer {row.answer!r} and distractor {row.distractor!r} are the same tokens")
     return Encoded(clean, corrupted, answer, distractor, row.groups, row.split)
 
 
@@ -183,8 +193,9 @@ def build_pairs(
     """Pairs from rows of text, every row checked against the tokenizer.
 
     rows carry all the same groups, and either all or none a split. The metric reads at the last token.
-    Raises InputError (empty or non-text field), PairsError (prompts that do not line up) or TokenizerError (answer of
-    several tokens, unknown bos), naming the row; several bad rows are listed in one error.
+    Answers of several tokens are scored as sequences (see `Pairs`). Raises InputError (empty or non-text field),
+    PairsError (prompts that do not line up) or TokenizerError (an answer without its space, unknown bos), naming the
+    row; several bad rows are listed in one error.
     """
     encoded = read_each(
         enumerate(rows),
@@ -211,8 +222,8 @@ def assemble(rows: Sequence[Encoded], tokenizer: Any, *, bos: str, corruption: s
     pairs = Pairs(
         clean=clean,
         corrupted=corrupted,
-        answer=torch.tensor([row.answer for row in rows]),
-        distractor=torch.tensor([row.distractor for row in rows]),
+        answer=_padded([row.answer for row in rows]),
+        distractor=_padded([row.distractor for row in rows]),
         lengths=lengths,
         groups={name: tuple(row.groups[name] for row in rows) for name in rows[0].groups},
         splits=splits if all(splits) else (),
@@ -221,6 +232,12 @@ def assemble(rows: Sequence[Encoded], tokenizer: Any, *, bos: str, corruption: s
         bos=first,
     )
     return replace(pairs, named_positions=named_positions(pairs, tokenizer))
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Int[Tensor, "example token"]:
+    """Answers as rows of one width, -1 after the last token."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows])
 
 
 def check_request(n: int, maximum: int, task: str, corruption: str, known: Sequence[str]) -> None:

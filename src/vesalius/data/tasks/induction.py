@@ -104,5 +104,5 @@ def _rows(split: str, periods: Sequence[int], ids: Sequence[int], n: int, seed: 
             continue
         seen.add(clean)
         corrupted = [*clean[:again], other, *clean[again + 1 :]]
-        rows.append(Encoded(clean, corrupted, first[again], other, {"template": f"period {period}"}, split))
+        rows.append(Encoded(clean, corrupted, [first[again]], [other], {"template": f"period {period}"}, split))
     return rows

@@ -96,11 +96,11 @@ def reduced_rank(x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"], rank: 
     centred, target = x - mean_in, y - mean_out
     same = torch.equal(x, y)
     if same:
-        weight, predicted = torch.eye(x.shape[1], dtype=x.dtype), centred
+        weight, predicted = torch.eye(x.shape[1], dtype=x.dtype, device=x.device), centred
     else:
         # A trace of ridge, so that coordinates that hardly vary don't make the system singular.
         ridge = 1e-6 * centred.square().sum() / x.shape[1]
-        gram = centred.T @ centred + ridge * torch.eye(x.shape[1], dtype=x.dtype)
+        gram = centred.T @ centred + ridge * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         weight = torch.linalg.solve(gram, centred.T @ target)
         predicted = centred @ weight
     top = torch.linalg.eigh(predicted.T @ predicted).eigenvectors[:, -rank:]

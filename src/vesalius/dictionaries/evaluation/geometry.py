@@ -130,7 +130,7 @@ def shared(
     if not 0 < len(rows) <= len(others):
         raise InputError(f"{len(rows)} latents cannot be matched one to one to {len(others)}; exchange the two")
     cosines, mate = matching(rows, others)
-    encoders = [torch.nn.functional.normalize(torch.cat(c.encoders, 0).T, dim=1) for c in (a, b)]
+    encoders = [torch.nn.functional.normalize(torch.cat(c.encoders, 0).T, dim=1).cpu() for c in (a, b)]
     pairs = torch.stack([numbers, other_numbers[torch.from_numpy(mate)]], 1)
     encoder = (encoders[0][pairs[:, 0]] * encoders[1][pairs[:, 1]]).sum(1).double().cpu().numpy()
     null, _ = matching(rows, random_unit(len(others), others.shape[1], seed + 1))

@@ -86,7 +86,8 @@ SiteNumbers = tuple[list[int], list[int]]
 
 
 def _in_and_out(rows: Rows, numbers: SiteNumbers) -> tuple[Rows, Rows]:
-    return tuple(rows[number] for number in numbers[0]), tuple(rows[number] for number in numbers[1])
+    # On the CPU, where totals are kept; a dictionary takes them to its own device chunk by chunk.
+    return tuple(rows[number].cpu() for number in numbers[0]), tuple(rows[number].cpu() for number in numbers[1])
 
 
 def _site_numbers(coder: Coder, source: Source) -> SiteNumbers:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vesalius.errors import FileFormatError
+from vesalius.jobs.untrusted import parse_json, read_text
 
 _WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "~": None, "": None}
 
@@ -14,7 +15,7 @@ _WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "~": None,
 def read_flat_yaml(path: Path) -> dict[str, Any]:
     """Scalars and lists of scalars by key. Raises FileFormatError for a file that is missing or holds more."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, ValueError) as error:
         raise FileFormatError(f"{path} cannot be read ({error})") from error
     found: dict[str, Any] = {}
@@ -43,7 +44,7 @@ def _scalar(text: str) -> Any:
     if word[0] == "'":
         return word.strip("'")
     try:
-        return json.loads(word)
+        return parse_json(word)
     except ValueError:
         return word
 

@@ -26,6 +26,7 @@ from vesalius.dictionaries.formats.names import from_module, two_sites
 from vesalius.dictionaries.formats.writing import write_new, write_safetensors
 from vesalius.dictionaries.unknown_sites import unknown_site
 from vesalius.errors import FileFormatError, InputError
+from vesalius.jobs.untrusted import read_json
 from vesalius.site import Site
 
 CONFIG, WEIGHTS, RUN, NAME = "cfg.json", "sae.safetensors", "config.json", "sparsify"
@@ -87,7 +88,7 @@ def _checked(path: Path, config: dict[str, Any], n: int, d: int) -> int:
 def _run(folder: Path) -> dict[str, Any]:
     """The run's config.json, in the folder above, which says the model; nothing when it is not there or unreadable."""
     try:
-        found = json.loads((folder.parent / RUN).read_text("utf-8"))
+        found = read_json(folder.parent / RUN)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

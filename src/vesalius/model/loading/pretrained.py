@@ -16,12 +16,11 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
-from safetensors import SafetensorError, safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vesalius.adapters import KNOWN
 from vesalius.errors import FileFormatError, InputError, NotFiniteError, UnknownArchitectureError
-from vesalius.jobs import Event, Sink
+from vesalius.jobs import Event, Sink, untrusted
 from vesalius.jobs.cache import cache_root, file_sha256, made_folder
 from vesalius.jobs.progress import shown
 from vesalius.model.gguf import convert_gguf
@@ -35,6 +34,7 @@ from vesalius.model.loading.lookup import (
     read_json,
     weight_files,
 )
+from vesalius.model.loading.promises import check_counts, check_size
 from vesalius.model.model import Model
 
 _DEMO_NOTE = "4-bit weights (Q4_1) of an instruct model, as packaged: not the full-precision original"
@@ -143,13 +143,29 @@ def _hub_model(name: str, request: _Request, *, local: bool) -> Model:
 
 
 def _check_folder(folder: Path) -> None:
-    _check_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    path, config = folder / "config.json", read_json(folder / "config.json")
+    with untrusted.understood(f"{path} does not describe a model"):
+        _check_config(config, str(path))
+        tensors = _tensors(folder)
+        check_counts(config, tensors, path)
+        with _quiet():
+            check_size(_class_of(config), folder, tensors)
+
+
+def _tensors(folder: Path) -> list[untrusted.Stored]:
+    """Every tensor of its weight files."""
+    found: list[untrusted.Stored] = []
     for path in weight_files(folder):
         try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
+            found += list(untrusted.safetensors_header(path).values())
+        except (OSError, ValueError) as error:
             raise FileFormatError(f"{path} is truncated or corrupt: {error}. Download or copy it again.") from error
+    return found
+
+
+def _class_of(config: Mapping[str, Any]) -> Any:
+    """The class of transformers that opens a model."""
+    return getattr(transformers, _named_class(config) or "AutoModelForCausalLM")
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
@@ -176,7 +192,7 @@ def _named_class(config: Mapping[str, Any]) -> str | None:
     fitting = (
         name
         for name in (named if isinstance(named, list) else [])
-        if name in _CLASSES and getattr(transformers, name).config_class.model_type == kind
+        if isinstance(name, str) and name in _CLASSES and getattr(transformers, name).config_class.model_type == kind
     )
     return next(fitting, None)
 
@@ -196,8 +212,7 @@ def _read(source: str, name: str, request: _Request, config: Mapping[str, Any], 
     }
     try:
         with _quiet():
-            known = getattr(transformers, _named_class(config) or "AutoModelForCausalLM")
-            module, info = known.from_pretrained(source, **wanted, **options)
+            module, info = _class_of(config).from_pretrained(source, **wanted, **options)
             tokenizer = _tokenizer(source, options)
     except MemoryError:
         raise

@@ -1,0 +1,66 @@
+"""Quantities: what can be measured about a part, one file each, and the runs they are measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vesalius.errors import UnknownNameError
+from vesalius.quantities.activation import Activation
+from vesalius.quantities.attends import Attends
+from vesalius.quantities.base import Parameters, PerExample, Quantity
+from vesalius.quantities.circuit import Completeness, Faithfulness
+from vesalius.quantities.contrast import Contrast, heads_and_mlps
+from vesalius.quantities.copies import Copies
+from vesalius.quantities.direct_effect import DirectEffect
+from vesalius.quantities.matching import Matched, matched_controls
+from vesalius.quantities.moves_attention import MovesAttention
+from vesalius.quantities.runs import Runs
+from vesalius.quantities.total_effect import TotalEffect
+
+ACTIVATION, ATTENDS, COPIES = Activation(), Attends(), Copies()
+DIRECT_EFFECT, TOTAL_EFFECT, MOVES_ATTENTION = DirectEffect(), TotalEffect(), MovesAttention()
+FAITHFULNESS, COMPLETENESS = Faithfulness(), Completeness()
+
+QUANTITIES: dict[str, Quantity] = {
+    one.name: one
+    for one in (
+        ATTENDS,
+        COPIES,
+        DIRECT_EFFECT,
+        TOTAL_EFFECT,
+        MOVES_ATTENTION,
+        ACTIVATION,
+        FAITHFULNESS,
+        COMPLETENESS,
+    )
+}
+"""By name; add your own to let claims be made about it."""
+
+
+def quantity(name: str, known: Mapping[str, Quantity] = QUANTITIES) -> Quantity:
+    """A quantity by name. Raises UnknownNameError for an unknown one."""
+    if name not in known:
+        raise UnknownNameError("quantity", name, known)
+    return known[name]
+
+
+__all__ = [
+    "ACTIVATION",
+    "ATTENDS",
+    "COMPLETENESS",
+    "COPIES",
+    "DIRECT_EFFECT",
+    "FAITHFULNESS",
+    "MOVES_ATTENTION",
+    "QUANTITIES",
+    "TOTAL_EFFECT",
+    "Contrast",
+    "Matched",
+    "Parameters",
+    "PerExample",
+    "Quantity",
+    "Runs",
+    "heads_and_mlps",
+    "matched_controls",
+    "quantity",
+]

@@ -444,6 +444,9 @@ def test_edges_only_run_forward(runs: Runs) -> None:
     head, after, later = vs.head(0, 1), mlp(0), vs.head(1, 0)
     assert feeds(head, after) and feeds(head, later) and feeds(after, later)
     assert not feeds(after, head) and not feeds(later, head) and not feeds(head, vs.head(0, 2))
+    neuron = vs.neuron(0, 3)
+    assert feeds(head, neuron) and feeds(neuron, after) and feeds(neuron, later)
+    assert not feeds(neuron, head) and not feeds(neuron, vs.neuron(0, 4)) and not feeds(after, neuron)
     members = (later, after, head)
     forward = {vs.Edge(one, two) for one in members for two in members if feeds(one, two)}
     assert set(find_edges(runs, members)) <= forward | {vs.Edge(part, circuit.LOGITS) for part in members}

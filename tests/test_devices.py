@@ -5,7 +5,10 @@ What is wrong there would stop on CUDA with "Expected all tensors to be on the s
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +33,17 @@ def a_second_device() -> Iterator[None]:
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_takes_a_model_works_on_another_device_and_gives_the_cpus_numbers(family: str, entry: str) -> None:
+    if entry == "attribution":
+        # The first backward pass of a process fixes which devices there are, so this one needs a process of its own.
+        code = f"import conftest, test_devices; test_devices.compare({family!r}, {entry!r})"
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+    else:
+        compare(family, entry)
+
+
+def compare(family: str, entry: str) -> None:
+    """What an entry point finds on the pretend device, with what it finds on the CPU."""
+    pretend_device.device()
     expected = ENTRIES[entry](tiny.model(family))
     found = ENTRIES[entry](vs.Model(onto(tiny.FAMILIES[family]())))
     assert expected.keys() == found.keys()

@@ -121,12 +121,17 @@ def test_when_one_fails_the_others_are_kept_and_its_error_is_raised(made: Path, 
 def test_ctrl_c_reaches_every_process_once_and_the_same_command_goes_on(made: Path, tmp_path: Path) -> None:
     arguments = ["train", str(made / "acts"), "--out", str(tmp_path), "--latents", "24", "-k", "2", "-k", "4",
                  "--steps", "1000000", "--batch", "64", "--checkpoint-every", "5", "--jobs", "2"]  # fmt: skip
-    main, names = "from vesalius.cli import main; main()", ("k2", "k4")
+    # Whoever runs the tests in the background has a shell that lets its processes ignore Ctrl-C.
+    main = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from vesalius.cli import main; main()"
+    names = ("k2", "k4")
     process = subprocess.Popen([sys.executable, "-c", main, *arguments], stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not all(list(tmp_path.glob(f"{k}/checkpoints/*.safetensors")) for k in names):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    try:
+        while process.poll() is None and not all(list(tmp_path.glob(f"{k}/checkpoints/*.safetensors")) for k in names):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "the same command goes on from there" in " ".join(told.split())
     for name in names:

@@ -41,15 +41,15 @@ def find_edges(runs: Runs, members: Sequence[Part], examples: int = EDGE_EXAMPLE
 
 
 def feeds(source: Part, target: Part) -> bool:
-    """Whether a component's output reaches another: in a later layer, or from a head to the MLP of its own layer.
+    """Whether a component can reach another: what it writes is made before what the other reads.
 
-    In models whose attention and MLP run side by side the latter is measured all the same, as 0.
+    So a head reaches the MLP of its own layer, and its neurons. In models whose attention and MLP run side by side that
+    is measured all the same, as 0; and so is every edge of a module, whose place in the forward pass is not known.
     """
     one, two = source.writes[-1], target.reads[0]
-    assert one.layer is not None and two.layer is not None
-    if one.layer == two.layer:
-        return one.kind == "z" and two.kind == "mlp_out"
-    return two.layer > one.layer
+    if "module" in (one.kind, two.kind):
+        return True
+    return one.whole.order < two.whole.order
 
 
 class _Measure:

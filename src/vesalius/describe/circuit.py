@@ -7,7 +7,6 @@ uses the paired leg against their mean; the rank among them is reported beside i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from vesalius.describe.description import Description, Discovery, Prediction
 from vesalius.parts import Part, Together
@@ -72,8 +71,3 @@ def describe_circuit(discovery: Discovery, members: Sequence[Part], draws: int) 
         ),
         name=f"the {len(members)} components of the circuit" if len(members) > 1 else "the circuit's one component",
     )
-
-
-def is_of_circuit(claim: Any) -> bool:
-    """Whether a claim is about the circuit as a whole."""
-    return bool(claim.quantity in (FAITHFULNESS.name, COMPLETENESS.name))

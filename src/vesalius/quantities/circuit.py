@@ -9,6 +9,7 @@ same size and composition, whose members lie outside the set where that is what 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -160,8 +161,9 @@ class _OfCircuit(Quantity):
     def measure(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample:
         return self._of(runs, [members_of(part)], parameters)[0]
 
+    @abstractmethod
     def _of(self, runs: Runs, sets: Sequence[PartSet], parameters: Parameters) -> Float[Tensor, "set example"]:
-        raise NotImplementedError
+        """Of many sets, each measured once."""
 
 
 class Faithfulness(_OfCircuit):

@@ -72,7 +72,7 @@ def _found(made: Made) -> str:
     keeps = f"{size} {'keep' if len(circuit) > 1 else 'keeps'}, of the effect on fresh prompts, {shares}"
     roles = supported_roles(made, made["verdicts"])
     if not roles:
-        return f"{keeps}; no description of any of them was supported."
+        return f"{keeps}; no member has a role with every claim supported."
     listed = [_named(role, names) for role, names in sorted(roles.items(), key=lambda item: -len(item[1]))]
     return f"{keeps}; among them, with every claim supported: {_join(listed)}."
 
@@ -110,11 +110,13 @@ def _stood(made: Made) -> str:
     verdicts, count = made["verdicts"], Counter(verdict.outcome for verdict in made["verdicts"])
     bare = sum(fit is None for name, fit in made["descriptions"].fits.items() if name != "embed")
     supported = count["SUPPORTED"]
+    few = sum(v.outcome == "INCONCLUSIVE" and v.reason == "n_too_small" for v in verdicts)
+    why = f" ({few} of them for too few prompts)" if few else ""
     special = f", {count['NOT SPECIFIC']} true but not specific" if count["NOT SPECIFIC"] else ""
     return (
         f"Of {len(verdicts)} claims, sealed before the test prompts were opened, {supported} "
         f"{'was' if supported == 1 else 'were'} supported, {count['REFUTED']} refuted{special} and "
-        f"{count['INCONCLUSIVE']} left open{_scope(verdicts)}; "
+        f"{count['INCONCLUSIVE']} left open{why}{_scope(verdicts)}; "
         f"{bare} {'member has' if bare == 1 else 'members have'} no role that fits."
     )
 

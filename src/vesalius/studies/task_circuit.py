@@ -112,10 +112,9 @@ def _opened(work: Work, split: str) -> Contrast:
     return replace(work.question.contrast(split), corruptions=opened)
 
 
-def _record(work: Work) -> Runs:
-    """Runs on the discovery prompts of templates that passed; says what the study will cost, and what it can decide."""
-    contrast = _opened(work, "discovery").subset(work[GATE].used)
-    runs = Runs(
+def _runs(work: Work, contrast: Contrast, split: str) -> Runs:
+    """Runs by the study's options; what is measured on them is kept under the split's name."""
+    return Runs(
         work.model,
         contrast,
         components=work.question.components,
@@ -123,8 +122,13 @@ def _record(work: Work) -> Runs:
         check=work.options.check,
         sink=work.sink,
         blocks=work.blocks,
-        name="discovery",
+        name=split,
     )
+
+
+def _record(work: Work) -> Runs:
+    """Runs on the discovery prompts of templates that passed; says what the study will cost, and what it can decide."""
+    runs = _runs(work, _opened(work, "discovery").subset(work[GATE].used), "discovery")
     expected = expected_cost(runs, work.options.random_sets)
     work.sink(Event("note", "cost", message=f"expected cost: {expected.describe()}"))
     for sentence in power_note(work.question):
@@ -192,16 +196,7 @@ def _validate(work: Work) -> Tested:
     contrast = _opened(work, "validation")
     passed = gate(work.model, contrast.pairs, "validation")
     # All of its prompts: to leave out what the model gets wrong would choose the test data by their outcome.
-    runs = Runs(
-        work.model,
-        contrast,
-        components=work.question.components,
-        seed=work.options.seed,
-        check=work.options.check,
-        sink=work.sink,
-        blocks=work.blocks,
-        name="validation",
-    )
+    runs = _runs(work, contrast, "validation")
     with work.counting(runs):
         return test_family(
             work.ledger, work[FAMILY], work[CIRCUIT], runs, passed, work.options.random_sets, work.blocks.plan_hash

@@ -111,12 +111,13 @@ def _stood(made: Made) -> str:
     bare = sum(fit is None for name, fit in made["descriptions"].fits.items() if name != "embed")
     supported = count["SUPPORTED"]
     few = sum(v.outcome == "INCONCLUSIVE" and v.reason == "n_too_small" for v in verdicts)
-    why = f" ({few} of them for too few prompts)" if few else ""
+    left = count["INCONCLUSIVE"]
+    why = " for too few prompts" if few == left > 0 else f" ({few} of them for too few prompts)" if few else ""
     special = f", {count['NOT SPECIFIC']} true but not specific" if count["NOT SPECIFIC"] else ""
     return (
         f"Of {len(verdicts)} claims, sealed before the test prompts were opened, {supported} "
         f"{'was' if supported == 1 else 'were'} supported, {count['REFUTED']} refuted{special} and "
-        f"{count['INCONCLUSIVE']} left open{why}{_scope(verdicts)}; "
+        f"{left} left open{why}{_scope(verdicts)}; "
         f"{bare} {'member has' if bare == 1 else 'members have'} no role that fits."
     )
 

@@ -224,7 +224,7 @@ def test_a_planted_network_is_found_and_its_true_claims_stand() -> None:
 
 def test_the_same_claims_about_a_random_network_do_not_stand() -> None:
     question, model = Question("planted induction", "?", planted_pairs(24, seed=9)), random_model(9)
-    verdicts = known_claims.tested(question, model, known_claims.true_claims(question, model, seed=9), seed=9)
+    verdicts, _ = known_claims.tested(question, model, known_claims.true_claims(question, model, seed=9), seed=9)
     assert len(verdicts) == 15
     assert [verdict for verdict in verdicts if verdict.outcome == "SUPPORTED"] == []
 
@@ -234,4 +234,5 @@ def test_the_whole_procedure_holds_its_error_rate_and_finds_what_is_planted() ->
     calibration = calibrate(100)
     assert calibration.holds, calibration.to_json()
     # The measurement sees a defect: tested on the prompts they were made from, the same claims look better.
-    assert calibration.uncorrected(CIRCULAR).lower > calibration.uncorrected(KNOWN).share
+    theirs, fresh = (calibration.uncorrected(arm, student=True) for arm in (CIRCULAR, KNOWN))
+    assert theirs.lower > fresh.share

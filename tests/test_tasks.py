@@ -146,6 +146,22 @@ def test_the_stated_maximum_can_be_made_and_all_prompts_are_distinct(name: str) 
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
+def test_the_validation_split_can_have_a_size_of_its_own(name: str) -> None:
+    both, more = task(name).build(model(), n=8), task(name).build(model(), n=8, n_validation=30)
+    assert Counter(more.splits) == {"discovery": 8, "validation": 30}
+    assert more.split("discovery").example_hashes == both.split("discovery").example_hashes
+    with pytest.raises(InputError, match=r"n_validation is 0; .* distinct pairs in the validation split"):
+        task(name).build(model(), n=8, n_validation=0)
+
+
+@pytest.mark.parametrize("name", sorted({*TASKS} - {"induction"}))
+def test_every_validation_prompt_of_a_study_has_a_template_of_its_own(name: str) -> None:
+    # About forty independent groups decide a claim of a family of twenty (docs/calibration.md).
+    templates = task(name).build(model(), n=32, n_validation=48).split("validation").groups["template"]
+    assert len(set(templates)) == 48
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
 def test_an_unknown_corruption_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(
         UnknownNameError, match=rf"unknown corruption of {name} 'shuffle'; known: .*{task(name).corruptions[0]}"
@@ -416,7 +432,7 @@ def change(**fields: Any) -> Row:
         (change(answer=3), InputError, r"pair 1: answer must be text, got 3 \(int\)"),
         (change(answer=" Paul"), PairsError, "pair 1: answer equals distractor"),
         (change(corrupted=GOOD.clean), PairsError, "pair 1: clean and corrupted prompts are identical"),
-        (change(corrupted="Anna gave"), PairsError, r"pair 1: clean has 13 tokens and corrupted 4.*' Anna'"),
+        (change(corrupted="Anna gave"), PairsError, r"pair 1: clean has 12 tokens and corrupted 4.*' Anna'"),
         (change(edits=2), PairsError, "pair 1: 1 token positions differ where 2 should"),
         (change(answer=" Anna" * 9), TokenizerError, r"pair 1: answer .* is \[' Anna', .* give 1 to 8 tokens, all of"),
         (change(distractor=" Paul" * 9), TokenizerError, r"pair 1: distractor .* give 1 to 8 tokens"),

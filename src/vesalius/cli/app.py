@@ -85,7 +85,10 @@ def study(
     model: ModelOption = DEMO,
     n: Annotated[
         int | None,
-        typer.Option("--n", help="Prompt pairs per split; default 32, of your own pairs all that there are."),
+        typer.Option("--n", help="Prompt pairs to search on; default 32, of your own pairs all that each split has."),
+    ] = None,
+    n_validation: Annotated[
+        int | None, typer.Option("--n-validation", help="Prompt pairs to test on; default half as many again as --n.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     out: Annotated[
@@ -109,6 +112,7 @@ def study(
         question=question,
         model=model,
         n=n,
+        n_validation=n_validation,
         seed=seed,
         out=out,
         control=control,

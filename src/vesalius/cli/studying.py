@@ -33,6 +33,7 @@ class Request:
     model: str
     n: int | None
     """Prompt pairs per split; None is the default of a built-in question, or all of the user's own."""
+    n_validation: int | None
     seed: int
     out: Path | None
     control: str | None
@@ -47,11 +48,16 @@ class Request:
         """Refuse what cannot be done before anything heavy is loaded."""
         checks.one_of("control", [] if self.control is None else [self.control], CONTROLS)
         checks.at_least("--n", self.n, 1)
+        checks.at_least("--n-validation", self.n_validation, 1)
         checks.at_least("--random-sets", self.random_sets, checks.FEWEST_SETS)
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed must lie between 0 and 2**63 - 1; got {self.seed}")
         checks.device(self.device)
         checks.question(self.question)
+        if self.n_validation is not None and self.question not in checks.QUESTIONS:
+            raise InputError(
+                "--n-validation is for built-in questions; of your own pairs, --n takes as many of each split"
+            )
         check_writable(self.folder)
         look_up(self.model)
 
@@ -88,8 +94,9 @@ def study(request: Request) -> int:
 def _question(request: Request, model: Model) -> Question:
     """The question with its pairs; of the user's own pairs as many as --n says."""
     how: dict[str, Any] = {"seed": request.seed, "bos": request.bos}
-    if request.n is not None and request.question in checks.QUESTIONS:
-        how["n"] = request.n
+    if request.question in checks.QUESTIONS:
+        sizes = {"n": request.n, "n_validation": request.n_validation}
+        how |= {name: size for name, size in sizes.items() if size is not None}
     question = vs.studies.question_for(request.question, model, **how)
     if request.n is None or request.question in checks.QUESTIONS:
         return question

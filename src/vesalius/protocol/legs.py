@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vesalius.errors import ProtocolError
 from vesalius.protocol import Claim, Evidence
-from vesalius.stats import clustered_t, rank_p
+from vesalius.stats import clustered_t, group_mean, rank_p
 
 ALPHA = 0.05
 DEFAULT_CLUSTERS = ("template", "names")
@@ -78,7 +78,9 @@ def legs_of(claim: Claim, evidence: Evidence, clusters: tuple[Labels, ...], m: i
     legs = [_paired_leg("effect", signed - claim.delta, clusters)]
     for name, margin in _comparisons(claim).items():
         if _by_rank(claim, evidence, name, m):
-            legs.append(_rank_leg(name, signed.mean() - margin, claim.sign * np.array(evidence.draws[name])))
+            # Each group counts once here too; a draw is such a mean of what a random part does.
+            observed = group_mean(signed, clusters[0]) - margin
+            legs.append(_rank_leg(name, observed, claim.sign * np.array(evidence.draws[name])))
         else:
             other = claim.sign * np.array(_paired(evidence, name))
             legs.append(_paired_leg(name, signed - other - margin, clusters))

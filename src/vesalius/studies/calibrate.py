@@ -13,6 +13,7 @@ supported), and true claims about the planted parts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -51,12 +52,15 @@ TRUE_ROLES = {
     "name mover": {"name mover", "induction"},
     "negative mover": {"negative mover"},
 }
-FIELDS = ("arm", "quantity", "part", "role", "outcome", "p")
+FIELDS = ("arm", "quantity", "part", "role", "outcome", "p", "student_p")
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One claim and what became of it. arm: `STUDY`, `KNOWN` or `CIRCULAR`. p: uncorrected p-value of support."""
+    """One claim and what became of it. arm: `STUDY`, `KNOWN` or `CIRCULAR`.
+
+    p: uncorrected p-value of support. student_p: the same by Student's t alone, NaN in the study.
+    """
 
     arm: str
     quantity: str
@@ -64,6 +68,7 @@ class Tried:
     role: str
     outcome: str
     p: float
+    student_p: float = field(default=math.nan, compare=False)
 
     @property
     def supported(self) -> bool:
@@ -153,9 +158,9 @@ class Calibration:
         counted = {"found": found, "named as planted": exact, "named truly": named, "supported": stood}
         return {name: Rate(sum(hits), len(hits)) for name, hits in counted.items()}
 
-    def uncorrected(self, arm: str) -> Rate:
-        """Null claims whose own p-value is at most .05, before the correction for the family."""
-        p = [claim.p for network in self.random for claim in network.of(arm)]
+    def uncorrected(self, arm: str, student: bool = False) -> Rate:
+        """Null claims whose own p-value (or Student's) is at most .05, before the correction for the family."""
+        p = [claim.student_p if student else claim.p for network in self.random for claim in network.of(arm)]
         return Rate(sum(value <= 1 - LEVEL + 1e-12 for value in p), len(p))
 
     @property
@@ -180,6 +185,8 @@ class Calibration:
             "random_networks_with_described_parts": self.described.to_json(),
             "null_claims_uncorrected": self.uncorrected(KNOWN).to_json(),
             "null_claims_uncorrected_on_their_own_prompts": self.uncorrected(CIRCULAR).to_json(),
+            "null_claims_by_student": self.uncorrected(KNOWN, student=True).to_json(),
+            "null_claims_by_student_on_their_own_prompts": self.uncorrected(CIRCULAR, student=True).to_json(),
             "false_positives_on_their_own_prompts": self._wrong(CIRCULAR).to_json(),
             "simulated": [row.to_json() for row in self.simulated],
             "holds": self.holds,
@@ -230,7 +237,7 @@ def on_random(seed: int) -> Network:
     study = _study(question, model, seed)
     claims = null_claims(question, model, study[EFFECTS], seed)
     network = _network(study, question, model, claims, seed)
-    control = _tried(CIRCULAR, claims, circular(question, model, claims, seed))
+    control = _tried(CIRCULAR, claims, *circular(question, model, claims, seed))
     return replace(network, claims=(*network.claims, *control))
 
 
@@ -266,12 +273,14 @@ def _network(study: Study, question: Question, model: Model, claims: Sequence[Cl
     given = {str(part): fits.get(str(part)) for part in study[CIRCUIT].members}
     found = [
         *_tried(STUDY, study.claims, study.verdicts),
-        *_tried(KNOWN, claims, tested(question, model, claims, seed)),
+        *_tried(KNOWN, claims, *tested(question, model, claims, seed)),
     ]
     return Network(tuple(found), {part: "" if fit is None else fit.label for part, fit in given.items()})
 
 
-def _tried(arm: str, claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[Tried]:
+def _tried(
+    arm: str, claims: Sequence[Claim], verdicts: Sequence[Verdict], student_p: Sequence[float] = ()
+) -> list[Tried]:
     return [
         Tried(
             arm,
@@ -280,15 +289,19 @@ def _tried(arm: str, claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> li
             claim.role or "",
             verdict.outcome,
             verdict.p_supported,
+            student,
         )
-        for claim, verdict in zip(claims, verdicts, strict=True)
+        for claim, verdict, student in zip(claims, verdicts, student_p or [math.nan] * len(claims), strict=True)
     ]
 
 
 def _packed(network: Network) -> dict[str, NDArray[Any]]:
     columns = {name: [getattr(claim, name) for claim in network.claims] for name in FIELDS}
     columns |= {"member": list(network.members), "given": list(network.members.values())}
-    return {name: np.array(column, dtype=np.float64 if name == "p" else np.str_) for name, column in columns.items()}
+    return {
+        name: np.array(column, dtype=np.float64 if name in ("p", "student_p") else np.str_)
+        for name, column in columns.items()
+    }
 
 
 def _unpacked(stored: dict[str, NDArray[Any]]) -> Network:

@@ -49,15 +49,19 @@ def power_note(question: Question) -> list[str]:
     ]
 
 
-def expected_cost(runs: Runs, random_sets: int) -> Estimate:
-    """From exact counts of the patching runs, typical counts of the rest, and the time a few parts take to patch."""
+def expected_cost(runs: Runs, random_sets: int, shown: int, fresh: int) -> Estimate:
+    """From exact counts of the patching runs, typical counts of the rest, and the time a few parts take to patch.
+
+    random_sets: draws that claims are compared with. shown: those of the other ablations. fresh: prompts to test on.
+    """
     parts = [Variant((part,)) for part in runs.components]
     patching = sum(
         _patching(runs, parts, corruption, direction) for corruption in runs.corruptions for direction in DIRECTIONS
     )
     live = _live(runs)
-    sets = runs.n * (TYPICAL_SETS * live + random_sets * (len(ABLATIONS) - 1 + live) + TYPICAL_MEMBERS)
-    forwards = patching + sets + patching / 4
+    search = runs.n * TYPICAL_SETS * live
+    test = fresh * (min(shown, random_sets) * (len(ABLATIONS) - 1) + random_sets * 2 * live + TYPICAL_MEMBERS)
+    forwards = patching + search + test + patching / 4
     return Estimate(seconds=_seconds(runs, parts[:TIMED]) * forwards, forwards=forwards, memory_bytes=_memory())
 
 

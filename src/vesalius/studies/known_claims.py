@@ -11,7 +11,7 @@ As a positive control the null claims are also tested the forbidden way, on the 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +21,13 @@ from vesalius.describe.predictions import copies, looks, matters, turns, writes
 from vesalius.describe.roles import NAME_MOVER
 from vesalius.model import Model
 from vesalius.parts import Part, as_part
-from vesalius.protocol import Claim, Verdict
+from vesalius.protocol import Claim, Evidence, Verdict
 from vesalius.protocol.ledger import Ledger
+from vesalius.protocol.legs import clusters_of, legs_of
 from vesalius.protocol.verdict import decide
 from vesalius.quantities import Runs
 from vesalius.quantities.contrast import EMBED
+from vesalius.stats import clustered_t
 from vesalius.studies.question import Question
 from vesalius.toys import PLANTED
 from vesalius.validate import check, prepare
@@ -66,8 +68,13 @@ def true_claims(question: Question, model: Model, seed: int) -> list[Claim]:
     return claims
 
 
-def tested(question: Question, model: Model, claims: Sequence[Claim], seed: int) -> tuple[Verdict, ...]:
-    """Verdicts of claims, by the whole protocol: sealed as one family, then validation opened and each claim tested."""
+def tested(
+    question: Question, model: Model, claims: Sequence[Claim], seed: int
+) -> tuple[tuple[Verdict, ...], tuple[float, ...]]:
+    """Verdicts of claims, by the whole protocol: sealed as one family, then validation opened and each claim tested.
+
+    And Student's p-value of each claim alone, without the allowance for skewed templates: see `circular`.
+    """
     with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder) / "ledger.sqlite") as ledger:
         for pairs in question.corruptions.values():
             ledger.open(pairs, "discovery")
@@ -77,14 +84,33 @@ def tested(question: Question, model: Model, claims: Sequence[Claim], seed: int)
         prepare(family.claims, runs)
         for claim in family.claims:
             ledger.append(check(claim, runs=runs))
-        return ledger.verdicts(family)
+        return ledger.verdicts(family), _students(claims, {c.id: ledger.evidence(c)[-1] for c in claims})
 
 
-def circular(question: Question, model: Model, claims: Sequence[Claim], seed: int) -> tuple[Verdict, ...]:
-    """Verdicts on the very prompts that the claims were made from: what no ledger allows, to see what it would do."""
+def circular(
+    question: Question, model: Model, claims: Sequence[Claim], seed: int
+) -> tuple[tuple[Verdict, ...], tuple[float, ...]]:
+    """As `tested`, on the very prompts that the claims were made from: what no ledger allows, to see what it would do.
+
+    The difference shows in Student's p-values. Those of the verdicts hold for templates so skewed that hardly a null
+    claim comes near the level, wherever it is tested.
+    """
     runs = Runs(model, question.contrast("discovery"), seed=seed, check=False)
     prepare(claims, runs)
-    return decide(claims, {claim.id: check(claim, runs=runs) for claim in claims})
+    evidence = {claim.id: check(claim, runs=runs) for claim in claims}
+    return decide(claims, evidence), _students(claims, evidence)
+
+
+def _students(claims: Sequence[Claim], evidence: Mapping[str, Evidence]) -> tuple[float, ...]:
+    """Student's p-value of every claim: the largest of its legs'."""
+    found = []
+    for claim in claims:
+        clusters = clusters_of(claim, evidence[claim.id])
+        legs = legs_of(claim, evidence[claim.id], clusters, len(claims))
+        found.append(
+            max(leg.p_greater if leg.values is None else clustered_t(leg.values, *clusters).p_greater for leg in legs)
+        )
+    return tuple(found)
 
 
 def _setting(question: Question, model: Model, members: Sequence[Part], movers: Sequence[Part], seed: int) -> Discovery:

@@ -76,8 +76,13 @@ class Question:
         return plan if self.metric is logit_diff else {**plan, "metric": [self.metric.name, self.metric.unit]}
 
 
-def question_for(what: str, model: Model, *, n: int = 32, seed: int = 0, bos: str = "auto") -> Question:
+def question_for(
+    what: str, model: Model, *, n: int = 32, n_validation: int | None = None, seed: int = 0, bos: str = "auto"
+) -> Question:
     """A built-in question by name, or the user's own pairs by path.
+
+    n, n_validation: prompt pairs of the two splits of a built-in question; by default half as many again to test on as
+    to search on, because how much can be decided depends on how many templates a claim is tested on.
 
     Raises UnknownNameError for a name that is neither, TokenizerError for tokens that the model does not have, and the
     errors of tasks and pair files.
@@ -85,7 +90,8 @@ def question_for(what: str, model: Model, *, n: int = 32, seed: int = 0, bos: st
     check_question(what)
     if what in TASKS:
         built = task_named(what)
-        made = {c: built.build(model, n=n, seed=seed, corruption=c, bos=bos) for c in built.corruptions}
+        sizes = {"n": n, "n_validation": n * 3 // 2 if n_validation is None else n_validation}
+        made = {c: built.build(model, **sizes, seed=seed, corruption=c, bos=bos) for c in built.corruptions}
         pairs = {c: sampling_groups(_within(model, p)) for c, p in made.items()}
         return Question(what, built.question, pairs, next(iter(pairs.values())).bos, seed)
     own = sampling_groups(_within(model, load_pairs(what, model, bos=bos)))

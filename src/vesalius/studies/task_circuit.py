@@ -61,6 +61,9 @@ from vesalius.studies.question import Question
 from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, run_steps
 from vesalius.validate import check, prepare
 
+# Random sets under the ablations that no claim is about: for the page, where they are drawn beside the circuit.
+DRAWS_TO_SHOW = 19
+
 GATE = Artefact("gate", Gate)
 DISCOVERY = Artefact("discovery", Runs)
 EFFECTS = Artefact("effects", Effects)
@@ -129,7 +132,7 @@ def _runs(work: Work, contrast: Contrast, split: str) -> Runs:
 def _record(work: Work) -> Runs:
     """Runs on the discovery prompts of templates that passed; says what the study will cost, and what it can decide."""
     runs = _runs(work, _opened(work, "discovery").subset(work[GATE].used), "discovery")
-    expected = expected_cost(runs, work.options.random_sets)
+    expected = expected_cost(runs, work.options.random_sets, DRAWS_TO_SHOW, work.question.sizes["validation"])
     work.sink(Event("note", "cost", message=f"expected cost: {expected.describe()}"))
     for sentence in power_note(work.question):
         work.sink(Event("note", "power", message=sentence))
@@ -301,8 +304,9 @@ def _circuit_runs(circuit: Circuit, runs: Runs, draws: int) -> tuple[dict[str, F
     others = random_sets(runs, members, needed_draws(draws), runs.seed, outside=True)
     alone, lost = {}, {}
     for ablation in ABLATIONS:
-        alone[ablation] = stored(runs, "with only", [members, (), *random], ablation)
-        compared = others if ablation == "resample" else []
+        claimed = ablation == "resample"
+        drawn, compared = (random, others) if claimed else (random[:DRAWS_TO_SHOW], [])
+        alone[ablation] = stored(runs, "with only", [members, (), *drawn], ablation)
         parts = [tuple(part for part in some if part != EMBED) for some in (members, *compared)]
         lost[ablation] = stored(runs, "without", [parts[0], runs.components, *parts[1:]], ablation)
     smaller: list[PartSet] = [tuple(m for m in members if m != part) for part in members]

@@ -41,7 +41,7 @@ __all__ = [
 class Task:
     """A built-in question.
 
-    build(model, n=, seed=, corruption=, bos=) -> Pairs with the splits "discovery" and "validation".
+    build(model, n=, seed=, corruption=, bos=, n_validation=) -> Pairs with the splits "discovery" and "validation".
     corruptions: what `corruption` may be, the default first. positions: named positions [example] of given pairs.
     """
 

@@ -240,12 +240,25 @@ def _padded(rows: Sequence[Sequence[int]]) -> Int[Tensor, "example token"]:
     return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows])
 
 
-def check_request(n: int, maximum: int, task: str, corruption: str, known: Sequence[str]) -> None:
-    """Refuse a number of pairs that cannot be made (InputError, with the maximum) and an unknown corruption."""
+def split_sizes(
+    n: int, n_validation: int | None, most: Mapping[str, int], task: str, corruption: str, known: Sequence[str]
+) -> dict[str, int]:
+    """How many pairs each split has: n, and n_validation (None: n too) in the validation split.
+
+    most: how many can be made. Raises InputError for a number that can't be, UnknownNameError for a corruption.
+    """
     if corruption not in known:
         raise UnknownNameError(f"corruption of {task}", corruption, known)
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= maximum:
-        raise InputError(f"n is {n!r}; {task} can make 1 to {maximum} distinct pairs per split with this tokenizer")
+    shared = n_validation is None
+    sizes = {"discovery": n, "validation": n if n_validation is None else n_validation}
+    for name, (split, size) in zip(("n", "n" if shared else "n_validation"), sizes.items(), strict=True):
+        maximum = min(most.values()) if shared else most[split]
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= maximum:
+            where = "per split" if shared else f"in the {split} split"
+            raise InputError(
+                f"{name} is {size!r}; {task} can make 1 to {maximum} distinct pairs {where} with this tokenizer"
+            )
+    return sizes
 
 
 def single_tokens(tokenizer: Any, words: Sequence[str], need: int, what: str) -> tuple[str, ...]:

@@ -12,10 +12,10 @@ from vesalius.data.tasks.base import (
     HasTokenizer,
     Row,
     build_pairs,
-    check_request,
     continuation,
     shuffled,
     single_tokens,
+    split_sizes,
     tokenizer_of,
     too_few,
 )
@@ -53,6 +53,42 @@ FRAMES: Mapping[str, tuple[str, ...]] = {
         "The football team of {country} plays at home in the capital,",
         "This book about {country} has a chapter on the capital,",
         "The people of {country} are proud of their capital,",
+        "The train to the capital of {country} arrives every morning in",
+        "Children in {country} learn early that their capital is",
+        "A letter from {country} came from the embassy district of the capital,",
+        "In {country}, the king once lived in a palace in the capital,",
+        "Most tourists who visit {country} land in the capital,",
+        "The oldest church in {country} stands in the capital,",
+        "Before the war {country} already had the same capital,",
+        "The weather in {country} was mild, and it hardly rained in the capital,",
+        "If you know {country}, you surely know its capital,",
+        "An earthquake in {country} was felt as far as the capital,",
+        "The central bank of {country} is located in the capital,",
+        "After the election in {country}, crowds filled the streets of the capital,",
+        "Her passport from {country} was issued in the capital,",
+        "The ministers of {country} gathered last night in the capital,",
+        "Our company has an office in {country}, right in the centre of the capital,",
+        "The highways of {country} all lead to the capital,",
+        "A singer from {country} gave her last concert in the capital,",
+        "The newspaper reports from {country} are written in the capital,",
+        "It takes three hours to cross {country} by car and reach the capital,",
+        "We changed planes in {country}, at the airport of the capital,",
+        "The best hospital of {country} is in the capital,",
+        "A film about {country} shows the old streets of the capital,",
+        "Snow fell all over {country} and even in the capital,",
+        "Traders from {country} met every year in the capital,",
+        "The tallest building in {country} was built in the capital,",
+        "In the atlas, the page for {country} begins with the capital,",
+        "My pen friend in {country} lives just outside the capital,",
+        "The supreme court of {country} sits in the capital,",
+        "At noon the ambassador of {country} flew home to the capital,",
+        "The metro was the first in {country} and runs under the capital,",
+        "The marathon of {country} starts at the stadium in the capital,",
+        "The zoo in {country} that everyone knows is the one in the capital,",
+        "The radio station of {country} broadcasts from the capital,",
+        "A guide to {country} usually starts with a walk through the capital,",
+        "The university of {country} with the most students is in the capital,",
+        "For the summit the leaders travelled to {country} and met in the capital,",
     ),
 }
 CAPITALS: Mapping[str, Mapping[str, str]] = {
@@ -74,8 +110,15 @@ CAPITALS: Mapping[str, Mapping[str, str]] = {
 }  # fmt: skip
 
 
-def capitals(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "country", bos: str = "auto") -> Pairs:
-    """n pairs in each of the splits "discovery" and "validation", which share no frame and no country.
+def capitals(
+    model: HasTokenizer,
+    n: int = 32,
+    seed: int = 0,
+    corruption: str = "country",
+    bos: str = "auto",
+    n_validation: int | None = None,
+) -> Pairs:
+    """n pairs in the split "discovery" and n_validation (default n) in "validation": no shared frame or country.
 
     The corrupted prompt names another country of the split with as many tokens; its capital is the distractor.
     groups: "template" (the frame), "names" (the country of the clean prompt).
@@ -84,9 +127,9 @@ def capitals(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = 
     """
     tokenizer = tokenizer_of(model)
     partners = {split: _partners(tokenizer, split) for split in SPLITS}
-    maximum = min(len(FRAMES[split]) * len(partners[split]) for split in SPLITS)
-    check_request(n, maximum, "capitals", corruption, CORRUPTIONS)
-    rows = [row for split in SPLITS for row in _rows(split, partners[split], n, seed)]
+    most = {split: len(FRAMES[split]) * len(partners[split]) for split in SPLITS}
+    sizes = split_sizes(n, n_validation, most, "capitals", corruption, CORRUPTIONS)
+    rows = [row for split in SPLITS for row in _rows(split, partners[split], sizes[split], seed)]
     return build_pairs(rows, tokenizer, bos=bos, corruption=corruption, task="capitals")
 
 

@@ -16,9 +16,9 @@ from vesalius.data.tasks.base import (
     HasTokenizer,
     Row,
     build_pairs,
-    check_request,
     shuffled,
     single_tokens,
+    split_sizes,
     tokenizer_of,
     words,
 )
@@ -57,6 +57,42 @@ FRAMES: Mapping[str, tuple[str, ...]] = {
         "While {name} was walking home in the rain,",
         "The train left without {name}, and now",
         "Years later {name} still remembered the house where",
+        "As far as I know, {name} has never been abroad, has",
+        "To be honest, {name} could have tried harder, couldn't",
+        "At the time {name} was living in a small flat, wasn't",
+        "In my opinion {name} does too much at once, doesn't",
+        "Next month {name} will start a new job, won't",
+        "Apparently {name} would rather stay at home, wouldn't",
+        "Everyone knows that {name} can swim, so of course",
+        "The police questioned {name} twice, but each time",
+        "If {name} had known about the storm,",
+        "Before {name} could open the door,",
+        "Once {name} had paid the bill,",
+        "Because {name} was the youngest in the family,",
+        "Since {name} moved to the city,",
+        "The letter made {name} so happy that",
+        "The coach was proud of {name}, because this season",
+        "Whenever {name} is nervous,",
+        "On Fridays {name} works late, and then",
+        "The children ran to {name} as soon as",
+        "Even though {name} hates flying,",
+        "Nobody could find {name}, so we thought that",
+        "The bank wrote to {name} last week, and yesterday",
+        "Unless {name} leaves right now,",
+        "A friend of mine saw {name} at the station, where",
+        "The judge listened to {name} and then asked what",
+        "As soon as {name} sat down,",
+        "The book was so exciting that {name} forgot where",
+        "According to the nurse, {name} is feeling better and",
+        "For many years {name} ran a small shop, until",
+        "The news reached {name} at work, just when",
+        "The concert was cancelled, so {name} said that",
+        "The room went quiet when {name} said that",
+        "Only {name} knew the secret, and",
+        "Thanks to the scholarship, {name} could study where",
+        "Somehow {name} always finds a solution before",
+        "That morning {name} missed the bus, because",
+        "The whole team waited for {name}, but",
     ),
 }
 NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -66,19 +102,26 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "validation": {
         "female": words(
-            "Mary Kate Susan Linda Karen Jane Rachel Lisa Nancy Emma Catherine Sandra Emily Jessica Martha"
+            "Mary Kate Susan Linda Karen Jane Rachel Lisa Nancy Emma Catherine Sandra Emily Jessica Martha "
+            "Elizabeth Melissa Dorothy Katherine Christine Heather Diane Julie Victoria Charlotte"
         ),
         "male": words(
-            "John Michael James William Richard Joseph Charles Steven Andrew George Philip Eric Harry Patrick Carl"
+            "John Michael James William Richard Joseph Charles Steven Andrew George Philip Eric Harry Patrick Carl "
+            "Matthew Joshua Timothy Jacob Nicholas Jonathan Benjamin Samuel Gregory Frank"
         ),
     },
 }
 
 
 def gendered_pronoun(
-    model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "name", bos: str = "auto"
+    model: HasTokenizer,
+    n: int = 32,
+    seed: int = 0,
+    corruption: str = "name",
+    bos: str = "auto",
+    n_validation: int | None = None,
 ) -> Pairs:
-    """n pairs in each of the splits "discovery" and "validation", which share no frame and no name.
+    """n pairs in the split "discovery" and n_validation (default n) in "validation": no shared frame or name.
 
     The corrupted prompt has a name of the other gender in the same place; answers are " she" and " he", equally often.
     groups: "template" (the frame), "names" (the clean prompt's name), "gender".
@@ -90,9 +133,9 @@ def gendered_pronoun(
         split: {g: single_tokens(tokenizer, NAMES[split][g], LEAST_NAMES, f"{g} names") for g in PRONOUNS}
         for split in SPLITS
     }
-    maximum = min(2 * len(FRAMES[s]) * min(len(names[s][g]) for g in PRONOUNS) for s in SPLITS)
-    check_request(n, maximum, "gendered_pronoun", corruption, CORRUPTIONS)
-    rows = [row for split in SPLITS for row in _rows(split, names[split], n, seed)]
+    most = {split: 2 * len(FRAMES[split]) * min(map(len, names[split].values())) for split in SPLITS}
+    sizes = split_sizes(n, n_validation, most, "gendered_pronoun", corruption, CORRUPTIONS)
+    rows = [row for split in SPLITS for row in _rows(split, names[split], sizes[split], seed)]
     return build_pairs(rows, tokenizer, bos=bos, corruption=corruption, task="gendered_pronoun")
 
 

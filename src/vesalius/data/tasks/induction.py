@@ -18,10 +18,10 @@ from vesalius.data.tasks.base import (
     Encoded,
     HasTokenizer,
     assemble,
-    check_request,
     continuation,
     shuffled,
     single_tokens,
+    split_sizes,
     tokenizer_of,
     words,
 )
@@ -56,8 +56,9 @@ def induction(
     corruption: str = "token",
     bos: str = "auto",
     length: int = 40,
+    n_validation: int | None = None,
 ) -> Pairs:
-    """n pairs in each of the splits "discovery" and "validation", which share no word and no period.
+    """n pairs in the split "discovery" and n_validation (default n) in "validation": no shared word or period.
 
     A prompt is P different random words and the first k of them again, 2 <= k < P; the answer is word k + 1. P goes
     from 8 to length - 2, even periods in discovery and odd ones in validation; P + k <= length (the bos token
@@ -70,9 +71,9 @@ def induction(
     tokenizer = tokenizer_of(model)
     periods = {split: _periods(parity, length) for parity, split in enumerate(SPLITS)}
     ids = {split: _word_ids(tokenizer, split, 1 + max(periods[split])) for split in SPLITS}
-    maximum = min(len(periods[split]) * perm(len(ids[split]), min(periods[split])) for split in SPLITS)
-    check_request(n, maximum, "induction", corruption, CORRUPTIONS)
-    rows = [row for split in SPLITS for row in _rows(split, periods[split], ids[split], n, seed, length)]
+    most = {split: len(periods[split]) * perm(len(ids[split]), min(periods[split])) for split in SPLITS}
+    sizes = split_sizes(n, n_validation, most, "induction", corruption, CORRUPTIONS)
+    rows = [row for split in SPLITS for row in _rows(split, periods[split], ids[split], sizes[split], seed, length)]
     return assemble(rows, tokenizer, bos=bos, corruption=corruption, task="induction")
 
 

@@ -20,9 +20,9 @@ from vesalius.data.tasks.base import (
     HasTokenizer,
     Row,
     build_pairs,
-    check_request,
     shuffled,
     single_tokens,
+    split_sizes,
     tokenizer_of,
     words,
 )
@@ -70,6 +70,38 @@ FRAMES: Mapping[str, tuple[str, ...]] = {
         "Long ago {A} and {B} shared a room near the {place}, and {S} once lent a {object} to",
         " {A} and {B} took the early bus to the {place}. During the ride {S} offered a {object} to",
         " {A} and {B} argued about the price of the {place}, but in the end {S} left the {object} to",
+        "On the way back from the {place}, {A} and {B} got lost for a while, and {S} handed the {object} to",
+        "While the others slept, {A} and {B} crept into the {place}, and there {S} gave the {object} to",
+        "The manager asked {A} and {B} to wait in the {place}, and meanwhile {S} passed a {object} to",
+        "Right after {A} and {B} rented the {place} for a weekend, {S} bought a {object} for",
+        "Before sunrise {A} and {B} hurried across the {place}, and without a word {S} threw a {object} to",
+        "The teacher took {A} and {B} to the {place} last week, where {S} showed a {object} to",
+        "For years {A} and {B} had worked side by side in the {place}, so {S} gave the {object} to",
+        "Everybody clapped when {A} and {B} walked into the {place}, and then {S} presented the {object} to",
+        "It was already dark in the {place} when {A} and {B} said goodbye, and {S} returned the {object} to",
+        "Thanks to the map, {A} and {B} found the {place} at once. There {S} offered the {object} to",
+        "Just as {A} and {B} were about to leave the {place}, {S} remembered to give the {object} to",
+        "A stranger watched {A} and {B} from across the {place} while {S} slipped the {object} to",
+        "Neither the noise nor the crowd in the {place} bothered {A} and {B}, and {S} read a {object} to",
+        "The photo shows {A} and {B} in front of the {place}, just before {S} handed a {object} to",
+        "In spring {A} and {B} opened a shop beside the {place}, and on the first day {S} sold a {object} to",
+        "Twice a month {A} and {B} clean the {place} for free, and each time {S} brings a {object} to",
+        "According to the story, {A} and {B} were hiding in the {place} when {S} tossed a {object} to",
+        "With the windows of the {place} wide open, {A} and {B} sang for hours. Later {S} passed the {object} to",
+        "Rumor has it that {A} and {B} quarrelled in the {place}, and that {S} never returned the {object} to",
+        "Next to the old {place}, {A} and {B} planted a tree. When it was done, {S} gave a {object} to",
+        "By the time {A} and {B} arrived, the {place} was closed, so {S} simply lent the {object} to",
+        "During the fire drill {A} and {B} ran out of the {place}, and outside {S} handed the {object} to",
+        "Some people met {A} and {B} at the {place} on Friday, the day {S} sold the {object} to",
+        "A week before the wedding, {A} and {B} visited the {place}, and {S} secretly sent a {object} to",
+        "The radio was playing as {A} and {B} drove past the {place}, and {S} pointed out a {object} to",
+        "Both {A} and {B} wanted to see the {place}, but only {S} thought of bringing a {object} for",
+        "For her birthday party {A} and {B} decorated the {place}, and later {S} lent a {object} to",
+        "Despite the cold, {A} and {B} spent the night in the {place}, and {S} offered the warm {object} to",
+        "As the bell rang, {A} and {B} rushed into the {place}, where {S} quickly threw the {object} to",
+        "Somewhere behind the {place}, {A} and {B} shared a meal, and in return {S} promised the {object} to",
+        " {A} and {B} had a long talk in the {place} about money, after which {S} mailed the {object} to",
+        " {A} and {B} watched the sunset from the {place}. When it got cold, {S} passed the {object} over to",
     ),
 }
 NAMES: Mapping[str, tuple[str, ...]] = {
@@ -81,7 +113,12 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "validation": words(
         "Mary John Kate Michael Susan James Linda William Karen Richard Jane Joseph Rachel Charles Lisa "
         "Steven Nancy Andrew Emma George Philip Catherine Eric Sandra Scott Rosa Tom Jennifer Patrick "
-        "Olivia Harry Jessica Gary Amanda Nathan Michelle Roger Angela Ben Martha Carl Samantha"
+        "Olivia Harry Jessica Gary Amanda Nathan Michelle Roger Angela Ben Martha Carl Samantha "
+        "Matthew Joshua Kenneth Timothy Jeffrey Jacob Nicholas Jonathan Stephen Larry Justin Benjamin Samuel "
+        "Gregory Alexander Frank Raymond Dennis Jerry Tyler Aaron Douglas Ethan Noah Jeremy Keith Terry Sean "
+        "Harold Alan Albert Vincent Elizabeth Ashley Carol Melissa Deborah Stephanie Dorothy Sharon Kathleen "
+        "Katherine Christine Janet Heather Diane Julie Joyce Victoria Christina Andrea Teresa Abigail Sophia "
+        "Charlotte Claire Molly Lily Sally"
     ),
 }
 PLACES: Mapping[str, tuple[str, ...]] = {
@@ -110,8 +147,17 @@ class Draft:
         return self.frame.format(A=first, B=second, S=s2, place=self.place, object=self.object)
 
 
-def ioi(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "swap", bos: str = "auto") -> Pairs:
-    """n pairs in each of the splits "discovery" and "validation", which share no frame, name, place or object.
+def ioi(
+    model: HasTokenizer,
+    n: int = 32,
+    seed: int = 0,
+    corruption: str = "swap",
+    bos: str = "auto",
+    n_validation: int | None = None,
+) -> Pairs:
+    """n pairs in the split "discovery" and n_validation (default n) in "validation".
+
+    The splits share no frame, name, place or object.
 
     "After Anna and Paul finished lunch at the market, Paul handed the ticket to" -> " Anna" (distractor " Paul").
     corruption "swap": S2 becomes IO, which exchanges answer and distractor. "abc": all three names become three other
@@ -119,14 +165,17 @@ def ioi(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "swap
     names, without order), "order" ("ABBA": the answer is mentioned first; "BABA": second). Frames, the two orders
     within each, and names are used equally often, and the same two names as rarely as possible.
 
+    The validation split has three times as many frames: each is one test of what was found, and it takes about forty to
+    decide a claim of a family.
+
     Raises InputError for an n that cannot be made, UnknownNameError for a corruption, TokenizerError for a tokenizer
     with fewer than 24 of a split's names as single tokens.
     """
     tokenizer = tokenizer_of(model)
     names = {split: single_tokens(tokenizer, NAMES[split], LEAST_NAMES, "names") for split in SPLITS}
-    maximum = min(2 * len(FRAMES[split]) * len(names[split]) * (len(names[split]) - 1) for split in SPLITS)
-    check_request(n, maximum, "ioi", corruption, CORRUPTIONS)
-    rows = [row for split in SPLITS for row in _rows(split, names[split], n, seed, corruption)]
+    most = {split: 2 * len(FRAMES[split]) * len(names[split]) * (len(names[split]) - 1) for split in SPLITS}
+    sizes = split_sizes(n, n_validation, most, "ioi", corruption, CORRUPTIONS)
+    rows = [row for split in SPLITS for row in _rows(split, names[split], sizes[split], seed, corruption)]
     pairs = build_pairs(rows, tokenizer, bos=bos, corruption=corruption, task="ioi")
     return replace(pairs, named_positions={**pairs.named_positions, **ioi_positions(pairs)})
 

@@ -15,9 +15,9 @@ from vesalius.data.tasks.base import (
     HasTokenizer,
     Row,
     build_pairs,
-    check_request,
     shuffled,
     single_tokens,
+    split_sizes,
     tokenizer_of,
     words,
 )
@@ -56,6 +56,42 @@ FRAMES: Mapping[str, tuple[tuple[str, str, str], ...]] = {
         ("He says that the old {subject} beneath the {other}", "is", "are"),
         ("Long ago the {subject} between the wall and the {other}", "was", "were"),
         ("Again and again the {subject} on the far side of the {other}", "has", "have"),
+        ("Nobody noticed that the {subject} past the {other}", "was", "were"),
+        ("The new {subject} outside the {other}", "is", "are"),
+        ("In winter the {subject} against the {other}", "is", "are"),
+        ("Until recently the {subject} over the {other}", "was", "were"),
+        ("You can tell that the {subject} without the {other}", "is", "are"),
+        ("For a long time the {subject} of the {other}", "has", "have"),
+        ("According to the news, the {subject} among the trees by the {other}", "is", "are"),
+        ("On Sunday the {subject} at the {other}", "was", "were"),
+        ("He told me that the {subject} off the {other}", "is", "are"),
+        ("Every day the {subject} at the back of the {other}", "is", "are"),
+        ("After the war the {subject} in the {other}", "was", "were"),
+        ("Unfortunately the {subject} touching the {other}", "has", "have"),
+        ("To my surprise, the {subject} through the {other}", "was", "were"),
+        ("The very old {subject} facing the {other}", "is", "are"),
+        ("In the morning the {subject} leaning on the {other}", "was", "were"),
+        ("Sometimes the {subject} which we saw from the {other}", "is", "are"),
+        ("Her first {subject} toward the {other}", "was", "were"),
+        ("Ever since, the {subject} within the {other}", "has", "have"),
+        ("On the left the {subject} surrounding the {other}", "is", "are"),
+        ("The strange {subject} that came with the {other}", "is", "are"),
+        ("Two weeks ago the {subject} at the end of the {other}", "was", "were"),
+        ("I doubt that the {subject} at the top of the {other}", "is", "are"),
+        ("Of course the {subject} at the bottom of the {other}", "is", "are"),
+        ("During the night the {subject} in the middle of the {other}", "was", "were"),
+        ("As usual, the {subject} on the corner of the {other}", "is", "are"),
+        ("Some say that the {subject} underneath the {other}", "was", "were"),
+        ("Over the years the {subject} away from the {other}", "has", "have"),
+        ("In my dream the {subject} on the roof of the {other}", "was", "were"),
+        ("At last the {subject} at the edge of the {other}", "is", "are"),
+        ("The only {subject} on the other side of the {other}", "is", "are"),
+        ("In his letter, the {subject} in the shadow of the {other}", "is", "are"),
+        ("Back then the {subject} for the {other}", "was", "were"),
+        ("By midnight the {subject} far from the {other}", "was", "were"),
+        ("Lately the {subject} which nobody moved from the {other}", "has", "have"),
+        ("According to the guide, the {subject} adjacent to the {other}", "is", "are"),
+        ("This evening the {subject} hidden by the {other}", "is", "are"),
     ),
 }
 # Nouns that add an "s": singular and plural are then easily single tokens both.
@@ -68,13 +104,21 @@ NOUNS: Mapping[str, tuple[str, ...]] = {
     "validation": words(
         "letter window farmer teacher cat bird truck ship plane train chair lamp map report poem movie "
         "game toy plate bag basket plant lemon pilot nurse actor lawyer soldier queen guard manager "
-        "sister visitor house bridge river lake forest farm museum shop engine machine pencil ring coat"
+        "sister visitor house bridge river lake forest farm museum shop engine machine pencil ring coat "
+        "painting village hill temple kitchen hospital"
     ),
 }
 
 
-def sva(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "number", bos: str = "auto") -> Pairs:
-    """n pairs in each of the splits "discovery" and "validation", which share no frame and no noun.
+def sva(
+    model: HasTokenizer,
+    n: int = 32,
+    seed: int = 0,
+    corruption: str = "number",
+    bos: str = "auto",
+    n_validation: int | None = None,
+) -> Pairs:
+    """n pairs in the split "discovery" and n_validation (default n) in "validation": no shared frame or noun.
 
     The corrupted prompt has the subject in the other number; the other noun stays. Clean subjects are singular as often
     as plural, and the other noun has the same number as often as not. groups: "template" (the frame), "names" (the
@@ -84,9 +128,9 @@ def sva(model: HasTokenizer, n: int = 32, seed: int = 0, corruption: str = "numb
     """
     tokenizer = tokenizer_of(model)
     nouns = {split: _nouns(tokenizer, split) for split in SPLITS}
-    maximum = min(4 * len(FRAMES[split]) * len(nouns[split]) for split in SPLITS)
-    check_request(n, maximum, "sva", corruption, CORRUPTIONS)
-    rows = [row for split in SPLITS for row in _rows(split, nouns[split], n, seed)]
+    most = {split: 4 * len(FRAMES[split]) * len(nouns[split]) for split in SPLITS}
+    sizes = split_sizes(n, n_validation, most, "sva", corruption, CORRUPTIONS)
+    rows = [row for split in SPLITS for row in _rows(split, nouns[split], sizes[split], seed)]
     return build_pairs(rows, tokenizer, bos=bos, corruption=corruption, task="sva")
 
 

@@ -16,6 +16,8 @@ from vesalius.describe.description import (
     describe,
     short_name,
 )
+from vesalius.describe.examples import ActivatingExamples, Example, PartExamples, collect_examples
+from vesalius.describe.illusion import Illusion, across_corpora
 from vesalius.describe.predictions import claim_about
 from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, Role, causal
 
@@ -24,17 +26,23 @@ __all__ = [
     "GOES_FIRST",
     "NO_ROLE",
     "ROLES",
+    "ActivatingExamples",
     "Describer",
     "Description",
     "Descriptions",
     "Discovery",
+    "Example",
+    "Illusion",
+    "PartExamples",
     "Prediction",
     "Role",
+    "across_corpora",
     "best_of",
     "causal",
     "claim_about",
     "claim_of",
     "claims_of",
+    "collect_examples",
     "describe",
     "describe_circuit",
     "short_name",

@@ -1,0 +1,345 @@
+"""Examples of what makes parts fire, for thousands of parts in one pass over text.
+
+The strongest examples of a part are the ones most easily misread (Bolukbasi et al. 2021): they show one end of its
+activations, on one corpus. So each part also gets a random sample of all tokens that it fires on, from which its
+quantiles are shown, and tokens like those it fires on where it does not fire.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vesalius.data.packing import Group, Tally
+from vesalius.data.reader import ActivationReader, Request, expected_cost, times_first
+from vesalius.describe.collecting import BINS, LOWEST, NOTHING, PER_OCTAVE, Collector, Kept, Sizes
+from vesalius.describe.values import PartValues
+from vesalius.errors import InputError, UnknownNameError
+from vesalius.jobs import Blocks, Event, Sink, write_atomic
+from vesalius.jobs.progress import shown
+from vesalius.jobs.untrusted import read_npz
+from vesalius.model import Model
+from vesalius.parts import Part
+from vesalius.protocol import content_hash
+
+if TYPE_CHECKING:
+    import pandas
+
+TASK = "examples"
+STATE = "examples.npz"
+# Groups between two copies of everything on disk.
+GROUPS_BETWEEN = 16
+# Values of a group, and rows at most.
+_VALUES, _MOST_ROWS = 2**25, 8192
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A token, with its surroundings. at: its place among `tokens`; values: the part's, NaN where it has none."""
+
+    value: float
+    tokens: tuple[str, ...]
+    ids: tuple[int, ...]
+    values: tuple[float, ...]
+    at: int
+    document: int
+    offset: int
+    """Number of the token in its document."""
+
+    @property
+    def token(self) -> str:
+        return self.tokens[self.at]
+
+    def _repr_html_(self) -> str:
+        top = max((value for value in self.values if value == value), default=0.0)
+        cells = "".join(map(_tinted, self.tokens, self.values, [top] * len(self.tokens)))
+        return f"<p><b>{self.value:.3g}</b> {cells}</p>"
+
+
+def _tinted(token: str, value: float, top: float) -> str:
+    share = max(value, 0.0) / top if top > 0 and value == value else 0.0
+    return f"<span style='background:rgba(255,140,0,{0.7 * share:.2f})' title='{value:.3g}'>{escape(token)}</span>"
+
+
+@dataclass(frozen=True, eq=False)
+class PartExamples:
+    """What one part was seen to do on some texts.
+
+    density: share of tokens that it fires on. threshold: what it fires above. mean: of its values where it fires. top:
+    the strongest, one of each context. sample: random ones among all that it fires on, strongest first. near: tokens
+    that it has fired on elsewhere, where it does not fire; the most like its strongest examples first.
+    """
+
+    part: Part
+    density: float
+    threshold: float
+    mean: float
+    top: tuple[Example, ...]
+    sample: tuple[Example, ...]
+    near: tuple[Example, ...]
+    histogram: Int[Tensor, " bin"]
+
+    def band(self, low: float, high: float) -> tuple[Example, ...]:
+        """Of the random sample, those between two quantiles, such as `band(.25, .5)`."""
+        last = len(self.sample)
+        return self.sample[round((1 - high) * last) : round((1 - low) * last)]
+
+    @property
+    def tokens(self) -> tuple[tuple[str, float], ...]:
+        """Tokens that it fires on, each with its share of the random sample, the commonest first."""
+        counts = Counter(example.token for example in self.sample)
+        return tuple((token, count / len(self.sample)) for token, count in counts.most_common())
+
+    @property
+    def edges(self) -> Float[Tensor, " edge"]:
+        """Of the histogram's bins; its first and its last also hold what lies beyond them."""
+        return 2.0 ** (LOWEST + torch.arange(BINS + 1) / PER_OCTAVE)
+
+    def _repr_html_(self) -> str:
+        bands = [("strongest", self.top[:8]), *((f"{q}th percentile", self._around(q / 100)) for q in (90, 50, 10))]
+        shown = "".join(f"<h4>{name}</h4>{''.join(e._repr_html_() for e in some)}" for name, some in bands)
+        near = "".join(example._repr_html_() for example in self.near[:4])
+        return (
+            f"<h3>{escape(str(self.part))}</h3><p>fires on {self.density:.2%} of tokens</p>{shown}"
+            f"<h4>the same tokens, where it does not fire</h4>{near}"
+        )
+
+    def _around(self, quantile: float) -> tuple[Example, ...]:
+        at = round((1 - quantile) * len(self.sample))
+        return self.sample[max(at - 2, 0) : at + 2]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ActivatingExamples(Sequence[PartExamples]):
+    """What many parts were seen to do on some texts; `examples[part]` or `examples[3]` is one of them.
+
+    tokens, contexts: how many were read.
+    """
+
+    parts: tuple[Part, ...]
+    tokens: int
+    contexts: int
+    model_hash: str
+    texts: dict[str, Any]
+    collector: Collector
+    tokenizer: Any
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, which: Any) -> Any:
+        if isinstance(which, slice):
+            return [self._of(number) for number in range(len(self))[which]]
+        if isinstance(which, int):
+            return self._of(range(len(self))[which])
+        return self._of(self.number(which))
+
+    def __iter__(self) -> Iterator[PartExamples]:
+        return map(self._of, range(len(self)))
+
+    def __repr__(self) -> str:
+        dead = int((self.collector.active == 0).sum())
+        never = f"; {dead} never fired" if dead else ""
+        return f"ActivatingExamples({len(self)} parts on {self.tokens:,} tokens{never})"
+
+    def number(self, part: Part | str) -> int:
+        """Where a part is among `parts`. Raises UnknownNameError."""
+        for number, own in enumerate(self.parts):
+            if part in (own, str(own)):
+                return number
+        raise UnknownNameError("part", str(part), list(map(str, self.parts[:20])))
+
+    @cached_property
+    def density(self) -> Float[Tensor, " part"]:
+        """Share of tokens that each part fires on."""
+        return self.collector.active.double() / max(self.tokens, 1)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One row per example: part, kind (top, sample, near), rank, value, token, tokens, values, document, offset.
+
+        `to_frame().to_parquet(path)` stores them as Parquet. Raises InputError where pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise InputError("to_frame() needs pandas: pip install pandas") from error
+        rows = []
+        for one in self:
+            for kind in ("top", "sample", "near"):
+                for rank, example in enumerate(getattr(one, kind)):
+                    own = {name: getattr(example, name) for name in ("value", "token", "document", "offset", "at")}
+                    around = {"tokens": list(example.tokens), "values": list(example.values)}
+                    rows.append({"part": str(one.part), "kind": kind, "rank": rank, **own, **around})
+        return pandas.DataFrame(rows)
+
+    def _of(self, number: int) -> PartExamples:
+        state = self.collector
+        active = int(state.active[number])
+        top = self._kept(state.top, number)
+        known = {token for example in top for token in example.ids}
+        near = sorted(self._kept(state.near, number), key=lambda example: -_shared(known, example))
+        return PartExamples(
+            part=self.parts[number],
+            density=active / max(self.tokens, 1),
+            threshold=float(state.threshold[number]),
+            mean=float(state.total[number]) / active if active else 0.0,
+            top=top,
+            sample=tuple(sorted(self._kept(state.sample, number), key=lambda example: -example.value)),
+            near=tuple(near),
+            histogram=state.histogram[number],
+        )
+
+    def _kept(self, kept: Kept, number: int) -> tuple[Example, ...]:
+        count, before = int(kept.count()[number]), self.collector.sizes.before
+        found = []
+        for place in range(count):
+            ids = kept.ids[number, place]
+            inside = (ids != NOTHING).nonzero()[:, 0].tolist()
+            listed = tuple(int(ids[at]) for at in inside)
+            found.append(
+                Example(
+                    value=float(kept.value[number, place]),
+                    tokens=tuple(map(self._text, listed)),
+                    ids=listed,
+                    values=tuple(float(kept.values[number, place, at]) for at in inside),
+                    at=inside.index(before),
+                    document=int(kept.document[number, place]),
+                    offset=int(kept.offset[number, place]),
+                )
+            )
+        return tuple(found)
+
+    def _text(self, token: int) -> str:
+        return str(token) if self.tokenizer is None else str(self.tokenizer.decode([token]))
+
+
+def _shared(known: set[int], example: Example) -> float:
+    """Share of the example's tokens that are known."""
+    return len(known & set(example.ids)) / len(set(example.ids))
+
+
+def collect_examples(
+    model: Model,
+    texts: Any,
+    parts: Sequence[Part],
+    *,
+    tokens: int | None = None,
+    context: int = 256,
+    bos: str = "auto",
+    column: str = "text",
+    sizes: Sizes | None = None,
+    seed: int = 0,
+    batch_tokens: int = 2048,
+    out: str | Path | None = None,
+    sink: Sink | None = None,
+) -> ActivatingExamples:
+    """What makes each part fire, from one pass over texts; the model is run up to the last site that is read.
+
+    texts: as for `data.harvest`. parts: of one number at each position: neurons, dimensions, directions, latents.
+    Latents fire where they are not zero; other parts where they are two standard deviations above their mean. tokens:
+    how many are read at most. out: a folder for what was found so far: the same call goes on there after an
+    interruption. Memory depends on the number of parts, and not on the length of the texts.
+
+    Raises InputError for parts without one number, for texts without a token to keep, and for a folder that holds
+    something else.
+    """
+    kept, values = sizes or Sizes(), PartValues(tuple(parts))
+    request = Request(values.sites, tokens, context, bos=bos, column=column, max_norm=None, batch_tokens=batch_tokens)
+    rows = max(min(_VALUES // len(values.parts), _MOST_ROWS), context)
+    reader = request.reader(model, texts, group_rows=rows)
+    head = 0 if reader.packing.bos.id is None else 1
+    collector = Collector(len(values.parts), torch.tensor(values.sparse), kept, seed, head)
+    with shown(sink) as screen:
+        store = _Store(out, _plan(reader, values, kept, seed), screen)
+        store.load(collector)
+        _collect(reader, values, collector, store, screen)
+    if collector.tokens == 0:
+        raise InputError("the texts give no tokens; give longer ones, or others")
+    return ActivatingExamples(
+        values.parts,
+        collector.tokens,
+        collector.contexts,
+        model.content_hash,
+        dict(reader.texts.description),
+        collector,
+        model.tokenizer,
+    )
+
+
+def _plan(reader: ActivationReader, values: PartValues, sizes: Sizes, seed: int) -> str:
+    refs = [part.ref for part in values.parts]
+    return content_hash({"examples": reader.to_json(), "parts": refs, "sizes": asdict(sizes), "seed": seed})
+
+
+@dataclass(frozen=True, eq=False)
+class _Store:
+    """Where what was found is kept; nowhere without a folder."""
+
+    out: str | Path | None
+    plan: str
+    sink: Sink
+
+    def load(self, collector: Collector) -> None:
+        """Bring back what an interrupted pass has found. Raises InputError when the folder holds something else."""
+        if self.out is None:
+            return
+        Blocks(self.out, self.plan, self.sink)  # refuses the folder of another plan
+        path = Path(self.out) / STATE
+        if path.exists():
+            collector.restore(read_npz(path))
+
+    def save(self, collector: Collector) -> None:
+        if self.out is not None:
+            write_atomic(Path(self.out) / STATE, _npz(collector))
+
+
+def _npz(collector: Collector) -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, allow_pickle=False, **collector.state())
+    return stream.getvalue()
+
+
+def _collect(reader: ActivationReader, values: PartValues, collector: Collector, store: _Store, sink: Sink) -> None:
+    tally, there, total = Tally(), collector.groups, reader.packing.limit
+    sink(Event("start", TASK, 0, total))
+    done = saved = 0
+    try:
+        for number, group in enumerate(reader.groups(tally)):
+            if number == 0:
+                _announce(reader, group, tally, sink)
+            done += group.rows
+            if number >= there:
+                collector.add(group, _values(reader, values, group))
+                saved = number + 1
+                if saved % GROUPS_BETWEEN == 0:
+                    store.save(collector)
+            sink(Event("advance", TASK, done, total))
+        if saved % GROUPS_BETWEEN:
+            store.save(collector)
+    finally:
+        sink(Event("end", TASK, done, total))
+
+
+def _values(reader: ActivationReader, values: PartValues, group: Group) -> Float[Tensor, "row part"]:
+    rows, _ = reader.rows(group, torch.float32)
+    with torch.no_grad():
+        return values(dict(zip(reader.forward.sites, rows, strict=True)))
+
+
+def _announce(reader: ActivationReader, first: Group, tally: Tally, sink: Sink) -> None:
+    times = times_first(reader, first, tally)
+    cost = expected_cost(reader, first, reader.forward.trial(first), times or 1.0, torch.float32)
+    what = "expected cost" if times is not None else f"expected cost of every {first.rows:,} tokens"
+    # Rows are looked at and let go.
+    sink(Event("note", "cost", message=f"{what}: {type(cost)(cost.seconds, cost.forwards).describe()}"))

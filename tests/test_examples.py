@@ -88,6 +88,10 @@ def test_everything_that_is_kept_is_what_plain_runs_give(model: vs.Model, parts:
                 if beside is not None and value == value:
                     assert value == pytest.approx(beside[1][number], rel=2e-3, abs=1e-4)
         assert all(example.value > one.threshold for example in (*one.top, *one.sample))
+        for example in one.background:
+            assert example.value == pytest.approx(
+                place[example.document, example.offset][1][number], rel=2e-3, abs=1e-4
+            )
         assert all(example.value <= one.threshold for example in one.near)
 
 

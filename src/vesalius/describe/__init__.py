@@ -18,6 +18,7 @@ from vesalius.describe.description import (
 )
 from vesalius.describe.examples import ActivatingExamples, Example, PartExamples, collect_examples
 from vesalius.describe.illusion import Illusion, across_corpora
+from vesalius.describe.learned import Learned, LearnedRules, learn
 from vesalius.describe.predictions import claim_about
 from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, Role, causal
 
@@ -33,6 +34,8 @@ __all__ = [
     "Discovery",
     "Example",
     "Illusion",
+    "Learned",
+    "LearnedRules",
     "PartExamples",
     "Prediction",
     "Role",
@@ -45,5 +48,6 @@ __all__ = [
     "collect_examples",
     "describe",
     "describe_circuit",
+    "learn",
     "short_name",
 ]

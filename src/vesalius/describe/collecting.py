@@ -25,15 +25,21 @@ TOKENS_OF_PART = 4
 ROWS_OF_TOKEN = 4
 """Rows of each of these tokens that are looked at in a group."""
 NOTHING = -1
+_TENSORS = ("threshold", "active", "histogram", "total", "background_values")
+_KEPT = ("top", "sample", "near", "background")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is kept for each part. before, after: tokens shown on both sides of one that is kept."""
+    """How much is kept for each part. before, after: tokens shown on both sides of one that is kept.
+
+    background: random tokens, the same for all parts, to know what is usual.
+    """
 
     top: int = 24
     sample: int = 64
     near: int = 16
+    background: int = 512
     before: int = 24
     after: int = 7
 
@@ -163,6 +169,8 @@ class Collector:
         self.top = Kept.empty(parts, sizes.top, sizes.window)
         self.sample = Kept.empty(parts, sizes.sample, sizes.window)
         self.near = Kept.empty(parts, sizes.near, sizes.window)
+        self.background = Kept.empty(1, sizes.background, sizes.window)
+        self.background_values = torch.zeros(sizes.background, parts, dtype=torch.float16)
 
     def add(self, group: Group, values: Float[Tensor, "row part"]) -> None:
         """values: of the group's rows, on the CPU."""
@@ -177,6 +185,7 @@ class Collector:
         self._strongest(where, values)
         row, part = self._missed(where, values)
         self._sampled(self.near, where, values, row, part)
+        self._usual(where, values)
         self.groups += 1
         self.tokens += len(values)
         self.contexts += len(group.contexts)
@@ -193,6 +202,19 @@ class Collector:
         better = kept.better(part, key)
         row, part = row[better], part[better]
         kept.add(part, {"key": key[better], **where.around(values, row, part, self.sizes)})
+
+    def _usual(self, where: Where, values: Tensor) -> None:
+        """Random tokens, with every part's value there."""
+        one = torch.zeros_like(where.token)
+        key = random_keys(where.token, one - 1, self.seed)
+        row = self.background.better(one, key).nonzero()[:, 0]
+        before = self.background.key[0].clone()
+        new = {"key": key[row], **where.around(values, row, one[row], self.sizes)}
+        self.background.add(one[row], new)
+        # Where each of those that are kept now comes from: from among those before, or from these rows.
+        known, rows = torch.cat([before, key[row]]), torch.cat([self.background_values, values[row].half()])
+        order = known.argsort(stable=True)[: len(before)]
+        self.background_values = rows[order]
 
     def _strongest(self, where: Where, values: Tensor) -> None:
         """The strongest token of each context, if it is among the part's strongest so far."""
@@ -234,8 +256,8 @@ class Collector:
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything, to be stored."""
         counts = {name: getattr(self, name) for name in ("groups", "tokens", "contexts")}
-        found = {name: getattr(self, name) for name in ("threshold", "active", "histogram", "total")}
-        for name in ("top", "sample", "near"):
+        found = {name: getattr(self, name) for name in _TENSORS}
+        for name in _KEPT:
             found |= {f"{name}.{column}": tensor for column, tensor in vars(getattr(self, name)).items()}
         return {name: np.array(n) for name, n in counts.items()} | {name: t.numpy() for name, t in found.items()}
 
@@ -243,9 +265,9 @@ class Collector:
         """Go on from what `state` gave."""
         for name in ("groups", "tokens", "contexts"):
             setattr(self, name, int(state[name]))
-        for name in ("threshold", "active", "histogram", "total"):
+        for name in _TENSORS:
             setattr(self, name, torch.from_numpy(state[name].copy()))
-        for name in ("top", "sample", "near"):
+        for name in _KEPT:
             kept = getattr(self, name)
             for column in vars(kept):
                 setattr(kept, column, torch.from_numpy(state[f"{name}.{column}"].copy()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -78,7 +78,8 @@ class PartExamples:
 
     density: share of tokens that it fires on. threshold: what it fires above. mean: of its values where it fires. top:
     the strongest, one of each context. sample: random ones among all that it fires on, strongest first. near: tokens
-    that it has fired on elsewhere, where it does not fire; the most like its strongest examples first.
+    that it has fired on elsewhere, where it does not fire; the most like its strongest examples first. background:
+    random tokens, whether it fires there or not.
     """
 
     part: Part
@@ -88,6 +89,7 @@ class PartExamples:
     top: tuple[Example, ...]
     sample: tuple[Example, ...]
     near: tuple[Example, ...]
+    background: tuple[Example, ...]
     histogram: Int[Tensor, " bin"]
 
     def band(self, low: float, high: float) -> tuple[Example, ...]:
@@ -197,8 +199,18 @@ class ActivatingExamples(Sequence[PartExamples]):
             top=top,
             sample=tuple(sorted(self._kept(state.sample, number), key=lambda example: -example.value)),
             near=tuple(near),
+            background=self._background(number),
             histogram=state.histogram[number],
         )
+
+    def _background(self, number: int) -> tuple[Example, ...]:
+        values = self.collector.background_values[:, number].tolist()
+        return tuple(replace(one, value=values[place], values=()) for place, one in enumerate(self._usual))
+
+    @cached_property
+    def _usual(self) -> tuple[Example, ...]:
+        """The background, with no part's values."""
+        return self._kept(self.collector.background, 0)
 
     def _kept(self, kept: Kept, number: int) -> tuple[Example, ...]:
         count, before = int(kept.count()[number]), self.collector.sizes.before

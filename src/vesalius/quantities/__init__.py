@@ -12,12 +12,13 @@ from vesalius.quantities.circuit import Completeness, Faithfulness
 from vesalius.quantities.contrast import Contrast, heads_and_mlps
 from vesalius.quantities.copies import Copies
 from vesalius.quantities.direct_effect import DirectEffect
+from vesalius.quantities.fires_where import FiresWhere
 from vesalius.quantities.matching import Matched, matched_controls
 from vesalius.quantities.moves_attention import MovesAttention
 from vesalius.quantities.runs import Runs
 from vesalius.quantities.total_effect import TotalEffect
 
-ACTIVATION, ATTENDS, COPIES = Activation(), Attends(), Copies()
+ACTIVATION, FIRES_WHERE, ATTENDS, COPIES = Activation(), FiresWhere(), Attends(), Copies()
 DIRECT_EFFECT, TOTAL_EFFECT, MOVES_ATTENTION = DirectEffect(), TotalEffect(), MovesAttention()
 FAITHFULNESS, COMPLETENESS = Faithfulness(), Completeness()
 
@@ -30,6 +31,7 @@ QUANTITIES: dict[str, Quantity] = {
         TOTAL_EFFECT,
         MOVES_ATTENTION,
         ACTIVATION,
+        FIRES_WHERE,
         FAITHFULNESS,
         COMPLETENESS,
     )
@@ -51,6 +53,7 @@ __all__ = [
     "COPIES",
     "DIRECT_EFFECT",
     "FAITHFULNESS",
+    "FIRES_WHERE",
     "MOVES_ATTENTION",
     "QUANTITIES",
     "TOTAL_EFFECT",

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vesalius.errors import InputError, UnknownNameError
-from vesalius.inputs import Corpus
+from vesalius.inputs import Corpus, Tokens
 from vesalius.parts import Part, places
 from vesalius.quantities.base import DEVIATION, Parameters, PerExample, Quantity, control_parts
 from vesalius.quantities.places import positions
@@ -60,8 +60,34 @@ def _measured(runs: Runs, parts: Sequence[Part], at: str) -> Kept:
     return kept
 
 
+def tokens_of(runs: Runs) -> Tokens:
+    """The texts, or the clean prompts."""
+    return runs.data.tokens if isinstance(runs.data, Corpus) else runs.tokens("clean")
+
+
+def token_values(runs: Runs, parts: Sequence[Part]) -> list[Float[Tensor, "example pos"]]:
+    """Every part's value at every token, on the CPU, all from one pass over the texts."""
+    kept: dict[Part, Tensor] = runs.once("token values", dict)
+    missing = [part for part in dict.fromkeys(parts) if part not in kept]
+    found: list[list[Tensor]] = [[] for _ in missing]
+    tokens = tokens_of(runs)
+    for rows in torch.arange(len(tokens)).split(_TOGETHER) if missing else ():
+        run = runs.model.run(tokens.take(rows), capture=places(missing), last_logits=True)
+        for part, listed in zip(missing, found, strict=True):
+            value = part.value(run)
+            _check_one_number(part, value)
+            listed.append(value.cpu())
+    kept |= {part: torch.cat(listed) for part, listed in zip(missing, found, strict=True)}
+    return [kept[part] for part in parts]
+
+
+def _check_one_number(part: Part, value: Tensor) -> None:
+    if value.ndim != 2:
+        raise InputError(f"{part} has {value.shape[-1]} numbers at each position, and no one activation")
+
+
 def _values(runs: Runs, parts: Sequence[Part], at: str) -> list[PerExample]:
-    tokens = runs.data.tokens if isinstance(runs.data, Corpus) else runs.tokens("clean")
+    tokens = tokens_of(runs)
     if at not in POOLED and isinstance(runs.data, Corpus):
         raise UnknownNameError("place to read an activation at", at, POOLED, "Texts have no named places.")
     where = None if at in POOLED else positions(runs, at)
@@ -70,8 +96,7 @@ def _values(runs: Runs, parts: Sequence[Part], at: str) -> list[PerExample]:
         run = runs.model.run(tokens.take(rows), capture=places(parts), last_logits=True)
         for part, listed in zip(parts, found, strict=True):
             value = part.value(run)
-            if value.ndim != 2:
-                raise InputError(f"{part} has {value.shape[-1]} numbers at each position, and no one activation")
+            _check_one_number(part, value)
             listed.append(
                 _pooled(value, tokens.real[rows].to(value.device), at) if where is None else _at(value, where[rows])
             )

@@ -1,0 +1,96 @@
+"""Fires where: how much more a part fires on the tokens that a rule picks than on the others of the same text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vesalius.errors import InputError
+from vesalius.inputs import Tokens
+from vesalius.parts import Part
+from vesalius.quantities.activation import token_values, tokens_of
+from vesalius.quantities.base import DEVIATION, Parameters, PerExample, Quantity, control_parts
+from vesalius.quantities.rules import Rule, Text, in_words, matches
+from vesalius.quantities.runs import Runs
+from vesalius.seeds import generator_for
+
+
+class FiresWhere(Quantity):
+    """Mean value on the tokens that a rule picks less that on the others, text by text, in standard deviations.
+
+    The standard deviation is the part's over all tokens of these texts, so that parts of different sizes compare. A
+    text in which the rule picks nothing, or everything, says nothing, and counts as 0. Null `shuffled`: the same with
+    the picked tokens moved elsewhere in the text. Parameter `rule`: see `quantities.rules`.
+    """
+
+    name = "fires_where"
+    kind = "predictive"
+    scale = DEVIATION
+
+    def unit(self, runs: Runs) -> str:
+        return "SD"
+
+    def phrase(self, parameters: Parameters) -> str:
+        return f"fires more {in_words(parameters['rule'])} than elsewhere"
+
+    def refuses(self, runs: Runs, part: Part) -> str:
+        return (
+            "" if runs.model.tokenizer is not None else f"{runs.model.name} has no tokenizer, and rules are about text"
+        )
+
+    def measure(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample:
+        return _difference(_standard(runs, part), picked(runs, parameters["rule"]), tokens_of(runs).real)
+
+    def prepare(self, runs: Runs, wanted: Sequence[tuple[Part, Parameters]]) -> None:
+        """All parts in one pass over the texts."""
+        token_values(
+            runs, [one for part, given in wanted for one in (part, *control_parts(given.get("control", {}), part))]
+        )
+
+    def scale_of(self, runs: Runs, part: Part, parameters: Parameters) -> float | None:
+        """1: values are in standard deviations."""
+        return 1.0
+
+    def nulls(self, runs: Runs, part: Part, parameters: Parameters) -> Mapping[str, PerExample]:
+        tokens, real = tokens_of(runs), tokens_of(runs).real
+        moved = _moved(picked(runs, parameters["rule"]), tokens, runs.seed)
+        return {"shuffled": _difference(_standard(runs, part), moved, real)}
+
+    def diagnostics(self, runs: Runs, part: Part, parameters: Parameters) -> Mapping[str, Any]:
+        """Share of the tokens that the rule picks, and of the texts in which it picks any."""
+        found = picked(runs, parameters["rule"])
+        real = int(tokens_of(runs).real.sum())
+        return {"picked": float(found.sum()) / real, "texts": float(found.any(1).double().mean())}
+
+
+def picked(runs: Runs, rule: Rule) -> Bool[Tensor, "example pos"]:
+    """The tokens that a rule picks in the texts of these runs."""
+    tokens, tokenizer = tokens_of(runs), runs.model.tokenizer
+    if tokenizer is None:
+        raise InputError(f"{runs.model.name} has no tokenizer, and rules are about text")
+    return matches(rule, Text(tokens.ids.cpu(), tokens.real.cpu(), lambda token: str(tokenizer.decode([token]))))
+
+
+def _standard(runs: Runs, part: Part) -> Float[Tensor, "example pos"]:
+    """Values in standard deviations over all real tokens; of a part that never changes, zeros."""
+    values, real = token_values(runs, [part])[0].double(), tokens_of(runs).real
+    spread = float(values[real].std())
+    return values / spread if spread > 0 else torch.zeros_like(values)
+
+
+def _difference(values: Tensor, some: Tensor, real: Tensor) -> PerExample:
+    others = real & ~some
+    n, m = some.sum(1), others.sum(1)
+    means = [(values * mask).sum(1) / mask.sum(1).clamp_min(1) for mask in (some, others)]
+    return torch.where((n > 0) & (m > 0), means[0] - means[1], torch.zeros(()).double())
+
+
+def _moved(found: Tensor, tokens: Tokens, seed: int) -> Tensor:
+    """As many tokens of each text, at random."""
+    draw = torch.rand(found.shape, generator=generator_for("fires_where", seed))
+    rank = draw.masked_fill(~tokens.real, torch.inf).argsort(1).argsort(1)
+    return rank < found.sum(1, keepdim=True)

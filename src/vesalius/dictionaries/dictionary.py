@@ -71,7 +71,7 @@ class Dictionary:
     out_scale: tuple[float, ...] = ()
     """What each output is divided by after decoding; default 1."""
     row_norm: str = "none"
-    """How each row is normalised before encoding: `none`, `layer_norm` or `constant_norm`."""
+    """How each row is normalised before encoding: `none`, `layer_norm`, `constant_norm` or `centred`."""
     groups: tuple[int, ...] = ()
     """Sizes of the nested prefixes that were trained to reconstruct on their own (matryoshka)."""
     metadata: Mapping[str, Any] = field(default_factory=dict)

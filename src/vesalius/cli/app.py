@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from vesalius.cli import calibrating, checks, evaluating, harvesting, ledgers, sites, studying, training
+from vesalius.cli import calibrating, checks, evaluating, foreign, harvesting, ledgers, sites, studying, training
 from vesalius.cli.process import settle
 from vesalius.cli.screen import console, fail, warn
 from vesalius.errors import VesaliusError
@@ -284,6 +284,15 @@ def quality(
     contexts: Annotated[int, typer.Option(help="Contexts to run through the model.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: DeviceOption = None,
+    site: foreign.SiteOption = None,
+    out_site: foreign.OutSiteOption = None,
+    layer: foreign.LayerOption = None,
+    unpickle: foreign.UnpickleOption = False,
+    in_scale: foreign.InScaleOption = None,
+    k: foreign.KOption = None,
+    row_norm: foreign.RowNormOption = None,
+    ignore: foreign.IgnoreOption = None,
+    check: foreign.CheckOption = True,
 ) -> None:
     """How good a dictionary is, on documents it was not trained on, beside what it has to beat."""
     request = evaluating.Request(
@@ -300,6 +309,7 @@ def quality(
         mark=mark,
         seed=seed,
         device=device,
+        said=foreign.Said(site, out_site, layer, unpickle, in_scale, k, row_norm, ignore, check),
         command=_command_line(),
     )
     request.check()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -110,19 +110,25 @@ def _parsed(site: Sites | None) -> tuple[Site, ...]:
 
 
 def _read(path: Path, options: Options) -> SparseCoder:
+    needless = {name for name in ("in_scale", "k", "row_norm") if getattr(options, name) is not None}
     if path.is_dir() and own.is_folder(path):
+        _refuse(needless, path, OWN)
         return own.read(path)
     found = Found(path, options)
     known = next((known for known in FORMATS if known.claims(found)), None)
     if known is None:
         raise FileFormatError(_nothing(path))
-    needless = [name for name in ("in_scale", "k", "row_norm") if getattr(options, name) is not None]
-    for name in set(needless) - set(known.options):
-        takes = ", ".join(sorted({one.name for one in FORMATS if name in one.options}))
-        raise InputError(f"{name} is for files of {takes}; {path} is one of {known.name}")
+    _refuse(needless - set(known.options), path, known.name)
     # Nothing in a stranger's JSON can be trusted to be of the type it should be.
     with understood(f"{path} is not understood as a dictionary of {known.name}"):
         return known.read(found)
+
+
+def _refuse(needless: Collection[str], path: Path, name: str) -> None:
+    """Raises InputError for arguments that are for files of other formats."""
+    for argument in sorted(needless):
+        takes = ", ".join(sorted({one.name for one in FORMATS if argument in one.options}))
+        raise InputError(f"{argument} is for files of {takes}; {path} is one of {name}")
 
 
 def _nothing(path: Path) -> str:

@@ -97,7 +97,8 @@ def read_pickle(path: Path, unpickle: bool) -> dict[str, Any]:
         raise FileFormatError(
             f"{path} is a pickle, which can run any program when opened. If you trust whoever made it, "
             f"vesalius.dictionaries.load({str(path)!r}, unpickle=True) reads the tensors in it and nothing else "
-            "(torch.load with weights_only=True); vesalius.dictionaries.save(...) then keeps them as safetensors"
+            "(torch.load with weights_only=True), as --unpickle does on the command line; "
+            "vesalius.dictionaries.save(...) then keeps them as safetensors"
         )
     warnings.warn(
         f"{path} is a pickle: reading tensors from it and nothing else. Save it again as safetensors.",

@@ -194,3 +194,22 @@ def test_no_share_is_given_of_a_harm_that_may_be_none(groups: int) -> None:
     assert losses(0.5, 0.05, groups).figures("dictionary")["loss_recovered_mean"].value == pytest.approx(0.96, abs=0.01)
     less = losses(-0.5, 0.05, groups).figures("dictionary")
     assert "loss_recovered_mean" not in less  # the mean does good, and a share of that is no share of harm
+
+
+def test_a_head_of_its_own_is_a_site_like_any_other(model: vs.Model, tmp_path: Path) -> None:
+    """Documented, trained and then not judged: its own name was not found among the sites of its store."""
+    documents = [torch.randint(2, tiny.VOCAB, (30,), generator=draw(size)).tolist() for size in range(16)]
+    head = "layers.1.z[1]"
+    sites = ["layers.1.z", head, "layers.0.z[1]"]
+    own = vs.data.harvest(model, documents, sites=sites, out=tmp_path / "acts", context=40, sink=vs.silent)
+    config = TrainConfig(n_latents=16, k=2, steps=10, batch_size=32, held_out=0.3, in_sites=(head,), out_sites=(head,))
+    trained: Any = train(own, config, sink=vs.silent)
+    assert trained.in_sites == (Site.parse(head),)
+    found = quality(trained, own, model=model, contexts=4, sink=vs.silent)
+    assert {"fvu", "ce_increase"} <= set(found.figures)
+    assert {one.name for one in found.baselines} >= {"untrained", "neurons"}
+    part = ActivationStore.open(tmp_path / "acts", sites=["layers.*.z[1]"])
+    assert [str(site) for site in part.sites] == ["layers.1.z[1]", "layers.0.z[1]"]
+    whole = ActivationStore.open(tmp_path / "acts", sites=["layers.1.z"])
+    with pytest.raises(InputError, match=r"have no layers\.1\.z\[1\] of its own; they have layers\.1\.z\. Harvest it"):
+        train(whole, config, sink=vs.silent)

@@ -154,6 +154,19 @@ def test_the_number_of_threads_does_not_change_the_weights() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("kind", ["topk", "jumprelu", "gated"])
+def test_the_number_of_threads_does_not_change_a_skip(kind: str) -> None:
+    """Of widths and rows at which PyTorch shares a product among threads."""
+    x, y = normal(1200, 160, seed=8), normal(1200, 130, seed=9)
+    config = config_of(kind, batch_size=1100, steps=3, skip=True, coder="transcoder")
+    one = train((x, y), config)
+    torch.set_num_threads(2)
+    try:
+        assert same(train((x, y), config), one)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_the_seed_decides() -> None:
     assert same(train(X, config_of()), train(X.clone(), config_of()))
     assert not torch.equal(train(X, config_of(seed=4)).encode(X), train(X, config_of()).encode(X))

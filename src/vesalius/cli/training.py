@@ -90,7 +90,10 @@ def train(request: Request) -> None:
         pages = {}
         for name, coder in coders.items() if model is not None else ():
             where = _folder_of(folder, name)
-            pages[name] = evaluating.page(coder, store, model, _seeds(coders, name), where, request.command, sink)
+            try:
+                pages[name] = evaluating.page(coder, store, model, _seeds(coders, name), where, request.command, sink)
+            except InputError as error:  # of one document there may be no rows left to measure on
+                note(f"{where} is trained and saved, but not evaluated: {error}")
     if leads:
         _say(coders, pages, folder)
 

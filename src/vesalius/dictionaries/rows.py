@@ -90,6 +90,11 @@ def aligned_rows(
     return [rows.to(like) for rows, _ in found], found[0][1]
 
 
+def shaped(rows: Tensor, lead: Sequence[int]) -> Tensor:
+    """Rows [n, width] in the shape they had before; of none the width is known too, where -1 would leave it open."""
+    return rows.reshape(*lead, rows.shape[-1])
+
+
 def chunks_of(rows: Sequence[Tensor]) -> list[list[Tensor]]:
     """The rows of every site in chunks of at most CHUNK rows."""
     starts = range(0, max(len(rows[0]), 1), CHUNK)

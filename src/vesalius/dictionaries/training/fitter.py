@@ -203,6 +203,15 @@ def make_fitter(
     sample = source.sample(SAMPLE, seed=config.seed)
     if len(sample[0]) < 2:
         raise InputError("a dictionary is not trained on one row, which has no variance to explain; give more")
+    # On one of the workers, whose sums don't depend on how many there are.
+    (fitter,) = workers.map(lambda rows: _first(rows, config, layout, workers, processes, device), [sample])
+    return fitter
+
+
+def _first(
+    sample: Sequence[Tensor], config: TrainConfig, layout: Layout, workers: Workers, processes: Processes,
+    device: torch.device,
+) -> Fitter:  # fmt: skip
     scales = [_scale(rows) if config.normalise else 1.0 for rows in sample]
     in_scale = tuple(scales[number] for number in layout.in_numbers)
     out_scale = tuple(scales[number] for number in layout.out_numbers)

@@ -156,7 +156,8 @@ def harvest(
     max_norm: Annotated[
         float, typer.Option("--max-norm", help="Drop rows over this many times the median norm; 0 keeps all.")
     ] = 10.0,
-    column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files that holds the text.")] = "text",
+    column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files: text or token ids.")] = "text",
+    nulls: Annotated[str, typer.Option(help="Rows that hold null: skip (and count), or error.")] = "skip",
     device: DeviceOption = None,
 ) -> None:
     """Activations of a model over texts, for training on; the model is run only up to the last site."""
@@ -173,8 +174,10 @@ def harvest(
         keep_bos=keep_bos,
         max_norm=max_norm,
         column=column,
+        nulls=nulls,
         device=device,
     )
+    checks.one_of("--nulls", [nulls], checks.NULLS)
     checks.harvest(texts, request.models, site, dtype, compute, tokens)
     check_writable(out)
     harvesting.harvest(request)

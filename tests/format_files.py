@@ -100,8 +100,11 @@ def _as_old(cfg: dict[str, Any]) -> dict[str, Any]:
 def _saelens_computes(folder: Path, w: dict[str, Tensor], cfg: dict[str, Any]) -> Written:
     architecture, norm = cfg["architecture"], cfg["normalize_activations"]
     norms = w["W_dec"].norm(dim=1) if cfg.get("rescale_acts_by_decoder_norm") else torch.ones(M)
+    is_centred = ((cfg.get("metadata") or {}).get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")
 
     def undo(x: Tensor) -> tuple[Tensor, Tensor | float]:
+        if is_centred:
+            return torch.ones(len(x), 1), x.mean(1, keepdim=True)
         if norm == "layer_norm":
             centred = x - x.mean(1, keepdim=True)
             return centred.std(1, keepdim=True), x.mean(1, keepdim=True)
@@ -213,10 +216,31 @@ def _dictionary_learning_computes(folder: Path, name: str, s: dict[str, Tensor])
     return _written(folder, encode, lambda f: (f / norms) @ decoder + bias, unpickle=True)
 
 
+def normalised_sae(folder: Path) -> Written:
+    """ae.pt of a BatchTopKSAE of science-of-finetuning's branch, whose inputs are centred and scaled."""
+    written = dictionary_learning(folder, "BatchTopKSAE")
+    mean, std = normal(D, seed=5), normal(D, seed=6).abs() + 0.5
+    scale = 2 / std.square().sum().sqrt()
+    state = torch.load(folder / "ae.pt") | {
+        "activation_mean": mean,
+        "activation_std": std,
+        "activation_global_scale": scale,
+        "target_rms": torch.tensor(2.0),
+    }
+    torch.save(state, folder / "ae.pt")
+
+    def encode(x: Tensor) -> Tensor:
+        return written.encode((x - mean) * scale)
+
+    return Written(folder, encode, lambda x: written.reconstruct((x - mean) * scale) / scale + mean, {"unpickle": True})
+
+
 # crosscoder_learning
 
 
-def crosscoder(folder: Path, *, code: int = 1, batchtopk: bool = True, normalised: bool = False) -> Written:
+def crosscoder(
+    folder: Path, *, code: int = 1, batchtopk: bool = True, normalised: bool = False, **config: Any
+) -> Written:
     """model.safetensors and config.json of a crosscoder of two sites; rows are [row, 2 * D]."""
     w = {"encoder.weight": normal(2, D, M, seed=1), "encoder.bias": normal(M, seed=2),
          "decoder.weight": normal(2, M, D, seed=3), "decoder.bias": normal(2, D, seed=4),
@@ -231,11 +255,14 @@ def crosscoder(folder: Path, *, code: int = 1, batchtopk: bool = True, normalise
         w["activation_global_scale"] = 1 / w["activation_std"].square().sum(1).sqrt()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(w, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"activation_dim": D, "dict_size": M, "num_layers": 2}))
+    (folder / "config.json").write_text(json.dumps({"activation_dim": D, "dict_size": M, "num_layers": 2, **config}))
     mean = torch.nan_to_num(w["activation_mean"])
     scale = w["activation_global_scale"][:, None]
     each = w["decoder.weight"].norm(dim=2)
-    weight = {1: each.sum(0), 2: w["decoder.weight"].norm(dim=(0, 2)), 4: torch.ones(M)}.get(code, torch.ones(M))
+    together = w["decoder.weight"].norm(dim=(0, 2))
+    alphas = [config.get(f"code_normalization_alpha_{of}", default) for of, default in (("sae", 1.0), ("cc", 0.1))]
+    mixed = alphas[0] * together + alphas[1] * each.sum(0)
+    weight = {1: each.sum(0), 2: together, 3: mixed, 4: torch.ones(M)}.get(code, torch.ones(M))
 
     def encode(x: Tensor) -> Tensor:
         seen = (x.reshape(-1, 2, D) - mean) * scale
@@ -356,8 +383,9 @@ def cross_layer(
 # OpenAI
 
 
-def openai(path: Path, activation: str = "TopK") -> Written:
-    """One pickled state dict."""
+def openai(path: Path, activation: str = "TopK", *, normalised: bool | None = None) -> Written:
+    """One pickled state dict. normalised: rows, default those of TopK, which is what their loader takes for granted."""
+    normalised = activation == "TopK" if normalised is None else normalised
     w: dict[str, Any] = {
         "pre_bias": normal(D, seed=4), "latent_bias": normal(M, seed=2), "encoder.weight": normal(M, D, seed=1),
         "decoder.weight": normal(D, M, seed=3), "stats_last_nonzero": torch.zeros(M, dtype=torch.long),
@@ -368,13 +396,13 @@ def openai(path: Path, activation: str = "TopK") -> Written:
     torch.save(w, path)
 
     def parts(x: Tensor) -> tuple[Tensor, Tensor]:
-        if activation == "ReLU":
+        if not normalised:
             return torch.zeros(len(x), 1), torch.ones(len(x), 1)
         return x.mean(1, keepdim=True), (x - x.mean(1, keepdim=True)).std(1, keepdim=True)
 
     def encode(x: Tensor) -> Tensor:
         mean, std = parts(x)
-        seen = (x - mean) / (std + 1e-5 if activation == "TopK" else 1.0)
+        seen = (x - mean) / (std + 1e-5 if normalised else 1.0)
         pre = (seen - w["pre_bias"]) @ w["encoder.weight"].T + w["latent_bias"]
         return largest(pre, K) if activation == "TopK" else pre.relu()
 
@@ -383,3 +411,112 @@ def openai(path: Path, activation: str = "TopK") -> Written:
         return (encode(x) @ w["decoder.weight"].T + w["pre_bias"]) * std + mean
 
     return Written(path, encode, reconstruct, {"unpickle": True})
+
+
+# Single files of others
+
+
+def _state(path: Path, state: dict[str, Tensor]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path)
+    return path
+
+
+def goodfire(folder: Path) -> Written:
+    """Llama-3.1-8B-Instruct-SAE-l19.pth."""
+    w = {"encoder_linear.weight": normal(M, D, seed=1), "encoder_linear.bias": normal(M, seed=2),
+         "decoder_linear.weight": normal(D, M, seed=3), "decoder_linear.bias": normal(D, seed=4)}  # fmt: skip
+    path = _state(folder / "Llama-3.1-8B-Instruct-SAE-l19.pth", w)
+    return _written(
+        path,
+        lambda x: (x @ w["encoder_linear.weight"].T + w["encoder_linear.bias"]).relu(),
+        lambda f: f @ w["decoder_linear.weight"].T + w["decoder_linear.bias"],
+        unpickle=True,
+    )
+
+
+def kissane(folder: Path) -> Written:
+    """gpt2-small_L3_Hcat_z.pt and its config."""
+    w = {"W_enc": normal(D, M, seed=1), "b_enc": normal(M, seed=2), "W_dec": normal(M, D, seed=3),
+         "b_dec": normal(D, seed=4)}  # fmt: skip
+    path = _state(folder / "gpt2-small_L3_Hcat_z.pt", w)
+    config = {"act_name": "blocks.3.attn.hook_z", "act_size": D, "dict_size": M, "head": "cat", "layer": 3,
+              "model_name": "gpt2-small", "l1_coeff": 1.2, "site": "z"}  # fmt: skip
+    (folder / "gpt2-small_L3_Hcat_z_cfg.json").write_text(json.dumps(config))
+    return _written(
+        path,
+        lambda x: ((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu(),
+        lambda f: f @ w["W_dec"] + w["b_dec"],
+        unpickle=True,
+    )
+
+
+def qwen_scope(folder: Path) -> Written:
+    """layer3.sae.pt in a folder named as Qwen names it."""
+    w = {"W_enc": normal(M, D, seed=1), "b_enc": normal(M, seed=2), "W_dec": normal(D, M, seed=3),
+         "b_dec": normal(D, seed=4)}  # fmt: skip
+    path = _state(folder / f"SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}" / "layer3.sae.pt", w)
+    return _written(
+        path,
+        lambda x: largest(x @ w["W_enc"].T + w["b_enc"], K),
+        lambda f: f @ w["W_dec"].T + w["b_dec"],
+        unpickle=True,
+    )
+
+
+# OpenMOSS
+
+
+def openmoss(folder: Path, layout: int = 3, act_fn: str = "jumprelu", **changes: Any) -> Written:
+    """A folder in one of three layouts, of activations with mean norm 3, and 5 where it writes.
+
+    Latents are the library's own: of layout 1 as its loader gives them (folded), else of normalised inputs; of topk
+    times their decoder norms, by which they are chosen.
+    """
+    hooks = {"hook_point_in": "blocks.3.hook_resid_post", "hook_point_out": "blocks.3.hook_resid_post"}
+    config: dict[str, Any] = {"d_model": D, "expansion_factor": M / D, "act_fn": act_fn, "top_k": K, **hooks,
+                              "norm_activation": "dataset-wise", "sparsity_include_decoder_norm": True,
+                              "use_decoder_bias": True} | changes  # fmt: skip
+    encoder, decoder, b_enc, b_dec = normal(D, M, seed=1), normal(M, D, seed=3), normal(M, seed=2), normal(D, seed=4)
+    thresholds = normal(M, seed=8).abs() + 0.1
+    norms = {config["hook_point_in"]: 3.0, config["hook_point_out"]: 3.0 if hooks.items() <= config.items() else 5.0}
+    if layout == 3:
+        w = {"W_E": encoder, "b_E": b_enc, "W_D": decoder, "b_D": b_dec}
+    else:
+        w = {"encoder.weight": encoder.T, "encoder.bias": b_enc, "decoder.weight": decoder.T, "decoder.bias": b_dec}
+    if layout > 1:
+        w |= {f"dataset_average_activation_norm.{hook}": torch.tensor(norm) for hook, norm in norms.items()}
+        name = "activation_function.log_jumprelu_threshold" if layout == 3 else "log_jumprelu_threshold"
+        w |= {name: thresholds.log()} if act_fn == "jumprelu" else {}
+        config |= {"sae_type": "sae"}
+    else:
+        config |= {"jump_relu_threshold": 0.4,
+                   "dataset_average_activation_norm": {"in": 3.0, "out": list(norms.values())[-1]}}  # fmt: skip
+    place = folder / ("checkpoints/final.safetensors" if layout == 1 else "sae_weights.safetensors")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in w.items()}, place)
+    (folder / ("hyperparams.json" if layout == 1 else "config.json")).write_text(json.dumps(config))
+    into, out = (D**0.5 / norm for norm in (3.0, list(norms.values())[-1]))
+    if config["norm_activation"] == "inference":
+        into = out = 1.0
+    size = decoder.norm(dim=1)
+    if layout == 1:
+        b_enc, b_dec, decoder = b_enc / into, b_dec / out, decoder * into / out
+        into, out, size = 1.0, 1.0, decoder.norm(dim=1)
+
+    def encode(x: Tensor) -> Tensor:
+        pre = x * into @ encoder + b_enc
+        if act_fn == "relu":
+            return pre.relu() * (size if layout == 1 else 1.0)
+        if act_fn == "topk" and layout > 1:
+            return largest(pre * size, K)
+        if layout == 1:
+            return over(pre * size, 0.4)
+        return torch.where(pre * size > thresholds, pre, torch.zeros(()))
+
+    def reconstruct(x: Tensor) -> Tensor:
+        f = encode(x)
+        f = f / size if layout == 1 or act_fn == "topk" else f
+        return (f @ decoder + b_dec) / out
+
+    return Written(folder, encode, reconstruct, {})

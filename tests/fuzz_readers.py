@@ -96,6 +96,8 @@ def _foreign(out: Path) -> None:
     format_files.gemma_scope_2(out / "scope-2", skip=True, config={"architecture": "jump_relu"})
     format_files.circuit_tracer(out / "tracer", "topk")
     format_files.cross_layer(out / "tracer-cross")
+    for layout in (1, 2, 3):
+        format_files.openmoss(out / f"openmoss-{layout}", layout)
 
 
 def _read_foreign(folder: Path) -> None:

@@ -113,7 +113,7 @@ def test_a_device_that_is_not_here_is_told_before_a_harvest(run: Callable[..., D
 def test_the_names_are_those_of_the_rooms() -> None:
     assert tuple(sorted(vs.data.TASKS)) == checks.QUESTIONS
     assert checks.TABLES == tables.SUFFIXES
-    assert (checks.STDLIB, checks.TEXTS) == (texts.STDLIB, texts.SUFFIXES)
+    assert (checks.STDLIB, checks.TEXTS, checks.NULLS) == (texts.STDLIB, texts.SUFFIXES, texts.NULLS)
     assert tuple(config.KINDS) == checks.KINDS
     assert (checks.CODERS, checks.PRECISIONS) == (config.CODERS, config.PRECISIONS)
     assert checks.FEWEST_SETS == FEWEST_SETS

@@ -127,3 +127,15 @@ def test_torchrun_trains_in_two_processes(store: Path, tmp_path: Path) -> None:
     two = load(tmp_path / "two")
     assert isinstance(two, Dictionary)
     assert max(float((tensor - two.tensors[name]).abs().max()) for name, tensor in one.tensors.items()) < 1e-4
+
+
+def test_what_was_trained_on_one_short_document_is_said_although_it_cannot_be_judged(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("the hens and the fox he said the hens and the fox")
+    done = run("train", "--site", "layers.0.mlp_out", "--model", tiny_folder(tmp_path), "--texts", tmp_path / "a.txt",
+               "--context", 64, "--latents", 16, "--k", 2, "--steps", 5, "--out", tmp_path / "sae")  # fmt: skip
+    assert done.code == 0, done.words
+    trained = load(tmp_path / "sae")
+    assert repr(trained) in done.out
+    assert "is trained and saved, but not evaluated: all rows are of one context" in " ".join(done.words.split())

@@ -442,3 +442,27 @@ def test_a_history_draws_its_curve() -> None:
 
 def test_fields_can_be_replaced_by_making_another() -> None:
     assert replace(made("topk"), k=5).encode_sparse(normal(N, D))[0].shape[1] <= 5
+
+
+@pytest.mark.parametrize("activation", KINDS)
+@pytest.mark.parametrize("lead", [(0,), (0, 3), (2, 0)])
+def test_no_rows_are_encoded_as_none(activation: str, lead: tuple[int, ...]) -> None:
+    coder, x = made(activation), torch.zeros(*lead, D)
+    assert coder.encode(x).shape == (*lead, M)
+    assert coder.encode(x, latents=[3, 1]).shape == (*lead, 2)
+    indices, values = coder.encode_sparse(x)
+    assert indices.shape == values.shape
+    assert indices.shape[:-1] == lead
+    for found in (coder.decode(coder.encode(x)), coder.decode_sparse(indices, values), coder.reconstruct(x)):
+        assert isinstance(found, Tensor)
+        assert found.shape == (*lead, D)
+    several = crosscoder(activation).reconstruct([x, torch.zeros(*lead, 4)])
+    assert [part.shape for part in several] == [(*lead, D), (*lead, 4)]
+
+
+def test_rows_in_which_nothing_is_active_are_decoded_to_the_bias() -> None:
+    coder = made("relu", b_enc=torch.full((M,), -1e6))
+    x = normal(5, D)
+    found = coder.decode_sparse(*coder.encode_sparse(x))
+    assert isinstance(found, Tensor)
+    assert torch.equal(found, coder.b_dec[0].expand(5, D))

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 import format_files as files
 from format_files import D, M, Written, normal, rows
 from vesalius.dictionaries import load
+from vesalius.dictionaries.formats import dictionary_learning
 from vesalius.errors import FileFormatError, InputError
 
 WEIGHTS: dict[str, tuple[Callable[[Path], Written], str]] = {
@@ -295,6 +297,107 @@ def test_weights_without_their_description_are_not_guessed(
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("made", "config", "change", "message"),
+    [
+        (files.saelens, "cfg.json", {"clip": 3.0}, r"says clip=3.0, which is not known .*ignore=\['clip'\]"),
+        (files.saelens, "cfg.json", {"tied": False, "clip": 0}, r"says clip=0, tied=False, which"),
+        (files.saelens, "cfg.json", {"apply_b_dec_to_input": "no"}, "should be true or false, it is 'no'"),
+        (files.saelens, "cfg.json", {"reshape_activations": "hook_q"}, "reshape_activations='hook_q' is not read"),
+        (files.saelens, "cfg.json", {"rescale_acts_by_decoder_norm": True}, "which architecture='standard' has not"),
+        (
+            files.saelens,
+            "cfg.json",
+            {"metadata": {}, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3, "postact": "tanh"}},
+            "activation_fn_kwargs={'postact': 'tanh'} of topk are not read",
+        ),
+        (files.sparsify, "cfg.json", {"input_scale": 2.0}, "says input_scale=2.0, which is not known"),
+        (files.sparsify, "cfg.json", {"num_latents": 7}, "says num_latents=7, and the weights beside it have 20"),
+        (files.sparsify, "cfg.json", {"transcode": 1}, "transcode should be true or false, it is 1"),
+        (files.gemma_scope_2, "config.json", {"input_norm": 9.5}, "says input_norm=9.5, which is not known"),
+        (files.gemma_scope_2, "config.json", {"affine_connection": True}, "have no affine_skip_connection"),
+        (files.gemma_scope_2, "config.json", {"width": 9}, "says width=9, and the weights beside it have 20"),
+        (files.crosscoder, "config.json", {"latent_scale": 2.0}, "says latent_scale=2.0, which is not known"),
+        (files.crosscoder, "config.json", {"code_normalization": "SAE"}, "has the code normalisation CROSSCODER, and"),
+    ],
+)
+def test_every_setting_is_taken_into_account_or_refused(
+    tmp_path: Path, made: Callable[[Path], Written], config: str, change: dict[str, Any], message: str
+) -> None:
+    path = made(tmp_path).path / config
+    old = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**old, **change}))
+    with pytest.raises(FileFormatError, match=message) as caught:
+        load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    unknown = [name for name in change if "not known" in str(caught.value)]
+    if unknown:
+        load(tmp_path, ignore=unknown)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("activation: topk\nk: 0\n", "says topk and gives k=0"),
+        ("k: 3\ndtype: float32\n", "says dtype='float32', which is not known"),
+        ("activation: jumprelu\n", "has no activation_function.threshold"),
+        ("activation: relu\nk: 3\n", "says activation='relu', and there is a k beside it"),
+    ],
+)
+def test_every_line_of_a_transcoder_s_description_is_taken_into_account(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    files.circuit_tracer(tmp_path)
+    (tmp_path / "config.yaml").write_text(files.HOOKS + text)
+    with pytest.raises(FileFormatError, match=message):
+        load(tmp_path)
+
+
+STRANGE = torch.ones(D)
+
+
+def _with_state(path: Path) -> None:
+    torch.save({**torch.load(path), "strange": STRANGE}, path)
+
+
+def _with_safetensors(path: Path) -> None:
+    save_file({**load_file(path), "strange": STRANGE}, path)
+
+
+def _with_array(path: Path) -> None:
+    with np.load(path) as stored:
+        np.savez(path, **{**stored, "strange": STRANGE.numpy()})
+
+
+@pytest.mark.parametrize(
+    ("made", "weights", "changed"),
+    [
+        (files.saelens, "sae_weights.safetensors", _with_safetensors),
+        (files.sparsify, "sae.safetensors", _with_safetensors),
+        *(
+            (partial(files.dictionary_learning, name=name), "ae.pt", _with_state)
+            for name in sorted(dictionary_learning.CLASSES)
+        ),
+        (files.crosscoder, "model.safetensors", _with_safetensors),
+        (files.gemma_scope, "params.npz", _with_array),
+        (files.gemma_scope_2, "params.safetensors", _with_safetensors),
+        (partial(files.cross_layer, style="gemma_scope_2"), "params_layer_1.safetensors", _with_safetensors),
+        (files.circuit_tracer, "layer_3.safetensors", _with_safetensors),
+        (files.cross_layer, "W_enc_1.safetensors", _with_safetensors),
+        (lambda folder: files.openai(folder / "3.pt"), "3.pt", _with_state),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is a pickle")
+def test_every_tensor_is_taken_into_account_or_refused(
+    tmp_path: Path, made: Callable[[Path], Written], weights: str, changed: Callable[[Path], None]
+) -> None:
+    written = made(tmp_path)
+    changed(tmp_path / weights)
+    with pytest.raises(FileFormatError, match=r"holds strange, which .* has no use for"):
+        load(written.path, unpickle=True)
+    load(written.path, unpickle=True, ignore=["strange"])
+
+
 def test_a_class_of_dictionary_learning_that_is_not_read_is_named(tmp_path: Path) -> None:
     files.dictionary_learning(tmp_path, "AutoEncoder")
     (tmp_path / "config.json").write_text('{"trainer": {"dict_class": "IdentityDict"}}')
@@ -352,7 +455,9 @@ def test_folders_without_a_dictionary_say_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="there is no file or folder"):
         load(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(FileFormatError, match=r"nor cfg\.json and sae_weights\.safetensors; .* It holds notes\.txt"):
+    with pytest.raises(
+        FileFormatError, match=r"nor hyperparams.*; cfg\.json and sae_weights\.safetensors; .* It holds notes\.txt"
+    ):
         load(tmp_path)
     with pytest.raises(FileFormatError, match="is no file of a dictionary that is known here"):
         load(tmp_path / "notes.txt")

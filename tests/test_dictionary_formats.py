@@ -47,6 +47,61 @@ def agree(coder: Coder, written: Written) -> None:
     assert 0 < int((latents > 0).sum()) < latents.numel()
 
 
+def metadata(**more: Any) -> dict[str, Any]:
+    return {"sae_lens_version": "6.1.0", "hook_name": "blocks.3.hook_resid_post", "model_name": "gpt2-small", **more}
+
+
+def test_a_stream_that_was_centred_is_read_as_rows_less_their_mean(tmp_path: Path) -> None:
+    """As TransformerLens loads a model with LayerNorm; of others, and of what is no stream, it means nothing."""
+    said = metadata(model_from_pretrained_kwargs={"center_writing_weights": True, "fold_ln": True})
+    written = files.saelens(tmp_path / "sae", metadata=said)
+    coder = read(written)
+    agree(coder, written)
+    x = rows()
+    torch.testing.assert_close(coder.encode(x), coder.encode(x + 3.0), atol=1e-5, rtol=1e-5)
+    save(coder, tmp_path / "again", format="saelens")
+    agree(load(tmp_path / "again"), written)
+    with pytest.raises(InputError, match="cannot express row_norm='centred'"):
+        save(coder, tmp_path / "other", format="gemma_scope")
+    plain = files.saelens(tmp_path / "plain")
+    for name, other in (
+        ("llama", {"model_name": "meta-llama/Llama-3.1-8B"}),
+        ("z", {"hook_name": "blocks.3.attn.hook_z"}),
+    ):
+        folder = files.saelens(tmp_path / name, metadata={**said, **other}).path
+        torch.testing.assert_close(load(folder).encode(x), plain.encode(x), atol=1e-5, rtol=1e-5)
+    unknown = files.saelens(tmp_path / "unknown", metadata={**said, "model_name": "mine"}).path
+    with pytest.raises(FileFormatError, match=r"center_writing_weights=True: it is of rows less their mean, if mine"):
+        load(unknown)
+    told = load(unknown, ignore=["center_writing_weights"])
+    torch.testing.assert_close(told.encode(x), plain.encode(x), atol=1e-5, rtol=1e-5)
+
+
+def test_inputs_that_were_centred_and_scaled_are_folded_into_the_weights(tmp_path: Path) -> None:
+    agree(read(files.normalised_sae(tmp_path / "sae")), files.normalised_sae(tmp_path / "sae"))
+    state = torch.load(tmp_path / "sae" / "ae.pt")
+    del state["activation_std"]
+    torch.save(state, tmp_path / "sae" / "ae.pt")
+    with pytest.raises(FileFormatError, match="holds activation_mean, activation_global_scale, target_rms and no acti"):
+        read(Written(tmp_path / "sae", rows, rows, {"unpickle": True}))
+
+
+def test_a_coefficient_of_zero_is_no_missing_one(tmp_path: Path) -> None:
+    for name, alphas in (("none", {}), ("zero", {"code_normalization_alpha_sae": 0.0})):
+        written = files.crosscoder(tmp_path / name, code=3, code_normalization="MIXED", **alphas)
+        agree(read(written), written)
+
+
+def test_checkpoints_of_a_run_are_read_with_the_description_above_them(tmp_path: Path) -> None:
+    written = files.dictionary_learning(tmp_path / "run", "AutoEncoderTopK")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    checkpoint = (tmp_path / "run" / "ae.pt").rename(tmp_path / "run" / "checkpoints" / "ae_1000.pt")
+    agree(read(replace(written, path=checkpoint)), written)
+    torch.save({"step": 3, "ae": {}, "optimizer": {}, "config": {}, "norm_factor": 2.0}, tmp_path / "run" / "ae.pt")
+    with pytest.raises(FileFormatError, match=r"is a backup of a run .* that had not ended \(step 3\)"):
+        read(written)
+
+
 @pytest.mark.parametrize("architecture", [
     "standard", "gated", "topk", "jumprelu", "transcoder", "skip_transcoder", "jumprelu_transcoder",
     "jumprelu_skip_transcoder",
@@ -268,6 +323,121 @@ def test_cross_layer_transcoders_are_read_and_stay_on_disk(tmp_path: Path, style
     assert isinstance(coder, CrossLayerTranscoder)
     assert all(isinstance(layer, StoredLayer) for layer in coder.layers)
     assert [str(site) for site in coder.out_sites] == [f"layers.{n}.mlp_out" for n in range(LAYERS)]
+
+
+def test_openai_s_that_were_trained_without_normalising_rows_are_read_when_told(tmp_path: Path) -> None:
+    written = files.openai(tmp_path / "resid_post_mlp" / "autoencoders" / "6.pt", "TopK", normalised=False)
+    agree(read(written, row_norm="none"), written)
+    written = files.openai(tmp_path / "6.pt", "ReLU", normalised=True)
+    agree(read(written, row_norm="layer_norm"), written)
+    with pytest.raises(UnknownNameError, match="way in which OpenAI's normalise rows 'centred'"):
+        read(written, row_norm="centred")
+    with pytest.raises(InputError, match=r"row_norm is for files of pickled; .* is one of saelens"):
+        read(files.saelens(tmp_path / "sae"), row_norm="none")
+
+
+@pytest.mark.parametrize(
+    ("made", "site", "model"),
+    [(files.goodfire, "layers.19.resid_post", "meta-llama/Llama-3.1-8B-Instruct"),
+     (files.kissane, "layers.3.z", "gpt2-small"),
+     (files.qwen_scope, "layers.3.resid_post", "Qwen/Qwen3-1.7B-Base")],
+)  # fmt: skip
+def test_single_files_are_read_when_asked(tmp_path: Path, made: Made, site: str, model: str) -> None:
+    written = made(tmp_path)
+    with pytest.raises(FileFormatError, match="is a pickle, which can run any program"):
+        load(written.path)
+    coder: Any = read(written)
+    agree(coder, written)
+    assert coder.in_sites == (vs.Site.parse(site),)
+    assert coder.metadata["model_name"] == model
+    with pytest.raises(FileFormatError, match="holds single files"):
+        load(written.path.parent)
+
+
+def test_single_files_that_nobody_is_known_to_write_are_not_guessed(tmp_path: Path) -> None:
+    written = files.qwen_scope(tmp_path)
+    moved = written.path.rename(tmp_path / "layer3.sae.pt")
+    agree(read(replace(written, path=moved), k=K), written)
+    with pytest.raises(FileFormatError, match=r"in another. Give it as k="):
+        read(replace(written, path=moved))
+    renamed = replace(written, path=moved.rename(tmp_path / "mine.pt"))
+    with pytest.raises(FileFormatError, match="holds W_enc, W_dec, b_enc and b_dec, which several libraries write"):
+        read(renamed)
+    for state, message in (
+        (
+            {"weights": torch.ones(3)},
+            "holds weights: no dictionary that is known here. Known are: a .pt file of OpenAI",
+        ),
+        ({name: torch.ones(2) for name in ("W_Q", "W_K", "W_V", "W_O")}, r"is low-rank sparse attention \(Lorsa\)"),
+        ({"encoder.weight": torch.ones(2, 2), "decoder.weight": torch.ones(2, 2)}, "what dictionary_learning writes"),
+        ({"sae": {}, "version": "1"}, "is a checkpoint of OpenMOSS's library"),
+    ):
+        torch.save(state, renamed.path)
+        with pytest.raises(FileFormatError, match=message):
+            read(renamed)
+
+
+def test_a_crosscoder_s_checkpoint_is_read_when_asked(tmp_path: Path) -> None:
+    written = files.crosscoder(tmp_path / "run")
+    torch.save(load_file(tmp_path / "run" / "model.safetensors"), tmp_path / "run" / "model_final.pt")
+    agree(read(replace(written, path=tmp_path / "run" / "model_final.pt", options={"unpickle": True})), written)
+
+
+TRANSCODES = {"hook_point_out": "blocks.3.hook_mlp_out"}
+
+
+@pytest.mark.parametrize("layout", [1, 2, 3])
+@pytest.mark.parametrize("act_fn", ["jumprelu", "relu", "topk"])
+@pytest.mark.parametrize("changes", [{}, TRANSCODES])
+def test_llama_scope_is_read_in_all_its_layouts(
+    tmp_path: Path, layout: int, act_fn: str, changes: dict[str, Any]
+) -> None:
+    written = files.openmoss(tmp_path / "sae", layout, act_fn, **changes)
+    coder = read(written)
+    agree(coder, written)
+    assert coder.in_sites == (RESID,)
+    assert coder.out_sites == ((MLP_OUT,) if changes else (RESID,))
+    weights = next((tmp_path / "sae").rglob("*.safetensors"))
+    agree(load(weights), written)
+
+
+def test_what_openmoss_folded_itself_is_read_as_it_is(tmp_path: Path) -> None:
+    written = files.openmoss(tmp_path, 3, norm_activation="inference")
+    agree(read(written), written)
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "message"),
+    [
+        (3, {"sae_type": "lorsa"}, r"is of low-rank sparse attention \(Lorsa\)"),
+        (3, {"sae_type": "clt"}, "is of a cross-layer transcoder, which is not read here"),
+        (3, {"act_fn": "batchtopk"}, "act_fn='batchtopk' is not read here; what is: relu, jumprelu, topk"),
+        (2, {"norm_activation": "batch-wise"}, "norm_activation='batch-wise' is not read here"),
+        (3, {"use_glu_encoder": True}, "use_glu_encoder=True"),
+        (3, {"d_model": 7}, "says d_model=7, and the weights beside it have 6"),
+        (1, {"act_fn": "jumprelu", "jump_relu_threshold": None}, "says jump_relu_threshold=None"),
+        (1, {"dataset_average_activation_norm": {"in": 0, "out": 3}}, r"should be above 0, they are \[0, 3\]"),
+        (3, {"use_decoder_bias": False}, "holds b_D, which a dictionary of OpenMOSS with this config has no use for"),
+        (3, {"leak": 0.1}, "says leak=0.1, which is not known"),
+    ],
+)
+def test_what_is_not_read_of_openmoss_is_named(
+    tmp_path: Path, layout: int, change: dict[str, Any], message: str
+) -> None:
+    files.openmoss(tmp_path, layout)
+    path = tmp_path / ("hyperparams.json" if layout == 1 else "config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(FileFormatError, match=message):
+        load(tmp_path)
+
+
+def test_the_norm_that_openmoss_trained_with_is_asked_for(tmp_path: Path) -> None:
+    written = files.openmoss(tmp_path, 2)
+    state = load_file(tmp_path / "sae_weights.safetensors")
+    save_file({n: t for n, t in state.items() if "norm" not in n}, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(FileFormatError, match="give that factor as in_scale="):
+        load(tmp_path)
+    agree(load(tmp_path, in_scale=D**0.5 / 3.0), written)
 
 
 @pytest.mark.parametrize("activation", ["TopK", "ReLU"])

@@ -72,6 +72,18 @@ def test_the_page_about_the_schema_is_generated_from_it() -> None:
     assert page.read_text("utf-8") == report.quality_schema.markdown()
 
 
+def test_without_a_share_the_page_gives_the_differences(plain: dict[str, Any]) -> None:
+    for entry in (plain, *plain["baselines"]):
+        del entry["figures"]["loss_recovered_mean"]
+        entry["figures"]["ce_increase_mean"] = {"value": 0.4, "low": -0.1, "high": 0.9}
+    page = report.render_quality(plain, WORDS)
+    assert "Loss recovered" not in page
+    assert "Mean ablation adds</h2>" in page
+    assert "that may be nothing, so no share of it is given" in page
+    assert "0.100 nats</td>" in page.replace("−", "-").replace("-0.1", "0.1")
+    assert "no share of that harm is given" in page
+
+
 def test_the_page_is_whole_and_needs_nothing_else(plain: dict[str, Any]) -> None:
     text = report.render_quality(plain, WORDS, "vesalius quality a b")
     page = Page(text)

@@ -19,7 +19,7 @@ from vesalius.data.packing import Context
 from vesalius.dictionaries import Dictionary, TrainConfig, quality, train
 from vesalius.dictionaries.evaluation.sample import Drawn
 from vesalius.dictionaries.evaluation.sample import draw as draw_rows
-from vesalius.dictionaries.evaluation.splice import _batches
+from vesalius.dictionaries.evaluation.splice import Losses, _batches
 from vesalius.dictionaries.held_out import evaluation_rows
 from vesalius.errors import InputError
 from vesalius.site import Site
@@ -56,11 +56,11 @@ def identity(d: int = D, site: Site = SITE) -> Dictionary:
 
 def test_the_identity_recovers_all_of_the_loss_and_zeros_none(model: vs.Model, store: ActivationStore) -> None:
     same = quality(identity(), store, model=model, n=200)
-    assert (same.loss_recovered, same.loss_recovered_mean) == (1.0, 1.0)
+    assert [same.figures[name].value for name in ("kl_recovered", "kl_recovered_mean")] == [1.0, 1.0]
     assert same.figures["ce_increase"].value == same.figures["kl"].value == 0
     nothing = replace(identity(), decoders=(torch.zeros(2 * D, D),))
     zero = quality(nothing, store, model=model, n=200)
-    assert (zero.loss_recovered, zero.figures["kl_recovered"].value) == (0.0, 0.0)
+    assert zero.figures["kl_recovered"].value == 0.0
     assert zero.figures["ce"].value == pytest.approx(
         zero.figures["ce_clean"].value + zero.figures["ce_increase_zero"].value
     )
@@ -141,13 +141,13 @@ def test_a_transcoder_is_spliced_from_one_site_to_another(model: vs.Model, store
     ins, outs = Site.parse("layers.1.mlp_in"), Site.parse("layers.1.mlp_out")
     dead = coder(unit(8, D), out_sites=(outs,), in_sites=(ins,), b_enc=torch.full((8,), -1e9))
     found = quality(dead, store, model=model, n=150)
-    assert found.figures["loss_recovered"].value == 0.0
+    assert found.figures["kl_recovered"].value == 0.0
     assert found.figures["ce_increase"].value == found.figures["ce_increase_zero"].value
 
 
 def test_heads_side_by_side_are_spliced_too(model: vs.Model, store: ActivationStore) -> None:
     site = Site.parse("layers.1.z")
-    assert quality(identity(48, site), store, model=model, n=150).loss_recovered == 1.0
+    assert quality(identity(48, site), store, model=model, n=150).figures["kl_recovered"].value == 1.0
 
 
 def test_another_model_than_the_activations_are_of_is_refused(store: ActivationStore) -> None:
@@ -169,3 +169,47 @@ def test_batches_hold_each_context_once_and_no_more_tokens_than_asked(
 def test_a_folder_of_a_dictionary_and_one_of_activations_are_enough(store: ActivationStore, tmp_path: Path) -> None:
     vs.dictionaries.save(identity(), tmp_path / "d")
     assert quality(vs.dictionaries.load(tmp_path / "d"), ActivationStore.open(store.folder), n=100).fvu == 0
+
+
+def losses(mean: float, spread: float, groups: int = 12) -> Losses:
+    """Of 100 tokens a group: the dictionary adds .02 nats each, zeros 3, the mean about `mean`."""
+    noise = torch.randn(groups, generator=draw(3)).double() * spread
+    tokens = torch.full((groups,), 100.0, dtype=torch.float64)
+    clean = 3.0 * tokens
+    columns = [tokens, clean]
+    for added, kl in ((torch.full_like(noise, 0.02), 0.1), (mean + noise, 0.2), (torch.full_like(noise, 3.0), 3.0)):
+        columns += [clean + added * tokens, kl * tokens]
+    return Losses(("dictionary", "mean", "zero"), torch.stack(columns, 1).numpy())
+
+
+@pytest.mark.parametrize("groups", [3, 12])
+def test_no_share_is_given_of_a_harm_that_may_be_none(groups: int) -> None:
+    """975 % of mean ablation, where the mean activation hardly changes anything; nats say the same without dividing."""
+    found = losses(0.003, 0.05, groups).figures("dictionary")
+    assert "loss_recovered_mean" not in found
+    assert found["ce_increase_mean"].value < 0.05
+    assert found["ce_increase"].value == pytest.approx(0.02)
+    assert found["loss_recovered"].value == pytest.approx(1 - 0.02 / 3)
+    assert found["kl_recovered_mean"].value == pytest.approx(0.5)
+    assert losses(0.5, 0.05, groups).figures("dictionary")["loss_recovered_mean"].value == pytest.approx(0.96, abs=0.01)
+    less = losses(-0.5, 0.05, groups).figures("dictionary")
+    assert "loss_recovered_mean" not in less  # the mean does good, and a share of that is no share of harm
+
+
+def test_a_head_of_its_own_is_a_site_like_any_other(model: vs.Model, tmp_path: Path) -> None:
+    """Documented, trained and then not judged: its own name was not found among the sites of its store."""
+    documents = [torch.randint(2, tiny.VOCAB, (30,), generator=draw(size)).tolist() for size in range(16)]
+    head = "layers.1.z[1]"
+    sites = ["layers.1.z", head, "layers.0.z[1]"]
+    own = vs.data.harvest(model, documents, sites=sites, out=tmp_path / "acts", context=40, sink=vs.silent)
+    config = TrainConfig(n_latents=16, k=2, steps=10, batch_size=32, held_out=0.3, in_sites=(head,), out_sites=(head,))
+    trained: Any = train(own, config, sink=vs.silent)
+    assert trained.in_sites == (Site.parse(head),)
+    found = quality(trained, own, model=model, contexts=4, sink=vs.silent)
+    assert {"fvu", "ce_increase"} <= set(found.figures)
+    assert {one.name for one in found.baselines} >= {"untrained", "neurons"}
+    part = ActivationStore.open(tmp_path / "acts", sites=["layers.*.z[1]"])
+    assert [str(site) for site in part.sites] == ["layers.1.z[1]", "layers.0.z[1]"]
+    whole = ActivationStore.open(tmp_path / "acts", sites=["layers.1.z"])
+    with pytest.raises(InputError, match=r"have no layers\.1\.z\[1\] of its own; they have layers\.1\.z\. Harvest it"):
+        train(whole, config, sink=vs.silent)

@@ -86,7 +86,7 @@ def test_rows_without_any_size_are_reconstructed_as_numbers() -> None:
 
 
 def test_what_cannot_be_normalised_is_refused() -> None:
-    with pytest.raises(UnknownNameError, match="known: constant_norm, layer_norm, none"):
+    with pytest.raises(UnknownNameError, match="known: centred, constant_norm, layer_norm, none"):
         made("batch_norm")
     with pytest.raises(InputError, match="rows are normalised only by dictionaries that reconstruct what they read"):
         made("layer_norm", out_sites=(vs.Site("mlp_out", layer=3),))

@@ -557,6 +557,18 @@ def test_a_ratio_of_sums_is_measured_with_one_value_per_group() -> None:
     assert (found.n, found.n_groups, found.unit, found.cost) == (20, 20, "nats", {"rows": 9})
 
 
+def test_an_interval_is_not_stretched_to_hold_its_estimate() -> None:
+    """Resampling that moves a statistic says nothing about where the estimate may lie."""
+    totals = np.random.default_rng(0).random((20, 2)) + 0.5
+    ratio = lambda t: t[..., 0] / t[..., 1]  # noqa: E731
+    found = stats.measure_totals("ratio", totals, ratio, estimate=4.0)
+    assert (found.estimate, found.low, found.high) == (4.0, None, None)
+    assert "which does not hold the estimate" in found.diagnostics["no_interval"]
+    equal = stats.measure_totals("ratio", np.tile([[0.1, 0.3]], (7, 1)), ratio)
+    assert equal.low is not None and equal.high is not None and equal.low <= equal.estimate <= equal.high
+    assert equal.high - equal.low < 1e-12
+
+
 def test_groups_for_which_a_ratio_is_not_defined_have_no_value() -> None:
     ratio = lambda t: t[..., 0] / t[..., 1]  # noqa: E731
     found = stats.measure_totals("ratio", [[1.0, 2.0], [0.0, 0.0], [3.0, 2.0]], ratio)

@@ -8,8 +8,10 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
+import numpy as np
 import pytest
 
+from vesalius.data.packing import Tally, tokenized
 from vesalius.data.texts import texts_from
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
 
@@ -90,9 +92,9 @@ def test_rows_of_parquet(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     parquet.write_table(arrow.table({"n": list(range(len(PLAIN))), "body": PLAIN}), path, row_group_size=2)
     assert listed(path, column="body") == PLAIN
-    with pytest.raises(UnknownNameError, match=r"unknown column \(x.parquet\) 'text'; known: body, n"):
+    with pytest.raises(UnknownNameError, match=r"unknown column \(.*x\.parquet\) 'text'; known: body, n"):
         listed(path)
-    with pytest.raises(InputError, match=r"x\.parquet, row 0: n must be text, got int"):
+    with pytest.raises(InputError, match=r"x\.parquet, row 0: n must be text or token ids, got int"):
         listed(path, column="n")
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(FileFormatError, match=r"x\.parquet cannot be read as parquet"):
@@ -112,11 +114,18 @@ def test_parquet_without_its_library_names_the_line_that_installs_it(
     ("name", "content", "error", "message"),
     [
         ("x.txt", b"ab\xff\xfe", FileFormatError, r"x\.txt is not UTF-8 text"),
-        ("x.jsonl", b'{"text": "a"}\n{"text": \xff}\n', FileFormatError, r"x\.jsonl is not UTF-8 text"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": \xff}\n', FileFormatError, r"x\.jsonl, line 2 is not UTF-8 text"),
         ("x.jsonl", b'{"text": "a"}\n{"text": \n', FileFormatError, r"x\.jsonl, line 2 is not JSON"),
-        ("x.jsonl", b"[1]\n", FileFormatError, r"x\.jsonl, line 1 is neither a text nor a JSON object with 'text'"),
-        ("x.jsonl", b'{"body": "a"}\n', UnknownNameError, r"unknown column \(x\.jsonl, line 1\) 'text'; known: body"),
-        ("x.jsonl", b'{"text": null}\n', InputError, r"x\.jsonl, line 1: text must be text, got NoneType"),
+        ("x.jsonl", b"1\n", FileFormatError, r"x\.jsonl, line 1 is neither a text nor a JSON object with 'text'"),
+        ("x.jsonl", b'{"body": "a"}\n', UnknownNameError, r"unknown column \(.*x\.jsonl, line 1\) 'text'; known: body"),
+        ("x.jsonl", b'{"text": [1, 2.5]}\n', InputError, r"x\.jsonl, line 1: text must be text or token ids, got list"),
+        (
+            "x.jsonl",
+            b'{"text": "a"}\n{"text": [-1]}\n',
+            InputError,
+            r"x\.jsonl, line 2: text must be text or token ids",
+        ),
+        ("x.jsonl", b'{"text": [true]}\n', InputError, r"x\.jsonl, line 1: text must be text or token ids, got list"),
         ("x.csv", b"text\na\n", FileFormatError, r"x\.csv ends in '\.csv'; texts are read from \.txt, \.jsonl, \.parq"),
     ],
 )
@@ -141,3 +150,30 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
         listed(["a", 3])
     with pytest.raises(UnknownNameError, match=r"unknown column \(row 0\) 'text'; known: body"):
         listed([{"body": "a"}])
+
+
+def test_null_is_left_out_and_counted_and_token_ids_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a b"}\n{"text": null}\n{"text": [3, 4]}\nnull\n[5, 6, 7]\n\n""\n')
+    assert listed(path) == ["a b", (), [3, 4], (), [5, 6, 7], ""]
+    tally = Tally()
+    rows = [{"text": None}, {"text": [1, 2]}, None, {"text": np.array([3])}]
+    ids = list(tokenized(texts_from(rows).read(), None, tally))
+    assert [row.tolist() for row in ids] == [[], [1, 2], [], [3]]
+    assert (tally.texts, tally.nulls, tally.empty) == (4, 2, 0)
+    for given, where in ((path, r"x\.jsonl, line 2: text must be text or token ids, got null"), (rows, "row 0: text")):
+        with pytest.raises(InputError, match=where):
+            list(texts_from(given, nulls="error").read())
+    with pytest.raises(UnknownNameError, match="way with rows that hold null 'drop'; known: error, skip"):
+        texts_from(path, nulls="drop")
+
+
+def test_null_and_token_ids_of_parquet(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "x.parquet"
+    parquet.write_table(arrow.table({"text": ["a", None], "ids": [[1, 2], None]}), path)
+    assert listed(path) == ["a", ()]
+    assert listed(path, column="ids") == [[1, 2], ()]
+    with pytest.raises(InputError, match=r"x\.parquet, row 1: ids must be text or token ids, got null"):
+        list(texts_from(path, "ids", nulls="error").read())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 import vesalius as vs
+from vesalius.cli.training import summary
 from vesalius.data import TensorSource
 from vesalius.dictionaries import Coder, CrossLayerTranscoder, Dictionary, TrainConfig, estimate, load, train
 from vesalius.errors import InputError, NotFiniteError, UnknownNameError
@@ -152,6 +154,19 @@ def test_the_number_of_threads_does_not_change_the_weights() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("kind", ["topk", "jumprelu", "gated"])
+def test_the_number_of_threads_does_not_change_a_skip(kind: str) -> None:
+    """Of widths and rows at which PyTorch shares a product among threads."""
+    x, y = normal(1200, 160, seed=8), normal(1200, 130, seed=9)
+    config = config_of(kind, batch_size=1100, steps=3, skip=True, coder="transcoder")
+    one = train((x, y), config)
+    torch.set_num_threads(2)
+    try:
+        assert same(train((x, y), config), one)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_the_seed_decides() -> None:
     assert same(train(X, config_of()), train(X.clone(), config_of()))
     assert not torch.equal(train(X, config_of(seed=4)).encode(X), train(X, config_of()).encode(X))
@@ -283,3 +298,36 @@ def test_sites_that_are_not_there_are_refused() -> None:
 def test_a_loss_that_is_no_number_stops_the_run() -> None:
     with pytest.raises(NotFiniteError, match=r"the loss at step \d+ is NaN or infinite: lower lr"):
         train(X, config_of("relu", lr=1e30, clip_norm=None, warmup=0, steps=50))
+
+
+def test_latents_that_never_fired_are_counted_before_any_can_be_dead() -> None:
+    """dead_after is a million rows, and this run sees a thousand."""
+    x = torch.zeros(400, 12)
+    x[:, 0] = torch.rand(400, generator=torch.Generator().manual_seed(0)) + 1
+    coder: Any = train(x, config_of("topk", k=1, steps=20, dead_after=1_000_000))
+    fired = int((coder.encode(x) > 0).any(0).sum())
+    assert fired < 0.5 * coder.n_latents
+    assert coder.history["dead"][-1] > 0.4
+    assert coder.metadata["summary"]["dead"] > 0.4
+    shown = summary(coder)[1]
+    assert re.search(r"in none of the [\d,]+ rows active \d\d\.\d%", shown), shown
+
+
+@pytest.mark.parametrize("kind", ["topk", "relu"])
+def test_a_run_that_diverges_is_no_success(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(NotFiniteError, match=r"training diverged: at step \d+ the error is .* Lower lr \(1000000.0\)"):
+        train(X, config_of(kind, steps=200, lr=1e6, clip_norm=None, decoder_norm="free"), tmp_path / "x")
+    assert not (tmp_path / "x" / "config.json").exists()
+
+
+def test_few_rows_that_are_gone_through_very_often_are_spoken_of() -> None:
+    heard: list[str] = []
+    config = config_of("topk", steps=30)
+    train(X[:12], config, sink=lambda event: heard.append(event.message or ""))
+    passes = 30 * config.batch_size / 12
+    assert passes > 100
+    assert any(f"go {passes:,.0f} times through the 12 rows there are" in words for words in heard)
+    with pytest.raises(InputError, match="not trained on one row"):
+        train(X[:1], config)
+    with pytest.raises(InputError, match="batch_size must be a whole number, at least 2"):
+        config_of("topk", batch_size=1)

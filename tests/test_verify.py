@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ from test_cli import Done
 from test_cli import run as run
 from tiny_folder import tiny_folder
 from vesalius.dictionaries import Dictionary, load, save, verify
+from vesalius.dictionaries.evaluation import readings
 from vesalius.errors import FileFormatError, InputError
 
+verifying = sys.modules["vesalius.dictionaries.evaluation.verify"]
 SITE = "layers.1.resid_post"
 WORDS = ("the", "hens", "and", "fox", "said", "he", "12", "7", "in", "on", "a", "of")
 
@@ -119,6 +122,36 @@ def test_a_dictionary_of_another_model_is_an_error(trained: dict[str, Dictionary
         verify(replace(trained["topk"], in_sites=(lost,), out_sites=(lost,)), model, TEXTS, sink=vs.silent)
 
 
+def test_all_readings_are_judged_on_the_same_rows(
+    trained: dict[str, Dictionary], model: vs.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every site, with and without a token at the start, less the outliers of any of them."""
+    judged: list[list[int]] = []
+    at_sites: list[list[bool]] = []
+    outliers = verifying.outliers
+
+    def few_are_far(rows: tuple[torch.Tensor, ...], *others: Any) -> torch.Tensor:
+        # Each store has outliers of its own: of the sites that it has, a tenth of the rows each.
+        far = outliers(rows, *others) | (torch.arange(len(rows[0])) % 10 < len(rows) / 2)
+        at_sites.append(far.tolist())
+        return far
+
+    def totals_of(reconstructor: Any, sample: Any) -> Any:
+        judged.append([int(token) for context in sample.contexts for token in context.ids[context.kept]])
+        assert len(judged[-1]) == len(sample) == len(sample.inputs[0])
+        return totals(reconstructor, sample)
+
+    totals = verifying.totals_of
+    monkeypatch.setattr(verifying, "outliers", few_are_far)
+    for module in (verifying, readings):
+        monkeypatch.setattr(module, "totals_of", totals_of)
+    found = verify(trained["topk"], model, TEXTS, tokens=1000, context=24, sink=vs.silent)
+    assert len({tuple(tokens) for tokens in judged}) == 1
+    assert len(judged) > 8
+    assert 0 < found.rows == len(judged[0]) < min(len(far) - sum(far) for far in at_sites)
+    assert "no token at the start of contexts" in [reading.words for reading in found.others]
+
+
 def test_quality_of_a_foreign_file_checks_it_first(
     run: Callable[..., Done], trained: dict[str, Dictionary], tmp_path: Path
 ) -> None:
@@ -134,3 +167,35 @@ def test_quality_of_a_foreign_file_checks_it_first(
     assert done.code == 2
     assert "it is misread" in done.words
     assert not (tmp_path / "page").exists()
+    assert "Measured all the same with --no-check" in done.words
+    done = run("quality", tmp_path / "sae", tmp_path / "acts", "--model", folder, "--out", tmp_path / "page",
+               "--no-check", "--rows", 200, "--contexts", 4)  # fmt: skip
+    assert done.code == 0, done.words
+    assert (tmp_path / "page" / "quality.html").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*is a pickle")
+def test_quality_takes_what_its_errors_ask_for(
+    run: Callable[..., Done], trained: dict[str, Dictionary], model: vs.Model, tmp_path: Path
+) -> None:
+    vs.data.harvest(model, TEXTS, sites=[SITE], out=tmp_path / "acts", context=64, sink=vs.silent)
+    coder = trained["topk"]
+    state = {"W_enc": coder.W_enc.T, "W_dec": coder.W_dec.T, "b_enc": coder.b_enc, "b_dec": coder.b_dec[0],
+             "notes": torch.zeros(2)}  # fmt: skip
+    (tmp_path / "mine").mkdir()
+    path = tmp_path / "mine" / "layer7.sae.pt"
+    torch.save({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    options: list[object] = []
+    for asked, more in (
+        ("--unpickle", ["--unpickle"]), ("--ignore", ["--ignore", "notes"]), ("--k", ["--k", 8]),
+        ("which the dictionary reads", ["--site", SITE]),
+    ):  # fmt: skip
+        done = run("quality", path, tmp_path / "acts", "--rows", 200, "--out", tmp_path / "page", *options)
+        assert done.code == 2
+        assert asked in done.words
+        options += more
+    done = run("quality", path, tmp_path / "acts", "--rows", 200, "--out", tmp_path / "page", *options)
+    assert done.code == 0, done.words
+    done = run("quality", path, tmp_path / "acts", *options, "--in-scale", 2)
+    assert done.code == 2
+    assert "in_scale is for files of openmoss, saelens" in done.words

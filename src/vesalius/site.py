@@ -291,6 +291,10 @@ def select(pattern: str | Site, known: Iterable[Site]) -> list[Site]:
         pattern = str(pattern)
     name, index = _strip_index(pattern)
     sites = list(known)
+    # A store or a dictionary may know one head of a site, and not the whole.
+    own = [site for site in sites if index is not None and site.index == index and _fits(site.whole, name)]
+    if own:
+        return sorted(own, key=lambda site: site.order)
     found = [site for site in sites if _fits(site, name)]
     if not found:
         hook = _HOOK_NAME.match(name.replace("blocks.*.", "blocks.0."))

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from vesalius.cli import calibrating, checks, evaluating, harvesting, ledgers, sites, studying, training
+from vesalius.cli import calibrating, checks, evaluating, foreign, harvesting, ledgers, sites, studying, training
 from vesalius.cli.process import settle
 from vesalius.cli.screen import console, fail, warn
 from vesalius.errors import VesaliusError
@@ -160,7 +160,8 @@ def harvest(
     max_norm: Annotated[
         float, typer.Option("--max-norm", help="Drop rows over this many times the median norm; 0 keeps all.")
     ] = 10.0,
-    column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files that holds the text.")] = "text",
+    column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files: text or token ids.")] = "text",
+    nulls: Annotated[str, typer.Option(help="Rows that hold null: skip (and count), or error.")] = "skip",
     device: DeviceOption = None,
 ) -> None:
     """Activations of a model over texts, for training on; the model is run only up to the last site."""
@@ -177,8 +178,10 @@ def harvest(
         keep_bos=keep_bos,
         max_norm=max_norm,
         column=column,
+        nulls=nulls,
         device=device,
     )
+    checks.one_of("--nulls", [nulls], checks.NULLS)
     checks.harvest(texts, request.models, site, dtype, compute, tokens)
     check_writable(out)
     harvesting.harvest(request)
@@ -288,6 +291,15 @@ def quality(
     contexts: Annotated[int, typer.Option(help="Contexts to run through the model.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: DeviceOption = None,
+    site: foreign.SiteOption = None,
+    out_site: foreign.OutSiteOption = None,
+    layer: foreign.LayerOption = None,
+    unpickle: foreign.UnpickleOption = False,
+    in_scale: foreign.InScaleOption = None,
+    k: foreign.KOption = None,
+    row_norm: foreign.RowNormOption = None,
+    ignore: foreign.IgnoreOption = None,
+    check: foreign.CheckOption = True,
 ) -> None:
     """How good a dictionary is, on documents it was not trained on, beside what it has to beat."""
     request = evaluating.Request(
@@ -304,6 +316,7 @@ def quality(
         mark=mark,
         seed=seed,
         device=device,
+        said=foreign.Said(site, out_site, layer, unpickle, in_scale, k, row_norm, ignore, check),
         command=_command_line(),
     )
     request.check()

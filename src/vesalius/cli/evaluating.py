@@ -9,8 +9,9 @@ from typing import Any
 
 import vesalius as vs
 from vesalius.cli import checks
+from vesalius.cli.foreign import Said
 from vesalius.cli.screen import Screen, bars, note, say
-from vesalius.errors import InputError
+from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs import Sink
 
 
@@ -32,11 +33,13 @@ class Request:
     seed: int
     device: str | None
     """None is the GPU where there is one."""
+    said: Said
     command: str
 
     def check(self) -> None:
         """Refuse what cannot be done before anything is loaded."""
         checks.device(self.device)
+        self.said.validate()
         for name, value in (("--rows", self.rows), ("--contexts", self.contexts)):
             if value < 1:
                 raise InputError(f"{name} must be at least 1; got {value}")
@@ -54,7 +57,7 @@ def quality(request: Request) -> None:
     """Measure with progress bars, write page and figures, and say the answer."""
     request.check()
     device = checks.chosen_device(request.device)
-    coder, *others = (vs.dictionaries.load(folder, device=device) for folder in (request.dictionary, *request.others))
+    coder, *others = (request.said.load(path, device) for path in (request.dictionary, *request.others))
     store = vs.data.ActivationStore.open(request.store)
     concepts = [
         vs.data.load_labelled(path, text=request.text, label=request.label, mark=request.mark)
@@ -63,8 +66,8 @@ def quality(request: Request) -> None:
     with bars() as progress:
         screen = Screen(progress)
         model = None if request.model is None else vs.load(request.model, device=device, sink=screen)
-        if model is not None and "format" in getattr(coder, "metadata", {}):
-            vs.dictionaries.verify(coder, model, sink=screen)  # another library's: is it read as it was written?
+        if model is not None and request.said.check and "format" in getattr(coder, "metadata", {}):
+            _verify(coder, model, screen)
         found = vs.dictionaries.quality(
             coder,
             store,
@@ -85,10 +88,21 @@ def quality(request: Request) -> None:
     say(str(path))
 
 
+def _verify(coder: Any, model: Any, sink: Sink) -> None:
+    """Whether another library's file is read as it was written. Raises FileFormatError."""
+    try:
+        vs.dictionaries.verify(coder, model, sink=sink)
+    except FileFormatError as error:
+        raise FileFormatError(f"{error}. Measured all the same with --no-check") from error
+
+
 def intervals(found: Mapping[str, Any]) -> str:
     """The main figures with their 95 % intervals, in one line."""
     parts = []
-    for name in ("fvu", "l0", "ce_increase", "loss_recovered_mean", "loss_recovered"):
+    names = ["fvu", "l0", "ce_increase", "loss_recovered_mean", "loss_recovered"]
+    if "loss_recovered_mean" not in found["figures"]:
+        names[3] = "ce_increase_mean"  # which may be none, so that there is no share of it
+    for name in names:
         if name in found["figures"]:
             one = found["figures"][name]
             ends = "" if one["low"] is None else f" [{one['low']:.3g}, {one['high']:.3g}]"

@@ -32,6 +32,7 @@ class Request:
     keep_bos: bool = False
     max_norm: float = 10.0
     column: str = "text"
+    nulls: str = "skip"
     device: str | None = None
     """None is the GPU where there is one."""
 
@@ -62,7 +63,7 @@ def harvest(request: Request) -> None:
 
 def harvested(request: Request, model: Any, out: Path, sink: Sink) -> vs.data.ActivationStore:
     """The activations asked for, in a folder; the texts are checked before a model is loaded."""
-    texts = vs.data.texts_from(request.texts, request.column)
+    texts = vs.data.texts_from(request.texts, request.column, request.nulls)
     return vs.data.harvest(
         model or loaded(request.models, request.device, sink),
         texts,
@@ -105,8 +106,9 @@ def summary(store: vs.data.ActivationStore) -> list[str]:
     manifest = store.manifest
     counts = manifest.counts or {}
     size = sum(shard.bytes for shard in manifest.shards)
+    null = f", {counts['null_texts']:,} null" if counts.get("null_texts") else ""
     lines = [
-        f"{store.n_rows:,} rows from {counts['texts']:,} texts ({counts['empty_texts']:,} of them empty), as "
+        f"{store.n_rows:,} rows from {counts['texts']:,} texts ({counts['empty_texts']:,} of them empty{null}), as "
         f"{manifest.plan['dtype']} in {len(manifest.shards)} shards, {size / 1e6:,.1f} MB"
     ]
     for site, width in zip(store.sites, store.widths, strict=True):

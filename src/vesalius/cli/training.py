@@ -90,7 +90,10 @@ def train(request: Request) -> None:
         pages = {}
         for name, coder in coders.items() if model is not None else ():
             where = _folder_of(folder, name)
-            pages[name] = evaluating.page(coder, store, model, _seeds(coders, name), where, request.command, sink)
+            try:
+                pages[name] = evaluating.page(coder, store, model, _seeds(coders, name), where, request.command, sink)
+            except InputError as error:  # of one document there may be no rows left to measure on
+                note(f"{where} is trained and saved, but not evaluated: {error}")
     if leads:
         _say(coders, pages, folder)
 
@@ -105,7 +108,7 @@ def _activations(request: Request, folder: Path, model: Any, sink: Sink) -> vs.d
 
 def _scaled(config: vs.TrainConfig, request: Request, store: vs.data.ActivationStore) -> vs.TrainConfig:
     """As much training as there are rows for, where nothing else is said."""
-    batch = request.fields["batch_size"] or min(BATCH, max(1, store.n_rows // 4))
+    batch = request.fields["batch_size"] or min(BATCH, max(2, store.n_rows // 4))
     steps = request.fields["steps"] or max(1, round(PASSES * store.n_rows / batch))
     return vs.TrainConfig(**{**vars(config), "batch_size": batch, "steps": steps})
 
@@ -145,7 +148,10 @@ def _say(coders: Mapping[str, Any], pages: Mapping[str, evaluating.Page], folder
 def summary(coder: Any) -> list[str]:
     """What was trained and how well, line by line."""
     ends = coder.history.last()
-    figures = f"fvu {ends['fvu']:.4f}, l0 {ends['l0']:.1f}, dead {ends['dead']:.1%}"
+    after, rows = coder.metadata["config"]["dead_after"], coder.metadata["summary"]["tokens"]
+    # Nothing can be dead before so many rows; what never fired is said as what it is.
+    dead = "dead" if rows >= after else f"in none of the {rows:,.0f} rows active"
+    figures = f"fvu {ends['fvu']:.4f}, l0 {ends['l0']:.1f}, {dead} {ends['dead']:.1%}"
     return [repr(coder), f"{len(coder.history):,} steps; over the last 50 of them {figures}"]
 
 

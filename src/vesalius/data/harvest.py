@@ -94,7 +94,9 @@ def _harvested(reader: ActivationReader, folder: Path, request: Request, sink: S
     # One group is packed before anything is written: texts that give no rows leave no folder behind.
     first = next(found, None)
     if first is None:
-        raise InputError(f"no activations: {tally.texts} texts, {tally.empty} of them empty, give no rows")
+        raise InputError(
+            f"no activations: {tally.texts} texts, {tally.empty + tally.nulls} of them empty, give no rows"
+        )
     harvesting = _Harvest(folder, reader, dtype, sink, kept or Manifest(plan, {}))
     if not finished:
         harvesting.begin(first, tally)
@@ -191,7 +193,8 @@ class _Harvest:
             counts = self._shards(found)
         finally:
             self._event("end")
-        counts = {**counts, "texts": tally.texts, "empty_texts": tally.empty}
+        nulls = {"null_texts": tally.nulls} if tally.nulls else {}
+        counts = {**counts, "texts": tally.texts, "empty_texts": tally.empty, **nulls}
         self.manifest = replace(self.manifest, counts=counts)
         self.manifest.write(self.folder)
         if counts["outliers"]:
@@ -199,6 +202,8 @@ class _Harvest:
                 f"{counts['outliers']:,} of {self.done:,} rows are norm outliers, over {self.reader.max_norm:g} times "
                 "the median, and were left out"
             )
+        if tally.nulls:
+            self.note(f"{tally.nulls:,} of {tally.texts:,} texts are null and were left out")
         if tally.empty:
             self.note(f"{tally.empty:,} of {tally.texts:,} texts are empty and give no activations")
 

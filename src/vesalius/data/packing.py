@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vesalius.data.tasks.base import bos_token, special_tokens
-from vesalius.data.texts import Document
+from vesalius.data.texts import NULL, Document
 from vesalius.errors import InputError
 from vesalius.protocol import content_hash
 
@@ -82,6 +82,8 @@ class Tally:
 
     texts: int = 0
     empty: int = 0
+    nulls: int = 0
+    """Rows that hold null, which are not counted as empty."""
     characters: int = 0
 
 
@@ -191,7 +193,8 @@ def tokenized(documents: Iterable[Document], tokenizer: Any, tally: Tally) -> It
         for document in few:
             ids = np.array(next(encoded), np.int64) if isinstance(document, str) else _ids(document, tally.texts)
             tally.texts += 1
-            tally.empty += not len(ids)
+            tally.nulls += document is NULL
+            tally.empty += not len(ids) and document is not NULL
             tally.characters += len(document)
             yield ids
 

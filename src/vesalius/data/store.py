@@ -330,8 +330,8 @@ class ActivationStore:
 
 
 def _chosen(name: Site | str, known: Sequence[Site]) -> list[Site]:
-    exact = [site for site in known if str(site) == str(name)]
-    found = exact or [site for site in known if any(fnmatchcase(own, str(name)) for own in (str(site), site.hook_name))]
+    pattern = str(name).replace("[", "[[]")  # brackets hold an index here, and no choice of letters
+    found = [site for site in known if any(fnmatchcase(own, pattern) for own in (str(site), site.hook_name))]
     if not found:
         raise UnknownNameError("site of this store", str(name), map(str, known))
     return found

@@ -24,7 +24,7 @@ class SparseCoder(Coder, Protocol):
 
     @property
     def row_norm(self) -> str:
-        """How each row is normalised before encoding: `none`, `layer_norm` or `constant_norm`."""
+        """How each row is normalised before encoding: `none`, `layer_norm`, `constant_norm` or `centred`."""
         ...
 
     @property

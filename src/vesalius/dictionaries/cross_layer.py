@@ -19,7 +19,7 @@ from vesalius.dictionaries.coder import Reconstruction, SparseCoder
 from vesalius.dictionaries.history import History
 from vesalius.dictionaries.kinds.base import strongest
 from vesalius.dictionaries.latent import Latent
-from vesalius.dictionaries.rows import aligned_rows, check_latents, site_number
+from vesalius.dictionaries.rows import aligned_rows, check_latents, shaped, site_number
 from vesalius.directions import Direction
 from vesalius.errors import InputError
 from vesalius.intervention import digest
@@ -132,10 +132,10 @@ class CrossLayerTranscoder:
         rows, lead = self._rows(x)
         if latents is None:
             parts = [layer.encode(row) for layer, row in zip(self.layers, rows, strict=True)]
-            return torch.cat(parts, -1).reshape(*lead, -1)
+            return shaped(torch.cat(parts, -1), lead)
         wanted = [self._in_layer(index) for index in check_latents(latents, self.n_latents)]
         columns = [self.layers[layer].encode(rows[layer], latents=[index]) for layer, index in wanted]
-        return torch.cat(columns, -1).reshape(*lead, -1)
+        return shaped(torch.cat(columns, -1), lead)
 
     def encode_sparse(self, x: SiteTensors) -> tuple[Tensor, Tensor]:
         """(indices, values), both [..., active], as `Dictionary.encode_sparse`, over the latents of all layers."""
@@ -148,7 +148,7 @@ class CrossLayerTranscoder:
         # Each layer's entries come strongest first; those of all layers have to be sorted again.
         at, best = strongest(values)
         filled = torch.where(best > 0, indices.gather(1, at), 0)
-        return filled.reshape(*lead, -1), best.reshape(*lead, -1)
+        return shaped(filled, lead), shaped(best, lead)
 
     def decode(self, latents: Float[Tensor, "... latent"]) -> Reconstruction:
         """One tensor per output site: what all layers up to it write there."""
@@ -169,7 +169,7 @@ class CrossLayerTranscoder:
         """decode(encode(x))."""
         rows, lead = self._rows(x)
         outputs = self._summed([layer.reconstruct(row) for layer, row in zip(self.layers, rows, strict=True)])
-        return tuple(rows.reshape(*lead, -1) for rows in outputs)
+        return tuple(shaped(rows, lead) for rows in outputs)
 
     def latent(self, index: int) -> Part:
         """Latent `index` (through all layers) as a Part, read at its layer's input."""

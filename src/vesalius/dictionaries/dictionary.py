@@ -26,6 +26,7 @@ from vesalius.dictionaries.rows import (
     chunks_of,
     joined_sparse,
     normalised,
+    shaped,
     site_number,
     unscaled,
 )
@@ -71,7 +72,7 @@ class Dictionary:
     out_scale: tuple[float, ...] = ()
     """What each output is divided by after decoding; default 1."""
     row_norm: str = "none"
-    """How each row is normalised before encoding: `none`, `layer_norm` or `constant_norm`."""
+    """How each row is normalised before encoding: `none`, `layer_norm`, `constant_norm` or `centred`."""
     groups: tuple[int, ...] = ()
     """Sizes of the nested prefixes that were trained to reconstruct on their own (matryoshka)."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -186,7 +187,7 @@ class Dictionary:
         """
         rows, lead, _ = self._rows(x)
         wanted = None if latents is None else torch.tensor(check_latents(latents, self.n_latents), dtype=torch.long)
-        return torch.cat([self._latents(chunk, wanted) for chunk in chunks_of(rows)]).reshape(*lead, -1)
+        return shaped(torch.cat([self._latents(chunk, wanted) for chunk in chunks_of(rows)]), lead)
 
     def encode_sparse(self, x: SiteTensors) -> tuple[Int[Tensor, "... active"], Float[Tensor, "... active"]]:
         """(indices, values), both [..., active]: the active latents of each row, strongest first.
@@ -194,11 +195,9 @@ class Dictionary:
         Rows with fewer than the most active one are filled with index 0 and value 0. Raises as `encode`.
         """
         rows, lead, _ = self._rows(x)
-        activation, vectors = ACTIVATIONS[self.activation], {**self.extras, "b_enc": self.b_enc}
-        indices, values = joined_sparse(
-            [activation.sparse(self._pre(chunk), vectors, self.k or 0) for chunk in chunks_of(rows)]
-        )
-        return indices.reshape(*lead, -1), values.reshape(*lead, -1)
+        sparse, vectors = ACTIVATIONS[self.activation].sparse, {**self.extras, "b_enc": self.b_enc}
+        indices, values = joined_sparse([sparse(self._pre(chunk), vectors, self.k or 0) for chunk in chunks_of(rows)])
+        return shaped(indices, lead), shaped(values, lead)
 
     def decode(self, latents: Float[Tensor, "... latent"], of: SiteTensors | None = None) -> Reconstruction:
         """Activations [..., d_out] from latents, without the skip.
@@ -215,12 +214,14 @@ class Dictionary:
     ) -> Reconstruction:
         """Activations [..., d_out] from indices and values [..., active], without the skip. of: as for `decode`."""
         lead = indices.shape[:-1]
-        flat, weights = indices.reshape(-1, indices.shape[-1]), values.reshape(-1, values.shape[-1]).to(self.b_enc)
+        # One entry of index 0 and value 0 for rows in which nothing is active, of which there would be no bag.
+        filled = [part if part.shape[-1] else part.new_zeros(*lead, 1) for part in (indices, values.to(self.b_enc))]
+        flat, weights = (part.reshape(lead.numel(), part.shape[-1]) for part in filled)
         rows = [
             torch.nn.functional.embedding_bag(flat, decoder, per_sample_weights=weights, mode="sum") + bias
             for decoder, bias in zip(self.decoders, self.b_dec, strict=True)
         ]
-        return unscaled([tensor.reshape(*lead, -1) for tensor in rows], self.out_scale, self._units(of, lead))
+        return unscaled([shaped(tensor, lead) for tensor in rows], self.out_scale, self._units(of, lead))
 
     def reconstruct(self, x: SiteTensors) -> Reconstruction:
         """Activations [..., d_out] from activations: decode(encode(x)), plus the skip where there is one."""
@@ -231,7 +232,7 @@ class Dictionary:
             if self.skip is not None:
                 outputs[0] = outputs[0] + (chunk[0] * self.in_scale[0]) @ self.skip
             chunks.append(outputs)
-        whole = [torch.cat(pieces).reshape(*lead, -1) for pieces in zip(*chunks, strict=True)]
+        whole = [shaped(torch.cat(pieces), lead) for pieces in zip(*chunks, strict=True)]
         return unscaled(whole, self.out_scale, [unit.reshaped(lead) for unit in units])
 
     def latent(self, index: int) -> Latent:
@@ -325,9 +326,7 @@ class Dictionary:
         if self.row_norm == "none":
             return [Units()] * len(self.out_sites)
         if of is None:
-            raise InputError(
-                f"rows are normalised ({self.row_norm}): decode(latents, of=activations), or reconstruct(activations)"
-            )
+            raise InputError(f"rows are normalised ({self.row_norm}): decode(latents, of=activations), or reconstruct")
         _, given, units = self._rows(of)
         if tuple(given) != tuple(lead):
             raise InputError(f"latents have rows {tuple(lead)} and the activations they are of {tuple(given)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ from vesalius.dictionaries.coder import SparseCoder
 from vesalius.dictionaries.cross_layer import CrossLayerTranscoder
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.evaluation.verify import verify
-from vesalius.dictionaries.formats import FORMATS, READ_ONLY, WRITERS, Found, Options
+from vesalius.dictionaries.formats import FORMATS, PICKLED, READ_ONLY, WRITERS, Found, Options
 from vesalius.dictionaries.stored_layer import StoredLayer
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
 from vesalius.jobs.untrusted import understood
@@ -59,6 +59,9 @@ def load(
     layer: int | None = None,
     unpickle: bool = False,
     in_scale: float | None = None,
+    k: int | None = None,
+    row_norm: str | None = None,
+    ignore: Sequence[str] = (),
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     model: Model | None = None,
@@ -68,10 +71,13 @@ def load(
 
     Nothing of a file is run. site: where it reads, when the file does not say or says it in words that stand for no
     site here; one per site that is read. out_site: where it writes; default `site` for a dictionary that reconstructs
-    what it reads. layer: which, of a folder of transcoders. unpickle: read the tensors of a pickle
-    (dictionary_learning, OpenAI), with a warning. in_scale: factor on inputs that a SAELens dictionary was trained
-    with, where its folder lacks it. dtype: default as stored for our own format, else float32. model: it is checked on
-    this model with some of `texts` against what its file claims (`verify`), so that a misreading is an error.
+    what it reads. layer: which, of a folder of transcoders. unpickle: read the tensors of a pickle (.pt), with a
+    warning. in_scale: factor on inputs that a dictionary of SAELens or OpenMOSS was trained with, where its folder
+    lacks it. k: active latents, of Qwen Scope in another folder than Qwen's. row_norm: `none` or `layer_norm`, of
+    OpenAI's, whose files don't say (default: as their loader takes it). ignore: tensors and settings of the file, by
+    name, that are left out although they are not understood (default: they are an error). dtype: default as stored for
+    our own format, else float32. model: it is checked on this model with some of `texts` against what its file claims
+    (`verify`), so that a misreading is an error.
 
     A cross-layer transcoder's layers stay on disk (`StoredLayer`) and are read when they are used.
 
@@ -82,7 +88,7 @@ def load(
     path = Path(where).expanduser()
     if not path.exists():
         raise FileFormatError(f"there is no file or folder {path}")
-    coder = _read(path, Options(layer, unpickle, in_scale, dtype or torch.float32))
+    coder = _read(path, Options(layer, unpickle, in_scale, k, row_norm, dtype or torch.float32, _names(ignore)))
     # The type first: a device may not have the type of the file.
     for change in (dtype, device):
         coder = coder if change is None else cast(Any, coder).to(change)
@@ -92,6 +98,11 @@ def load(
     return coder
 
 
+def _names(ignore: Sequence[str]) -> tuple[str, ...]:
+    # A single name is a sequence too, of letters.
+    return (ignore,) if isinstance(ignore, str) else tuple(ignore)
+
+
 def _parsed(site: Sites | None) -> tuple[Site, ...]:
     if site is None:
         return ()
@@ -99,15 +110,25 @@ def _parsed(site: Sites | None) -> tuple[Site, ...]:
 
 
 def _read(path: Path, options: Options) -> SparseCoder:
+    needless = {name for name in ("in_scale", "k", "row_norm") if getattr(options, name) is not None}
     if path.is_dir() and own.is_folder(path):
+        _refuse(needless, path, OWN)
         return own.read(path)
     found = Found(path, options)
     known = next((known for known in FORMATS if known.claims(found)), None)
     if known is None:
         raise FileFormatError(_nothing(path))
+    _refuse(needless - set(known.options), path, known.name)
     # Nothing in a stranger's JSON can be trusted to be of the type it should be.
     with understood(f"{path} is not understood as a dictionary of {known.name}"):
         return known.read(found)
+
+
+def _refuse(needless: Collection[str], path: Path, name: str) -> None:
+    """Raises InputError for arguments that are for files of other formats."""
+    for argument in sorted(needless):
+        takes = ", ".join(sorted({one.name for one in FORMATS if argument in one.options}))
+        raise InputError(f"{argument} is for files of {takes}; {path} is one of {name}")
 
 
 def _nothing(path: Path) -> str:
@@ -120,6 +141,11 @@ def _nothing(path: Path) -> str:
         more = f" and {len(inside) - 6} more" if len(inside) > 6 else ""
         return f"{path} holds folders with a dictionary each ({', '.join(inside[:6])}{more}): load one of them"
     names = sorted(entry.name for entry in path.iterdir())
+    alone = [name for name in names if name.endswith(PICKLED)]
+    if alone:
+        return (
+            f"{path} holds single files ({', '.join(alone[:6])}), each of which may be a dictionary: load one of them"
+        )
     return (
         f"{path} holds no dictionary that is known here: no {own.CONFIG} of format {own.FORMAT!r}, nor {listed}. "
         f"It holds {', '.join(names[:8]) or 'nothing'}"

@@ -19,7 +19,8 @@ class History:
     """One float per step and column.
 
     loss: squared error per row in scaled units, plus penalties. fvu: fraction of variance unexplained, of the batch.
-    l0: active latents per row. dead: share of latents that count as dead. lr: learning rate.
+    l0: active latents per row. dead: share of latents that fired in none of the last `dead_after` rows, or in none of
+    all rows so far, where there were fewer. lr: learning rate.
     """
 
     columns: Mapping[str, NDArray[np.float64]]
@@ -47,7 +48,7 @@ class History:
         if not len(self):
             return "<p>no steps yet</p>"
         ends = self.last()
-        words = f"{len(self):,} steps: fvu {ends['fvu']:.4f}, l0 {ends['l0']:.1f}, dead {ends['dead']:.1%}"
+        words = f"{len(self):,} steps: fvu {ends['fvu']:.4f}, l0 {ends['l0']:.1f}, silent {ends['dead']:.1%}"
         return f"<p>{words}</p>{_curve(self['fvu'])}"
 
 

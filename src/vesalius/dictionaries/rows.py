@@ -2,7 +2,8 @@
 
 Dictionaries with `row_norm` normalise each row before encoding and undo it after decoding. `layer_norm` subtracts the
 row's mean and divides by its standard deviation (Gao et al. 2024, A.1; OpenAI's and some SAELens dictionaries).
-`constant_norm` gives each row the norm sqrt(width) (SAELens).
+`constant_norm` gives each row the norm sqrt(width) (SAELens). `centred` only subtracts the row's mean, as
+TransformerLens does by centring the weights that write to the stream.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vesalius.site import Site
 
 CHUNK = 1024
 """Rows that are encoded together, so that dense latents of all rows are never there at once."""
-ROW_NORMS = ("none", "layer_norm", "constant_norm")
+ROW_NORMS = ("none", "layer_norm", "constant_norm", "centred")
 # What both libraries add to the standard deviation. It is not added back when the norm is undone; nor is it here.
 _EPS = 1e-5
 _TINY = 1e-30
@@ -87,6 +88,11 @@ def aligned_rows(
                 "row i of each must be the same token"
             )
     return [rows.to(like) for rows, _ in found], found[0][1]
+
+
+def shaped(rows: Tensor, lead: Sequence[int]) -> Tensor:
+    """Rows [n, width] in the shape they had before; of none the width is known too, where -1 would leave it open."""
+    return rows.reshape(*lead, rows.shape[-1])
 
 
 def chunks_of(rows: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -170,6 +176,8 @@ def normalised(rows: Float[Tensor, "*lead width"], row_norm: str) -> tuple[Float
         return rows / size, Units(size)
     centre = rows.mean(-1, keepdim=True)
     centred = rows - centre
+    if row_norm == "centred":
+        return centred, Units(torch.ones_like(centre), centre)
     size = centred.std(-1, keepdim=True)
     return centred / (size + _EPS), Units(size, centre)
 

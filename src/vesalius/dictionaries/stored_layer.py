@@ -21,7 +21,7 @@ from vesalius.coder import SiteTensors
 from vesalius.dictionaries.coder import Reconstruction
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.latent import Latent
-from vesalius.dictionaries.rows import CHUNK, aligned_rows, check_latents, site_number
+from vesalius.dictionaries.rows import CHUNK, aligned_rows, check_latents, shaped, site_number
 from vesalius.directions import Direction
 from vesalius.errors import FileFormatError, InputError
 from vesalius.intervention import digest
@@ -179,7 +179,7 @@ class StoredLayer:
             return decoded
         rows, lead = aligned_rows(x, self.in_sites, self.in_widths, self.b_enc)
         parts = (decoded,) if isinstance(decoded, Tensor) else decoded
-        skipped = (parts[0] + (rows[0] @ self.skip).reshape(*lead, -1), *parts[1:])
+        skipped = (parts[0] + shaped(rows[0] @ self.skip, lead), *parts[1:])
         return skipped[0] if len(skipped) == 1 else skipped
 
     def latent(self, index: int) -> Latent:
@@ -249,7 +249,7 @@ class StoredLayer:
 
     def _split(self, outputs: Float[Tensor, "n sites_d_out"], lead: torch.Size) -> Reconstruction:
         """One tensor per site of outputs [n, site * d_out]."""
-        parts = tuple(part.reshape(*lead, -1) for part in outputs.split(self.out_widths[0], dim=1))
+        parts = tuple(shaped(part, lead) for part in outputs.split(self.out_widths[0], dim=1))
         return parts[0] if len(parts) == 1 else parts
 
     def __repr__(self) -> str:

@@ -17,6 +17,9 @@ from vesalius.stats.arrays import Floats, finite, vector
 from vesalius.stats.clustered import clustered_t
 from vesalius.stats.resampling import FEWEST_GROUPS, interval_of_sums
 
+_ROUNDING = 1e-9
+"""A relative difference that is none."""
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Measurement:
@@ -152,8 +155,9 @@ def measure_totals(
 
     totals: [group, column]. statistic: [..., column] totals to [...], over any leading axes. estimate: default the
     statistic of the totals of all groups. values: the statistic of each group alone, of those where it is defined; the
-    groups are resampled for the interval, as in `interval_of_sums`. There is none for fewer than 6 groups, which
-    `diagnostics` then says, nor where the statistic is 0 / 0 without some of them.
+    groups are resampled for the interval, as in `interval_of_sums`. There is none for fewer than 6 groups, where the
+    statistic is 0 / 0 without some of them, nor where what came out does not hold the estimate, so that resampling
+    moves the statistic itself; `diagnostics` then says which (`no_interval`).
 
     Raises NotFiniteError where the statistic of all groups is not finite.
     """
@@ -162,11 +166,11 @@ def measure_totals(
         whole = float(statistic(x.sum(0))) if estimate is None else float(estimate)
         _finite(whole, "estimate", name)
         each = np.asarray(statistic(x), dtype=np.float64)
-        low, high = _bootstrapped(x, statistic, whole, draws, method, seed)
+        low, high, missing = _bootstrapped(x, statistic, whole, draws, method, seed)
     defined = np.isfinite(each)
     noted = dict(diagnostics or {})
-    if len(x) < FEWEST_GROUPS:
-        noted["no_interval"] = f"{len(x)} group(s); an interval needs at least {FEWEST_GROUPS}"
+    if missing:
+        noted["no_interval"] = missing
     return Measurement(
         name=name,
         values=tuple(each[defined].tolist()),
@@ -190,15 +194,19 @@ def _bootstrapped(
     draws: int,
     method: Literal["bca", "percentile"],
     seed: int,
-) -> tuple[float, float] | tuple[None, None]:
+) -> tuple[float | None, float | None, str]:
+    """Both ends, and why there are none."""
     if len(totals) < FEWEST_GROUPS:
-        return None, None
+        return None, None, f"{len(totals)} group(s); an interval needs at least {FEWEST_GROUPS}"
     try:
         low, high = interval_of_sums(totals, statistic, draws=draws, seed=seed, method=method)
-    except NotFiniteError:  # 0 / 0 without some of the groups
-        return None, None
+    except NotFiniteError:
+        return None, None, "0 / 0 without some of the groups"
     # A quantity that is the same in every group has an interval of one point, up to rounding.
-    return min(low, whole), max(high, whole)
+    slack = _ROUNDING * max(abs(low), abs(high), abs(whole))
+    if low - slack <= whole <= high + slack:
+        return min(low, whole), max(high, whole), ""
+    return None, None, f"resampled groups give {low:.4g} to {high:.4g}, which does not hold the estimate"
 
 
 def _finite(value: float, where: str, name: str) -> None:

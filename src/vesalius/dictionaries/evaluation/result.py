@@ -88,12 +88,12 @@ class Quality:
 
     @property
     def loss_recovered(self) -> float | None:
-        """Share of the harm of zero ablation that is undone; None without a model, or when zeros do no harm."""
+        """Share of the harm of zero ablation that is undone; None without a model, or when zeros may do no harm."""
         return self._value("loss_recovered")
 
     @property
     def loss_recovered_mean(self) -> float | None:
-        """Share of the harm of mean ablation that is undone; None without a model, or when the mean does no harm."""
+        """Share of the harm of mean ablation that is undone; None without a model, or when the mean may do no harm."""
         return self._value("loss_recovered_mean")
 
     def _value(self, name: str) -> float | None:

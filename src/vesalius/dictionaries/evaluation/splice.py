@@ -22,8 +22,14 @@ from vesalius.metric import wide
 from vesalius.model import Model
 from vesalius.model.products import computing
 from vesalius.site import Site
+from vesalius.stats import clustered_t
 
 MEAN, ZERO = "mean", "zero"
+SHARE_OF = {
+    "loss_recovered": "ce_increase_zero", "loss_recovered_mean": "ce_increase_mean", "kl_recovered": "kl_zero",
+    "kl_recovered_mean": "kl_mean",
+}  # fmt: skip
+"""What each share is one of; it comes before in `Losses.figures`."""
 Edit = Callable[..., Tensor]
 """From the tensors read at some sites to what is put in place at one."""
 
@@ -52,7 +58,11 @@ class Losses:
         return round(float(self.totals[:, 0].sum()))
 
     def figures(self, name: str, seed: int = 0) -> dict[str, Figure]:
-        """The figures of one of them, by the names of `WORDS`. None for a share of nothing: then it is left out."""
+        """The figures of one of them, by the names of `WORDS`.
+
+        Shares of an ablation's harm are left out where that harm may be none: its interval touches zero (with too few
+        groups to resample, that of a t test over them). What remains are the differences themselves.
+        """
         ce, kl = self._columns(name)
         mean_ce, mean_kl = self._columns(MEAN)
         zero_ce, zero_kl = self._columns(ZERO)
@@ -71,12 +81,28 @@ class Losses:
             "kl_recovered_mean": _recovered(kl, mean_kl),
         }
         cost = {"tokens": self.n_tokens}
-        found = {key: figure(key, self.totals, statistic, seed, cost) for key, statistic in statistics.items()}
-        return {key: value for key, value in found.items() if value is not None}
+        found: dict[str, Figure] = {}
+        for key, statistic in statistics.items():
+            if key in SHARE_OF and not _harms(found.get(SHARE_OF[key])):
+                continue
+            one = figure(key, self.totals, statistic, seed, cost)
+            if one is not None:
+                found[key] = one
+        return found
 
     def _columns(self, name: str) -> tuple[int, int]:
         at = 2 + 2 * self.names.index(name)
         return at, at + 1
+
+
+def _harms(harm: Figure | None) -> bool:
+    """Whether an ablation does harm, so that shares of it mean something."""
+    if harm is None:
+        return False
+    if harm.low is not None:
+        return harm.low > 0
+    values = harm.measurement.values
+    return len(values) > 1 and clustered_t(values).low > 0
 
 
 def _per_token(column: int, less: int | None = None) -> Statistic:

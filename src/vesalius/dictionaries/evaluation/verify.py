@@ -7,23 +7,32 @@ misreadings that are known to happen: one that does far better is what the file 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from vesalius.data import ActivationStore, harvest
+from vesalius.data.outliers import MAX_NORM, outliers
+from vesalius.data.packing import Group, bos_for
 from vesalius.dictionaries.coder import SparseCoder
-from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.evaluation.figures import Figure, row_figures
+from vesalius.dictionaries.evaluation.readings import (
+    NEARER,
+    Reading,
+    claim,
+    claimed_l0,
+    metadata_of,
+    other_readings,
+    reading,
+)
 from vesalius.dictionaries.evaluation.sample import Sample, groups_of
 from vesalius.dictionaries.evaluation.splice import losses_of
-from vesalius.dictionaries.evaluation.totals import CoderReconstructor, Reconstructed, Reconstructor, totals_of
+from vesalius.dictionaries.evaluation.totals import CoderReconstructor, totals_of
 from vesalius.dictionaries.unknown_sites import known_site
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs import Event, Sink, silent
@@ -32,28 +41,12 @@ from vesalius.model import Model
 from vesalius.site import Site
 
 TASK = "verify"
-BETTER, NEARER = 0.5, 0.8
-"""A misreading that leaves less than this share of the error is taken for the truth; so is a neighbouring site that
-leaves less than the second: neighbours of the right site are never that much easier."""
 FACTOR = 2.0
 """How far from what is claimed the number of active latents may be: claims are of other text."""
 WORSE = 0.1
 """How much worse than twice what is claimed the variance unexplained may be."""
 _BATCH_TOKENS = 1024
 _STREAM = ("resid_pre", "resid_post", "attn_out", "mlp_in", "mlp_out")
-_CLAIM = re.compile(r"(?:average_)?l0_(\d+(?:\.\d+)?)")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The dictionary read in one way: fraction of variance unexplained, and latents active per row. enough: the share
-    of the error at which it counts as the truth.
-    """
-
-    words: str
-    fvu: float
-    l0: float
-    enough: float = BETTER
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,33 +98,6 @@ def verify(
     return result
 
 
-def claimed_l0(coder: SparseCoder) -> float | None:
-    """Active latents per row that the file of a dictionary speaks of; None when it does not."""
-    if getattr(coder, "activation", "") == "topk":
-        return float(cast(Any, coder).k)
-    found = _claim(coder, ("l0", "average_l0", "k"))
-    in_path = _CLAIM.search(str(_metadata(coder).get("folder") or ""))
-    return float(in_path[1]) if found is None and in_path else found
-
-
-def _claim(coder: SparseCoder, names: Sequence[str]) -> float | None:
-    """The first positive number under one of these names, in all that a file says of training."""
-    known = _metadata(coder)
-    get = lambda where, name: where.get(name) if isinstance(where, Mapping) else None  # noqa: E731
-    saelens = get(known.get("cfg"), "metadata")
-    details = get(saelens, "training_architecture_details")
-    for where in (known.get("summary"), saelens, details, known.get("cfg"), known.get("trainer"), known.get("config")):
-        for name in names:
-            value = get(where, name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-                return float(value)
-    return None
-
-
-def _metadata(coder: SparseCoder) -> Mapping[str, Any]:
-    return getattr(coder, "metadata", {})
-
-
 def _check(coder: SparseCoder, found: Mapping[str, Figure], claimed: float | None, others: Sequence[Reading]) -> None:
     """Raises FileFormatError for the first thing that does not fit."""
     fvu, l0 = found["fvu"].value, found["l0"].value
@@ -145,7 +111,7 @@ def _check(coder: SparseCoder, found: Mapping[str, Figure], claimed: float | Non
     what = f"{coder!r} leaves {fvu:.3g} of the variance unexplained, with {l0:.1f} latents active per row"
     if not fits(l0):
         raise FileFormatError(f"{what}, where its file speaks of {claimed:.3g}: it is misread{hint}")
-    claimed_fvu = _claim(coder, ("fvu",))
+    claimed_fvu = claim(coder, ("fvu",))
     if claimed_fvu is not None and fvu > FACTOR * claimed_fvu + WORSE:
         raise FileFormatError(f"{what}, where its file speaks of {claimed_fvu:.3g}: it is misread{hint}")
     if fvu >= 1:
@@ -172,9 +138,18 @@ class _Trial:
     sink: Sink
 
     def __post_init__(self) -> None:
-        claim = str(_metadata(self.coder).get("prepend_bos")).lower()
+        claim = str(metadata_of(self.coder).get("prepend_bos")).lower()
         self.bos = ("none", "auto") if claim == "false" else ("auto", "none")
         self.store = self._store(self.bos[0], (*self._own, *self._near))
+        other = None if self.model.tokenizer is None else self._store(self.bos[1], self._own)
+        # A tokenizer without such a token has only one way to begin.
+        self.other = None if other is None or other.bos["id"] == self.store.bos["id"] else other
+        stores = [self.store] if self.other is None else [self.store, self.other]
+        self.same = _same_rows(stores)
+        if not self.same:
+            raise InputError(
+                f"of {self.tokens} tokens no row is left to judge {self.coder!r} on; give more or other texts"
+            )
         self.sample = self._sample(self.store, self.coder.in_sites, self.coder.out_sites)
 
     @property
@@ -198,6 +173,12 @@ class _Trial:
         return tuple(found for found in self.model.sites() if found in wanted - {site})
 
     @property
+    def _begins(self) -> bool:
+        """Whether contexts can begin with a token at all."""
+        tokenizer = self.model.tokenizer
+        return tokenizer is not None and bos_for(tokenizer, "auto", False).id is not None
+
+    @property
     def _alone(self) -> bool:
         return len(self._own) == 1
 
@@ -209,8 +190,11 @@ class _Trial:
                 sites=list(sites),
                 out=self.folder / bos,
                 tokens=self.tokens,
-                context=self.context,
+                # Without a token at the start one less, so that texts are cut at the same places.
+                context=self.context - (bos == "none" and self._begins),
                 bos=bos,
+                # Outliers of any site and either way to begin are dropped for all readings alike.
+                max_norm=None,
                 sink=silent,
             )
         except InputError as error:
@@ -225,10 +209,14 @@ class _Trial:
         return store
 
     def _sample(self, store: ActivationStore, ins: Sequence[Site], outs: Sequence[Site]) -> Sample:
+        """The rows that all readings are judged on, as this store has them."""
+        mask = np.array([key in self.same for key in _keys(store)])
         known, rows = list(store.sites), store.at(range(store.rows.start, store.rows.stop))
-        contexts = tuple(context for _, context in store.contexts())
+        found = Group(tuple(context for _, context in store.contexts())).only(mask).contexts
+        contexts = tuple(context for context in found if context.rows)
         groups, unit = groups_of(contexts)
-        read, written = (tuple(rows[known.index(site)] for site in sites) for sites in (ins, outs))
+        chosen = torch.from_numpy(mask.nonzero()[0])
+        read, written = (tuple(rows[known.index(site)][chosen] for site in sites) for sites in (ins, outs))
         return Sample(read, written, groups, unit, contexts)
 
     def figures(self) -> dict[str, Figure]:
@@ -254,18 +242,45 @@ class _Trial:
 
     def others(self) -> Iterator[Reading]:
         """The dictionary read in other ways."""
-        for words, reconstructor in _other_readings(self.coder, self.sample):
-            yield _reading(words, reconstructor, self.sample)
+        for words, reconstructor in other_readings(self.coder, self.sample):
+            yield reading(words, reconstructor, self.sample)
         for site in self._near:
             if self.store.widths[self.store.sites.index(site)] == _widths(self.coder)[self.coder.in_sites[0]]:
                 there = self._sample(self.store, (site,), (site,))
-                found = _reading(f"activations of {site}", CoderReconstructor(self.coder), there)
+                found = reading(f"activations of {site}", CoderReconstructor(self.coder), there)
                 yield replace(found, enough=NEARER)
-        if self.model.tokenizer is not None:
-            bos = self.bos[1]
-            other = self._sample(self._store(bos, self._own), self.coder.in_sites, self.coder.out_sites)
-            words = "no token" if bos == "none" else "a token"
-            yield _reading(f"{words} at the start of contexts", CoderReconstructor(self.coder), other)
+        if self.other is not None:
+            other = self._sample(self.other, self.coder.in_sites, self.coder.out_sites)
+            words = "no token" if self.bos[1] == "none" else "a token"
+            yield reading(f"{words} at the start of contexts", CoderReconstructor(self.coder), other)
+
+
+Key = tuple[int, int]
+"""Document, and number of a token in it."""
+
+
+def _keys(store: ActivationStore) -> list[Key]:
+    """Which token of which document each row is of, in order."""
+    before = 0 if store.bos["id"] is None else 1
+    return [
+        (context.document, context.offset + int(at) - before)
+        for _, context in store.contexts()
+        for at in context.kept.nonzero()[0]
+    ]
+
+
+def _same_rows(stores: Sequence[ActivationStore]) -> set[Key]:
+    """Tokens that have a row in every store, and are a norm outlier at no site of any.
+
+    A figure of squared errors hangs on such rows: where they are left out of one reading and not of another, the two
+    cannot be compared.
+    """
+    sets = []
+    for store in stores:
+        rows = store.at(range(store.rows.start, store.rows.stop))
+        far = outliers(rows, torch.zeros(store.n_rows, dtype=torch.bool), MAX_NORM)
+        sets.append({key for key, dropped in zip(_keys(store), far.tolist(), strict=True) if not dropped})
+    return set.intersection(*sets)
 
 
 def _widths(coder: SparseCoder) -> dict[Site, int]:
@@ -273,46 +288,3 @@ def _widths(coder: SparseCoder) -> dict[Site, int]:
     known = cast(Any, coder)
     sides = ((coder.in_sites, known.in_widths), (coder.out_sites, known.out_widths))
     return {site: width for sites, widths in sides for site, width in zip(sites, widths, strict=True)}
-
-
-def _reading(words: str, reconstructor: Reconstructor, sample: Sample) -> Reading:
-    totals = totals_of(reconstructor, sample)
-    return Reading(words, row_figures(totals)["fvu"].value, totals.l0)
-
-
-def _other_readings(coder: SparseCoder, sample: Sample) -> Iterator[tuple[str, Reconstructor]]:
-    """Inputs in other units, another activation function, the decoder's bias subtracted from inputs or not."""
-    # Rows that are normalised anyway have no units that could be misread.
-    if len(coder.in_sites) == 1 and getattr(coder, "row_norm", "none") == "none":
-        size = float(sample.inputs[0].double().norm(dim=1).mean()) / sample.inputs[0].shape[1] ** 0.5
-        yield f"inputs divided by {size:.4g} (mean norm sqrt(width))", _Scaled(coder, 1 / size)
-        yield f"inputs multiplied by {size:.4g}", _Scaled(coder, size)
-    if not isinstance(coder, Dictionary):
-        return
-    if coder.activation in ("topk", "batchtopk", "jumprelu"):
-        yield (
-            "ReLU as its activation function",
-            CoderReconstructor(replace(coder, activation="relu", k=None, extras={})),
-        )
-    claimed = claimed_l0(coder)
-    if coder.activation in ("relu", "jumprelu", "batchtopk") and claimed is not None and claimed >= 1:
-        k = min(round(claimed), coder.n_latents)
-        yield f"TopK with k = {k}", CoderReconstructor(replace(coder, activation="topk", k=k, extras={}))
-    if coder.in_sites == coder.out_sites:
-        other = replace(coder, apply_b_dec_to_input=not coder.apply_b_dec_to_input)
-        words = "b_dec subtracted from inputs" if other.apply_b_dec_to_input else "b_dec not subtracted from inputs"
-        yield words, CoderReconstructor(other)
-
-
-@dataclass(frozen=True, eq=False)
-class _Scaled:
-    """A dictionary of activations in other units."""
-
-    coder: SparseCoder
-    factor: float
-    name: str = "scaled"
-
-    def reconstruct(self, inputs: Sequence[Tensor]) -> Reconstructed:
-        """As `Reconstructor.reconstruct`."""
-        found = CoderReconstructor(self.coder).reconstruct([rows * self.factor for rows in inputs])
-        return Reconstructed([rows / self.factor for rows in found.outputs], found.active, found.latents)

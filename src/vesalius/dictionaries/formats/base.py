@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vesalius.dictionaries.coder import SparseCoder
 from vesalius.dictionaries.dictionary import Dictionary
-from vesalius.dictionaries.formats.reading import AGAIN, Weights, read_json, read_npz, read_pickle, read_safetensors
+from vesalius.dictionaries.formats.reading import (
+    AGAIN,
+    Weights,
+    read_json,
+    read_npz,
+    read_pickle,
+    read_safetensors,
+    refuse_settings,
+)
 from vesalius.errors import FileFormatError, InputError, NotFiniteError
 from vesalius.site import Site
 
@@ -24,7 +33,11 @@ class Options:
     """Of files that hold several layers."""
     unpickle: bool = False
     in_scale: float | None = None
+    k: int | None = None
+    row_norm: str | None = None
     dtype: torch.dtype = torch.float32
+    ignore: tuple[str, ...] = ()
+    """Tensors and settings of the file, by name, that are left out although they are not understood."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +72,21 @@ class Found:
     def weights(self, name: str) -> Weights:
         """A safetensors file of the folder."""
         path = self.folder / name
-        return Weights(path, read_safetensors(path), self.options.dtype)
+        return self.of(path, read_safetensors(path))
 
     def arrays(self, name: str) -> Weights:
         """An .npz file of the folder."""
         path = self.folder / name
-        return Weights(path, read_npz(path), self.options.dtype)
+        return self.of(path, read_npz(path))
+
+    def of(self, path: Path, tensors: Mapping[str, Tensor]) -> Weights:
+        """Tensors that were read from a file, less those that are to be ignored."""
+        kept = {name: tensor for name, tensor in tensors.items() if name not in self.options.ignore}
+        return Weights(path, kept, self.options.dtype)
+
+    def refuse_settings(self, path: Path, settings: Mapping[str, Any], known: Collection[str], kind: str) -> None:
+        """As `reading.refuse_settings`, less those that are to be ignored."""
+        refuse_settings(path, settings, known, kind, self.options.ignore)
 
     def pickled(self, name: str) -> dict[str, Any]:
         """The state dict in a pickle of the folder."""
@@ -107,3 +129,5 @@ class Format:
     claims: Callable[[Found], bool]
     read: Read
     write: Write | None = None
+    options: tuple[str, ...] = ()
+    """Of the arguments of `load` that only some formats have, those that it takes."""

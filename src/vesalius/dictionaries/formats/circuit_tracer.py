@@ -40,6 +40,10 @@ from vesalius.site import Site
 CONFIG, NAME = "config.yaml", "circuit-tracer"
 THRESHOLD = "activation_function.threshold"
 _FILE = re.compile(r"(?:.*_)?(\d+)\.safetensors")
+_SETTINGS = {
+    "activation", "feature_input_hook", "feature_output_hook", "k", "model_kind", "model_name", "repo_id", "revision",
+    "scan", "subfolder", "transcoders",
+}  # fmt: skip
 _NEEDED = {"W_enc", "W_dec", "b_enc", "b_dec"}
 _DEFAULTS = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
 """Of cross-layer transcoders whose config.yaml does not say."""
@@ -67,6 +71,7 @@ def read(found: Found) -> Dictionary:
     """
     path, layer = _chosen(found)
     config = _read_config(found.folder)
+    found.refuse_settings(found.folder / CONFIG, config, _SETTINGS, NAME)
     weights = found.weights(path.name)
     encoder = weights.take("W_enc", "latent", "d_in")
     n, d_in = encoder.shape
@@ -123,14 +128,22 @@ def _activation(weights: Weights, config: dict[str, Any], n: int) -> tuple[str, 
             f"{weights.path.parent / CONFIG}: activation={said!r} is not read here; what is: relu, topk and, by a "
             "threshold in the file, jumprelu"
         )
-    if said == "topk" or (said is None and "k" in weights):
-        k = config.get("k") or (int(weights.take("k")) if "k" in weights else None)
-        if not isinstance(k, int) or not 1 <= k <= n:
+    if said == "topk" or (said is None and ("k" in weights or config.get("k") is not None)):
+        k = config.get("k")
+        if k is None:
+            k = int(weights.take("k")) if "k" in weights else None
+        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
             raise FileFormatError(f"{weights.path.parent / CONFIG} says topk and gives k={k!r} of {n} latents")
         return "topk", k, {}
+    if "k" in weights or config.get("k") is not None:
+        raise FileFormatError(f"{weights.path.parent / CONFIG} says activation={said!r}, and there is a k beside it")
     # Files of both kinds hold thresholds; config.yaml decides where it speaks of the activation.
     if THRESHOLD in weights and said != "relu":
         return "jumprelu", None, {"threshold": _non_negative(weights.path, weights.take(THRESHOLD, n))}
+    if said in ("jumprelu", "jump_relu"):
+        raise FileFormatError(
+            f"{weights.path.parent / CONFIG} says activation={said!r}, and {weights.path} has no {THRESHOLD}"
+        )
     return "relu", None, {}
 
 
@@ -218,7 +231,14 @@ def claims_cross_layer(found: Found) -> bool:
 
 def read_cross_layer(found: Found) -> CrossLayerTranscoder:
     """A CrossLayerTranscoder whose layers stay on disk. Raises FileFormatError for a layer that is missing."""
-    config = {**_DEFAULTS, **_read_config(found.path)}
+    config = _read_config(found.path)
+    found.refuse_settings(found.path / CONFIG, config, _SETTINGS - {"k"}, NAME)
+    if config.get("activation") not in (None, "relu", "jumprelu", "jump_relu"):
+        raise FileFormatError(
+            f"{found.path / CONFIG}: activation={config['activation']!r} of a cross-layer transcoder is not read here; "
+            "what is: relu and, by a threshold in the files, jumprelu"
+        )
+    config = {**_DEFAULTS, **config}
     numbers = sorted(
         int(m[1]) for p in found.path.iterdir() if (m := re.fullmatch(r"W_enc_(\d+)\.safetensors", p.name))
     )
@@ -238,7 +258,7 @@ def read_cross_layer(found: Found) -> CrossLayerTranscoder:
 def _layer(found: Found, number: int, site: Site, outs: tuple[Site, ...]) -> tuple[StoredLayer, Tensor]:
     first, second = (found.path / f"{name}_{number}.safetensors" for name in ("W_enc", "W_dec"))
     encoder, decoder = f"W_enc_{number}", f"W_dec_{number}"
-    weights = Weights(first, partly(first, {encoder}), found.options.dtype)
+    weights = found.of(first, partly(first, {encoder}))
     n, d = weights.take(f"b_enc_{number}", "latent").shape[0], weights.take(f"b_dec_{number}", "d").shape[0]
     read, written = shapes(first).get(encoder), shapes(second).get(decoder)
     if read is None or len(read) != 2 or read[0] != n:
@@ -246,6 +266,7 @@ def _layer(found: Found, number: int, site: Site, outs: tuple[Site, ...]) -> tup
     if written != (n, len(outs), d):
         raise FileFormatError(f"{second}: {decoder} should have shape [{n}, {len(outs)}, {d}], it has {written}")
     threshold = weights.maybe(f"threshold_{number}", n)
+    found.of(second, partly(second, {decoder})).refuse_others(NAME, ())
     weights.refuse_others(NAME, {f"{name}_{number}" for name in ("b_enc", "b_dec", "threshold")})
     layer = StoredLayer(
         "relu" if threshold is None else "jumprelu",

@@ -2,11 +2,13 @@
 
 What its own loader computes: decoder rows of an AutoEncoder are brought to norm 1 and its latents multiplied instead.
 It opens nothing but pickles, so nothing is written for it. A state dict that was turned into ae.safetensors is read
-too.
+too, and so are checkpoints of a run (checkpoints/ae_<step>.pt). In science-of-finetuning's branch of it a BatchTopKSAE
+may centre and scale its inputs (activation_mean, activation_global_scale); that is folded into the weights.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,22 @@ from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.formats.base import Found, built
 from vesalius.dictionaries.formats.folding import latents_times
 from vesalius.dictionaries.formats.names import from_module
-from vesalius.dictionaries.formats.reading import Weights
+from vesalius.dictionaries.formats.reading import Weights, check_sizes, read_json
 from vesalius.dictionaries.unknown_sites import unknown_site
 from vesalius.errors import FileFormatError
 from vesalius.site import Site
 
 PICKLE, SAFE, CONFIG = "ae.pt", "ae.safetensors", "config.json"
+_CHECKPOINT = re.compile(r"ae_\d+\.pt")
+NORMALISERS = ("activation_mean", "activation_std", "activation_global_scale", "target_rms")
+EPS = 1e-8
+"""What the library adds to the factor, on the way back only."""
 _LAYER_KINDS = {"resid": "resid_post", "attn": "attn_out", "attention": "attn_out", "mlp": "mlp_out"}
 
 
 def claims(found: Found) -> bool:
     """By the name of its weights."""
-    return found.has(PICKLE) or found.has(SAFE)
+    return found.has(PICKLE) or found.has(SAFE) or _CHECKPOINT.fullmatch(found.given) is not None
 
 
 def read(found: Found) -> Dictionary:
@@ -37,27 +43,87 @@ def read(found: Found) -> Dictionary:
 
     Raises FileFormatError naming the class of dictionary that is not read here, or the tensor that is missing.
     """
-    config = found.json(CONFIG).get("trainer")
+    path = _config_path(found)
+    config = read_json(path).get("trainer")
     if not isinstance(config, dict):
-        raise FileFormatError(f"{found.folder / CONFIG} has no `trainer` that says which class the dictionary is of")
+        raise FileFormatError(f"{path} has no `trainer` that says which class the dictionary is of")
     name = str(config.get("dict_class"))
     if name not in CLASSES:
-        raise FileFormatError(
-            f"{found.folder / CONFIG}: dict_class={name!r} is not read here; what is: {', '.join(sorted(CLASSES))}"
-        )
+        raise FileFormatError(f"{path}: dict_class={name!r} is not read here; what is: {', '.join(sorted(CLASSES))}")
     weights = _weights(found)
-    return _dictionary(weights.path, CLASSES[name](weights), config, name)
+    # All that its own loader goes by is in the tensors; the rest of the config is of training.
+    weights.refuse_others(f"{name} of dictionary_learning", TENSORS[name])
+    fields = CLASSES[name](weights)
+    check_sizes(path, config, activation_dim=fields["encoder"].shape[0], dict_size=fields["encoder"].shape[1])
+    if "k" in fields:
+        check_sizes(path, config, k=fields["k"])
+    return _dictionary(weights.path, _on_plain_activations(weights, fields), config, name)
+
+
+def _config_path(found: Found) -> Path:
+    """config.json, which is in the folder above that of checkpoints."""
+    beside, above = found.folder / CONFIG, found.folder.parent / CONFIG
+    return above if _CHECKPOINT.fullmatch(found.given) and not beside.is_file() else beside
 
 
 def _weights(found: Found) -> Weights:
     if found.has(SAFE):
         return found.weights(SAFE)
-    path = found.folder / PICKLE
-    stored = {key.split("_orig_mod.")[-1]: value for key, value in found.pickled(PICKLE).items()}
-    others = [key for key, value in stored.items() if not isinstance(value, Tensor)]
+    name = found.given or PICKLE
+    path = found.folder / name
+    return found.of(path, state_of(path, found.pickled(name)))
+
+
+def state_of(path: Path, stored: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict. Raises FileFormatError when there is more than tensors in it."""
+    if {"ae", "optimizer", "norm_factor"} <= set(stored):
+        raise FileFormatError(
+            f"{path} is a backup of a run of dictionary_learning that had not ended (step {stored.get('step')}): its "
+            "biases are in units of training. Let the run end, or save its checkpoints (save_steps=)"
+        )
+    state = {key.split("_orig_mod.")[-1]: value for key, value in stored.items()}
+    others = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise FileFormatError(f"{path} holds {', '.join(map(str, others))}, which are no tensors")
-    return Weights(path, stored, found.options.dtype)
+    return state
+
+
+def normaliser(weights: Weights, *axes: str | int) -> tuple[Tensor, Tensor] | None:
+    """Mean and factor of inputs that are centred and scaled before encoding; None where they are not.
+
+    axes: of the mean; the factor has all but the last. NaN stands for none, as the library has it. Raises
+    FileFormatError when only some of its tensors are there.
+    """
+    there = [name for name in NORMALISERS if name in weights]
+    if not there:
+        return None
+    # The root of the target is in the factor already.
+    missing = [name for name in NORMALISERS[:3] if name not in weights]
+    if missing:
+        raise FileFormatError(f"{weights.path} holds {', '.join(there)} and no {', '.join(missing)}")
+    mean, std = (weights.take(name, *axes) for name in NORMALISERS[:2])
+    scale = weights.take(NORMALISERS[2], *axes[:-1])
+    return None if bool(torch.isnan(mean).any()) or bool(torch.isnan(std).any()) else (mean, scale)
+
+
+def _on_plain_activations(weights: Weights, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of a dictionary that takes and gives activations as they are."""
+    found = normaliser(weights, fields["encoder"].shape[0])
+    if found is None:
+        return fields
+    mean, scale = found
+    encoder, b_dec = fields["encoder"], fields["b_dec"]
+    # b_dec is subtracted in the units of training: ((x - mean) scale - b_dec) W.
+    shift = mean * scale + (b_dec if fields.get("subtract", True) else 0.0)
+    back = scale + EPS
+    return {
+        **fields,
+        "encoder": encoder * scale,
+        "b_enc": fields["b_enc"] - shift @ encoder,
+        "decoder": fields["decoder"] / back,
+        "b_dec": b_dec / back + mean,
+        "subtract": False,
+    }
 
 
 def _dictionary(path: Path, fields: Mapping[str, Any], config: Mapping[str, Any], name: str) -> Dictionary:
@@ -176,3 +242,13 @@ CLASSES: dict[str, Callable[[Weights], dict[str, Any]]] = {
     "AutoEncoderTopK": _top_k, "BatchTopKSAE": _batch_top_k, "JumpReluAutoEncoder": _jump_relu,
     "MatryoshkaBatchTopKSAE": _matryoshka,
 }  # fmt: skip
+TENSORS: dict[str, set[str]] = {
+    "AutoEncoder": {"bias", "encoder.weight", "encoder.bias", "decoder.weight"},
+    "AutoEncoderNew": {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"},
+    "GatedAutoEncoder": {"decoder_bias", "encoder.weight", "r_mag", "gate_bias", "mag_bias", "decoder.weight"},
+    "AutoEncoderTopK": {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k", "threshold"},
+    "BatchTopKSAE": {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k", "threshold", *NORMALISERS},
+    "JumpReluAutoEncoder": {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"},
+    "MatryoshkaBatchTopKSAE": {"W_enc", "b_enc", "W_dec", "b_dec", "k", "threshold", "group_sizes"},
+}
+"""Of each class. The threshold of a TopK is what its loader computes with only when asked to."""

@@ -23,7 +23,6 @@ from vesalius.dictionaries.formats.folding import (
     without_scales,
 )
 from vesalius.dictionaries.formats.names import from_hook
-from vesalius.dictionaries.formats.reading import Weights
 from vesalius.dictionaries.formats.writing import npz_bytes, write_new
 from vesalius.dictionaries.unknown_sites import unknown_site
 from vesalius.site import Site
@@ -45,7 +44,7 @@ def read(found: Found) -> Dictionary:
     weights = found.arrays(found.given or ARRAYS)
     # Some files name them in lower case.
     upper = {"W_" + name[2:] if name.startswith("w_") else name: tensor for name, tensor in weights.tensors.items()}
-    weights = Weights(weights.path, upper, weights.dtype)
+    weights = found.of(weights.path, upper)
     encoder = weights.take("W_enc", "d_in", "latent")
     d_in, n = encoder.shape
     decoder = weights.take("W_dec", n, "d_out")

@@ -20,7 +20,7 @@ from vesalius.dictionaries.formats.base import Found, built, own_sites
 from vesalius.dictionaries.formats.folding import refuse, thresholds
 from vesalius.dictionaries.formats.gemma_scope import path_metadata, writable
 from vesalius.dictionaries.formats.names import from_module_end, two_sites
-from vesalius.dictionaries.formats.reading import Weights, partly, shapes
+from vesalius.dictionaries.formats.reading import check_sizes, flag, partly, shapes
 from vesalius.dictionaries.formats.writing import write_new, write_safetensors
 from vesalius.dictionaries.stored_layer import StoredLayer, StoredTensor
 from vesalius.dictionaries.unknown_sites import unknown_site
@@ -33,6 +33,10 @@ _FOLDERS = {"resid_post": "resid_post", "attn_out": "z", "mlp_out": "mlp_out"}
 _MODULES = {
     "resid_post": "output", "mlp_in": "pre_feedforward_layernorm.output", "z": "self_attn.o_proj.input",
     "mlp_out": "post_feedforward_layernorm.output", "attn_out": "post_attention_layernorm.output",
+}  # fmt: skip
+_SETTINGS = {
+    "affine_connection", "architecture", "hf_hook_point_in", "hf_hook_point_out", "l0", "model_name", "type",
+    "vesalius", "width",
 }  # fmt: skip
 _TENSORS = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold", "affine_skip_connection")
 
@@ -52,6 +56,8 @@ def read(found: Found) -> Dictionary:
     skip = weights.maybe("affine_skip_connection", d_in, decoder.shape[1])
     # A tensor that is not understood means that something would be left out of what it computes.
     weights.refuse_others(NAME, _TENSORS)
+    check_sizes(found.folder / CONFIG, config, width=n)
+    _check_skip(found, config, skip is not None)
     sites = _sites(config, found.folder.resolve(), skip is not None or d_in != decoder.shape[1])
     return built(
         weights.path,
@@ -68,8 +74,18 @@ def read(found: Found) -> Dictionary:
     )
 
 
+def _check_skip(found: Found, config: dict[str, Any], there: bool) -> None:
+    path = found.folder / CONFIG
+    if flag(path, config, "affine_connection", there) != there:
+        raise FileFormatError(
+            f"{path} says affine_connection={config['affine_connection']}, and the weights beside it have "
+            f"{'an' if there else 'no'} affine_skip_connection"
+        )
+
+
 def _checked(found: Found) -> dict[str, Any]:
     config = found.maybe_json(CONFIG)
+    found.refuse_settings(found.folder / CONFIG, config, _SETTINGS, NAME)
     if config.get("architecture", "jump_relu") != "jump_relu":
         raise FileFormatError(
             f"{found.folder / CONFIG}: architecture={config['architecture']!r} is not read here; what is: jump_relu"
@@ -160,7 +176,8 @@ def read_cross_layer(found: Found) -> CrossLayerTranscoder:
 
 
 def _layer(found: Found, path: Path, number: int, outs: tuple[Site, ...]) -> tuple[StoredLayer, Tensor]:
-    weights = Weights(path, partly(path, {"w_enc", "w_dec"}), found.options.dtype)
+    weights = found.of(path, partly(path, {"w_enc", "w_dec"}))
+    weights.refuse_others(NAME, _TENSORS)
     sizes = shapes(path)
     n, d_out = weights.take("b_enc", "latent").shape[0], weights.take("b_dec", "d_out").shape[0]
     if sizes.get("w_dec") != (n, len(outs), d_out) or sizes.get("w_enc", (0,))[1:] != (n,):

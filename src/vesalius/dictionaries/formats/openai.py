@@ -1,7 +1,8 @@
-"""OpenAI's sparse autoencoders of GPT-2 small (Gao et al. 2024): one pickled state dict a file.
+"""OpenAI's sparse autoencoders (Gao et al. 2024; those of GPT-2 small): one pickled state dict a file.
 
-pre_bias, latent_bias, encoder.weight [latent, d], decoder.weight [d, latent], activation and its state. Those with
-activation TopK normalise each row. The path of the file says which site it is of.
+pre_bias, latent_bias, encoder.weight [latent, d], decoder.weight [d, latent], activation and its state. Whether rows
+are normalised stands nowhere; OpenAI's own loader takes it that those with activation TopK do. row_norm= says
+otherwise, for one that was trained without. The path of the file says which site it is of.
 """
 
 from __future__ import annotations
@@ -15,38 +16,44 @@ from torch import Tensor
 
 from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.formats.base import Found, built
-from vesalius.dictionaries.formats.reading import Weights
 from vesalius.dictionaries.unknown_sites import unknown_site
-from vesalius.errors import FileFormatError
+from vesalius.errors import FileFormatError, UnknownNameError
 from vesalius.site import Site
 
-_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+NEEDED = {"pre_bias", "latent_bias", "encoder.weight"}
+"""By which a state dict is known as one of OpenAI's."""
+_OTHERS = {
+    "decoder.weight", "activation", "activation_state_dict", "stats_last_nonzero", "latents_activation_frequency",
+    "latents_mean_square",
+}  # fmt: skip
+ROW_NORMS = ("none", "layer_norm")
 _LOCATIONS = {
     "mlp_post_act": "mlp_post", "resid_delta_attn": "attn_out", "resid_post_attn": "resid_mid",
     "resid_delta_mlp": "mlp_out", "resid_post_mlp": "resid_post",
 }  # fmt: skip
 
 
-def claims(found: Found) -> bool:
-    """Any pickled file that was given by name; what is in it is looked at only when that is allowed."""
-    return found.given.endswith(_SUFFIXES)
+def read_state(found: Found, stored: Mapping[str, Any]) -> Dictionary:
+    """A Dictionary from a state dict that has the tensors NEEDED.
 
-
-def read(found: Found) -> Dictionary:
-    """A Dictionary from a state dict (with unpickle=True).
-
-    Raises FileFormatError when the file is not such a state dict, or for an activation that is not read here.
+    Raises FileFormatError for one that is missing or more, and for an activation that is not read here.
     """
-    stored = found.pickled(found.given)
     name = str(stored.get("activation", "ReLU"))
-    weights = Weights(found.path, {key: t for key, t in stored.items() if isinstance(t, Tensor)}, found.options.dtype)
+    weights = found.of(found.path, {key: t for key, t in stored.items() if isinstance(t, Tensor)})
+    others = sorted(set(stored) - set(weights.tensors) - _OTHERS - set(found.options.ignore))
+    if others:
+        raise FileFormatError(f"{found.path} holds {', '.join(others)}, which are no tensors and not known of OpenAI's")
+    weights.refuse_others("a dictionary of OpenAI", NEEDED | _OTHERS)
+    row_norm = found.options.row_norm or ("layer_norm" if name == "TopK" else "none")
+    if row_norm not in ROW_NORMS:
+        raise UnknownNameError("way in which OpenAI's normalise rows", row_norm, ROW_NORMS)
     encoder = weights.take("encoder.weight", "latent", "d")
     n, d = encoder.shape
     k = _k(found.path, name, stored.get("activation_state_dict", {}))
     site = _site(found.path)
     return built(
         weights.path,
-        "topk" if k else "relu",
+        "relu" if k is None else "topk",
         in_sites=(site,),
         out_sites=(site,),
         encoders=(encoder.T.contiguous(),),
@@ -55,7 +62,7 @@ def read(found: Found) -> Dictionary:
         b_dec=(weights.take("pre_bias", d),),
         k=k,
         apply_b_dec_to_input=True,
-        row_norm="layer_norm" if k else "none",
+        row_norm=row_norm,
         metadata={"format": "openai", "activation": name, "model_name": "gpt2"},
     )
 
@@ -64,12 +71,13 @@ def _k(path: Path, name: str, state: Mapping[str, Any]) -> int | None:
     if name == "ReLU":
         return None
     after = state.get("postact_fn", "ReLU") if isinstance(state, Mapping) else None
-    if name != "TopK" or after != "ReLU" or not isinstance(state.get("k"), int):
+    k = state.get("k") if isinstance(state, Mapping) else None
+    if name != "TopK" or after != "ReLU" or not isinstance(k, int) or isinstance(k, bool):
         raise FileFormatError(
-            f"{path}: activation={name!r} with {dict(state)} is not read here; what is: ReLU, and TopK with k and ReLU "
+            f"{path}: activation={name!r} with {state!r:.80} is not read here; what is: ReLU, and TopK with k and ReLU "
             "after it"
         )
-    return int(state["k"])
+    return k
 
 
 def _site(path: Path) -> Site:

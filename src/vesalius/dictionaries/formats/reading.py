@@ -97,7 +97,8 @@ def read_pickle(path: Path, unpickle: bool) -> dict[str, Any]:
         raise FileFormatError(
             f"{path} is a pickle, which can run any program when opened. If you trust whoever made it, "
             f"vesalius.dictionaries.load({str(path)!r}, unpickle=True) reads the tensors in it and nothing else "
-            "(torch.load with weights_only=True); vesalius.dictionaries.save(...) then keeps them as safetensors"
+            "(torch.load with weights_only=True), as --unpickle does on the command line; "
+            "vesalius.dictionaries.save(...) then keeps them as safetensors"
         )
     warnings.warn(
         f"{path} is a pickle: reading tensors from it and nothing else. Save it again as safetensors.",
@@ -115,6 +116,41 @@ def read_pickle(path: Path, unpickle: bool) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FileFormatError(f"{path} should hold a state dict, it holds a {type(found).__name__}")
     return found
+
+
+def refuse_settings(
+    path: Path, settings: Mapping[str, Any], known: Collection[str], kind: str, ignored: Collection[str] = ()
+) -> None:
+    """Raises FileFormatError naming the settings of a file that are not taken into account here. null says nothing.
+
+    ignored: settings that whoever loads it has said don't matter.
+    """
+    others = [f"{name}={settings[name]!r:.60}" for name in sorted(settings) if name not in {*known, *ignored}]
+    others = [one for one in others if not one.endswith("=None")]
+    if others:
+        names = ", ".join(repr(one.partition("=")[0]) for one in others)
+        raise FileFormatError(
+            f"{path} says {', '.join(others)}, which is not known of {kind} here and may change what is computed. If "
+            f"it does not, say so: load(..., ignore=[{names}]), or --ignore on the command line"
+        )
+
+
+def flag(path: Path, settings: Mapping[str, Any], name: str, default: bool) -> bool:
+    """A setting that is true or false; null and a missing one are the default. Raises FileFormatError for another."""
+    value = settings.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise FileFormatError(f"{path}: {name} should be true or false, it is {value!r}")
+    return value
+
+
+def check_sizes(path: Path, settings: Mapping[str, Any], **sizes: int) -> None:
+    """Raises FileFormatError for a size (a setting by name) that the weights do not have: they belong elsewhere."""
+    for name, size in sizes.items():
+        said = settings.get(name)
+        if said is not None and said != size:
+            raise FileFormatError(f"{path} says {name}={said}, and the weights beside it have {size}")
 
 
 @dataclass(frozen=True)
@@ -160,7 +196,8 @@ class Weights:
         if others:
             raise FileFormatError(
                 f"{self.path} holds {', '.join(others)}, which {kind} has no use for: reading it would leave out "
-                "something that it computes"
+                "something that it computes. If that is meant, "
+                f"load(..., ignore=[{', '.join(map(repr, others))}]), or --ignore on the command line"
             )
 
     def _cast(self, tensor: Tensor) -> Tensor:

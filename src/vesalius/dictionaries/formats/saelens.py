@@ -7,6 +7,7 @@ as jumprelu, their training checkpoints hold topk_threshold instead.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +18,16 @@ from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.formats.base import Found, built
 from vesalius.dictionaries.formats.folding import latents_times
 from vesalius.dictionaries.formats.names import from_hook, from_module, from_module_end, two_sites
-from vesalius.dictionaries.formats.reading import Weights
-from vesalius.dictionaries.formats.saelens_config import SaelensConfig, read_config, scale_needed
+from vesalius.dictionaries.formats.reading import Weights, check_sizes, flag
+from vesalius.dictionaries.formats.saelens_config import (
+    COMPUTED,
+    KEPT,
+    TRAINED,
+    SaelensConfig,
+    read_config,
+    scale_needed,
+)
+from vesalius.dictionaries.unknown_sites import is_unknown
 from vesalius.errors import FileFormatError
 from vesalius.site import Site
 
@@ -33,7 +42,14 @@ _OWN = {
     "gated": {"b_gate", "b_mag", "r_mag"},
 }  # fmt: skip
 # Of a file's metadata, what says how a model has to be run; kept at the top level of the dictionary's own.
-_KEPT = ("model_name", "hook_name", "hook_name_out", "prepend_bos", "context_size", "dataset_path", "neuronpedia_id")
+_KEPT = (
+    "model_name", "hook_name", "hook_name_out", "prepend_bos", "context_size", "dataset_path", "neuronpedia_id",
+    "model_from_pretrained_kwargs", "seqpos_slice",
+)  # fmt: skip
+MODEL_SETTINGS, CENTRED = "model_from_pretrained_kwargs", "center_writing_weights"
+_WRITTEN = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "embed", "pos_embed", "result")
+_LAYER_NORM = re.compile(r"gpt-?2|gpt-?neo|gpt-?j|pythia|\bopt-|bloom|stanford|gelu-|solu-|attn-only|tiny-stories")
+_RMS_NORM = re.compile(r"llama|gemma|qwen|mi[sx]tral|olmo-?2|smollm|phi-?3|yi-")
 
 
 def claims(found: Found) -> bool:
@@ -52,8 +68,12 @@ def read(found: Found) -> Dictionary:
             f"{config.path}: architecture={config.architecture!r} is not read here; what is: "
             f"{', '.join(sorted(ACTIVATIONS))}"
         )
+    ignored = found.options.ignore
+    found.refuse_settings(config.path, config.raw, COMPUTED | KEPT | TRAINED, "a SAELens dictionary")
     scale = scale_needed(config, found.options.in_scale, found.maybe_json(SCALER))
     dictionary = _dictionary(config, found.weights(WEIGHTS), scale)
+    if CENTRED not in ignored:
+        dictionary = _centred(config, dictionary)
     # Latents times decoder norms: the same function with rows of unit norm.
     if config.rescaled:
         kept = dictionary.extras  # a training checkpoint's threshold is of latents that were multiplied already
@@ -65,8 +85,9 @@ def _dictionary(config: SaelensConfig, weights: Weights, scale: float) -> Dictio
     encoder = weights.take("W_enc", "d_in", "latent")
     d_in, n = encoder.shape
     # A config beside the weights of another dictionary is found out by its sizes.
-    _check_sizes(config, d_in, n)
+    check_sizes(config.path, config.raw, d_in=d_in, d_sae=n)
     decoder = weights.take("W_dec", n, "d_out")
+    check_sizes(config.path, config.raw, d_out=decoder.shape[1])
     d_out, transcodes = decoder.shape[1], "transcoder" in config.architecture
     if not transcodes and d_out != d_in:
         raise FileFormatError(
@@ -100,16 +121,33 @@ def _dictionary(config: SaelensConfig, weights: Weights, scale: float) -> Dictio
         in_scale=(scale,),
         out_scale=(scale if not transcodes else 1.0,),
         groups=config.groups,
-        apply_b_dec_to_input=config.apply_b_dec_to_input and not transcodes,
+        apply_b_dec_to_input=config.apply_b_dec_to_input,
         metadata=_metadata(config),
     )
 
 
-def _check_sizes(config: SaelensConfig, d_in: int, n: int) -> None:
-    for name, size in (("d_in", d_in), ("d_sae", n)):
-        said = config.raw.get(name)
-        if said is not None and said != size:
-            raise FileFormatError(f"{config.path} says {name}={said}, and the weights beside it have {size}")
+def _centred(config: SaelensConfig, dictionary: Dictionary) -> Dictionary:
+    """A dictionary of a model whose writing weights were centred, where that makes a difference.
+
+    TransformerLens then takes from every row of the stream, and from what is added to it, its mean; only of models with
+    LayerNorm, to which it means nothing. Raises FileFormatError where it cannot be told whether the model is one.
+    """
+    if not flag(config.path, config.model_settings, CENTRED, False):
+        return dictionary
+    ends, model = {*dictionary.in_sites, *dictionary.out_sites}, str(config.metadata.get("model_name") or "")
+    written = {site for site in ends if site.kind in _WRITTEN or is_unknown(site)}
+    if not written or _RMS_NORM.search(model.lower()):
+        return dictionary
+    if len(ends) == 1 and written == ends and _LAYER_NORM.search(model.lower()):
+        if dictionary.row_norm == "none":
+            return replace(dictionary, row_norm="centred")
+        if dictionary.row_norm == "layer_norm":
+            return dictionary  # which takes the mean off as well
+    raise FileFormatError(
+        f"{config.path} says {CENTRED}=True: it is of rows less their mean, if {model or 'the model'} has LayerNorm. "
+        f"Read here is that of dictionaries of one site, of a model known by its name to have LayerNorm. "
+        f"load(..., ignore=[{CENTRED!r}]) takes rows as they are"
+    )
 
 
 def _vectors(activation: str, weights: Weights, n: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.formats.folding import (
     needs_activation,
     one_site,
+    refuse,
     thresholds,
     without_input_bias,
     without_scales,
 )
 from vesalius.dictionaries.formats.names import to_hook
-from vesalius.dictionaries.formats.saelens import CONFIG, WEIGHTS
+from vesalius.dictionaries.formats.saelens import CENTRED, CONFIG, MODEL_SETTINGS, WEIGHTS
 from vesalius.dictionaries.formats.saelens_config import NORMS
 from vesalius.dictionaries.formats.writing import dtype_name, same_dtype, write_new, write_safetensors
 from vesalius.dictionaries.unknown_sites import is_unknown, name_of
@@ -38,6 +40,8 @@ def write(given: Any, folder: Path) -> None:
     SAELens does with its own. Raises InputError for several sites, and for transcoders that are gated or topk.
     """
     dictionary = without_scales(one_site(given, NAME))
+    if dictionary.row_norm == "centred" and not (_kept(given).get(MODEL_SETTINGS) or {}).get(CENTRED):
+        refuse(dictionary, NAME, row_norm="none")
     transcodes = dictionary.in_sites != dictionary.out_sites
     if transcodes:
         needs_activation(dictionary, f"{NAME}'s transcoders", tuple(_TRANSCODERS))
@@ -78,15 +82,22 @@ def _config(given: Dictionary, architecture: str) -> dict[str, Any]:
         "dtype": dtype_name(same_dtype(given)),
         "device": "cpu",
         "apply_b_dec_to_input": given.apply_b_dec_to_input,
-        "normalize_activations": back[given.row_norm],
+        # Rows less their mean are no setting of a dictionary, but of how SAELens loads the model.
+        "normalize_activations": "none" if given.row_norm == "centred" else back[given.row_norm],
         "reshape_activations": "hook_z" if heads and given.in_sites[0].kind == "z" else "none",
         **topk,
         "metadata": _metadata(given),
     }
 
 
+def _kept(given: Dictionary) -> Mapping[str, Any]:
+    """The metadata of the SAELens file that it was read from."""
+    from_saelens = given.metadata.get("format") == "saelens"
+    return dict(given.metadata.get("cfg", {}).get("metadata") or {}) if from_saelens else {}
+
+
 def _metadata(given: Dictionary) -> dict[str, Any]:
-    kept = given.metadata.get("cfg", {}).get("metadata", {}) if given.metadata.get("format") == "saelens" else {}
+    kept = _kept(given)
     hooks = _hook(given.in_sites[0], "")
     if given.in_sites != given.out_sites:
         hooks |= _hook(given.out_sites[0], "_out")

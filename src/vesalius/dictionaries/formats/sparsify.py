@@ -23,6 +23,7 @@ from vesalius.dictionaries.formats.folding import (
     without_scales,
 )
 from vesalius.dictionaries.formats.names import from_module, two_sites
+from vesalius.dictionaries.formats.reading import check_sizes, flag
 from vesalius.dictionaries.formats.writing import write_new, write_safetensors
 from vesalius.dictionaries.unknown_sites import unknown_site
 from vesalius.errors import FileFormatError, InputError
@@ -30,6 +31,10 @@ from vesalius.jobs.untrusted import read_json
 from vesalius.site import Site
 
 CONFIG, WEIGHTS, RUN, NAME = "cfg.json", "sae.safetensors", "config.json", "sparsify"
+_SETTINGS = {
+    "activation", "d_in", "expansion_factor", "k", "multi_topk", "normalize_decoder", "num_latents", "signed",
+    "skip_connection", "transcode", "vesalius",
+}  # fmt: skip
 _TENSORS = {"encoder.weight", "encoder.bias", "W_dec", "b_dec", "W_skip"}
 
 
@@ -43,8 +48,11 @@ def read(found: Found) -> Dictionary:
     config, weights = found.json(CONFIG), found.weights(WEIGHTS)
     encoder = weights.take("encoder.weight", "latent", "d")
     n, d = encoder.shape
-    k, transcodes = _checked(found.folder / CONFIG, config, n, d), bool(config.get("transcode", False))
-    skip = weights.take("W_skip", d, d).T.contiguous() if config.get("skip_connection", False) else None
+    path = found.folder / CONFIG
+    found.refuse_settings(path, config, _SETTINGS, "a coder of sparsify")
+    k, transcodes = _checked(path, config, n, d), flag(path, config, "transcode", False)
+    skips = flag(path, config, "skip_connection", False)
+    skip = weights.take("W_skip", d, d).T.contiguous() if skips else None
     weights.refuse_others(
         "a coder without skip_connection" if skip is None else "sparsify",
         _TENSORS - {"W_skip"} if skip is None else _TENSORS,
@@ -74,14 +82,14 @@ def read(found: Found) -> Dictionary:
 
 def _checked(path: Path, config: dict[str, Any], n: int, d: int) -> int:
     activation = config.get("activation", "topk")
-    if activation != "topk" or config.get("signed"):
+    if activation != "topk" or flag(path, config, "signed", False):
         what = "signed=true" if activation == "topk" else f"activation={activation!r}"
         raise FileFormatError(f"{path}: {what} is not read here; what is: activation='topk' without signed")
     k = config.get("k")
-    if not isinstance(k, int) or not 1 <= k <= n:
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
         raise FileFormatError(f"{path}: k={k!r} of {n} latents cannot be")
-    if config.get("d_in", d) != d:
-        raise FileFormatError(f"{path} says d_in={config['d_in']}, and the weights beside it have {d}")
+    # 0 latents stand for a multiple of the width.
+    check_sizes(path, config, d_in=d, **({"num_latents": n} if config.get("num_latents") else {}))
     return k
 
 

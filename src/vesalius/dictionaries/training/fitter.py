@@ -23,7 +23,7 @@ from vesalius.dictionaries.training.layout import Layout
 from vesalius.dictionaries.training.microbatch import MicroBatch, StepTotals
 from vesalius.dictionaries.training.parameters import Parameters, initial_parameters, update
 from vesalius.dictionaries.training.run import Processes, Run
-from vesalius.errors import NotFiniteError
+from vesalius.errors import InputError, NotFiniteError
 from vesalius.jobs.workers import Workers
 
 SAMPLE = 16_384
@@ -32,6 +32,8 @@ PROBED = 512
 """Rows of them that are encoded once before the first step."""
 DENSE_ROWS = 1024
 """Rows that are taken together while codes are dense."""
+WATCHED, DIVERGED = 10, 100.0
+"""Steps in a row whose error is so many times what it was at the first step (or the variance): diverged."""
 MEMORY = 0.99
 """Of the running mean of the threshold."""
 Fitted = Dictionary | CrossLayerTranscoder
@@ -70,10 +72,24 @@ class Fitter:
             )
         update(run, self.parameters, self.steps)
         self.rows_since_fired = torch.where(torch.stack(totals.fired) > 0, 0, self.rows_since_fired + len(batch[0]))
-        dead = float((self.rows_since_fired >= config.dead_after).double().mean())
+        # Before so many rows have passed that a latent can count as dead, one that never fired is not alive either.
+        known = min(config.dead_after, (self.steps + 1) * len(batch[0]))
+        dead = float((self.rows_since_fired >= known).double().mean())
         rate = config.lr_at(self.steps)
         self.history.append([float(totals.loss) * weight, totals.fvu, totals.l0, dead, rate])
         self.steps += 1
+        self._check_divergence()
+
+    def _check_divergence(self) -> None:
+        """Raises NotFiniteError once the error is far beyond both the variance and what it was at the start."""
+        place, config = COLUMNS.index("fvu"), self.run.config
+        # The first row was measured before any step was taken.
+        started, now = self.history[0][place], min(row[place] for row in self.history[-WATCHED:])
+        if self.steps > WATCHED and now > DIVERGED * max(started, 1.0):
+            raise NotFiniteError(
+                f"training diverged: at step {self.steps} the error is {now:.3g} times the variance, and was "
+                f"{started:.3g} times at the start. Lower lr ({config.lr}), or set clip_norm ({config.clip_norm})"
+            )
 
     def _micro_batches(self, n_rows: int) -> int:
         """Into how many micro-batches a batch is cut: as the config says, and more where dense codes would fill the
@@ -185,6 +201,17 @@ def make_fitter(
 ) -> Fitter:
     """A fitter at step 0: scales and means from a sample of the source, random directions from the seed."""
     sample = source.sample(SAMPLE, seed=config.seed)
+    if len(sample[0]) < 2:
+        raise InputError("a dictionary is not trained on one row, which has no variance to explain; give more")
+    # On one of the workers, whose sums don't depend on how many there are.
+    (fitter,) = workers.map(lambda rows: _first(rows, config, layout, workers, processes, device), [sample])
+    return fitter
+
+
+def _first(
+    sample: Sequence[Tensor], config: TrainConfig, layout: Layout, workers: Workers, processes: Processes,
+    device: torch.device,
+) -> Fitter:  # fmt: skip
     scales = [_scale(rows) if config.normalise else 1.0 for rows in sample]
     in_scale = tuple(scales[number] for number in layout.in_numbers)
     out_scale = tuple(scales[number] for number in layout.out_numbers)

@@ -72,7 +72,14 @@ def layout_of(source: Source, config: TrainConfig, paired: bool = False) -> Layo
 
 
 def _named(patterns: Sequence[str], source: Source) -> tuple[Site, ...]:
-    return tuple(site for pattern in patterns for site in select(pattern, source.sites))
+    found = tuple(site for pattern in patterns for site in select(pattern, source.sites))
+    missing = [str(site) for site in found if site not in source.sites]
+    if missing:
+        raise InputError(
+            f"the activations have no {', '.join(missing)} of its own; they have {', '.join(map(str, source.sites))}. "
+            "Harvest it by that name"
+        )
+    return found
 
 
 def _guess(ins: tuple[Site, ...], outs: tuple[Site, ...], sites: tuple[Site, ...], paired: bool) -> str:

@@ -32,6 +32,8 @@ from vesalius.protocol import content_hash
 from vesalius.protocol.canonical import plain
 
 TASK = "train"
+MANY_PASSES = 100
+"""Passes over the same rows beyond which it is said aloud."""
 _TIMED = 3
 """Steps after which it is said how long the rest will take."""
 
@@ -57,7 +59,8 @@ def train(
     tensorboard, a file for TensorBoard is written too.
 
     Returns a `Dictionary`, or a `CrossLayerTranscoder`. Raises InputError for data and configs that don't fit and for a
-    folder that holds another run, NotFiniteError for NaN in the data and for a loss that is NaN or infinite.
+    folder that holds another run, NotFiniteError for NaN in the data, for a loss that is NaN or infinite, and for a
+    run that diverges.
     """
     with shown(sink if sink is not None or Processes.current().is_main else silent) as progress:
         where = None if out is None else Path(out)
@@ -79,6 +82,7 @@ def _trained(
         left_out = (given.n_rows or 0) - (source.n_rows or 0)
         message = f"the last documents, {left_out:,} rows, are held out, to evaluate on (held_out)"
         sink(Event("note", TASK, message=message))
+    _say_passes(source, config, sink)
     processes = Processes.current()
     with Workers(device=device) as workers:
         fitter = make_fitter(source, config, layout, workers, processes, device)
@@ -95,6 +99,18 @@ def _trained(
         checkpoints.remove()
     processes.wait()
     return coder
+
+
+def _say_passes(source: Source, config: TrainConfig, sink: Sink) -> None:
+    """Says so when the rows will be gone through so often that they can only be learned by heart."""
+    rows = source.n_rows
+    if rows and config.steps * config.batch_size > MANY_PASSES * rows:
+        passes = config.steps * config.batch_size / rows
+        message = (
+            f"{config.steps:,} steps of {config.batch_size:,} rows go {passes:,.0f} times through the {rows:,} rows "
+            "there are, and a dictionary then learns them by heart: fewer steps (steps), or more text"
+        )
+        sink(Event("note", TASK, message=message))
 
 
 def _metadata(source: Source, config: TrainConfig, layout: Layout) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -229,9 +230,13 @@ class MicroBatch:
             gradients.setdefault(f"{number}.b_enc", through)
             if self.run.layout.apply_b_dec_to_input:
                 reads = self.run.layout.blocks[number].reads
-                gradients["b_dec"][reads] -= (through.to(block["W_enc"]) @ block["W_enc"]).double()
+                pull = partial(torch.matmul, through.to(block["W_enc"]))
+                gradients["b_dec"][reads] -= self.run.workers.map(pull, [block["W_enc"]])[0].double()
         if "W_skip" in self.parameters.values:
-            gradients["W_skip"] = self._output_gradient[:, 0].T @ self.x
+            # By rows and on the workers, whose products don't depend on how many there are.
+            errors, cuts = self._output_gradient[:, 0], self.run.cuts(self.run.layout.d_out, LATENTS)
+            parts = self.run.workers.map(lambda cut: errors[:, cut].T @ self.x, cuts)
+            gradients["W_skip"] = torch.cat(parts)
         return gradients
 
     def _matrix_gradients(self, number: int, add: bool) -> None:

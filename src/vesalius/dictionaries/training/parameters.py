@@ -127,7 +127,8 @@ def update(run: Run, parameters: Parameters, step: int) -> float:
     squares = run.workers.map(lambda piece: _project(run, parameters, piece), pieces)
     small = [name for name in parameters.values if not name.endswith(MATRICES)]
     # The pieces' squares are added in the order of the pieces, however many threads there are.
-    norm = float(torch.stack([*squares, *(squared_norm(parameters.gradients[name]) for name in small)]).sum().sqrt())
+    squares += run.workers.map(lambda name: squared_norm(parameters.gradients[name]), small)
+    norm = float(torch.stack(squares).sum().sqrt())
     clip = 1.0 if run.config.clip_norm is None else min(1.0, run.config.clip_norm / (norm + 1e-6))
     run.workers.map(lambda piece: _adam(run, parameters, [piece], step, clip), pieces)
     _adam(run, parameters, [(name, slice(None)) for name in small], step, clip)

@@ -127,7 +127,7 @@ class Metrics:
             file.write(record)
             file.flush()
         return (
-            f"loss {values['loss']:.4g}, fvu {values['fvu']:.4f}, l0 {values['l0']:.1f}, dead {values['dead']:.1%}, "
+            f"loss {values['loss']:.4g}, fvu {values['fvu']:.4f}, l0 {values['l0']:.1f}, silent {values['dead']:.1%}, "
             f"{rate:,.0f} tokens/s"
         )
 

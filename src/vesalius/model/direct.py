@@ -77,6 +77,7 @@ def direct_effects(model: Model, pairs: Pairs, tokens: Tokens) -> Direct:
     with that norm frozen as well. Raises InputError for a model whose logits are no such sum (BERT has norms on the
     residual stream).
     """
+    model.check_evaluating()
     adapter, layout = model.architecture
     if not adapter.direct:
         raise InputError(

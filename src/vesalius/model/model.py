@@ -21,6 +21,7 @@ from vesalius.adapters import Adapter, Layout, adapter_for, submodule
 from vesalius.adapters.base import device_of, frozen_scale, gain
 from vesalius.errors import InputError
 from vesalius.inputs import Tokens
+from vesalius.inputs.beginning import encoded
 from vesalius.intervention import Intervention, Place, as_patches, joint, listed
 from vesalius.model.calls import Caller, logits_of
 from vesalius.model.family_sites import limit_of, sites_of
@@ -148,16 +149,15 @@ class Model:
         adapter, layout = self.architecture
         return linear_of(submodule(self.module, adapter.unembed), layout.d_model, dtype_of(self.module))
 
-    def tokens(self, texts: str | Sequence[str], bos: str = "none") -> Tokens:
-        """Tokens of texts. bos: a token's text put first ("<bos>"), or "none".
+    def tokens(self, texts: str | Sequence[str], bos: str = "tokenizer") -> Tokens:
+        """Tokens of texts, as the tokenizer makes them. bos: what stands first, never twice; see `data.bos_token`.
 
-        Raises InputError without tokenizer, or for an empty text.
+        Raises InputError without tokenizer, or for an empty text; TokenizerError for an unknown bos.
         """
         if self.tokenizer is None:
             raise InputError(f"{self.name} has no tokenizer: pass token ids, or vs.Model(net, tokenizer=...)")
-        first = [] if bos == "none" else [self.tokenizer.convert_tokens_to_ids(bos)]
         listed = [texts] if isinstance(texts, str) else list(texts)
-        return Tokens.from_rows([first + self.tokenizer.encode(text, add_special_tokens=False) for text in listed])
+        return Tokens.from_rows([encoded(self.tokenizer, text, bos) for text in listed])
 
     def run(
         self,
@@ -186,9 +186,12 @@ class Model:
         wanted = self._wanted(capture)
         watch = self._all_sites if check_finite else ()
         edits = self._separated(inputs, listed(interventions), tokens)
-        recorder = Recorder(self, wanted, edits, tokens, grad, watch=watch)
-        with torch.set_grad_enabled(grad), recorder.listening():
-            output = self.module(*args, **call)
+        for copies in (torch.is_inference_mode_enabled(), True):
+            recorder = Recorder(self, wanted, edits, tokens, grad, watch=watch, copies=copies)
+            with torch.set_grad_enabled(grad), recorder.listening():
+                output = self.module(*args, **call)
+            if copies or not recorder.overwritten():
+                break
         recorder.check_fired()
         return Run(logits_of(output), Activations(recorder.captured(), tokens), recorder.diagnostics())
 
@@ -243,7 +246,7 @@ class Model:
         places: Sequence[Place],
     ) -> Step:
         """One pass of an encoder-decoder that writes."""
-        recorder = Recorder(self, capture, interventions, tokens, False, places)
+        recorder = Recorder(self, capture, interventions, tokens, False, places, copies=True)
         with torch.no_grad(), recorder.listening():
             output = self.module(**self.token_call(tokens))
         recorder.check_fired()
@@ -272,7 +275,7 @@ class Model:
         )
         if self._takes("logits_to_keep") and not whole:
             call["logits_to_keep"] = 1
-        recorder = Recorder(self, capture, interventions, Tokens(ids, here), False, places)
+        recorder = Recorder(self, capture, interventions, Tokens(ids, here), False, places, copies=True)
         with torch.no_grad(), recorder.listening():
             output = self.module(**call)
         recorder.check_fired()
@@ -313,6 +316,15 @@ class Model:
             inputs = self.tokens(inputs)
         return self._caller.arguments(inputs)
 
+    def check_evaluating(self) -> None:
+        """Raise InputError for a model in training mode, two runs of which differ by themselves (dropout)."""
+        training = [part for part in self.module.modules() if part.training]
+        if any(self.adapter is not None or _is_random(part) for part in training):
+            raise InputError(
+                f"{self.name} is in training mode, in which two runs of the same prompts differ by themselves; call "
+                "model.module.eval() first"
+            )
+
     def token_call(self, tokens: Tokens) -> dict[str, Any]:
         """Keyword arguments the wrapped module is called with for these tokens."""
         _ = self.architecture
@@ -326,3 +338,10 @@ class Model:
     def _caller(self) -> Caller:
         masked = "attention_mask" in inspect.signature(self.module.forward).parameters
         return Caller(self.adapter, self.layout, self.name, self.device, masked)
+
+
+def _is_random(part: nn.Module) -> bool:
+    """Whether a module does something else in training than in evaluation."""
+    if isinstance(part, nn.modules.dropout._DropoutNd):
+        return part.p > 0
+    return isinstance(part, nn.modules.batchnorm._BatchNorm) or (isinstance(part, nn.RNNBase) and part.dropout > 0)

@@ -53,7 +53,7 @@ def edits(model: vs.Model) -> Found:
         "project": vs.Project(subspace, centre=vector),
         "centred": vs.Project(direction, keep=True, centre=kept),
         "noise": vs.Noise("embed", scale=0.5, std=vector.abs()),
-        "interchange": vs.Interchange(subspace, source=kept, examples=torch.arange(6).flip(0)),
+        "interchange": vs.Interchange(subspace, source=kept, examples=torch.arange(6).flip(0), positions=range(6)),
         "group": vs.Ablate(vs.Group("layers.1.mlp_post", [1, 4])),
         "replace": vs.Replace("layers.1.mlp_in", "layers.1.mlp_out", lambda x: 2 * x, ref="twice"),
     }

@@ -116,8 +116,8 @@ def test_an_interchange_takes_each_examples_value_from_its_own_source(
 def test_an_interchange_with_nothing_named_is_a_patch(model: vs.Model, tokens: vs.Tokens, others: vs.Tokens) -> None:
     source = model.run(others, capture=["layers.1.z", "layers.1.pattern"]).activations
     for name in ("layers.1.z[2]", "layers.1.pattern[1]"):
-        swapped = model.run(tokens, interventions=[vs.Interchange(name, source=source)]).logits
-        assert torch.equal(swapped, model.run(tokens, interventions=[vs.Patch(name, source=source)]).logits)
+        swap, patch = (kind(name, source=source, positions=range(6)) for kind in (vs.Interchange, vs.Patch))
+        assert torch.equal(*(model.run(tokens, interventions=[edit]).logits for edit in (swap, patch)))
 
 
 def test_interchanging_all_dimensions_of_a_layer_gives_the_source_run(
@@ -128,18 +128,19 @@ def test_interchanging_all_dimensions_of_a_layer_gives_the_source_run(
     space = vs.Subspace(vs.Site("resid_pre", 0), randn(48, 48))
     order = torch.tensor([1, 0, 2, 3, 4, 5])
     same = torch.stack([others.real[order], tokens.real]).all(0)
-    swapped = model.run(tokens, interventions=[vs.Interchange(space, source=source.activations, examples=order)])
+    how = {"source": source.activations, "examples": order, "positions": same}
+    swapped = model.run(tokens, interventions=[vs.Interchange(space, **how)])
     plain = source.logits[order]
     assert torch.allclose(swapped.logits[same], plain[same], atol=1e-3)
     one = vs.Subspace(vs.Site("resid_pre", 0), randn(1, 48))
-    part = model.run(tokens, interventions=[vs.Interchange(one, source=source.activations, examples=order)])
+    part = model.run(tokens, interventions=[vs.Interchange(one, **how)])
     assert not torch.allclose(part.logits[same], plain[same], atol=1e-3)
 
 
 def test_gradients_reach_the_basis_of_an_interchange(model: vs.Model, tokens: vs.Tokens, others: vs.Tokens) -> None:
     source = model.run(others, capture=[SITE]).activations
     basis = randn(3, 48).requires_grad_()
-    swap = vs.Interchange(vs.Subspace(SITE, basis), source=source)
+    swap = vs.Interchange(vs.Subspace(SITE, basis), source=source, positions=range(6))
     model.run(tokens, interventions=[swap], grad=True).logits[:, 4, 7].sum().backward()
     assert basis.grad is not None
     assert float(basis.grad.abs().max()) > 1e-4
@@ -150,7 +151,7 @@ def test_gradients_reach_the_basis_of_an_interchange(model: vs.Model, tokens: vs
     [
         ({"examples": torch.tensor([0, 1])}, InterventionError, r"examples= has shape \(2,\); this run has 6 examples"),
         ({"examples": torch.full((6,), 9)}, InputError, "source examples 9 to 9 of 6"),
-        ({"source_positions": 20}, InputError, "source positions 20 to 20 of 9 tokens"),
+        ({"source_positions": 20}, InputError, "source position 20 in source example 0, which has 9 tokens"),
     ],
 )
 def test_a_source_that_is_not_there_is_refused(
@@ -351,7 +352,7 @@ def test_two_sites_on_one_tensor_are_edited_in_forward_order(model: vs.Model, to
 def test_values_go_to_where_the_tensor_is() -> None:
     """A layer on another device: everything an edit holds is moved there (torch's meta device stands for it)."""
     source = vs.Activations({SITE: randn(2, 5, 8)}, vs.Tokens(torch.ones(2, 5, dtype=torch.long)))
-    whole, real = torch.zeros(2, 5, 8, device="meta"), torch.ones(2, 5, dtype=torch.bool, device="meta")
+    whole, real = torch.zeros(2, 5, 8, device="meta"), torch.ones(2, 5, dtype=torch.bool)
     edits = edits_at(str(SITE), 8, source)
     swap = vs.Interchange(SITE, source=source, examples=torch.tensor([1, 0]), source_positions=torch.tensor([1, 2]))
     mean = vs.Ablate(SITE, mode="mean", reference=source)
@@ -481,7 +482,8 @@ def test_a_part_that_is_kept_elsewhere_is_found_by_its_reference(
 
 
 def test_every_edit_reports_how_far_it_went(model: vs.Model, tokens: vs.Tokens, others: vs.Tokens) -> None:
-    source = model.run(others, capture=[SITE]).activations
+    tokens = vs.Tokens(tokens.ids)
+    source = model.run(vs.Tokens(others.ids), capture=[SITE]).activations
     for edit in edits_at(str(SITE), 48, source):
         (found,) = model.run(tokens, interventions=[edit]).diagnostics
         assert found["intervention"]["edit"] == type(edit).__name__.lower()

@@ -293,8 +293,9 @@ def test_an_edited_pattern_is_the_one_asked_for(model: vs.Model, tokens: vs.Toke
 
 def test_positions_are_those_of_the_stack_the_site_is_in(model: vs.Model, tokens: vs.Tokens) -> None:
     for name, width in (("encoder.layers.0.z", 9), ("decoder.layers.0.z", 4), ("decoder.layers.1.cross_v", 9)):
-        base = model.run(tokens, capture=[name])[name]
-        run = model.run(tokens, capture=[name], interventions=[vs.Ablate(name, positions=[width - 1])])
+        whole = replace(tokens, mask=None)
+        base = model.run(whole, capture=[name])[name]
+        run = model.run(whole, capture=[name], interventions=[vs.Ablate(name, positions=[width - 1])])
         assert torch.equal(run[name][:, :-1], base[:, :-1])
         assert not run[name][:, -1].any()
         with pytest.raises(InputError, match=f"position {width} is outside the prompts' {width} tokens"):

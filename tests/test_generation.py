@@ -332,7 +332,9 @@ def test_positions_become_masks_over_what_is_run() -> None:
 
 def test_values_that_do_not_reach_as_far_as_they_are_used_are_refused(model: vs.Model, ragged: vs.Tokens) -> None:
     source = model.run(ragged, capture=["layers.0.z"]).activations
-    with pytest.raises(InterventionError, match=r"the values given hold 9 tokens, and token 9 is to be edited"):
+    with pytest.raises(
+        InterventionError, match=r"token 9 of prompt 0 is to be edited, but its source, .* has 9 tokens"
+    ):
         model.generate(ragged, NEW, interventions=[vs.Patch("layers.0.z", source=source)])
     inside = vs.Patch("layers.0.z", source=source, positions=ragged.real)
     assert model.generate(ragged, NEW, interventions=[inside]).new == model.generate(ragged, NEW).new

@@ -11,7 +11,7 @@ from torch import Tensor
 import tiny
 import vesalius as vs
 from vesalius.errors import InputError, InterventionError, UnknownNameError
-from vesalius.intervention import derangement, mask_of, off_distribution
+from vesalius.intervention import derangement, long_enough, mask_of, off_distribution
 
 SITE = vs.Site.parse("layers.1.resid_post")
 
@@ -95,9 +95,11 @@ def test_resample_ablation_gives_every_example_another_ones_value(
     given = other["layers.1.mlp_out"]
     resample = vs.Ablate("layers.1.mlp_out", mode="resample", reference=other.activations, seed=3)
     edited = value(model, tokens, resample, "layers.1.mlp_out")
-    donors = [[j for j in range(6) if torch.equal(edited[i], given[j])] for i in range(6)]
+    lengths = tokens.lengths.tolist()
+    donors = [[j for j in range(6) if torch.equal(edited[i, :n], given[j, :n])] for i, n in enumerate(lengths)]
     assert all(len(found) == 1 and found[0] != i for i, found in enumerate(donors))
-    assert sorted(found[0] for found in donors) == list(range(6))
+    # Another example's tokens, never the padding after them.
+    assert all(int(reference.lengths[found[0]]) >= n for found, n in zip(donors, lengths, strict=True))
 
 
 def test_resampling_is_the_seeds_doing() -> None:
@@ -113,12 +115,16 @@ def test_a_derangement_has_no_fixed_points(n: int) -> None:
         assert not bool((order == torch.arange(n)).any())
 
 
-def test_a_derangement_by_length_pairs_neighbours_in_length() -> None:
+def test_donors_are_long_enough_and_serve_once_where_that_can_be() -> None:
     lengths = torch.tensor([5, 9, 5, 9, 5, 9, 5, 9])
-    order = derangement(8, 0, lengths)
-    assert sorted(order.tolist()) == list(range(8))
-    assert not bool((order == torch.arange(8)).any())
-    assert int((lengths[order] != lengths).sum()) == 2  # one at each seam of the cycle
+    for seed in range(5):
+        order = long_enough(derangement(8, seed), lengths, lengths, seed)
+        assert not bool((order == torch.arange(8)).any())
+        assert bool((lengths[order] >= lengths).all())
+        assert len(set(order[[1, 3, 5, 7]].tolist())) >= 3
+    assert torch.equal(long_enough(derangement(8, 1), lengths, torch.ones(8, dtype=torch.long), 1), derangement(8, 1))
+    with pytest.raises(InputError, match="no other prompt of the reference has the 7 tokens resampled in prompt 2"):
+        long_enough(derangement(3, 0), torch.tensor([4, 5, 7]), torch.tensor([4, 5, 7]), 0)
 
 
 def test_one_example_cannot_be_resampled() -> None:
@@ -315,3 +321,200 @@ def test_interventions_describe_themselves_in_plain_data(model: vs.Model, tokens
     assert patch["part"] == {"kind": "unit", "site": "layers.1.z[2]"}
     assert patch["source"]["tokens"] == tokens.content_hash
     assert vs.Ablate("layers.1.z").to_json()["mode"] == "zero"
+
+
+# --------------------------------------------------------- values of other prompts: shorter, longer, padded otherwise
+
+SHORT = [5, 7, 4, 6, 7, 3]
+LONG = [7, 7, 6, 6, 9, 5]
+
+
+def rows(lengths: list[int], seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, tiny.VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def left(batch: vs.Tokens, extra: int = 0) -> vs.Tokens:
+    """The same prompts with their padding on the left."""
+    width = batch.ids.shape[1] + extra
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    for number, n in enumerate(batch.lengths.tolist()):
+        ids[number, width - n :] = batch.ids[number, :n]
+    return vs.Tokens(ids, torch.arange(width) >= width - batch.lengths[:, None])
+
+
+def alone(model: vs.Model, batch: vs.Tokens, number: int, edit: Any = None) -> Tensor:
+    """Logits [pos, vocab] of one prompt, unpadded, by the plain module; edit(tensor) in place of layer 1's output."""
+    ids = batch.ids[number][batch.real[number]][None]
+
+    def hook(_m: Any, _i: Any, out: Any) -> Any:
+        first = out if isinstance(out, Tensor) else out[0]
+        changed = edit(first)
+        return changed if isinstance(out, Tensor) else (changed, *out[1:])
+
+    handle = model.layer(1).register_forward_hook(hook) if edit is not None else None
+    with torch.no_grad():
+        logits = model.module(ids).logits[0]
+    if handle is not None:
+        handle.remove()
+    return logits
+
+
+def stream(model: vs.Model, batch: vs.Tokens, number: int) -> Tensor:
+    """Layer 1's output [pos, d_model] of one prompt, unpadded, by a plain hook."""
+    seen: list[Tensor] = []
+    alone(model, batch, number, lambda out: (seen.append(out[0]), out)[1])
+    return seen[0]
+
+
+def put(position: int, vector: Tensor) -> Any:
+    def edit(out: Tensor) -> Tensor:
+        out = out.clone()
+        out[:, position] = vector
+        return out
+
+    return edit
+
+
+PADDINGS = {"right": lambda batch: batch, "left": left, "left, wider": lambda batch: left(batch, 2)}
+
+
+@pytest.mark.parametrize("source_padding", list(PADDINGS))
+@pytest.mark.parametrize("padding", list(PADDINGS))
+def test_values_go_from_token_to_token_whatever_the_padding(model: vs.Model, padding: str, source_padding: str) -> None:
+    base, donors = vs.Tokens.from_rows(rows(LONG, 1)), vs.Tokens.from_rows(rows(SHORT, 2))
+    other = model.run(PADDINGS[source_padding](donors), capture=[SITE]).activations
+    order = torch.tensor([3, 0, 4, 5, 1, 2])
+    own = torch.arange(6)
+    for edit, row in (
+        (vs.Patch(SITE, source=other, positions=2), own),
+        (vs.Interchange(SITE, source=other, examples=order, positions=2), order),
+    ):
+        run = model.run(PADDINGS[padding](base), interventions=[edit])
+        for number, n in enumerate(LONG):
+            expected = alone(model, base, number, put(2, stream(model, donors, int(row[number]))[2]))
+            real = PADDINGS[padding](base).real[number]
+            torch.testing.assert_close(run.logits[number][real], expected, atol=1e-4, rtol=1e-4)
+            assert n == len(expected)
+
+
+@pytest.mark.parametrize("padding", list(PADDINGS))
+def test_last_is_each_prompts_own_last(model: vs.Model, padding: str) -> None:
+    base, donors = vs.Tokens.from_rows(rows(LONG, 1)), vs.Tokens.from_rows(rows(SHORT, 2))
+    other = model.run(donors, capture=[SITE]).activations
+    order = torch.tensor([3, 0, 4, 5, 1, 2])
+    drawn = derangement(6, 4)
+    own = torch.arange(6)
+    for edit, row in (
+        (vs.Patch(SITE, source=other, positions="last"), own),
+        (vs.Interchange(SITE, source=other, examples=order, positions=["last"]), order),
+        (vs.Ablate(SITE, "resample", reference=other, seed=4, positions="last"), drawn),
+    ):
+        run = model.run(PADDINGS[padding](base), interventions=[edit])
+        made = model.generate(PADDINGS[padding](base), 1, interventions=[edit])
+        for number in range(6):
+            last = stream(model, donors, int(row[number]))[-1]
+            expected = alone(model, base, number, put(LONG[number] - 1, last))[-1]
+            real = PADDINGS[padding](base).real[number]
+            torch.testing.assert_close(run.logits[number][real][-1], expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(made.logits[number, 0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_position_without_a_token_in_its_source_is_refused(model: vs.Model) -> None:
+    base, donors = vs.Tokens.from_rows(rows(LONG, 1)), vs.Tokens.from_rows(rows(SHORT, 2))
+    other = model.run(donors, capture=[SITE, "layers.1.pattern"]).activations
+    order = torch.tensor([3, 0, 4, 5, 1, 2])
+    for edit, message in (
+        (vs.Patch(SITE, source=other), r"token 5 of prompt 0 .* its source, prompt 0 there, has 5 tokens"),
+        (vs.Patch("layers.1.pattern", source=other), r"token 5 of prompt 0 .* prompt 0 there, has 5 tokens"),
+        (vs.Patch(SITE, source=other, positions=[1, 3]), r"token 3 of prompt 5 .* prompt 5 there, has 3 tokens"),
+        (vs.Interchange(SITE, source=other, examples=order), r"token 6 of prompt 0 .* prompt 3 there, has 6 tokens"),
+        (vs.Freeze(SITE, source=other), r"Freeze at layers\.1\.resid_post: recorded \(6, 7, 48\), this run has \(6, 9"),
+    ):
+        with pytest.raises(InterventionError, match=message):
+            model.run(base, interventions=[edit])
+    with pytest.raises(InputError, match="source position 5 in source example 0, which has 5 tokens"):
+        model.run(base, interventions=[vs.Interchange(SITE, source=other, source_positions=5, positions=0)])
+    with pytest.raises(InputError, match="no other prompt of the reference has the 9 tokens resampled in prompt 4"):
+        model.run(base, interventions=[vs.Ablate(SITE, "resample", reference=other)])
+    # A prompt of one token is a shorter prompt like others, and is not stretched.
+    one = model.run(vs.Tokens(torch.ones(6, 1, dtype=torch.long)), capture=[SITE]).activations
+    with pytest.raises(InterventionError, match=r"token 1 of prompt 0 .* has 1 tokens"):
+        model.run(base, interventions=[vs.Patch(SITE, source=one)])
+
+
+def test_resampled_values_are_those_of_real_tokens(model: vs.Model) -> None:
+    base, donors = vs.Tokens.from_rows(rows(SHORT, 1)), vs.Tokens.from_rows(rows(LONG, 2))
+    other = model.run(donors, capture=[SITE]).activations
+    known = [stream(model, donors, number) for number in range(6)]
+    for seed in range(4):
+        given = value(model, base, vs.Ablate(SITE, "resample", reference=other, seed=seed), str(SITE))
+        for number, n in enumerate(SHORT):
+            same = [j for j in range(6) if LONG[j] >= n and torch.allclose(given[number, :n], known[j][:n], atol=1e-5)]
+            assert len(same) == 1
+            assert same[0] != number
+
+
+def test_a_patch_from_a_longer_prompt_takes_the_tokens_there_are(model: vs.Model) -> None:
+    base, donors = vs.Tokens.from_rows(rows(SHORT, 1)), vs.Tokens.from_rows(rows(LONG, 2))
+    other = model.run(donors, capture=[SITE, "layers.1.pattern"])
+    run = model.run(base, interventions=[vs.Patch(SITE, source=other.activations)])
+    edited = model.run(
+        base, capture="layers.1.pattern", interventions=[vs.Patch("layers.1.pattern", source=other.activations)]
+    )
+    for number, n in enumerate(SHORT):
+        vectors = stream(model, donors, number)[:n]
+        expected = alone(model, base, number, lambda out, vectors=vectors: vectors[None].to(out))
+        torch.testing.assert_close(run.logits[number, :n], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            edited["layers.1.pattern"][number, :, :n, :n], other["layers.1.pattern"][number, :, :n, :n]
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- left padding
+
+
+@pytest.mark.parametrize("positions", [1, [0, 2], "first", "last", torch.tensor([0, 1, 2, 3, 2, 1]), None])
+def test_a_position_is_the_prompts_token_whatever_the_padding(model: vs.Model, positions: Any) -> None:
+    """In a run as in a generation; noise too depends on the token's number and not on the column."""
+    batch = vs.Tokens.from_rows(rows(LONG, 1))
+    vector = torch.linspace(-3, 3, 48)
+    for edit in (
+        vs.Steer(SITE, scale=1.0, vector=vector, positions=positions),
+        vs.Noise(SITE, scale=2.0, positions=positions),
+    ):
+        right = model.run(batch, interventions=[edit])
+        made = [model.generate(one, 1, interventions=[edit]).logits[:, 0] for one in (batch, left(batch, 2))]
+        torch.testing.assert_close(made[0], made[1], atol=1e-4, rtol=1e-4)
+        ends = torch.arange(batch.ids.shape[1]) == (batch.lengths - 1)[:, None]
+        torch.testing.assert_close(made[0], right.logits[ends], atol=1e-4, rtol=1e-4)
+        for extra in (0, 2):
+            moved = left(batch, extra)
+            run = model.run(moved, interventions=[edit])
+            torch.testing.assert_close(run.logits[moved.real], right.logits[batch.real], atol=1e-4, rtol=1e-4)
+
+
+def test_an_edit_of_a_token_that_a_prompt_does_not_have_is_refused(model: vs.Model) -> None:
+    batch = vs.Tokens.from_rows(rows(LONG, 1))
+    for one in (batch, left(batch)):
+        for positions in (6, [1, 8], torch.tensor([0, 0, 6, 0, 0, 0])):
+            with pytest.raises(InputError, match=r"position \d is padding in some prompts \(prompt \d has \d tokens\)"):
+                model.run(one, interventions=[vs.Ablate(SITE, positions=positions)])
+    # A mask over the whole batch means its real tokens.
+    everywhere = torch.ones_like(batch.real)
+    run = model.run(left(batch), capture=SITE, interventions=[vs.Ablate(SITE, positions=everywhere)])
+    assert torch.equal(run[SITE].abs().sum(-1) > 0, ~left(batch).real)
+
+
+def test_freeze_aligns_by_token(model: vs.Model) -> None:
+    batch = vs.Tokens.from_rows(rows(LONG, 1))
+    recorded = model.run(batch, capture=["layers.1.pattern", SITE]).activations
+    steer = vs.Steer("layers.0.resid_post", scale=1.0, vector=torch.linspace(-3, 3, 48))
+    for site in ("layers.1.pattern", SITE):
+        freeze = vs.Freeze(site, source=recorded)
+        right = model.run(batch, interventions=[steer, freeze])
+        moved = left(batch, 3)
+        run = model.run(moved, interventions=[steer, freeze])
+        torch.testing.assert_close(run.logits[moved.real], right.logits[batch.real], atol=1e-4, rtol=1e-4)
+    free = model.run(batch, interventions=[steer])
+    assert (free.logits - right.logits)[batch.real].abs().max() > 0.01

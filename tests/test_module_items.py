@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import tiny
 import vesalius as vs
 from vesalius.errors import InputError, InterventionError, NotFiniteError
+from vesalius.model.direct import direct_effects
 
 X = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
 Pair = namedtuple("Pair", ["left", "right"])
@@ -174,3 +175,98 @@ def test_models_with_an_adapter_have_them_too() -> None:
     assert torch.equal(run["module:model.layers.1.self_attn|out.0"], run["layers.1.attn_out"])
     named = model.run(tokens, ["module:model.layers.1|in.0", "layers.1.resid_pre"])
     assert torch.equal(named["module:model.layers.1|in.0"], named["layers.1.resid_pre"])
+
+
+# ------------------------------------------------------------------------------------------------ changes in place
+
+
+class InPlace(torch.nn.Module):
+    """Goes on in place: an activation, and a sum onto the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(inplace=True))
+        self.second, self.last = torch.nn.Linear(6, 6), torch.nn.Linear(6, 3)
+        self.adds = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if not self.adds:  # autograd cannot go back through the sum in place
+            return self.last(x + self.second(x))
+        x += self.second(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_captured_tensor_is_what_the_module_gave_whatever_happens_to_it_later(grad: bool) -> None:
+    net = InPlace().eval()
+    net.adds = not grad
+    model, x = vs.Model(net), torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        linear = net.first[0](x)
+        hidden = linear.relu()
+        total = hidden + net.second(hidden)
+    run = model.run(x, capture=["module:first.0|out", "module:first|out", "module:last|in"], grad=grad)
+    assert torch.equal(run["module:first.0|out"], linear)
+    assert torch.equal(run["module:first|out"], hidden)
+    assert torch.equal(run["module:last|in"], total)
+    assert torch.equal(run.logits, net(x))
+    if grad:
+        (got,) = torch.autograd.grad(run.logits.sum(), run["module:first|out"])
+        through = net.last.weight.sum(0)
+        torch.testing.assert_close(got, (through + through @ net.second.weight).expand_as(got))
+
+
+def test_another_runs_values_survive_a_model_that_changes_them_in_place() -> None:
+    net = InPlace().eval()
+    model, (x, y) = vs.Model(net), torch.randn(2, 2, 5, 4, generator=torch.Generator().manual_seed(1))
+    other = model.run(y, capture="module:first.0|out")
+    before = other["module:first.0|out"].clone()
+    patched = model.run(x, interventions=[vs.Patch("module:first.0|out", source=other.activations)])
+    torch.testing.assert_close(patched.logits, other.logits)
+    assert torch.equal(other["module:first.0|out"], before)
+    assert bool((before < 0).any())
+
+
+def test_layers_that_add_in_place_are_swept_by_whole_runs_to_the_same_values() -> None:
+    pairs = tiny.pairs(n=3)
+    plain = vs.sweep(tiny.model("llama"), pairs, sites=["layers.*.resid_post", "layers.0.resid_pre"])
+    net = tiny.llama()
+    for layer in net.model.layers:
+        # As where the stream is added to with +=: a layer's input is gone once it has returned.
+        layer.register_forward_hook(lambda _, args, out: args[0].copy_(out))
+    model = vs.Model(net)
+    captured = model.run(pairs.tokens("clean"), capture="layers.*.resid_pre")
+    expected = tiny.model("llama").run(pairs.tokens("clean"), capture="layers.*.resid_pre")
+    for site in expected.activations:
+        assert torch.equal(captured[site], expected[site]), site
+    found = vs.sweep(model, pairs, sites=["layers.*.resid_post", "layers.0.resid_pre"])
+    torch.testing.assert_close(found.values, plain.values, atol=1e-4, rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------- training mode
+
+
+def test_a_model_in_training_mode_is_refused_where_runs_are_compared() -> None:
+    pairs, net = tiny.pairs(n=3), tiny.gpt2(attn_pdrop=0.1)
+    model = vs.Model(net.train())
+    calls = [
+        lambda: vs.sweep(model, pairs, sites="layers.0.z", each="head"),
+        lambda: vs.attribution_patching(model, pairs, sites="layers.0.z"),
+        lambda: direct_effects(model, pairs, pairs.tokens("clean")),
+        lambda: vs.Runs(model, {"corrupted": pairs}).metric("clean"),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match=r"is in training mode, .*; call model\.module\.eval\(\) first"):
+            call()
+    images = vs.Pairs(clean=torch.randn(2, 4), corrupted=torch.randn(2, 4), answer=torch.tensor([0, 1]),
+                      distractor=torch.tensor([1, 0]))  # fmt: skip
+    dropping = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Dropout(0.5), torch.nn.Linear(6, 3))
+    with pytest.raises(InputError, match="is in training mode"):
+        vs.sweep(vs.Model(dropping), images, sites="module:0|out")
+    vs.sweep(vs.Model(dropping.eval()), images, sites="module:0|out")
+    # Where nothing is random, the mode is of no account.
+    vs.sweep(vs.Model(torch.nn.Sequential(torch.nn.Linear(4, 3))), images, sites="module:0|in")
+    net.eval()
+    vs.sweep(model, pairs, sites="layers.0.z", each="head")

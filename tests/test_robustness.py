@@ -114,7 +114,7 @@ def test_gradients_reach_what_edits_hold(family: str, tokens: vs.Tokens) -> None
         "project": lambda x: vs.Project(vs.Direction(SITE, x)),
         "keep": lambda x: vs.Project(vs.Direction(SITE, x), keep=True, centre=source),
         "interchange": lambda x: vs.Interchange(
-            vs.Direction(SITE, x), source=source, examples=torch.tensor([1, 2, 3, 4, 5, 0])
+            vs.Direction(SITE, x), source=source, examples=torch.tensor([1, 2, 3, 4, 5, 0]), positions=range(6)
         ),
         "replace": lambda x: vs.Replace("layers.1.mlp_in", "layers.1.mlp_out", lambda y: y * x, "times"),
     }

@@ -3,14 +3,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+import tiny
+import vesalius as vs
 from vesalius.data import TASKS, Row, bos_token, build_pairs, named_positions, task
 from vesalius.data.tasks import capitals as make_capitals
 from vesalius.data.tasks import induction as make_induction
@@ -412,6 +415,55 @@ def test_bos_is_put_in_front_once_and_recorded() -> None:
 def test_an_unknown_bos_is_refused_with_the_special_tokens() -> None:
     with pytest.raises(TokenizerError, match=r"bos '<bos>' is not a special token .*<\|endoftext\|>, <\|im_start\|>"):
         make_ioi(model(), n=4, bos="<bos>")
+
+
+def wide() -> Any:
+    net = tiny.llama()
+    net.resize_token_embeddings(6000)
+    return net
+
+
+def putting_first(token: str) -> Any:
+    """A tokenizer that puts a token first by itself, as Gemma's and Llama 3's do."""
+    made = byte_level(bos_token="<|im_start|>", eos_token="<|im_end|>")
+    made._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A $B", special_tokens=[(token, made.convert_tokens_to_ids(token))]
+    )
+    return made
+
+
+def test_the_tokenizers_own_bos_is_everyones_and_never_doubled(tmp_path: Path) -> None:
+    own, end = putting_first("<|im_end|>"), "<|im_end|>"
+    net = vs.Model(wide(), tokenizer=own)
+    text = GOOD.clean
+    ids = own(text).input_ids
+    assert own.decode(ids[:1]) == end
+    assert net.tokens(text).ids[0].tolist() == ids
+    assert torch.equal(net.run(text).logits, net.run(torch.tensor([ids])).logits)
+    assert net.generate(text, 2).tokens.ids[0, :-2].tolist() == ids
+    begun = f"{end}{text}"
+    for bos in ("tokenizer", "auto", end):
+        assert net.tokens([text, begun], bos=bos).ids.tolist() == [ids, ids], bos
+        pairs = build_pairs([GOOD, replace(GOOD, clean=begun, corrupted=end + GOOD.corrupted)], own, bos=bos)
+        assert pairs.bos == end
+        assert rows(pairs)[0] == rows(pairs)[1] == ids
+        store = vs.data.harvest(net, [text, begun], sites=["layers.0.z"], out=tmp_path / bos.strip("<|>"), bos=bos,
+                                context=32, sink=vs.silent)  # fmt: skip
+        assert store.n_rows == 2 * (len(ids) - 1)
+    assert net.tokens(text, bos="none").ids[0].tolist() == ids[1:]
+    # One that puts nothing first is taken at its word, by whoever asks for the tokenizer's own.
+    plain = vs.Model(net.module, tokenizer=BYTE_LEVEL)
+    assert plain.tokens(text).ids[0].tolist() == BYTE_LEVEL(text).input_ids == ids[1:]
+    assert bos_token(BYTE_LEVEL, "tokenizer") == "none"
+
+
+@pytest.mark.parametrize("word", ["<bos>", "yes", ""])
+def test_an_unknown_bos_is_an_error_everywhere(word: str, tmp_path: Path) -> None:
+    net = vs.Model(wide(), tokenizer=BYTE_LEVEL)
+    with pytest.raises(TokenizerError, match=f"bos '{word}' is not a special token .*'tokenizer', 'auto' or 'none'"):
+        net.tokens("a ticket", bos=word)
+    with pytest.raises(TokenizerError, match=f"bos '{word}' is not a special token"):
+        vs.data.harvest(net, ["a ticket"], sites=["layers.0.z"], out=tmp_path / "acts", context=32, bos=word)
 
 
 # --- build_pairs -----------------------------------------------------------------------------------------------

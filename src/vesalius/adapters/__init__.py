@@ -71,6 +71,11 @@ def adapter_for(module: nn.Module) -> Adapter | None:
             return adapter
     if refusals:
         raise refusals[0]
+    if hasattr(module, "peft_config") and hasattr(module, "get_base_model"):
+        raise UnknownArchitectureError(
+            f"{name} is peft's wrapper around the model; pass the model inside, which has the same adapters in it: "
+            "vs.Model(peft_model.get_base_model())"
+        )
     # A transformers model of another class. Other modules are used by module paths, without an adapter.
     if hasattr(module, "config") and hasattr(module.config, "model_type"):
         known = ", ".join(sorted({c for adapter in KNOWN for c in adapter.classes}))

@@ -56,6 +56,7 @@ class _Measure:
     """Clean and corrupted values of the members, and plain runs with one of them patched."""
 
     def __init__(self, few: Runs, parts: Sequence[Part]) -> None:
+        few.model.check_evaluating()
         self._few = few
         self.forwards = 0
         self._clean, self._corrupted = (self._run(which, parts) for which in ("clean", few.main))

@@ -101,7 +101,7 @@ def study(
     past_gate: Annotated[
         bool, typer.Option("--past-gate", help="Go on although the model does not do the task.")
     ] = False,
-    bos: Annotated[str, typer.Option(help="Token put before every prompt: auto, none, or its text.")] = "auto",
+    bos: Annotated[str, typer.Option(help="Token before every prompt: auto, tokenizer, none, or its text.")] = "auto",
     random_sets: Annotated[
         int, typer.Option(help="Random sets the circuit is compared with; p is at least 1 / (sets + 1).")
     ] = 99,
@@ -153,7 +153,7 @@ def harvest(
     compute: Annotated[
         str, typer.Option(help="float32, or bfloat16: faster on most machines; the error is measured.")
     ] = "float32",
-    bos: Annotated[str, typer.Option(help="Token put before every context: auto, none, or its text.")] = "auto",
+    bos: Annotated[str, typer.Option(help="Token before every context: auto, tokenizer, none, its text.")] = "auto",
     keep_bos: Annotated[
         bool, typer.Option("--keep-bos", help="Keep the first position of each context, a norm outlier.")
     ] = False,

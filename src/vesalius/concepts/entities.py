@@ -18,6 +18,7 @@ from vesalius.data.forward import captured
 from vesalius.data.packing import bos_for
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
 from vesalius.inputs import Tokens
+from vesalius.inputs.beginning import begun
 from vesalius.intervention import Replace
 from vesalius.jobs.untrusted import read_json
 from vesalius.model import Model
@@ -200,13 +201,13 @@ def _known(model: Model, entities: Entities, attribute: str, few: Sequence[tuple
 def _tokens(model: Model, template: str, entity: str) -> tuple[tuple[int, ...], int] | None:
     """Token ids with the bos token in front, and where the entity ends; None where its end is inside a token."""
     first = bos_for(model.tokenizer, "auto", False)
-    head = [] if first.id is None else [first.id]
     encode = lambda text: model.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     before, whole = encode(template[: template.index("%s")] + entity), encode(template.replace("%s", entity))
     # A token that joins the entity's end with what follows would put its last position in doubt.
     if whole[: len(before)] != before:
         return None
-    return (*head, *whole), len(head) + len(before) - 1
+    ids = begun(whole, first.id)
+    return tuple(ids), len(ids) - len(whole) + len(before) - 1
 
 
 def _begins(model: Model, token: int, value: str) -> bool:

@@ -23,6 +23,7 @@ from vesalius.data.outliers import MAX_NORM
 from vesalius.data.packing import Tally, bos_for, tokenized
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Tokens
+from vesalius.inputs.beginning import begun
 from vesalius.jobs import Sink, track
 from vesalius.jobs.progress import shown
 from vesalius.model import Model
@@ -147,10 +148,9 @@ def _one_site(coders: Sequence[Coder]) -> Site:
 def _ids(model: Model, concept: Labelled, bos: str, context: int, cut: bool) -> list[list[int]]:
     """Token ids of every text, the bos token in front."""
     first = bos_for(model.tokenizer, bos, False)
-    head = [] if first.id is None else [first.id]
     found = []
     for number, ids in enumerate(tokenized(concept.texts, model.tokenizer, Tally())):
-        whole = [*head, *ids.tolist()]
+        whole = begun(ids.tolist(), first.id)
         if len(whole) > context and not cut:
             raise InputError(f"{concept.name}: text {number} has {len(whole)} tokens, more than context ({context})")
         if len(whole) < 2:

@@ -45,7 +45,7 @@ def captured(
     never fires.
     """
     begun = model.begun(tokens)
-    recorder = Recorder(model, [site.whole for site in sites], [], begun, False)
+    recorder = Recorder(model, [site.whole for site in sites], [], begun, False, copies=True)
     taps = [_ending(tap, recorder) for tap in recorder.taps]
     plain = model.adapter is None
     args, call = ((begun.ids.to(model.device),), {}) if plain else ((), model.token_call(begun))

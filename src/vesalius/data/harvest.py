@@ -59,7 +59,7 @@ def harvest(
     are names, globs, or with an index, as in layers.5.z[3]; heads and so on are joined into one row.
 
     tokens: rows at most, before outliers are dropped; default all. context: tokens run together at most, the bos
-    token included. bos: the token before every context, "auto", "none" or its text; rows at the first position
+    token included. bos: the token before every context, see `bos_token`; rows at the first position
     of each context, a norm outlier, are dropped unless keep_bos; rows at special tokens are always dropped.
     max_norm: rows at other positions whose norm is above this many medians of their shard, at any site, are dropped
     too and counted (see `outliers`); None keeps them. dtype: of the stored rows (float32, bfloat16, float16). compute:

@@ -20,9 +20,9 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vesalius.data.tasks.base import bos_token, special_tokens
 from vesalius.data.texts import NULL, Document
 from vesalius.errors import InputError
+from vesalius.inputs.beginning import bos_token, special_tokens
 from vesalius.protocol import content_hash
 
 Ids = NDArray[np.int64]
@@ -154,9 +154,9 @@ class Group:
 
 
 def bos_for(tokenizer: Any, bos: str, kept: bool) -> Bos:
-    """The bos token of every context: "auto", "none" or a token's text, as in `tasks`. Raises TokenizerError."""
+    """The bos token of every context: see `bos_token`. Raises TokenizerError."""
     if tokenizer is None:
-        if bos not in ("auto", "none"):
+        if bos not in ("auto", "tokenizer", "none"):
             raise InputError(f"bos {bos!r}: this model has no tokenizer, so it can only be 'none'")
         return Bos("none", None, kept)
     name = bos_token(tokenizer, bos)
@@ -247,7 +247,9 @@ def _contexts(documents: Iterable[Ids], packing: Packing) -> Iterator[Context]:
     head = np.array([] if packing.bos.id is None else [packing.bos.id], np.int64)
     room = packing.context - len(head)
     for number, ids in enumerate(documents):
-        for offset in range(0, len(ids), room):
+        # A document may begin with the token itself.
+        there = len(head) and len(ids) and ids[0] == head[0]
+        for offset in range(int(there), len(ids), room):
             piece = np.concatenate([head, ids[offset : offset + room]])
             kept = ~np.isin(piece, packing.special)
             # The bos token is a special token itself: only at the first position does `kept` decide about it.

@@ -22,10 +22,20 @@ from vesalius.intervention.apply import (
     reads_of,
     writes_of,
 )
-from vesalius.intervention.basic import Ablate, Freeze, Interchange, Patch, Steer, as_patches, derangement, is_number
+from vesalius.intervention.basic import (
+    Ablate,
+    Freeze,
+    Interchange,
+    Patch,
+    Steer,
+    as_patches,
+    derangement,
+    is_number,
+    long_enough,
+)
 from vesalius.intervention.edits import Noise, Project, Replace
 from vesalius.intervention.form import Recorded, Source
-from vesalius.intervention.place import NamedPositions, Place, Positions, mask_of, token_axis
+from vesalius.intervention.place import NamedPositions, Place, Positions, mask_of, place_of, token_axis
 from vesalius.intervention.stored import from_json, load, save, tensors_of
 
 __all__ = [
@@ -54,8 +64,10 @@ __all__ = [
     "joint",
     "listed",
     "load",
+    "long_enough",
     "mask_of",
     "off_distribution",
+    "place_of",
     "reads_of",
     "save",
     "tensors_of",

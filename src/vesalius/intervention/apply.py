@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from vesalius.errors import InputError, InterventionError
 from vesalius.inputs import Tokens
-from vesalius.intervention.place import Place, Positions, mask_of, place_of, spread, token_axis
+from vesalius.intervention.place import Place, Positions, place_of, spread, token_axis
 from vesalius.parts import At, Part, Unit
 from vesalius.site import ATTENTION, Site
 
@@ -91,12 +90,10 @@ def apply(edit: Intervention, at: At, place: Place) -> dict[Site, Tensor]:
     precision, also under autocast.
     """
     part = edit.part
-    chosen = place.chosen
-    if chosen is None:
-        chosen = mask_of(edit.positions, place.real, place.named_positions)
+    place = place.choosing(edit.positions)
     with _own_precision(at[part.writes[0].whole]):
         present = part.value(at)
-        new = edit.value(present, replace(place, chosen=chosen))
+        new = edit.value(present, place)
         try:
             new = new.to(present).expand_as(present)
         except RuntimeError:
@@ -105,9 +102,9 @@ def apply(edit: Intervention, at: At, place: Place) -> dict[Site, Tensor]:
                 f"the present one {tuple(present.shape)}"
             ) from None
         edited = part.written(at, new)
-    if chosen is None:
+    if place.chosen is None:
         return edited
-    return {site: _only_at(chosen, edited[site], at[site], site) for site in edited}
+    return {site: _only_at(place.chosen, edited[site], at[site], site) for site in edited}
 
 
 def _only_at(chosen: Bool[Tensor, "batch pos"], edited: Tensor, whole: Tensor, site: Site) -> Tensor:

@@ -16,7 +16,7 @@ from vesalius.errors import InputError, InterventionError, UnknownNameError
 from vesalius.inputs import Tokens
 from vesalius.intervention.apply import Intervention, apply
 from vesalius.intervention.form import Recorded, Source
-from vesalius.intervention.place import Place, Positions, mask_of, place_of, token_axis
+from vesalius.intervention.place import Place, Positions, place_of, token_axis
 from vesalius.parts import Group, Part, Together, Unit, as_part
 from vesalius.site import Site
 
@@ -59,23 +59,32 @@ def values_of(source: Source, part: Part) -> Tensor:
     return part.value(source) if isinstance(source, Activations) else source
 
 
+def tokens_of(source: Source | None) -> Tokens | None:
+    """The tokens that values are of, when that is known."""
+    return source.tokens if isinstance(source, Activations) else None
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Patch(Edit):
-    """Give a part the value it had in another run (Activations that captured the site) or a tensor."""
+    """Give a part the value it had in another run (Activations that captured the site) or a tensor.
+
+    A token gets the value of the token with the same number in the same example of the other run, the last one, edited
+    as "last", that of the last one there. Raises InterventionError when there is none: padding has no values.
+    """
 
     source: Source = field(kw_only=True)
     positions: Positions = None
 
     def value(self, present: Tensor, place: Place) -> Tensor:
-        return place.here(values_of(self.source, self.part), self.place, present).to(present)
+        return place.here(values_of(self.source, self.part), self.place, present, tokens_of(self.source)).to(present)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Freeze(Edit):
     """Hold a part at the value of a recorded run of the same prompts, while something else is edited.
 
-    source: Activations. Raises UnknownNameError when they did not capture the site, InterventionError in a run whose
-    tensor there has another shape: nothing is stretched to fit.
+    source: Activations. Token by token, whatever the padding. Raises UnknownNameError when they did not capture the
+    site, InterventionError in a run of prompts of other lengths: nothing is stretched to fit.
     """
 
     source: Activations = field(kw_only=True)
@@ -87,13 +96,15 @@ class Freeze(Edit):
             _ = self.source[site.whole]
 
     def value(self, present: Tensor, place: Place) -> Tensor:
-        recorded = self.part.value(self.source)
-        if place.index is None and recorded.shape != present.shape:
+        recorded, tokens = self.part.value(self.source), self.source.tokens
+        # The same prompts may be padded otherwise.
+        same = tokens is not None and torch.equal(tokens.real_at(self.place).sum(1), place.real.sum(1))
+        if place.ends is None and recorded.shape != present.shape and not (same and recorded.ndim == present.ndim):
             raise InterventionError(
                 f"Freeze at {self.place}: recorded {tuple(recorded.shape)}, this run has {tuple(present.shape)}; "
                 "record the same prompts, or use Patch"
             )
-        return place.here(recorded, self.place, present).to(present)
+        return place.here(recorded, self.place, present, tokens).to(present)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -102,10 +113,12 @@ class Interchange(Edit):
 
     source: Activations, or the part's values [source, pos, ...]. examples: [batch], the source example of each base
     example; default the one with the same number. source_positions: the source position that is read, one number or
-    [batch], written at every edited position; default the same position as in the base. With a Subspace or Direction
+    [batch], written at every edited position; default the same position as in the base ("last": the source's own last).
+    With a Subspace or Direction
     only its coordinates are interchanged (DAS), and gradients reach its basis.
 
-    Raises InputError for a source example that is not there, InterventionError when the numbers do not fit the run.
+    Raises InputError for a source example or position that is not there, InterventionError when the numbers do not fit
+    the run, or a source example has no token with a number that is edited.
     """
 
     source: Source = field(kw_only=True)
@@ -115,20 +128,28 @@ class Interchange(Edit):
 
     def value(self, present: Tensor, place: Place) -> Tensor:
         values = values_of(self.source, self.part)
-        row = self._rows(len(present), len(values)).to(values.device)
+        row, tokens = self._rows(len(present), len(values)), tokens_of(self.source)
         if self.source_positions is None:
-            return place.here(values[row], self.place, present).to(present)
+            return place.here(values, self.place, present, tokens, row).to(present)
         axis = token_axis(self.place)
-        at = torch.as_tensor(self.source_positions, device=values.device).expand(len(present))
-        if int(at.max()) >= values.shape[axis] or int(at.min()) < 0:
+        at = torch.as_tensor(self.source_positions).cpu().expand(len(present))
+        real = None if tokens is None else tokens.real_at(self.place)[row]
+        if real is None or real.shape[1] != values.shape[axis]:
+            real = torch.ones(len(row), values.shape[axis], dtype=torch.bool)
+        lengths = real.sum(1)
+        outside = (at >= lengths) | (at < 0)
+        if bool(outside.any()):
+            first = int(outside.nonzero()[0])
             raise InputError(
-                f"Interchange at {self.place}: source positions {int(at.min())} to {int(at.max())} of "
-                f"{values.shape[axis]} tokens; they count from 0"
+                f"Interchange at {self.place}: source position {int(at[first])} in source example {int(row[first])}, "
+                f"which has {int(lengths[first])} tokens; they count from 0"
             )
-        return values.movedim(axis, 1)[row, at].unsqueeze(1).movedim(1, axis).to(present)
+        column = (~real).long().argsort(dim=1, stable=True)[torch.arange(len(at)), at]
+        row, column = row.to(values.device), column.to(values.device)
+        return values.movedim(axis, 1)[row, column].unsqueeze(1).movedim(1, axis).to(present)
 
     def _rows(self, batch: int, known: int) -> Tensor:
-        rows = torch.arange(batch) if self.examples is None else torch.as_tensor(self.examples)
+        rows = torch.arange(batch) if self.examples is None else torch.as_tensor(self.examples).cpu()
         if rows.shape != (batch,):
             raise InterventionError(
                 f"Interchange at {self.place}: examples= has shape {tuple(rows.shape)}; this run has {batch} "
@@ -147,7 +168,8 @@ class Ablate(Edit):
     """Remove a part's information.
 
     mode "zero": zeros. "mean": the mean over the real positions of a reference (Activations), or a tensor given.
-    "resample": the value of another example of the reference, drawn without fixed points by `seed`.
+    "resample": the value of another example of the reference, drawn without fixed points by `seed`, among those that
+    have every token that is edited ("last" is each prompt's own last).
     """
 
     mode: Literal["zero", "mean", "resample"] = "zero"
@@ -169,9 +191,18 @@ class Ablate(Edit):
         values = values_of(self.reference, self.part)
         if self.mode == "mean" and isinstance(self.reference, Activations):
             return mean_of(values, self.reference.tokens, self.place).to(present)
-        if self.mode == "resample":
-            values = values[derangement(len(values), self.seed).to(values.device)]
-        return place.here(values, self.place, present).to(present)
+        tokens = tokens_of(self.reference)
+        rows = self._donors(len(values), place, tokens) if self.mode == "resample" else None
+        return place.here(values, self.place, present, tokens, rows).to(present)
+
+    def _donors(self, n: int, place: Place, tokens: Tokens | None) -> Int[Tensor, " n"]:
+        drawn = derangement(n, self.seed)
+        # While a model writes, a donor is the same for every token, so that the text cannot change who it is.
+        if tokens is None or place.ends is not None or n != len(place.real):
+            return drawn
+        edited = place.edited if place.last is None else place.edited & ~place.last
+        needs = torch.where(edited, place.numbers + 1, 1).amax(1)
+        return long_enough(drawn, tokens.real_at(self.place).sum(1), needs, self.seed)
 
 
 def mean_of(values: Tensor, tokens: Tokens | None, site: Site) -> Tensor:
@@ -181,20 +212,42 @@ def mean_of(values: Tensor, tokens: Tokens | None, site: Site) -> Tensor:
     return values[tokens.real_at(site).to(values.device)].mean(0)
 
 
-def derangement(n: int, seed: int, lengths: Int[Tensor, " n"] | None = None) -> Int[Tensor, " n"]:
+def derangement(n: int, seed: int) -> Int[Tensor, " n"]:
     """A permutation of n without fixed points: each gets the one before it in a random order, the first gets the last.
 
-    lengths: order by length first and at random within a length, so that partners have (nearly) equal lengths.
     Raises InputError for n < 2.
     """
     if n < 2:
         raise InputError("resample ablation needs at least 2 reference examples")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    if lengths is not None:
-        order = order[lengths.cpu()[order].argsort(stable=True)]
     result = torch.empty_like(order)
     result[order] = order.roll(1)
     return result
+
+
+def long_enough(
+    drawn: Int[Tensor, " n"], lengths: Int[Tensor, " n"], needs: Int[Tensor, " n"], seed: int
+) -> Int[Tensor, " n"]:
+    """The examples drawn as donors; when one is too short, all are drawn again, among the others that are long enough.
+
+    lengths: tokens of each example. needs: how many its donor must have. Raises InputError when there is no such donor.
+    """
+    if bool((lengths[drawn] >= needs).all()):
+        return drawn
+    found, unused, generator = drawn.clone(), set(range(len(drawn))), torch.Generator().manual_seed(seed)
+    # Those that need the longest choose first, so that as few donors as possible serve twice.
+    for row in needs.argsort(descending=True, stable=True).tolist():
+        fitting = [one for one in range(len(drawn)) if one != row and lengths[one] >= needs[row]]
+        if not fitting:
+            raise InputError(
+                f"no other prompt of the reference has the {int(needs[row])} tokens resampled in prompt {row}; "
+                'give positions= that another one has ("last" is each prompt\'s own last), leave that prompt out, or '
+                "take the mean"
+            )
+        free = [one for one in fitting if one in unused] or fitting
+        found[row] = free[int(torch.randint(len(free), (), generator=generator))]
+        unused.discard(int(found[row]))
+    return found
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -244,7 +297,7 @@ def as_patches(edits: Sequence[Intervention], at: Mapping[Site, Tensor], tokens:
     made, chosen = dict(at), dict[Site, Tensor | None]()
     for edit in edits:
         place = place_of(tokens, edit.part.writes[0], made[edit.part.writes[0].whole])
-        mask = mask_of(edit.positions, place.real, place.named_positions)
+        mask = place.choosing(edit.positions).chosen
         for site, tensor in apply(edit, made, place).items():
             before = chosen.get(site, torch.zeros_like(place.real))
             chosen[site] = None if mask is None or before is None else before | mask

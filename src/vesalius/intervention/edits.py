@@ -84,7 +84,7 @@ class Noise(Edit):
             raise InputError(f"Noise at {self.place} needs scale >= 0 and a finite std; got {self.scale}")
 
     def value(self, present: Tensor, place: Place) -> Tensor:
-        if place.index is not None and self.place.kind in ATTENTION:
+        if place.ends is not None and self.place.kind in ATTENTION:
             raise InterventionError(f"Noise at {self.place} is not fixed token by token while a model generates")
         std = self.std.to(present) if isinstance(self.std, Tensor) else self.std
         return present + self.scale * std * self._draw(present, place).to(present)
@@ -98,7 +98,7 @@ class Noise(Edit):
         numbers = torch.arange(shape[0]) if self.examples is None else torch.as_tensor(self.examples)
         if len(numbers) != shape[0]:
             raise InterventionError(f"Noise at {self.place}: {len(numbers)} examples= for a run of {shape[0]}")
-        index = torch.arange(shape[1]).expand(shape[0], -1) if place.index is None else place.index.cpu()
+        index = torch.arange(shape[1]).expand(shape[0], -1) if place.index is None else place.numbers
         rows = [self._of_example(int(n), index[row], shape[2:]) for row, n in enumerate(numbers)]
         return torch.stack(rows).movedim(1, axis)
 

@@ -20,6 +20,7 @@ from vesalius.adapters.base import frozen_scale, gain, parameter
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Pairs, Tokens
 from vesalius.model import Model
+from vesalius.model.weights import rounding
 from vesalius.site import Site
 
 
@@ -56,13 +57,13 @@ def frozen_norm(model: Model, final: Float[Tensor, "example d_model"], answer: T
     """Direction of the logit difference answer - distractor through the final norm frozen at `final`."""
     adapter, _ = model.architecture
     norm = submodule(model.module, adapter.final_norm)
-    difference = (model.W_U[answer] - model.W_U[distractor]).to(final)
+    unembedding = model.unembedding
+    difference = (unembedding.matrix[answer] - unembedding.matrix[distractor]).to(final)
     weighted = difference * gain(adapter.norm, norm).to(final)
     bias = parameter(norm, "bias")
     constant = difference @ bias if bias is not None else difference.new_zeros(len(difference))
-    extra = parameter(submodule(model.module, adapter.unembed), "bias")
-    if isinstance(extra, Tensor):
-        constant = constant + (extra[answer] - extra[distractor]).detach().to(constant)
+    if unembedding.bias is not None:
+        constant = constant + (unembedding.bias[answer] - unembedding.bias[distractor]).to(constant)
     scaled = weighted * frozen_scale(adapter.norm, norm, final)
     # LayerNorm also centres its input, which is linear: centring the direction does the same.
     return Frozen(scaled if adapter.norm != "layer" else scaled - scaled.mean(-1, keepdim=True), constant)
@@ -76,6 +77,7 @@ def direct_effects(model: Model, pairs: Pairs, tokens: Tokens) -> Direct:
     with that norm frozen as well. Raises InputError for a model whose logits are no such sum (BERT has norms on the
     residual stream).
     """
+    model.check_evaluating()
     adapter, layout = model.architecture
     if not adapter.direct:
         raise InputError(
@@ -93,10 +95,23 @@ def direct_effects(model: Model, pairs: Pairs, tokens: Tokens) -> Direct:
     bias = frozen.constant
     for layer in range(layout.n_layers):
         z = run[f"layers.{layer}.z"][rows, pairs.at]
-        writes = model.head_writes(layer, z)
+        writes, own = model.attention_shares(layer, z)
         shares = frozen.of(writes)
         for head in range(layout.n_heads):
             found[f"layers.{layer}.z[{head}]"] = shares[:, head]
-        bias = bias + frozen.of(run[f"layers.{layer}.attn_out"][rows, pairs.at] - writes.sum(1))
+        rest = run[f"layers.{layer}.attn_out"][rows, pairs.at] - writes.sum(1)
+        _check_rest(f"layers.{layer}.attn_out", rest, own, writes)
+        bias = bias + frozen.of(rest)
         found[f"layers.{layer}.mlp_out"] = frozen.of(run[f"layers.{layer}.mlp_out"][rows, pairs.at])
     return Direct({**found, "bias": bias})
+
+
+def _check_rest(site: str, rest: Float[Tensor, "example d_model"], own: Tensor, writes: Tensor) -> None:
+    """Raises InputError when what attention wrote beside its heads' shares is not its output projection's own bias."""
+    size = writes.norm(dim=-1).sum(1) + own.norm(dim=-1)
+    off = float(((rest - own).norm(dim=-1) / size.clamp_min(torch.finfo(size.dtype).tiny)).max())
+    if not off <= max(rounding(rest), 1e-4):
+        raise InputError(
+            f"{site} is not the sum of its heads' shares and the output projection's bias: {off:.1%} of their size is "
+            "left over. The attention module does more than its output projection, so heads have no direct effects here"
+        )

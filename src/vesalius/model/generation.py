@@ -21,7 +21,7 @@ from torch import Tensor
 from vesalius.activations import Activations
 from vesalius.errors import InputError, NotFiniteError
 from vesalius.inputs import Tokens
-from vesalius.intervention import Intervention, NamedPositions, Place, Positions, mask_of
+from vesalius.intervention import Intervention, NamedPositions, Place, Positions, mask_of, place_of
 from vesalius.site import ATTENTION, Site
 
 
@@ -143,7 +143,9 @@ def decoded(forward: Decode, prompts: Tokens, edits: Sequence[Intervention], ste
     made, logits, unfinished = prompts, [], torch.ones(len(prompts), dtype=torch.bool)
     diagnostics: list[Mapping[str, Any]] = []
     for number in range(steps):
-        places = [_decoder_place(made, edit.part.writes[0], mask) for edit, mask in zip(edits, masks, strict=True)]
+        places = [
+            _decoder_place(made, given, edit.part.writes[0], mask) for edit, mask in zip(edits, masks, strict=True)
+        ]
         step, ran = forward(made, places), made
         last = step.logits[:, -1]
         _refuse_nan(last, number)
@@ -160,14 +162,15 @@ def decoded(forward: Decode, prompts: Tokens, edits: Sequence[Intervention], ste
     return Generation(made, new, torch.stack(logits, 1), Activations(step.captured, ran), tuple(diagnostics))
 
 
-def _decoder_place(tokens: Tokens, site: Site, mask: Tensor | None) -> Place:
-    """The tokens of a site's stack, in a pass with the decoder's tokens so far."""
+def _decoder_place(tokens: Tokens, given: int, site: Site, mask: Tensor | None) -> Place:
+    """The tokens of a site's stack, in a pass with the decoder's tokens so far, of which some were given."""
     real = tokens.real_at(site)
     if site.of_encoder:
-        return Place(real, chosen=mask, named_positions=tokens.named_positions)
+        return replace(place_of(tokens, site, tokens.ids), chosen=mask)
     number = torch.arange(real.shape[1]).expand_as(real)
     keys = torch.arange(tokens.ids.shape[1]).expand_as(tokens.ids) if site.cross else number
-    return Place(real, number, None if mask is None else mask[:, : real.shape[1]], keys=keys)
+    chosen = None if mask is None else mask[:, : real.shape[1]]
+    return Place(real, number, chosen, keys=keys, ends=torch.full((len(real),), given - 1))
 
 
 def _left_padded(prompts: Tokens) -> Tokens:
@@ -196,7 +199,7 @@ def _write(forward: Pass, prompts: Tokens, masks: Sequence[Tensor], steps: int, 
     for number in range(steps):
         keys = torch.cat([*kept.index, index], 1)
         chosen = [mask.gather(1, index.clamp_max(nowhere - 1)) & real for mask in masks]
-        places = [Place(real, index, mask, keys=keys) for mask in chosen]
+        places = [Place(real, index, mask, keys=keys, ends=lengths - 1) for mask in chosen]
         step = forward(ids, columns, index, cache, places)
         last = step.logits[:, -1]
         _refuse_nan(last, number)
@@ -249,17 +252,17 @@ def edited_tokens(
                 f"position {position} is never run: prompts of {width} tokens and {steps} new ones are run up to "
                 f"position {total - 1} (the last new token is not run)"
             )
+    number = torch.arange(total)
     if isinstance(positions, Tensor):
-        mask = mask_of(positions, run)
-        assert mask is not None
-        return mask & run
+        if positions.shape != lengths.shape:
+            raise InputError(f"per-example positions must be [{len(lengths)}]; got {tuple(positions.shape)}")
+        return run & (number == positions.cpu()[:, None])
     names = [position for position in _listed(positions) if isinstance(position, str)]
     numbers = [position for position in _listed(positions) if not isinstance(position, str)]
     # Names belong to the prompts; numbers go on into the new tokens.
-    named, counted = mask_of(names, prompt, named_positions), mask_of(numbers, run)
+    named = mask_of(names, prompt, named_positions)
     assert named is not None
-    assert counted is not None
-    return named | (counted & run)
+    return named | (torch.isin(number, torch.tensor(numbers, dtype=torch.long)) & run)
 
 
 def _listed(positions: int | str | Sequence[int | str]) -> list[int | str]:

@@ -6,7 +6,6 @@ are reached through our attention function for the length of that one run; the m
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,16 +17,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vesalius.activations import Activations, Run
-from vesalius.adapters import Adapter, Layout, Stack, adapter_for, submodule
-from vesalius.adapters.base import device_of, frozen_scale, gain, parameter, weight_of
+from vesalius.adapters import Adapter, Layout, adapter_for, submodule
+from vesalius.adapters.base import device_of, frozen_scale, gain
 from vesalius.errors import InputError
 from vesalius.inputs import Tokens
+from vesalius.inputs.beginning import encoded
 from vesalius.intervention import Intervention, Place, as_patches, joint, listed
 from vesalius.model.calls import Caller, logits_of
+from vesalius.model.family_sites import limit_of, sites_of
 from vesalius.model.generation import Choice, Generation, Step, decoded, generated
 from vesalius.model.taps import Recorder
+from vesalius.model.weights import Linear, dtype_of, hash_of, linear_of
 from vesalius.parts import places
-from vesalius.site import ATTENTION, GLOBAL_KINDS, LAYER_KINDS, RESULTS, Site, select
+from vesalius.site import Site, select
 
 _GUESS = object()
 
@@ -62,14 +64,7 @@ class Model:
     @cached_property
     def content_hash(self) -> str:
         """sha256 of every parameter and buffer, by name."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.module.state_dict().items()):
-            if tensor.is_meta:
-                path, _, last = name.rpartition(".")
-                tensor = weight_of(self.module.get_submodule(path), last)
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return hash_of(self.module)
 
     @property
     def architecture(self) -> tuple[Adapter, Layout]:
@@ -91,13 +86,7 @@ class Model:
         if self.adapter is None or self.layout is None:
             names = [name for name, _ in self.module.named_modules() if name]
             return [Site("module", module=name) for name in names]
-        found = [Site(kind) for kind in GLOBAL_KINDS if kind in self.adapter.outside]
-        for name in self.adapter.stack_names:
-            stack = self.adapter.stack(name)
-            kinds = [kind for kind in LAYER_KINDS if kind in stack.sites or _derives(stack, kind)]
-            found += [Site(kind, n, stack=name) for n in range(self.layout.layers_of(name)) for kind in kinds]
-            found += [Site(kind, stack=name) for kind in GLOBAL_KINDS if name and kind in stack.outside]
-        return sorted(found, key=lambda site: site.order)
+        return sites_of(self.adapter, self.layout)
 
     @cached_property
     def _site_set(self) -> frozenset[Site]:
@@ -110,14 +99,14 @@ class Model:
 
     def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:  # noqa: N802
         """Output projection of each head. In a model with a norm after attention, what comes before that norm."""
-        return self._heads_of(submodule(self.layer(layer), self.architecture[0].o_proj))
+        return self._heads_of(self._linear(submodule(self.layer(layer), self.architecture[0].o_proj)))
 
-    def _heads_of(self, projection: nn.Module) -> Float[Tensor, "head d_head d_model"]:
+    def _linear(self, projection: nn.Module) -> Linear:
         layout = self.architecture[1]
-        weight = weight_of(projection)
-        # Linear keeps [out, in]; GPT-2's Conv1D keeps [in, out].
-        rows = weight.T if isinstance(projection, nn.Linear) else weight
-        return rows.reshape(layout.n_heads, layout.d_head, layout.d_model)
+        return linear_of(projection, layout.n_heads * layout.d_head, dtype_of(self.module))
+
+    def _heads_of(self, projection: Linear) -> Float[Tensor, "head d_head d_model"]:
+        return projection.matrix.T.unflatten(0, (self.architecture[1].n_heads, -1))
 
     def heads_of(self, site: Site, z: Tensor) -> Tensor:
         """The heads' result at a `result` or `cross_result` site, from z there."""
@@ -126,39 +115,49 @@ class Model:
             return self.head_writes(site.layer, z)
         stack = self.architecture[0].stack(site.stack)
         projection = submodule(self.layer(site.layer, site.stack), stack.cross_o_proj if site.cross else stack.o_proj)
-        return torch.einsum("...hd,hdm->...hm", z, self._heads_of(projection).to(z))
+        return torch.einsum("...hd,hdm->...hm", z, self._heads_of(self._linear(projection)).to(z))
 
     def head_writes(self, layer: int, z: Float[Tensor, "*any head d_head"]) -> Float[Tensor, "*any head d_model"]:
         """What each head adds to the residual stream, from one layer's z.
 
         The sum over heads is attn_out less the output projection's bias. With a norm after attention its scale is
-        held at the value it has for this z, which makes the shares exact.
+        held at the value it has for this z, which makes the shares exact. Raises InputError when the output projection
+        is not linear.
         """
+        return self.attention_shares(layer, z)[0]
+
+    def attention_shares(self, layer: int, z: Float[Tensor, "*any head d_head"]) -> tuple[Tensor, Tensor]:
+        """What each head adds, and what the output projection's bias adds [*any, d_model]; see `head_writes`."""
         adapter, _ = self.architecture
-        writes = torch.einsum("...hd,hdm->...hm", z, self.W_O(layer).to(z))
+        projection = self._linear(submodule(self.layer(layer), adapter.o_proj))
+        writes = torch.einsum("...hd,hdm->...hm", z, self._heads_of(projection).to(z))
+        own = torch.zeros_like(writes[..., 0, :]) if projection.bias is None else projection.bias.to(z)
         if not adapter.attn_norm:
-            return writes
+            return writes, own.expand_as(writes[..., 0, :])
         norm = submodule(self.layer(layer), adapter.attn_norm)
-        bias = parameter(submodule(self.layer(layer), adapter.o_proj), "bias")
-        total = writes.sum(-2) if bias is None else writes.sum(-2) + bias.to(z)
-        return writes * (frozen_scale(adapter.norm, norm, total) * gain(adapter.norm, norm).to(z)).unsqueeze(-2)
+        scale = frozen_scale(adapter.norm, norm, writes.sum(-2) + own) * gain(adapter.norm, norm).to(z)
+        return writes * scale.unsqueeze(-2), own * scale
 
     @property
     def W_U(self) -> Float[Tensor, "vocab d_model"]:  # noqa: N802
         """Unembedding."""
-        adapter, _ = self.architecture
-        return weight_of(submodule(self.module, adapter.unembed))
+        return self.unembedding.matrix
 
-    def tokens(self, texts: str | Sequence[str], bos: str = "none") -> Tokens:
-        """Tokens of texts. bos: a token's text put first ("<bos>"), or "none".
+    @property
+    def unembedding(self) -> Linear:
+        """Unembedding with its bias. Raises InputError for one that is not linear."""
+        adapter, layout = self.architecture
+        return linear_of(submodule(self.module, adapter.unembed), layout.d_model, dtype_of(self.module))
 
-        Raises InputError without tokenizer, or for an empty text.
+    def tokens(self, texts: str | Sequence[str], bos: str = "tokenizer") -> Tokens:
+        """Tokens of texts, as the tokenizer makes them. bos: what stands first, never twice; see `data.bos_token`.
+
+        Raises InputError without tokenizer, or for an empty text; TokenizerError for an unknown bos.
         """
         if self.tokenizer is None:
             raise InputError(f"{self.name} has no tokenizer: pass token ids, or vs.Model(net, tokenizer=...)")
-        first = [] if bos == "none" else [self.tokenizer.convert_tokens_to_ids(bos)]
         listed = [texts] if isinstance(texts, str) else list(texts)
-        return Tokens.from_rows([first + self.tokenizer.encode(text, add_special_tokens=False) for text in listed])
+        return Tokens.from_rows([encoded(self.tokenizer, text, bos) for text in listed])
 
     def run(
         self,
@@ -187,9 +186,12 @@ class Model:
         wanted = self._wanted(capture)
         watch = self._all_sites if check_finite else ()
         edits = self._separated(inputs, listed(interventions), tokens)
-        recorder = Recorder(self, wanted, edits, tokens, grad, watch=watch)
-        with torch.set_grad_enabled(grad), recorder.listening():
-            output = self.module(*args, **call)
+        for copies in (torch.is_inference_mode_enabled(), True):
+            recorder = Recorder(self, wanted, edits, tokens, grad, watch=watch, copies=copies)
+            with torch.set_grad_enabled(grad), recorder.listening():
+                output = self.module(*args, **call)
+            if copies or not recorder.overwritten():
+                break
         recorder.check_fired()
         return Run(logits_of(output), Activations(recorder.captured(), tokens), recorder.diagnostics())
 
@@ -244,7 +246,7 @@ class Model:
         places: Sequence[Place],
     ) -> Step:
         """One pass of an encoder-decoder that writes."""
-        recorder = Recorder(self, capture, interventions, tokens, False, places)
+        recorder = Recorder(self, capture, interventions, tokens, False, places, copies=True)
         with torch.no_grad(), recorder.listening():
             output = self.module(**self.token_call(tokens))
         recorder.check_fired()
@@ -273,7 +275,7 @@ class Model:
         )
         if self._takes("logits_to_keep") and not whole:
             call["logits_to_keep"] = 1
-        recorder = Recorder(self, capture, interventions, Tokens(ids, here), False, places)
+        recorder = Recorder(self, capture, interventions, Tokens(ids, here), False, places, copies=True)
         with torch.no_grad(), recorder.listening():
             output = self.module(**call)
         recorder.check_fired()
@@ -304,7 +306,7 @@ class Model:
             raise InputError(f"{site}: {self.name} has {n_layers} layers, numbered from 0")
         if site.whole not in self._site_set:
             select(str(site.whole), self._all_sites)  # raises, naming the sites there are
-        limit, what = _limit(site.kind, layout)
+        limit, what = limit_of(site.kind, layout)
         if site.index is not None and limit is not None and site.index >= limit:
             raise InputError(f"{site}: {self.name} has {limit} {what}, numbered from 0")
 
@@ -313,6 +315,15 @@ class Model:
         if isinstance(inputs, str) or (isinstance(inputs, list) and inputs and isinstance(inputs[0], str)):
             inputs = self.tokens(inputs)
         return self._caller.arguments(inputs)
+
+    def check_evaluating(self) -> None:
+        """Raise InputError for a model in training mode, two runs of which differ by themselves (dropout)."""
+        training = [part for part in self.module.modules() if part.training]
+        if any(self.adapter is not None or _is_random(part) for part in training):
+            raise InputError(
+                f"{self.name} is in training mode, in which two runs of the same prompts differ by themselves; call "
+                "model.module.eval() first"
+            )
 
     def token_call(self, tokens: Tokens) -> dict[str, Any]:
         """Keyword arguments the wrapped module is called with for these tokens."""
@@ -329,21 +340,8 @@ class Model:
         return Caller(self.adapter, self.layout, self.name, self.device, masked)
 
 
-def _derives(stack: Stack, kind: str) -> bool:
-    """Sites that no module has and that are made on the way."""
-    if kind in ATTENTION:
-        return bool(stack.cross_attention if kind.startswith("cross") else stack.attention)
-    z, projection = ("z", stack.o_proj) if kind == "result" else ("cross_z", stack.cross_o_proj)
-    return kind in RESULTS and z in stack.sites and bool(projection)
-
-
-def _limit(kind: str, layout: Layout) -> tuple[int | None, str]:
-    """How far an index in brackets may go, and what it counts. Neurons are checked against the tensor itself."""
-    kind = kind.removeprefix("cross_")
-    if kind in ("k", "v"):
-        return layout.n_kv_heads, "key-value heads per layer"
-    if kind in ("q", "z", "result", "pattern", "scores"):
-        return layout.n_heads, "heads per layer"
-    if kind in ("router", "expert_out"):
-        return layout.n_experts, "experts per layer"
-    return (None, "neurons") if kind == "mlp_post" else (layout.d_model, "dimensions")
+def _is_random(part: nn.Module) -> bool:
+    """Whether a module does something else in training than in evaluation."""
+    if isinstance(part, nn.modules.dropout._DropoutNd):
+        return part.p > 0
+    return isinstance(part, nn.modules.batchnorm._BatchNorm) or (isinstance(part, nn.RNNBase) and part.dropout > 0)

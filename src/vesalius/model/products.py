@@ -66,10 +66,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    plain = all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in (x, weight, bias))
-    graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    given = [t for t in (x, weight, bias) if t is not None]
+    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" and _bare(t) for t in given)
+    graph = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     enough = x.ndim > 0 and x.numel() >= _FEWEST_ROWS * x.shape[-1]
     return plain and enough and not graph and not torch.is_autocast_enabled("cpu") and library() == "onednn"
+
+
+def _bare(tensor: Tensor) -> bool:
+    """Whether a tensor is its numbers; one of a kind of its own (torchao's quantised weights) multiplies itself."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 @contextmanager
@@ -106,7 +112,7 @@ class _Linears(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not self._rounds or x.dtype != torch.float32 or torch.is_grad_enabled():
+        if not self._rounds or x.dtype != torch.float32 or not _bare(weight) or torch.is_grad_enabled():
             return linear(x, weight, bias)
         product = _LINEAR(x.bfloat16(), self._rounded.of(weight, Tensor.bfloat16)).float()
         return product if bias is None else product + bias
@@ -170,7 +176,7 @@ class Halves(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
 def _short(*tensors: Tensor | None) -> bool:
     """Whether all are bfloat16 on the cpu, and no graph is wanted."""
     return not torch.is_grad_enabled() and all(
-        t is None or (t.dtype == torch.bfloat16 and t.device.type == "cpu") for t in tensors
+        t is None or (t.dtype == torch.bfloat16 and t.device.type == "cpu" and _bare(t)) for t in tensors
     )
 
 

@@ -42,7 +42,8 @@ class Recorder:
     """Taps of one run, and what they saw. Edits of one site act in the order given.
 
     places: one per intervention, which tokens this pass holds and which of them are edited; default all of `tokens`,
-    and each intervention's own positions. watch: sites where NaN or infinity is refused.
+    and each intervention's own positions. watch: sites where NaN or infinity is refused. copies: what is kept is
+    copied, for a model that changes its tensors in place (see `overwritten`).
     """
 
     def __init__(
@@ -54,8 +55,11 @@ class Recorder:
         grad: bool,
         places: Sequence[Place] = (),
         watch: Sequence[Site] = (),
+        copies: bool = False,
     ) -> None:
         self._host = host
+        self._copies = copies
+        self._versions: dict[Site, int] = {}
         self._tokens = tokens
         self._grad = grad
         self._seen: dict[Site, Tensor] = {}
@@ -171,7 +175,7 @@ class Recorder:
         before: list[Tensor] = []
 
         def remember(tensor: Tensor) -> None:
-            before[:] = [tensor]
+            before[:] = [tensor.clone()]  # the model may go on in place
 
         def add_change(tensor: Tensor) -> Tensor:
             total = before[0] + tensor
@@ -208,6 +212,8 @@ class Recorder:
             edited = self._keep(site, edited)
             if edited is here and not self._grad:
                 return None
+            # A copy: what an edit gives may be another run's tensor, and the model may go on in place.
+            edited = edited.clone()
             return edited if access is None or layout is None else join_heads(tensor, edited, access, layout)
 
         return visit
@@ -271,8 +277,13 @@ class Recorder:
         if self._grad and not tensor.requires_grad:
             tensor = tensor.detach().requires_grad_()
         if site in self._capture or site in self._read:
-            self._seen[site] = tensor
+            self._seen[site] = kept = tensor.clone() if self._copies and not self._grad else tensor
+            self._versions[site] = version_of(kept)
         return tensor
+
+    def overwritten(self) -> bool:
+        """Whether the model changed in place what was kept. Then the pass has to be made again, with copies."""
+        return any(version_of(tensor) != self._versions[site] for site, tensor in self._seen.items())
 
     def check_fired(self) -> None:
         """Raise InterventionError when a site that was asked for never fired."""
@@ -292,6 +303,11 @@ class Recorder:
     def diagnostics(self) -> tuple[Mapping[str, Any], ...]:
         """One entry per intervention that acted, in the order given."""
         return self._edits.diagnostics()
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor, or what it is a view of, was changed in place; 0 where inference_mode does not tell."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _z_of(result: Site) -> Site:

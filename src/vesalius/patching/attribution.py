@@ -62,6 +62,7 @@ def attribution_patching(
         raise UnknownNameError("base", base, PROMPTS)
     if steps < 1:
         raise InputError(f"steps must be at least 1; got {steps}")
+    model.check_evaluating()
     found = _requested(model, sites, each)
     work = _Work(model, pairs, metric, base, tuple(found))
     values, plain = work.first_order() if steps == 1 else work.along_the_way(steps)

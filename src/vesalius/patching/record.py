@@ -25,7 +25,7 @@ from vesalius.model import Model
 from vesalius.model.attention import attending, grouped, weighted
 from vesalius.model.hooks import CallTap, tapped
 from vesalius.model.products import computing
-from vesalius.model.taps import Recorder
+from vesalius.model.taps import Recorder, version_of
 from vesalius.site import Site
 
 
@@ -167,8 +167,9 @@ def window_of(mask: Tensor, lengths: Int[Tensor, " example"]) -> int | None:
 def record(model: Model, inputs: Inputs, sites: Sequence[Site] = (), given: Sequence[Intervention] = ()) -> Recording:
     """Run the model once, with the interventions given, and keep what replays need.
 
-    Raises InputError for left-padded tokens.
+    Raises InputError for left-padded tokens, and for a model in training mode.
     """
+    model.check_evaluating()
     if isinstance(inputs, Raw):
         return _plain(model, inputs, sites, _never_replayed(model) or "the inputs are no tokens", given)
     tokens = model.begun(inputs)
@@ -180,17 +181,22 @@ def record(model: Model, inputs: Inputs, sites: Sequence[Site] = (), given: Sequ
     adapter, layout = model.architecture
     calls: dict[int, dict[str, Any]] = {}
     entered: dict[int, Tensor] = {}
+    counted: dict[int, int] = {}
     keeper = _Keeper(tokens.lengths)
     kept = [site.whole for site in sites if site.kind not in ("resid_pre", "resid_post")]
     taps = Recorder(model, kept, list(given), tokens, grad=False)
     layers = [model.layer(number) for number in range(layout.n_layers)]
-    call_taps = [CallTap(layer, _call_keeper(layer, number, calls, entered)) for number, layer in enumerate(layers)]
+    call_taps = [
+        CallTap(layer, _call_keeper(layer, number, calls, entered, counted)) for number, layer in enumerate(layers)
+    ]
     last = Recorder(model, [Site("resid_post", layout.n_layers - 1)], [], tokens, grad=False)
     with torch.no_grad(), tapped([*taps.taps, *last.taps], call_taps), attending(model.module, keeper), computing():
         model.module(**model.token_call(tokens), logits_to_keep=1)
     taps.check_fired()
     order = range(layout.n_layers)
     reason = keeper.strange or _without_rule(calls, adapter.replay)
+    if taps.overwritten() or last.overwritten() or any(version_of(entered[n]) != counted[n] for n in order):
+        reason = "it changes its tensors in place"
     if reason:
         return _plain(model, tokens, sites, reason, given)
     return Recording(
@@ -319,7 +325,13 @@ def holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _call_keeper(layer: nn.Module, number: int, calls: dict[int, dict[str, Any]], inputs: dict[int, Tensor]) -> Any:
+def _call_keeper(
+    layer: nn.Module,
+    number: int,
+    calls: dict[int, dict[str, Any]],
+    inputs: dict[int, Tensor],
+    counted: dict[int, int],
+) -> Any:
     signature = inspect.signature(layer.forward)
 
     def visit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -329,6 +341,7 @@ def _call_keeper(layer: nn.Module, number: int, calls: dict[int, dict[str, Any]]
         named.update(named.pop(extra, {}) if extra else {})
         first = next(iter(named))
         inputs[number] = named.pop(first)
+        counted[number] = version_of(inputs[number])
         calls[number] = named
 
     return visit

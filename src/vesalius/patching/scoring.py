@@ -11,6 +11,7 @@ from vesalius.adapters.base import parameter, weight_of
 from vesalius.inputs import Pairs
 from vesalius.metric import Metric, wide
 from vesalius.model.attention import capped
+from vesalius.model.weights import is_plain
 from vesalius.patching.record import Recording
 
 
@@ -62,6 +63,8 @@ def _logits(base: Recording, normed: Float[Tensor, "row read d_model"], tokens: 
     with torch.no_grad():
         if tokens is None:
             logits = unembed(normed)
+        elif not is_plain(unembed):
+            logits = unembed(normed).gather(1, tokens)
         else:
             weight, bias = weight_of(unembed), parameter(unembed, "bias")
             logits = torch.einsum("rd,rkd->rk", normed, weight[tokens])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Raw, Tokens
-from vesalius.intervention import derangement
+from vesalius.intervention import derangement, long_enough
 from vesalius.parts import Part, Unit
 from vesalius.patching.record import Recording
 from vesalius.patching.targets import EDITS, normal, writes_at
@@ -113,29 +113,14 @@ def _first(base: Recording, reference: Recording) -> Int[Tensor, " example"]:
 
 
 def resample_source(base: Recording, reference: Recording, seed: int) -> Source:
-    """Another example's values, position by position, drawn without fixed points among neighbours in length.
+    """Another example's values, position by position, drawn without fixed points among those that are long enough.
 
-    An example that is shorter gives its last real position's value beyond its end.
+    Raises InputError for an example that is longer than every other.
     """
     _same_count(base, reference)
-    order = derangement(len(reference), seed, reference.lengths)
-    stretch = lambda values, site: _stretched(values, reference.real_at(site))  # noqa: E731
-    return Source(
-        "resample",
-        cache(lambda site: stretch(reference[site], site)),
-        lambda part: stretch(part.value(reference), writes_at(part)[0]),
-        order,
-        _first(base, reference),
-    )
-
-
-def _stretched(values: Tensor, real: Bool[Tensor, "example pos"]) -> Tensor:
-    """Values whose padding repeats the last real position."""
-    if values.shape[:2] != real.shape:
-        return values
-    last = (real.sum(1) - 1)[:, None].expand(-1, values.shape[1])
-    pos = torch.minimum(torch.arange(values.shape[1])[None].expand_as(last), last)
-    return values[torch.arange(len(values))[:, None], pos]
+    order = long_enough(derangement(len(reference), seed), reference.lengths, base.lengths, seed)
+    value = lambda part: part.value(reference)  # noqa: E731
+    return Source("resample", reference.__getitem__, value, order, _first(base, reference))
 
 
 def steer_source(base: Recording, scale: float) -> Source:

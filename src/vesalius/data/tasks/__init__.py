@@ -11,9 +11,10 @@ from vesalius.data.tasks import gendered_pronoun as _gendered_pronoun
 from vesalius.data.tasks import induction as _induction
 from vesalius.data.tasks import ioi as _ioi
 from vesalius.data.tasks import sva as _sva
-from vesalius.data.tasks.base import HasTokenizer, Row, bos_token, build_pairs
+from vesalius.data.tasks.base import HasTokenizer, Row, build_pairs
 from vesalius.errors import UnknownNameError
 from vesalius.inputs import Pairs
+from vesalius.inputs.beginning import bos_token
 
 capitals = _capitals.capitals
 gendered_pronoun = _gendered_pronoun.gendered_pronoun

@@ -19,16 +19,13 @@ from vesalius.data.positions import named_positions
 from vesalius.data.tables import read_each
 from vesalius.errors import InputError, PairsError, TokenizerError, UnknownNameError
 from vesalius.inputs import Pairs, pad_rows
+from vesalius.inputs.beginning import begun, bos_token
 
 T = TypeVar("T")
 
 SPLITS = ("discovery", "validation")
-# They begin and end a chat turn. What follows `<|im_start|>` is the name of a role, so that it must not stand before
-# plain text: on the demo model, names in the first position were no longer recognised behind it.
 MOST_TOKENS = 8
 """Tokens of an answer."""
-CHAT_MARKERS = ("<|im_start|>", "<|im_end|>")
-DOCUMENT_SEPARATOR = "<|endoftext|>"
 
 
 class HasTokenizer(Protocol):
@@ -87,31 +84,6 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 def show(tokenizer: Any, ids: Iterable[int]) -> str:
     """Tokens as a reader sees them, for error messages."""
     return str([tokenizer.decode([token]) for token in ids])
-
-
-def special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Special and added tokens, in the order of their ids."""
-    added = getattr(tokenizer, "added_tokens_encoder", {})
-    known = dict.fromkeys([*tokenizer.all_special_tokens, *added])
-    return tuple(sorted(known, key=tokenizer.convert_tokens_to_ids))
-
-
-def bos_token(tokenizer: Any, bos: str = "auto") -> str:
-    """The token put before every prompt, or "none".
-
-    "auto": the tokenizer's bos token, else its eos token, else `<|endoftext|>`, else none; chat markers are passed
-    over. "none": nothing. Otherwise the text of a special token. Raises TokenizerError for a token that is not one.
-    """
-    special = special_tokens(tokenizer)
-    if bos == "auto":
-        candidates = (tokenizer.bos_token, tokenizer.eos_token, DOCUMENT_SEPARATOR)
-        return next((token for token in candidates if token in special and token not in CHAT_MARKERS), "none")
-    if bos != "none" and bos not in special:
-        raise TokenizerError(
-            f"bos {bos!r} is not a special token of this tokenizer. It has: "
-            f"{', '.join(special) or '(none)'}. Give one of these, 'auto' or 'none'"
-        )
-    return bos
 
 
 def continuation(tokenizer: Any, text: str, more: str, before: Sequence[int] | None = None) -> list[int] | None:
@@ -214,10 +186,10 @@ def assemble(rows: Sequence[Encoded], tokenizer: Any, *, bos: str, corruption: s
     if not rows:
         raise InputError("no pairs: give at least one row")
     first = bos_token(tokenizer, bos)
-    head = [] if first == "none" else [int(tokenizer.convert_tokens_to_ids(first))]
+    head = None if first == "none" else int(tokenizer.convert_tokens_to_ids(first))
     pad = tokenizer.pad_token_id or 0
-    clean, lengths = pad_rows([[*head, *row.clean] for row in rows], pad)
-    corrupted, _ = pad_rows([[*head, *row.corrupted] for row in rows], pad)
+    clean, lengths = pad_rows([begun(row.clean, head) for row in rows], pad)
+    corrupted, _ = pad_rows([begun(row.corrupted, head) for row in rows], pad)
     splits = tuple(row.split for row in rows)
     pairs = Pairs(
         clean=clean,

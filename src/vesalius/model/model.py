@@ -25,6 +25,7 @@ from vesalius.inputs import Tokens
 from vesalius.intervention import Intervention, Place, as_patches, joint, listed
 from vesalius.model.calls import Caller, logits_of
 from vesalius.model.generation import Choice, Generation, Step, decoded, generated
+from vesalius.model.parity import check_parity, keep_cap, refuse_compiled
 from vesalius.model.taps import Recorder
 from vesalius.parts import places
 from vesalius.site import ATTENTION, GLOBAL_KINDS, LAYER_KINDS, RESULTS, Site, select
@@ -35,13 +36,22 @@ _GUESS = object()
 class Model:
     """A network with a tokenizer and an adapter.
 
-    module: any nn.Module; used in place, never copied or changed. adapter: default, the known one for the module's
-    class; None for module:<path> sites only. Raises UnknownArchitectureError for an unknown transformers class.
+    module: any nn.Module; used in place, never copied. adapter: default, the known one for the module's class; None for
+    module:<path> sites only. probe: compare a few tokens' captured run with the module's own output (`model.parity`).
+    Raises UnknownArchitectureError for an unknown transformers class, or one that this release calls in another way
+    than the adapter says, SelfCheckError when the probe's outputs differ.
     """
 
     def __init__(
-        self, module: nn.Module, tokenizer: Any = None, adapter: Any = _GUESS, name: str = "", note: str = ""
+        self,
+        module: nn.Module,
+        tokenizer: Any = None,
+        adapter: Any = _GUESS,
+        name: str = "",
+        note: str = "",
+        probe: bool = True,
     ) -> None:
+        refuse_compiled(module)
         self.module = module
         self.tokenizer = tokenizer
         self.adapter: Adapter | None = adapter_for(module) if adapter is _GUESS else adapter
@@ -49,6 +59,10 @@ class Model:
         self.note = note
         """What a reader of results should know about these weights (quantised, fine-tuned ...)."""
         self.layout: Layout | None = self.adapter.layout(module) if self.adapter else None
+        if self.adapter is not None:
+            self.note = "; ".join(filter(None, [note, keep_cap(module, self.adapter)]))
+            if probe:
+                check_parity(self)
 
     def __repr__(self) -> str:
         size = f", {self.layout.n_layers} layers, {self.layout.n_heads} heads" if self.layout else ""
@@ -134,8 +148,8 @@ class Model:
         The sum over heads is attn_out less the output projection's bias. With a norm after attention its scale is
         held at the value it has for this z, which makes the shares exact.
         """
-        adapter, _ = self.architecture
-        writes = torch.einsum("...hd,hdm->...hm", z, self.W_O(layer).to(z))
+        adapter, layout = self.architecture
+        writes = torch.einsum("...hd,hdm->...hm", z, self.W_O(layer).to(z)) * layout.residual_scale
         if not adapter.attn_norm:
             return writes
         norm = submodule(self.layer(layer), adapter.attn_norm)
@@ -150,10 +164,7 @@ class Model:
         return weight_of(submodule(self.module, adapter.unembed))
 
     def tokens(self, texts: str | Sequence[str], bos: str = "none") -> Tokens:
-        """Tokens of texts. bos: a token's text put first ("<bos>"), or "none".
-
-        Raises InputError without tokenizer, or for an empty text.
-        """
+        """Tokens of texts. bos: a token's text put first ("<bos>"), or "none". Raises InputError without tokenizer."""
         if self.tokenizer is None:
             raise InputError(f"{self.name} has no tokenizer: pass token ids, or vs.Model(net, tokenizer=...)")
         first = [] if bos == "none" else [self.tokenizer.convert_tokens_to_ids(bos)]
@@ -182,7 +193,7 @@ class Model:
         check_finite NotFiniteError naming the first site, in the order of the pass, that holds NaN or infinity.
         """
         args, call, tokens = self._call(inputs)
-        if last_logits and self._takes("logits_to_keep"):
+        if last_logits and self.takes("logits_to_keep"):
             call = {**call, "logits_to_keep": 1}
         wanted = self._wanted(capture)
         watch = self._all_sites if check_finite else ()
@@ -225,7 +236,7 @@ class Model:
         no keys and values, or positions that are never run.
         """
         tokens = self._call(prompts)[2]
-        if tokens is None or not self._takes("past_key_values"):
+        if tokens is None or not self.takes("past_key_values"):
             raise InputError(f"{self.name} does not write here: it takes no past_key_values. Use run")
         edits, wanted, choice = listed(interventions), self._wanted(capture), Choice(temperature, seed, stop)
         if tokens.decoder is None:
@@ -271,7 +282,7 @@ class Model:
             site.kind in ("logits", "module")
             for site in (*capture, *(site for edit in interventions for site in edit.part.writes))
         )
-        if self._takes("logits_to_keep") and not whole:
+        if self.takes("logits_to_keep") and not whole:
             call["logits_to_keep"] = 1
         recorder = Recorder(self, capture, interventions, Tokens(ids, here), False, places)
         with torch.no_grad(), recorder.listening():
@@ -279,7 +290,7 @@ class Model:
         recorder.check_fired()
         return Step(output.logits, output.past_key_values, recorder.captured(), recorder.diagnostics())
 
-    def _takes(self, argument: str) -> bool:
+    def takes(self, argument: str) -> bool:
         return self.adapter is not None and argument in inspect.signature(self.module.forward).parameters
 
     def _wanted(self, capture: Sequence[Site | str] | Site | str) -> list[Site]:
@@ -304,7 +315,7 @@ class Model:
             raise InputError(f"{site}: {self.name} has {n_layers} layers, numbered from 0")
         if site.whole not in self._site_set:
             select(str(site.whole), self._all_sites)  # raises, naming the sites there are
-        limit, what = _limit(site.kind, layout)
+        limit, what = layout.limit(site.kind)
         if site.index is not None and limit is not None and site.index >= limit:
             raise InputError(f"{site}: {self.name} has {limit} {what}, numbered from 0")
 
@@ -335,15 +346,3 @@ def _derives(stack: Stack, kind: str) -> bool:
         return bool(stack.cross_attention if kind.startswith("cross") else stack.attention)
     z, projection = ("z", stack.o_proj) if kind == "result" else ("cross_z", stack.cross_o_proj)
     return kind in RESULTS and z in stack.sites and bool(projection)
-
-
-def _limit(kind: str, layout: Layout) -> tuple[int | None, str]:
-    """How far an index in brackets may go, and what it counts. Neurons are checked against the tensor itself."""
-    kind = kind.removeprefix("cross_")
-    if kind in ("k", "v"):
-        return layout.n_kv_heads, "key-value heads per layer"
-    if kind in ("q", "z", "result", "pattern", "scores"):
-        return layout.n_heads, "heads per layer"
-    if kind in ("router", "expert_out"):
-        return layout.n_experts, "experts per layer"
-    return (None, "neurons") if kind == "mlp_post" else (layout.d_model, "dimensions")

@@ -47,6 +47,8 @@ class Recording:
     """How many positions each layer's attention looks back, itself included; None is all."""
     caps: tuple[float | None, ...] = ()
     """Bound of each layer's attention scores: cap * tanh(scores / cap); None is none."""
+    sinks: tuple[Tensor | None, ...] = ()
+    """Each layer's attention sinks [head], a score that takes part in the softmax and attends to nothing."""
     reason: str = ""
     """Why layers cannot be replayed; empty when they can. Then queries, keys, values and calls are there."""
     logits: Tensor | None = None
@@ -107,6 +109,8 @@ class Recording:
 class _Keeper:
     """Attention with the model's own arithmetic that keeps queries, keys and values per layer."""
 
+    understands = ("s_aux",)
+
     def __init__(self, lengths: Int[Tensor, " example"]) -> None:
         self._lengths = lengths
         self.q: dict[int, Tensor] = {}
@@ -115,6 +119,7 @@ class _Keeper:
         self.scaling: dict[int, float] = {}
         self.windows: dict[int, int | None] = {}
         self.caps: dict[int, float | None] = {}
+        self.sinks: dict[int, Tensor | None] = {}
         self._masks: list[tuple[Tensor, int | None]] = []
         self.strange = ""
         """What is not causal attention, perhaps windowed."""
@@ -131,12 +136,14 @@ class _Keeper:
     ) -> Tensor:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         self.q[layer], self.k[layer], self.v[layer], self.scaling[layer] = q.transpose(1, 2), k, v, scaling
-        self.caps[layer] = options.get("softcap")
+        self.caps[layer], sinks = options.get("softcap"), options.get("s_aux")
+        self.sinks[layer] = None if sinks is None else sinks.detach()
         if mask is not None:
             mask = mask[..., : k.shape[2]]
         self._look(layer, mask)
         heads = q.shape[1]
-        out = weighted(q, grouped(k, heads), grouped(v, heads), mask, scaling, self.caps[layer])
+        sink = None if sinks is None else sinks[:, None, None]
+        out = weighted(q, grouped(k, heads), grouped(v, heads), mask, scaling, self.caps[layer], sink)
         return out.transpose(1, 2).contiguous()
 
     def _look(self, layer: int, mask: Tensor | None) -> None:
@@ -205,6 +212,7 @@ def record(model: Model, inputs: Inputs, sites: Sequence[Site] = (), given: Sequ
         sites=taps.captured(),
         windows=tuple(keeper.windows[n] for n in order),
         caps=tuple(keeper.caps[n] for n in order),
+        sinks=tuple(keeper.sinks[n] for n in order),
     )
 
 

@@ -104,8 +104,8 @@ def adapter_for(module: nn.Module) -> Adapter | None:
     if hasattr(module, "config") and hasattr(module.config, "model_type"):
         known = ", ".join(sorted({c for adapter in KNOWN for c in adapter.classes}))
         raise UnknownArchitectureError(
-            f"no adapter for {name}; known: {known}. Ways out: write one, most often a known one with another class and "
-            "a path or two, dataclasses.replace(known, classes=..., ...), vs.Model(net, adapter=it), and see what holds "
-            "with vs.check_adapter(model); or go without, vs.Model(net, adapter=None), and use module:<path>|out sites."
+            f"no adapter for {name}; known: {known}. Ways out: write one, most often a known one with a few fields "
+            "changed (dataclasses.replace), vs.Model(net, adapter=vs.Adapter(...)), and try it with "
+            "vs.check_adapter(model); or go without, vs.Model(net, adapter=None), and use module:<path>|out sites."
         )
     return None

@@ -192,7 +192,7 @@ class Model:
         Raises UnknownNameError for an unknown site, InterventionError when an intervention's site never fired, with
         check_finite NotFiniteError naming the first site, in the order of the pass, that holds NaN or infinity.
         """
-        args, call, tokens = self._call(inputs)
+        args, call, tokens = self.called_with(inputs)
         if last_logits and self.takes("logits_to_keep"):
             call = {**call, "logits_to_keep": 1}
         wanted = self._wanted(capture)
@@ -235,7 +235,7 @@ class Model:
         Equals running every longer prompt anew with the same interventions. Raises InputError for a model that keeps
         no keys and values, or positions that are never run.
         """
-        tokens = self._call(prompts)[2]
+        tokens = self.called_with(prompts)[2]
         if tokens is None or not self.takes("past_key_values"):
             raise InputError(f"{self.name} does not write here: it takes no past_key_values. Use run")
         edits, wanted, choice = listed(interventions), self._wanted(capture), Choice(temperature, seed, stop)
@@ -319,7 +319,7 @@ class Model:
         if site.index is not None and limit is not None and site.index >= limit:
             raise InputError(f"{site}: {self.name} has {limit} {what}, numbered from 0")
 
-    def _call(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tokens | None]:
+    def called_with(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tokens | None]:
         """Arguments of the module, and the tokens when there are any."""
         if isinstance(inputs, str) or (isinstance(inputs, list) and inputs and isinstance(inputs[0], str)):
             inputs = self.tokens(inputs)

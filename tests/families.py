@@ -256,6 +256,12 @@ OUTSIDE: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
+def _outside(family: Family, net: nn.Module) -> dict[str, str]:
+    """Earlier releases of transformers 5 call the unembedding of GPT-NeoX embed_out."""
+    found = OUTSIDE[family.name]
+    return {**found, "logits": "embed_out>"} if hasattr(net, "embed_out") else found
+
+
 def raw_outside(family: Family, net: nn.Module, tokens: vs.Tokens) -> dict[str, Tensor]:
     """Every site outside the layers, from hooks registered here."""
     seen: dict[str, Tensor] = {}
@@ -270,7 +276,7 @@ def raw_outside(family: Family, net: nn.Module, tokens: vs.Tokens) -> dict[str, 
         net.get_submodule(where.strip(">")).register_forward_pre_hook(keep_input(name))
         if where.startswith(">")
         else net.get_submodule(where.removesuffix(">")).register_forward_hook(keep(name))
-        for name, where in OUTSIDE[family.name].items()
+        for name, where in _outside(family, net).items()
     ]
     with torch.no_grad():
         net(tokens.ids, attention_mask=tokens.real.long())

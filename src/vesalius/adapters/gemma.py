@@ -28,6 +28,7 @@ GEMMA2 = replace(
     LLAMA,
     family="gemma2",
     classes=("Gemma2ForCausalLM",),
+    outside=GEMMA.outside,
     sites={
         **LLAMA.sites,
         "attn_out": Access("post_attention_layernorm"),

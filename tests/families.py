@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,10 @@ class Family:
     additive: bool = True
     """resid_post is resid_pre + attn_out + mlp_out."""
     direct: bool = True
+    sinks: bool = False
+    """Attention sinks: a row of the pattern sums to less than one."""
+    scales: dict[str, float] = field(default_factory=dict)
+    """What the stream gets of a raw tensor, where that is not the tensor itself."""
 
     def build(self, seed: int = 0, **changes: Any) -> Any:
         logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -53,7 +57,7 @@ class Family:
         net = getattr(transformers, self.model)(config).eval()
         for name, parameter in net.named_parameters():
             # Norms start at one (or zero): only other values tell weight from 1 + weight, and biases start at zero.
-            if "norm" in name.lower() or "ln_" in name or name.endswith("bias"):
+            if "norm" in name.lower() or "ln_" in name or name.endswith(("bias", "sinks")):
                 parameter.data += 0.2 * torch.randn_like(parameter)
         return net
 
@@ -96,6 +100,17 @@ MODERNBERT_RAW = {
     "z": ">attn.Wo", "attn_out": "attn>", "resid_mid": ">mlp_norm", "mlp_in": ">mlp", "mlp_post": ">mlp.Wo",
     "mlp_out": "mlp>", "qkv": "attn.Wqkv>",
 }  # fmt: skip
+GPT_NEO_RAW = {
+    "q": "attn.attention.q_proj>", "k": "attn.attention.k_proj>", "v": "attn.attention.v_proj>",
+    "z": ">attn.attention.out_proj", "attn_out": "attn>", "resid_mid": ">ln_2", "mlp_in": ">mlp",
+    "mlp_post": ">mlp.c_proj", "mlp_out": "mlp>", "pattern": "attn.attention.attn_dropout>",
+}  # fmt: skip
+GPTJ_RAW = {
+    "q": "attn.q_proj>", "k": "attn.k_proj>", "v": "attn.v_proj>", "z": ">attn.out_proj", "attn_out": "attn>",
+    "mlp_in": ">mlp", "mlp_post": ">mlp.fc_out", "mlp_out": "mlp>", "pattern": "attn.attn_dropout>",
+}  # fmt: skip
+GPT_OSS_RAW = {**MIXTURE_RAW, "router": "mlp.router>"}
+DEEPSEEK_RAW = {**LLAMA_RAW, "q": "self_attn.q_b_proj>", "k": "", "v": "", "mlp_post": ""}
 
 
 def interleaved(fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,6 +141,12 @@ BLOOM_SIZES = {"vocab_size": V, "hidden_size": 48, "n_layer": 2, "n_head": 6, "i
 ENCODER: dict[str, Any] = {"replayed": False, "causal": False, "direct": False}
 MODERNBERT = {**COMMON, "pad_token_id": 0, "cls_token_id": 0, "sep_token_id": 1, "local_attention": 4,
               "layer_types": ["full_attention", "sliding_attention"], "attention_bias": True}  # fmt: skip
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 8, "patch_size": 4}  # fmt: skip
+# One layer without a mixture, one with.
+LATENT = {**COMMON, "num_key_value_heads": 6, "moe_intermediate_size": 24, "n_routed_experts": 4,
+          "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "kv_lora_rank": 12, "qk_rope_head_dim": 4,
+          "qk_nope_head_dim": 6, "v_head_dim": 8, "first_k_dense_replace": 1, "n_shared_experts": 1}  # fmt: skip
 FAMILIES = {
     family.name: family
     for family in [
@@ -160,6 +181,45 @@ FAMILIES = {
         llama_like("qwen2_moe", "Qwen2MoeForCausalLM", "Qwen2MoeConfig",
                    {**EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20,
                     "norm_topk_prob": True}, raw=MIXTURE_RAW),
+        llama_like("gemma", "GemmaForCausalLM", "GemmaConfig", {**GROUPED, "head_dim": 12}),
+        Family("gemma3 (images)", "Gemma3ForConditionalGeneration", "Gemma3Config",
+               {"text_config": GEMMA, "vision_config": VISION, "mm_tokens_per_image": 4},
+               "model.language_model.layers", GEMMA_RAW),
+        Family("gpt_neo", "GPTNeoForCausalLM", "GPTNeoConfig",
+               {"vocab_size": V, "hidden_size": 48, "num_layers": 2, "num_heads": 6, "window_size": 3,
+                "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64,
+                "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1},
+               "transformer.h", GPT_NEO_RAW, (6, 6), replayed=False),
+        Family("gptj", "GPTJForCausalLM", "GPTJConfig",
+               {"vocab_size": V, "n_embd": 48, "n_layer": 2, "n_head": 6, "rotary_dim": 4, "n_positions": 64,
+                "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1},
+               "transformer.h", GPTJ_RAW, (6, 6), replayed=False),
+        llama_like("qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3MoeConfig",
+                   {**EXPERTS, "moe_intermediate_size": 24, "head_dim": 10, "norm_topk_prob": True}, raw=MIXTURE_RAW),
+        llama_like("gpt_oss", "GptOssForCausalLM", "GptOssConfig",
+                   {**GROUPED, "num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 3,
+                    "layer_types": SLIDING_FULL}, raw=GPT_OSS_RAW, sinks=True),
+        llama_like("olmo", "OlmoForCausalLM", "OlmoConfig", GROUPED),
+        llama_like("olmo3", "Olmo3ForCausalLM", "Olmo3Config",
+                   {**GROUPED, "layer_types": SLIDING_FULL, "sliding_window": 3},
+                   raw={**LLAMA_RAW, **POST_NORM, "resid_mid": ">mlp"}),
+        llama_like("smollm3", "SmolLM3ForCausalLM", "SmolLM3Config", {**GROUPED, "no_rope_layer_interval": 2}),
+        llama_like("cohere", "CohereForCausalLM", "CohereConfig",
+                   {**GROUPED, "use_qk_norm": True, "logit_scale": 0.5}, raw={**LLAMA_RAW, "resid_mid": ""}),
+        llama_like("granite", "GraniteForCausalLM", "GraniteConfig",
+                   {**GROUPED, "embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.5,
+                    "attention_multiplier": 0.3}, scales={"attn_out": 0.5, "mlp_out": 0.5}),
+        llama_like("stablelm", "StableLmForCausalLM", "StableLmConfig",
+                   {**GROUPED, "use_qkv_bias": True, "qk_layernorm": True}),
+        llama_like("stablelm (parallel)", "StableLmForCausalLM", "StableLmConfig",
+                   {**GROUPED, "use_parallel_residual": True}, raw={**LLAMA_RAW, "resid_mid": ""}),
+        llama_like("deepseek_v3", "DeepseekV3ForCausalLM", "DeepseekV3Config", {**LATENT, "q_lora_rank": 14},
+                   heads=(6, 6), raw=DEEPSEEK_RAW),
+        llama_like("deepseek_v3 (plain queries)", "DeepseekV3ForCausalLM", "DeepseekV3Config",
+                   {**LATENT, "q_lora_rank": None}, heads=(6, 6), raw={**DEEPSEEK_RAW, "q": "self_attn.q_proj>"}),
+        Family("roberta", "RobertaForMaskedLM", "RobertaConfig",
+               {**COMMON, "pad_token_id": V - 1, "max_position_embeddings": 128},
+               "roberta.encoder.layer", BERT_RAW, (6, 6), **ENCODER, additive=False),
         Family("bert", "BertForMaskedLM", "BertConfig", COMMON, "bert.encoder.layer", BERT_RAW, (6, 6), **ENCODER,
                additive=False),
         Family("albert", "AlbertForMaskedLM", "AlbertConfig", {**COMMON, "embedding_size": 20, "num_hidden_layers": 3},
@@ -176,6 +236,14 @@ _DECODER = {"embed": "model.embed_tokens>", "final_norm": "model.norm>", "logits
 OUTSIDE: dict[str, dict[str, str]] = {
     **{name: _DECODER for name in FAMILIES if FAMILIES[name].layers == "model.layers"},
     "phi": {**_DECODER, "final_norm": "model.final_layernorm>"},
+    "granite": {**_DECODER, "embed": ">model.layers.0"},
+    **{name: {**_DECODER, "embed": ">model.layers.0"} for name in ("gemma", "gemma2", "gemma3")},
+    "gemma3 (images)": {"embed": "model.language_model.embed_tokens>", "final_norm": "model.language_model.norm>",
+                        "logits": "lm_head>"},
+    "gpt_neo": {"embed": "transformer.wte>", "pos_embed": "transformer.wpe>", "final_norm": "transformer.ln_f>",
+                "logits": "lm_head>"},
+    "gptj": {"embed": "transformer.wte>", "final_norm": "transformer.ln_f>", "logits": "lm_head>"},
+    "roberta": {"embed": "roberta.embeddings>", "logits": "lm_head>"},
     **{name: {"embed": "gpt_neox.embed_in>", "final_norm": "gpt_neox.final_layer_norm>", "logits": "lm_head>"}
        for name in ("gpt_neox", "gpt_neox (serial)")},
     "opt": {"embed": "model.decoder.embed_tokens>", "pos_embed": "model.decoder.embed_positions>",
@@ -188,6 +256,12 @@ OUTSIDE: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
+def _outside(family: Family, net: nn.Module) -> dict[str, str]:
+    """Earlier releases of transformers 5 call the unembedding of GPT-NeoX embed_out."""
+    found = OUTSIDE[family.name]
+    return {**found, "logits": "embed_out>"} if hasattr(net, "embed_out") else found
+
+
 def raw_outside(family: Family, net: nn.Module, tokens: vs.Tokens) -> dict[str, Tensor]:
     """Every site outside the layers, from hooks registered here."""
     seen: dict[str, Tensor] = {}
@@ -195,9 +269,14 @@ def raw_outside(family: Family, net: nn.Module, tokens: vs.Tokens) -> dict[str, 
     def keep(name: str) -> Any:
         return lambda _module, _args, out: seen.__setitem__(name, out.detach().clone())
 
+    def keep_input(name: str) -> Any:
+        return lambda _module, args: seen.__setitem__(name, args[0].detach().clone())
+
     handles = [
-        net.get_submodule(where.removesuffix(">")).register_forward_hook(keep(name))
-        for name, where in OUTSIDE[family.name].items()
+        net.get_submodule(where.strip(">")).register_forward_pre_hook(keep_input(name))
+        if where.startswith(">")
+        else net.get_submodule(where.removesuffix(">")).register_forward_hook(keep(name))
+        for name, where in _outside(family, net).items()
     ]
     with torch.no_grad():
         net(tokens.ids, attention_mask=tokens.real.long())
@@ -223,7 +302,9 @@ def raw_layers(family: Family, net: nn.Module, tokens: vs.Tokens) -> dict[str, T
         net(tokens.ids, attention_mask=tokens.real.long())
     for handle in handles:
         handle.remove()
-    shaped = {name: _by_example(value, tokens) for name, value in seen.items()}
+    shaped = {
+        name: _by_example(value, tokens) * family.scales.get(name.split(".")[-1], 1.0) for name, value in seen.items()
+    }
     for name in [name for name in shaped if name.endswith("qkv")]:
         assert family.qkv is not None
         for kind, value in zip("qkv", family.qkv(shaped.pop(name)), strict=True):

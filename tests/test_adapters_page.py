@@ -27,7 +27,8 @@ def row(adapter: Adapter) -> str:
 
 def test_the_table_lists_every_family_as_it_is() -> None:
     shown = PAGE.read_text("utf-8").split("<!-- families -->")[1].split("<!-- end -->")[0].strip().splitlines()
-    assert shown[2:] == sorted(row(adapter) for adapter in KNOWN)
+    # A family that other releases of transformers build otherwise has an adapter for each, and one row.
+    assert shown[2:] == sorted({row(adapter) for adapter in KNOWN})
 
 
 def test_the_example_runs_and_its_model_works_like_any_other(capsys: pytest.CaptureFixture[str]) -> None:

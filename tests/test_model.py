@@ -478,8 +478,9 @@ def test_your_own_transformer_works_with_your_own_adapter(tokens: vs.Tokens) -> 
     net.__class__ = mine
     ways = (
         r"no adapter for MyNet; known: .*GPT2LMHeadModel, .*LlamaForCausalLM.*T5ForConditionalGeneration.*\. Ways out: "
-        r"write one, vs.Model\(net, adapter=vs.Adapter\(...\)\), or go without, vs.Model\(net, adapter=None\), and use "
-        r"module:<path>\|out sites."
+        r"write one, most often a known one with a few fields changed \(dataclasses.replace\), "
+        r"vs.Model\(net, adapter=vs.Adapter\(...\)\), and try it with vs.check_adapter\(model\); or go without, "
+        r"vs.Model\(net, adapter=None\), and use module:<path>\|out sites."
     )
     with pytest.raises(UnknownArchitectureError, match=ways):
         vs.Model(net)

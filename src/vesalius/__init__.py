@@ -14,6 +14,7 @@ _HOME = {
     "Ablate": "intervention",
     "Activations": "activations",
     "Adapter": "adapters",
+    "AdapterCheck": "patching.adapter_check",
     "Agreement": "patching.agreement",
     "Claim": "protocol",
     "Contrast": "quantities",
@@ -53,6 +54,7 @@ _HOME = {
     "answer_logprob": "metric",
     "attribution_patching": "patching.attribution",
     "causal_tracing": "patching.tracing",
+    "check_adapter": "patching.adapter_check",
     "decide": "protocol.verdict",
     "head": "parts",
     "kl_divergence": "metric",
@@ -133,6 +135,8 @@ if TYPE_CHECKING:
     from vesalius.parts import Unit as Unit
     from vesalius.parts import head as head
     from vesalius.parts import neuron as neuron
+    from vesalius.patching.adapter_check import AdapterCheck as AdapterCheck
+    from vesalius.patching.adapter_check import check_adapter as check_adapter
     from vesalius.patching.agreement import Agreement as Agreement
     from vesalius.patching.attribution import attribution_patching as attribution_patching
     from vesalius.patching.paths import path_patching as path_patching

@@ -6,23 +6,27 @@ from torch import nn
 
 from vesalius.adapters.albert import ALBERT
 from vesalius.adapters.base import Access, Adapter, Layout, Stack, submodule
-from vesalius.adapters.bert import BERT
+from vesalius.adapters.bert import BERT, ROBERTA
 from vesalius.adapters.bloom import BLOOM
-from vesalius.adapters.gemma import GEMMA2, GEMMA3
+from vesalius.adapters.deepseek import DEEPSEEK_V3, DEEPSEEK_V3_PLAIN
+from vesalius.adapters.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_IMAGES
 from vesalius.adapters.gpt2 import GPT2
-from vesalius.adapters.gpt_neox import NEOX, NEOX_SERIAL
-from vesalius.adapters.llama import LLAMA
+from vesalius.adapters.gpt_neo import GPT_NEO
+from vesalius.adapters.gpt_neox import NEOX, NEOX_OLD, NEOX_SERIAL, NEOX_SERIAL_OLD
+from vesalius.adapters.gptj import GPTJ
+from vesalius.adapters.llama import COHERE, GRANITE, LLAMA, SMOLLM3, STABLELM, STABLELM_PARALLEL
 from vesalius.adapters.mistral import MISTRAL
-from vesalius.adapters.mixture import MIXTRAL, OLMOE, QWEN2_MOE
+from vesalius.adapters.mixture import GPT_OSS, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from vesalius.adapters.modernbert import MODERNBERT
-from vesalius.adapters.olmo2 import OLMO2
+from vesalius.adapters.olmo import OLMO, OLMO2, OLMO3
 from vesalius.adapters.opt import OPT
 from vesalius.adapters.phi import PHI
 from vesalius.adapters.phi3 import PHI3
 from vesalius.adapters.qwen import QWEN2, QWEN3
 from vesalius.adapters.t5 import T5
-from vesalius.adapters.understood import check_config
-from vesalius.adapters.vit import VIT
+from vesalius.adapters.towers import CLIP_TEXT, CLIP_TEXT_OLD, CLIP_VISION, CLIP_VISION_OLD, WHISPER
+from vesalius.adapters.understood import check_config, check_modules
+from vesalius.adapters.vit import VIT, VIT_OLD
 from vesalius.errors import UnknownArchitectureError
 
 # Adapters of one class are tried in this order; the first whose config check passes is taken.
@@ -30,16 +34,33 @@ KNOWN: tuple[Adapter, ...] = (
     ALBERT,
     BERT,
     BLOOM,
+    CLIP_TEXT,
+    CLIP_TEXT_OLD,
+    CLIP_VISION,
+    CLIP_VISION_OLD,
+    COHERE,
+    DEEPSEEK_V3_PLAIN,
+    DEEPSEEK_V3,
+    GEMMA,
     GEMMA2,
     GEMMA3,
+    GEMMA3_IMAGES,
     GPT2,
+    GPTJ,
+    GPT_NEO,
+    GPT_OSS,
+    GRANITE,
     LLAMA,
     MISTRAL,
     MIXTRAL,
     MODERNBERT,
     NEOX,
     NEOX_SERIAL,
+    NEOX_OLD,
+    NEOX_SERIAL_OLD,
+    OLMO,
     OLMO2,
+    OLMO3,
     OLMOE,
     OPT,
     PHI,
@@ -47,8 +68,15 @@ KNOWN: tuple[Adapter, ...] = (
     QWEN2,
     QWEN2_MOE,
     QWEN3,
+    QWEN3_MOE,
+    ROBERTA,
+    SMOLLM3,
+    STABLELM,
+    STABLELM_PARALLEL,
     T5,
     VIT,
+    VIT_OLD,
+    WHISPER,
 )
 
 __all__ = ["KNOWN", "Access", "Adapter", "Layout", "Stack", "adapter_for", "submodule"]
@@ -65,6 +93,7 @@ def adapter_for(module: nn.Module) -> Adapter | None:
     for adapter in fitting:
         try:
             check_config(adapter, module)
+            check_modules(adapter, module)
         except UnknownArchitectureError as refusal:
             refusals.append(refusal)
         else:
@@ -80,7 +109,8 @@ def adapter_for(module: nn.Module) -> Adapter | None:
     if hasattr(module, "config") and hasattr(module.config, "model_type"):
         known = ", ".join(sorted({c for adapter in KNOWN for c in adapter.classes}))
         raise UnknownArchitectureError(
-            f"no adapter for {name}; known: {known}. Ways out: write one, vs.Model(net, adapter=vs.Adapter(...)), or "
-            "go without, vs.Model(net, adapter=None), and use module:<path>|out sites."
+            f"no adapter for {name}; known: {known}. Ways out: write one, most often a known one with a few fields "
+            "changed (dataclasses.replace), vs.Model(net, adapter=vs.Adapter(...)), and try it with "
+            "vs.check_adapter(model); or go without, vs.Model(net, adapter=None), and use module:<path>|out sites."
         )
     return None

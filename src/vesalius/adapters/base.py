@@ -8,11 +8,11 @@ needs to know about a `transformers` module: its submodules, heads, weights, nor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vesalius.errors import InputError
@@ -40,6 +40,8 @@ class Access:
     the module at this path."""
     flat: bool = False
     """The module sees [batch * pos, ...]."""
+    scaled: bool = False
+    """The stream gets the module's output times the layout's `residual_scale`; the site is what the stream gets."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,24 @@ class Layout:
     """Layers of an encoder-decoder's decoder; n_layers are its encoder's."""
     start: int | None = None
     """First token of an encoder-decoder's decoder."""
+    residual_scale: float = 1.0
+    """What blocks' outputs are multiplied by before they are added to the residual stream (Granite)."""
+    logit_scale: float = 1.0
+    """What the unembedding's output is multiplied by (Cohere, Granite)."""
 
     def layers_of(self, stack: str) -> int:
         return self.n_decoder_layers if stack == "decoder" else self.n_layers
+
+    def limit(self, kind: str) -> tuple[int | None, str]:
+        """How far an index in brackets may go at a kind of site, and what it counts; neurons by the tensor itself."""
+        kind = kind.removeprefix("cross_")
+        if kind in ("k", "v"):
+            return self.n_kv_heads, "key-value heads per layer"
+        if kind in ("q", "z", "result", "pattern", "scores"):
+            return self.n_heads, "heads per layer"
+        if kind in ("router", "expert_out"):
+            return self.n_experts, "experts per layer"
+        return (None, "neurons") if kind == "mlp_post" else (self.d_model, "dimensions")
 
 
 @dataclass(frozen=True)
@@ -113,8 +130,14 @@ class Adapter:
     """Config field -> the field it must equal."""
     attn_norm: str = ""
     """Norm between the output projection and the residual stream, relative to the layer."""
+    text: str = ""
+    """Attribute of `module.config` that holds the language model's own config, where there are others beside it."""
     cap: str = ""
     """Config field with the bound of the final logits (cap * tanh(logits / cap)); None there is no bound."""
+    attention_cap: str = ""
+    """Config field with the bound of the attention scores; None there is no bound."""
+    logits_over: str = ""
+    """Config field that the unembedding's output is divided by."""
     causal: bool = True
     """No position reads a later one."""
     direct: bool = True
@@ -147,16 +170,25 @@ class Adapter:
 
     def layout(self, module: nn.Module) -> Layout:
         """Sizes read from `module.config`. Raises InputError when a field is missing."""
-        config = module.config
+        config = self.config_of(module)
         read = {name: getattr(config, attribute, None) for name, attribute in self.config.items()}
         start = read.pop("start", None)
+        residual, logits = read.pop("residual_scale", None), read.pop("logit_scale", None)
+        if self.logits_over:
+            logits = 1.0 / float(getattr(config, self.logits_over))
         read["n_kv_heads"] = read.get("n_kv_heads") or read["n_heads"]
         read["d_head"] = read.get("d_head") or (read["d_model"] or 0) // (read["n_heads"] or 1)
         missing = [self.config[name] for name, value in read.items() if value is None and name in self.config]
         read["start"] = start  # a config may leave it out
         if missing:
             raise InputError(f"the config of {type(module).__name__} lacks {', '.join(missing)}")
-        return Layout(**{name: int(value) for name, value in read.items() if value is not None})
+        sizes = {name: int(value) for name, value in read.items() if value is not None}
+        one = 1.0  # a scale that a config leaves out
+        return replace(Layout(**sizes), residual_scale=float(residual or one), logit_scale=float(logits or one))
+
+    def config_of(self, module: nn.Module) -> Any:
+        """The config that the sizes of the layers stand in."""
+        return getattr(module.config, self.text) if self.text else module.config
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module:
@@ -191,6 +223,8 @@ def split_heads(tensor: Tensor, access: Access, layout: Layout, batch: int = 1) 
         tensor = tensor.unflatten(0, (batch, -1))
     if access.part:
         tensor = _pieces(tensor, access, layout)["qkv".index(access.part)]
+    if access.scaled and layout.residual_scale != 1.0:
+        tensor = tensor * layout.residual_scale
     if not access.heads:
         return tensor
     heads = layout.n_heads if access.heads == "head" else layout.n_kv_heads
@@ -204,6 +238,8 @@ def join_heads(whole: Tensor, site_tensor: Tensor, access: Access, layout: Layou
         pieces = _pieces(whole.unflatten(0, (len(value), -1)) if access.flat else whole, access, layout)
         pieces["qkv".index(access.part)] = value
         value = _fused(pieces, access, layout)
+    if access.scaled and layout.residual_scale != 1.0:
+        value = value / layout.residual_scale
     return value.flatten(0, 1) if access.flat else value
 
 
@@ -281,7 +317,10 @@ def _accelerate_hooks(module: nn.Module) -> list[Any]:
 
 
 def gain(kind: Norm, norm: nn.Module) -> Float[Tensor, " d_model"]:
-    """The norm's weight: what the normalised vector is multiplied by."""
+    """The norm's weight: what the normalised vector is multiplied by; ones where it has none (OLMo 1)."""
+    shape = getattr(norm, "normalized_shape", None)
+    if parameter(norm, "weight") is None and shape is not None:
+        return torch.ones(tuple(shape), device=device_of(norm))
     weight = weight_of(norm)
     return 1 + weight if kind == "rms_plus_one" else weight
 
@@ -293,29 +332,3 @@ def frozen_scale(kind: Norm, norm: nn.Module, at: Float[Tensor, "*any d_model"])
     # Llama's norms call it variance_epsilon, Gemma's and PyTorch's eps.
     epsilon = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-5)))
     return (at.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
-
-
-# --- mixtures of experts
-
-
-def rerouted(gate: nn.Module, logits: Float[Tensor, "token expert"]) -> tuple[Tensor, Tensor, Tensor]:
-    """What a router returns for these logits: (logits, weights [token, k], experts [token, k]).
-
-    Softmax, the k largest, and these divided by their sum where the router does that (Mixtral always does).
-    """
-    probabilities = torch.softmax(logits.float(), dim=-1)
-    weights, experts = torch.topk(probabilities, int(gate.top_k), dim=-1)  # type: ignore[arg-type]
-    if getattr(gate, "norm_topk_prob", True):
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    # Mixtral keeps float32 weights; the others cast them back.
-    return logits, weights.to(logits.dtype) if hasattr(gate, "norm_topk_prob") else weights, experts
-
-
-def contributions(
-    experts: nn.Module, hidden: Float[Tensor, "token d_model"], chosen: Int[Tensor, "token k"], weights: Tensor
-) -> Float[Tensor, "token expert d_model"]:
-    """What each expert adds, from the experts' own forward with the other experts' weights at zero."""
-    count = int(experts.num_experts)  # type: ignore[arg-type]
-    # forward, not a call: hooks on the experts must not see these passes.
-    each = [experts.forward(hidden, chosen, weights * (chosen == expert)) for expert in range(count)]
-    return torch.stack(each, 1)

@@ -1,10 +1,12 @@
-"""BERT (masked language model): attention in both directions, norms on the residual stream itself.
+"""BERT and RoBERTa (masked language models): attention in both directions, norms on the residual stream itself.
 
 attn_out and mlp_out are added to the stream, which is then normed: resid_mid and resid_post are normed sums, so no
 direct effects. Sweeps run the whole model.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from vesalius.adapters.base import Access, Adapter
 from vesalius.adapters.understood import SIZES
@@ -45,4 +47,15 @@ BERT = Adapter(
     causal=False,
     call={},
     direct=False,
+)
+ROBERTA = replace(
+    BERT,
+    family="roberta",
+    classes=("RobertaForMaskedLM", "XLMRobertaForMaskedLM"),
+    layers="roberta.encoder.layer",
+    outside={"embed": Access("roberta.embeddings"), "logits": Access("lm_head.decoder")},
+    final_norm="lm_head.layer_norm",
+    unembed="lm_head.decoder",
+    # Positions are numbered from the padding token's number on, by the module itself.
+    positions=False,
 )

@@ -60,3 +60,11 @@ NEOX_SERIAL = replace(
     sites={**NEOX.sites, "resid_mid": Access("post_attention_layernorm", "in", delta="attention.dense")},
     accepts={**NEOX.accepts, "use_parallel_residual": (False,)},
 )
+
+
+def _before_lm_head(adapter: Adapter) -> Adapter:
+    """Earlier releases of transformers 5 name the unembedding otherwise."""
+    return replace(adapter, unembed="embed_out", outside={**adapter.outside, "logits": Access("embed_out")})
+
+
+NEOX_OLD, NEOX_SERIAL_OLD = _before_lm_head(NEOX), _before_lm_head(NEOX_SERIAL)

@@ -1,9 +1,15 @@
-"""Llama, SmolLM and others of class LlamaForCausalLM (RMSNorm, rotary positions, grouped-query attention, SwiGLU)."""
+"""Llama, SmolLM and others of class LlamaForCausalLM (RMSNorm, rotary positions, grouped-query attention, SwiGLU).
+
+Families that are Llama but for a scale, a norm or a switch: SmolLM3 (some layers without rotation), Granite (scaled
+embeddings, block outputs and logits), StableLM (LayerNorm), Cohere (LayerNorm, one for both blocks; scaled logits).
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vesalius.adapters.base import Access, Adapter
-from vesalius.adapters.understood import ROTARY, SIZES
+from vesalius.adapters.understood import ROTARY, SIZES, WINDOWS
 
 LLAMA = Adapter(
     family="llama",
@@ -50,4 +56,51 @@ LLAMA = Adapter(
     },
     accepts={"pretraining_tp": (1,)},
     understood=SIZES | ROTARY | {"attention_bias", "mlp_bias"},
+)
+SMOLLM3 = replace(
+    LLAMA,
+    family="smollm3",
+    classes=("SmolLM3ForCausalLM",),
+    accepts={"pretraining_tp": (1, 2)},  # read nowhere
+    understood=SIZES | ROTARY | WINDOWS | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"},
+)
+GRANITE = replace(
+    LLAMA,
+    family="granite",
+    classes=("GraniteForCausalLM",),
+    sites={
+        **LLAMA.sites,
+        # What is added to the stream: the outputs times residual_multiplier.
+        "attn_out": Access("self_attn.o_proj", scaled=True),
+        "mlp_out": Access("mlp", scaled=True),
+    },
+    # No module returns the scaled embedding.
+    outside={**LLAMA.outside, "embed": Access("model.layers.0", "in")},
+    config={**LLAMA.config, "residual_scale": "residual_multiplier"},
+    logits_over="logits_scaling",
+    accepts={},
+    understood=SIZES | ROTARY | {"attention_bias", "mlp_bias", "embedding_multiplier", "attention_multiplier"},
+)
+STABLELM = replace(
+    LLAMA,
+    family="stablelm",
+    classes=("StableLmForCausalLM",),
+    norm="layer",
+    accepts={"use_parallel_residual": (False,)},
+    understood=SIZES | ROTARY | {"use_qkv_bias", "qk_layernorm", "rope_pct"},
+)
+# Attention and MLP are added to the stream together: there is no resid_mid.
+_SIDE_BY_SIDE = {kind: access for kind, access in LLAMA.sites.items() if kind != "resid_mid"}
+STABLELM_PARALLEL = replace(
+    STABLELM, family="stablelm (parallel)", sites=_SIDE_BY_SIDE, accepts={"use_parallel_residual": (True,)}
+)
+COHERE = replace(
+    LLAMA,
+    family="cohere",
+    classes=("CohereForCausalLM",),
+    sites=_SIDE_BY_SIDE,
+    norm="layer",
+    config={**LLAMA.config, "logit_scale": "logit_scale"},
+    accepts={},
+    understood=SIZES | ROTARY | {"attention_bias", "use_qk_norm"},
 )

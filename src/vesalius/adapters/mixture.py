@@ -1,8 +1,9 @@
-"""Mixtures of experts: Mixtral, OLMoE and Qwen 2 MoE. Llama's layer with a router and experts for an MLP.
+"""Mixtures of experts: Mixtral, OLMoE, Qwen 2 and 3 MoE, gpt-oss. Llama's layer with a router and experts for an MLP.
 
 router: logits [batch, pos, expert]; an edit reroutes. expert_out: what each expert adds, times its weight
 [batch, pos, expert, d_model]; zero where a token was not sent. Their sum is mlp_out (less the shared expert of
-Qwen 2 MoE). There is no mlp_post: each token has its own neurons.
+Qwen 2 MoE). There is no mlp_post: each token has its own neurons. gpt-oss has attention sinks: a row of its pattern
+sums to less than one. The mixture of DeepSeek V3 is read as a whole: its mlp_in and mlp_out.
 """
 
 from __future__ import annotations
@@ -53,4 +54,28 @@ QWEN2_MOE = replace(
         "moe_intermediate_size",
         "shared_expert_intermediate_size",
     },
+)
+QWEN3_MOE = replace(
+    QWEN2_MOE,
+    family="qwen3_moe",
+    classes=("Qwen3MoeForCausalLM",),
+    understood=SIZES
+    | ROTARY
+    | WINDOWS
+    | {"num_experts_per_tok", "norm_topk_prob", "attention_bias", "moe_intermediate_size", "num_local_experts"},
+)
+GPT_OSS = replace(
+    MIXTRAL,
+    family="gpt_oss",
+    classes=("GptOssForCausalLM",),
+    sites={
+        **MIXTRAL.sites,
+        "router": Access("mlp.router", flat=True),
+    },
+    gate="mlp.router",
+    understood=SIZES
+    | ROTARY
+    | WINDOWS
+    | {"num_experts_per_tok", "attention_bias", "swiglu_alpha", "swiglu_limit", "initial_context_length"}
+    | {"experts_per_token"},
 )

@@ -10,12 +10,13 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Collection, Mapping
+from importlib.metadata import version
 from typing import Any
 
 from torch import nn
 
-from vesalius.adapters.base import Adapter
-from vesalius.errors import UnknownArchitectureError
+from vesalius.adapters.base import Adapter, submodule
+from vesalius.errors import InputError, UnknownArchitectureError
 
 # Sizes, activations and epsilons: whatever they are, the sites and their sums mean the same.
 SIZES = frozenset(
@@ -52,9 +53,12 @@ def check_config(adapter: Adapter, module: nn.Module) -> None:
     Raises UnknownArchitectureError: for a value outside `accepts`, for a field that differs from the one it must equal,
     and for any other field that is not understood and not at its default.
     """
-    config, name = module.config, type(module).__name__
-    known_names = {*adapter.understood, *adapter.accepts, *adapter.same, *adapter.config.values(), adapter.cap}
+    config, name = adapter.config_of(module), type(module).__name__
+    known_names = {*adapter.understood, *adapter.accepts, *adapter.same, *adapter.config.values(), adapter.text}
+    known_names |= {adapter.cap, adapter.attention_cap, adapter.logits_over}
     found = _unknown_field(config, known_names)
+    if found is None and adapter.text:
+        found = _unknown_field(module.config, known_names)
     if found is not None:
         raise UnknownArchitectureError(
             f"{name} has config.{found[0]}={found[1]!r}, a field that the {adapter.family} adapter does not "
@@ -73,6 +77,28 @@ def check_config(adapter: Adapter, module: nn.Module) -> None:
             raise UnknownArchitectureError(
                 f"{name} has config.{field_name}={value!r}; the {adapter.family} adapter understands {known}"
             )
+
+
+def check_modules(adapter: Adapter, module: nn.Module) -> None:
+    """Refuse a module that lacks what this adapter names, as one of another release of transformers may.
+
+    Raises UnknownArchitectureError naming the first path that is missing and the release.
+    """
+    layout = adapter.layout(module)
+    tops = [adapter.final_norm, adapter.unembed, *(access.path for access in adapter.outside.values())]
+    try:
+        for path in filter(None, tops):
+            submodule(module, path)
+        for name in adapter.stack_names:
+            stack = adapter.stack(name)
+            if layout.layers_of(name):
+                layer = submodule(module, stack.layers if adapter.shared else f"{stack.layers}.0")
+                submodule(layer, stack.o_proj)
+    except InputError as missing:
+        raise UnknownArchitectureError(
+            f"{type(module).__name__} of transformers {version('transformers')} is built otherwise than the "
+            f"{adapter.family} adapter says: {missing}"
+        ) from missing
 
 
 def _unknown_field(config: Any, understood: Collection[str]) -> tuple[str, Any] | None:

@@ -6,6 +6,8 @@ images; direct effects take prompts, so they are not for images.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vesalius.adapters.base import Access, Adapter
 from vesalius.adapters.understood import SIZES
 
@@ -45,4 +47,24 @@ VIT = Adapter(
     call={},
     direct=False,
     input="pixel_values",
+)
+# Earlier releases of transformers 5 name these modules as BERT's, and give the MLP none of its own.
+VIT_OLD = replace(
+    VIT,
+    layers="vit.encoder.layer",
+    sites={
+        "resid_pre": Access("", "in"),
+        "q": Access("attention.attention.query", heads="head"),
+        "k": Access("attention.attention.key", heads="kv_head"),
+        "v": Access("attention.attention.value", heads="kv_head"),
+        "z": Access("attention.output.dense", "in", heads="head"),
+        "attn_out": Access("attention.output.dense"),
+        "resid_mid": Access("layernorm_after", "in", delta="attention.output.dense"),
+        "mlp_in": Access("intermediate", "in"),
+        "mlp_post": Access("output.dense", "in"),
+        "mlp_out": Access("output.dense"),
+        "resid_post": Access(""),
+    },
+    o_proj="attention.output.dense",
+    attention="attention.attention",
 )

@@ -16,7 +16,8 @@ from vesalius.describe.description import (
     describe,
     short_name,
 )
-from vesalius.describe.examples import ActivatingExamples, Example, PartExamples, collect_examples
+from vesalius.describe.example import Example, PartExamples
+from vesalius.describe.examples import ActivatingExamples, collect_examples
 from vesalius.describe.illusion import Illusion, across_corpora
 from vesalius.describe.learned import Learned, LearnedRules, learn
 from vesalius.describe.predictions import claim_about

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vesalius.describe.examples import ActivatingExamples, Example
+from vesalius.describe.example import Example
+from vesalius.describe.examples import ActivatingExamples
 from vesalius.errors import InputError
 from vesalius.parts import Part
 from vesalius.stats import rank_p

@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vesalius.describe.description import Description, Discovery, Prediction
-from vesalius.describe.examples import ActivatingExamples, Example, PartExamples
+from vesalius.describe.example import Example, PartExamples
+from vesalius.describe.examples import ActivatingExamples
 from vesalius.describe.predictions import above
 from vesalius.parts import Part
 from vesalius.quantities import FIRES_WHERE

@@ -59,9 +59,12 @@ def _forward(
         raise InterventionError("the 'vesalius' attention function was called outside a run; restore the model's own")
     understood = getattr(attend, "understands", ())
     refused = [name for name in _REFUSED if options.get(name) is not None and name not in understood]
-    if refused or dropout:
+    if dropout:
+        raise InterventionError("attention with dropout is not supported; call model.module.eval()")
+    if refused:
         raise InterventionError(
-            f"attention with {', '.join(refused) or 'dropout'} is not supported; call model.module.eval()"
+            f"attention of a {type(module).__name__} with {', '.join(refused)} is not reproduced here: its scores and "
+            "patterns cannot be read or edited, and its layers not replayed; other sites can be run and captured"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(module, query, key, value, attention_mask, scale, options), None
@@ -96,18 +99,38 @@ def grouped(kv: Tensor, n_heads: int) -> Tensor:
     return kv if kv.shape[1] == n_heads else kv.repeat_interleave(n_heads // kv.shape[1], dim=1)
 
 
-def weighted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, cap: float | None) -> Tensor:
+def weighted(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    cap: float | None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention's weighted values [batch, head, query_pos, d_head]; q, k, v: [batch, head, pos, d_head].
 
-    mask: True or zero where attention is allowed. cap: bound of the scores (Gemma 2), cap * tanh(scores / cap).
+    mask: True or zero where attention is allowed. cap: bound of the scores (Gemma 2), cap * tanh(scores / cap). sinks:
+    see `softmaxed`.
     """
-    if cap is None:
+    if cap is None and sinks is None:
         return nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scaling)
     scores = capped(q @ k.transpose(2, 3) * scaling, cap)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    pattern = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    return pattern @ v
+    return softmaxed(scores, sinks) @ v
+
+
+def softmaxed(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """The pattern of scores [..., key_pos], in float32 or wider and back.
+
+    sinks [..., 1]: a learned score that takes part in the softmax and attends to nothing (gpt-oss), so that a row of
+    the pattern sums to less than one.
+    """
+    kind, width = torch.promote_types(scores.dtype, torch.float32), scores.shape[-1]
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores).expand(*scores.shape[:-1], 1)], -1)
+    return torch.softmax(scores, dim=-1, dtype=kind).to(scores.dtype)[..., :width]
 
 
 def capped(scores: Tensor, cap: float | None) -> Tensor:
@@ -116,10 +139,10 @@ def capped(scores: Tensor, cap: float | None) -> Tensor:
 
 class Plain:
     """Eager attention whose scores and pattern can be read and replaced: visit(kind, module, tensor) -> tensor or None.
-    A position bias (T5) is added to the scores, as the mask is.
+    A position bias (T5) is added to the scores, as the mask is; sinks (gpt-oss) are no part of scores or pattern.
     """
 
-    understands = ("position_bias",)
+    understands = ("position_bias", "s_aux")
 
     def __init__(self, visit: Callable[[str, nn.Module, Tensor], Tensor | None]) -> None:
         self._visit = visit
@@ -141,7 +164,8 @@ class Plain:
             # As the eager path does: a mask for a cache of fixed size is longer than the keys so far.
             scores = scores + mask[..., : scores.shape[-1]]
         scores = self._seen("scores", module, scores)
-        pattern = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        sinks = options.get("s_aux")
+        pattern = softmaxed(scores, None if sinks is None else sinks[:, None, None])
         pattern = self._seen("pattern", module, pattern)
         return (pattern @ grouped(v, q.shape[1])).transpose(1, 2).contiguous()
 

@@ -39,7 +39,11 @@ class Caller:
             )
             return (inputs.ids.to(self.device),), mask, inputs
         if self.adapter.input != "input_ids":
-            return (), {self.adapter.input: _pixels(inputs).to(self.device), **self.adapter.call}, None
+            return (
+                (),
+                {self.adapter.input: _floats(inputs, self.adapter.input).to(self.device), **self.adapter.call},
+                None,
+            )
         if isinstance(inputs, Tensor):
             inputs = Tokens(inputs)
         if isinstance(inputs, Mapping):
@@ -123,19 +127,21 @@ def _on(device: torch.device, value: Any) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _pixels(inputs: Any) -> Tensor:
+def _floats(inputs: Any, name: str) -> Tensor:
+    """What a model that takes no tokens is given: images, or the features of sounds."""
     if isinstance(inputs, Tensor) and inputs.is_floating_point():
         return inputs
-    if isinstance(inputs, Mapping) and list(inputs) == ["pixel_values"]:
-        return _pixels(inputs["pixel_values"])
+    if isinstance(inputs, Mapping) and list(inputs) == [name]:
+        return _floats(inputs[name], name)
     given = f"{inputs.dtype} tensor" if isinstance(inputs, Tensor) else type(inputs).__name__
-    raise InputError(f"this model takes images [batch, channel, height, width] as a float tensor; got {given}")
+    what = "images [batch, channel, height, width]" if name == "pixel_values" else f"{name} [batch, feature, pos]"
+    raise InputError(f"this model takes {what} as a float tensor; got {given}")
 
 
 def logits_of(output: Any) -> Any:
     """A module's result: its logits where it names them, the first of several, or what it returns."""
-    if isinstance(output, Mapping) and "logits" in output:
-        return output["logits"]
+    if isinstance(output, Mapping) and ("logits" in output or "last_hidden_state" in output):
+        return output["logits"] if "logits" in output else output["last_hidden_state"]
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return output[0]
     return getattr(output, "logits", output)

@@ -1,4 +1,4 @@
-"""The sites that a family's models have, and how far their numbers go."""
+"""The sites that a family's models have."""
 
 from __future__ import annotations
 
@@ -23,15 +23,3 @@ def _derives(stack: Stack, kind: str) -> bool:
         return bool(stack.cross_attention if kind.startswith("cross") else stack.attention)
     z, projection = ("z", stack.o_proj) if kind == "result" else ("cross_z", stack.cross_o_proj)
     return kind in RESULTS and z in stack.sites and bool(projection)
-
-
-def limit_of(kind: str, layout: Layout) -> tuple[int | None, str]:
-    """How far an index in brackets may go, and what it counts. Neurons are checked against the tensor itself."""
-    kind = kind.removeprefix("cross_")
-    if kind in ("k", "v"):
-        return layout.n_kv_heads, "key-value heads per layer"
-    if kind in ("q", "z", "result", "pattern", "scores"):
-        return layout.n_heads, "heads per layer"
-    if kind in ("router", "expert_out"):
-        return layout.n_experts, "experts per layer"
-    return (None, "neurons") if kind == "mlp_post" else (layout.d_model, "dimensions")

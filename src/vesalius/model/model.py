@@ -24,8 +24,9 @@ from vesalius.inputs import Tokens
 from vesalius.inputs.beginning import encoded
 from vesalius.intervention import Intervention, Place, as_patches, joint, listed
 from vesalius.model.calls import Caller, logits_of
-from vesalius.model.family_sites import limit_of, sites_of
+from vesalius.model.family_sites import sites_of
 from vesalius.model.generation import Choice, Generation, Step, decoded, generated
+from vesalius.model.parity import check_parity, keep_cap, refuse_compiled, refuse_training
 from vesalius.model.taps import Recorder
 from vesalius.model.weights import Linear, dtype_of, hash_of, linear_of
 from vesalius.parts import places
@@ -37,13 +38,22 @@ _GUESS = object()
 class Model:
     """A network with a tokenizer and an adapter.
 
-    module: any nn.Module; used in place, never copied or changed. adapter: default, the known one for the module's
-    class; None for module:<path> sites only. Raises UnknownArchitectureError for an unknown transformers class.
+    module: any nn.Module; used in place, never copied. adapter: default, the known one for the module's class; None for
+    module:<path> sites only. probe: compare a few tokens' captured run with the module's own output (`model.parity`).
+    Raises UnknownArchitectureError for an unknown transformers class, or one that this release calls in another way
+    than the adapter says, SelfCheckError when the probe's outputs differ.
     """
 
     def __init__(
-        self, module: nn.Module, tokenizer: Any = None, adapter: Any = _GUESS, name: str = "", note: str = ""
+        self,
+        module: nn.Module,
+        tokenizer: Any = None,
+        adapter: Any = _GUESS,
+        name: str = "",
+        note: str = "",
+        probe: bool = True,
     ) -> None:
+        refuse_compiled(module)
         self.module = module
         self.tokenizer = tokenizer
         self.adapter: Adapter | None = adapter_for(module) if adapter is _GUESS else adapter
@@ -51,6 +61,10 @@ class Model:
         self.note = note
         """What a reader of results should know about these weights (quantised, fine-tuned ...)."""
         self.layout: Layout | None = self.adapter.layout(module) if self.adapter else None
+        if self.adapter is not None:
+            self.note = "; ".join(filter(None, [note, keep_cap(module, self.adapter)]))
+            if probe:
+                check_parity(self)
 
     def __repr__(self) -> str:
         size = f", {self.layout.n_layers} layers, {self.layout.n_heads} heads" if self.layout else ""
@@ -128,10 +142,10 @@ class Model:
 
     def attention_shares(self, layer: int, z: Float[Tensor, "*any head d_head"]) -> tuple[Tensor, Tensor]:
         """What each head adds, and what the output projection's bias adds [*any, d_model]; see `head_writes`."""
-        adapter, _ = self.architecture
+        adapter, layout = self.architecture
         projection = self._linear(submodule(self.layer(layer), adapter.o_proj))
-        writes = torch.einsum("...hd,hdm->...hm", z, self._heads_of(projection).to(z))
-        own = torch.zeros_like(writes[..., 0, :]) if projection.bias is None else projection.bias.to(z)
+        writes = torch.einsum("...hd,hdm->...hm", z, self._heads_of(projection).to(z)) * layout.residual_scale
+        own = 0 * writes[..., 0, :] if projection.bias is None else projection.bias.to(z) * layout.residual_scale
         if not adapter.attn_norm:
             return writes, own.expand_as(writes[..., 0, :])
         norm = submodule(self.layer(layer), adapter.attn_norm)
@@ -180,8 +194,8 @@ class Model:
         Raises UnknownNameError for an unknown site, InterventionError when an intervention's site never fired, with
         check_finite NotFiniteError naming the first site, in the order of the pass, that holds NaN or infinity.
         """
-        args, call, tokens = self._call(inputs)
-        if last_logits and self._takes("logits_to_keep"):
+        args, call, tokens = self.called_with(inputs)
+        if last_logits and self.takes("logits_to_keep"):
             call = {**call, "logits_to_keep": 1}
         wanted = self._wanted(capture)
         watch = self._all_sites if check_finite else ()
@@ -226,8 +240,8 @@ class Model:
         Equals running every longer prompt anew with the same interventions. Raises InputError for a model that keeps
         no keys and values, or positions that are never run.
         """
-        tokens = self._call(prompts)[2]
-        if tokens is None or not self._takes("past_key_values"):
+        tokens = self.called_with(prompts)[2]
+        if tokens is None or not self.takes("past_key_values"):
             raise InputError(f"{self.name} does not write here: it takes no past_key_values. Use run")
         edits, wanted, choice = listed(interventions), self._wanted(capture), Choice(temperature, seed, stop)
         if tokens.decoder is None:
@@ -273,7 +287,7 @@ class Model:
             site.kind in ("logits", "module")
             for site in (*capture, *(site for edit in interventions for site in edit.part.writes))
         )
-        if self._takes("logits_to_keep") and not whole:
+        if self.takes("logits_to_keep") and not whole:
             call["logits_to_keep"] = 1
         recorder = Recorder(self, capture, interventions, Tokens(ids, here), False, places, copies=True)
         with torch.no_grad(), recorder.listening():
@@ -281,7 +295,7 @@ class Model:
         recorder.check_fired()
         return Step(output.logits, output.past_key_values, recorder.captured(), recorder.diagnostics())
 
-    def _takes(self, argument: str) -> bool:
+    def takes(self, argument: str) -> bool:
         return self.adapter is not None and argument in inspect.signature(self.module.forward).parameters
 
     def _wanted(self, capture: Sequence[Site | str] | Site | str) -> list[Site]:
@@ -306,11 +320,11 @@ class Model:
             raise InputError(f"{site}: {self.name} has {n_layers} layers, numbered from 0")
         if site.whole not in self._site_set:
             select(str(site.whole), self._all_sites)  # raises, naming the sites there are
-        limit, what = limit_of(site.kind, layout)
+        limit, what = layout.limit(site.kind)
         if site.index is not None and limit is not None and site.index >= limit:
             raise InputError(f"{site}: {self.name} has {limit} {what}, numbered from 0")
 
-    def _call(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tokens | None]:
+    def called_with(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tokens | None]:
         """Arguments of the module, and the tokens when there are any."""
         if isinstance(inputs, str) or (isinstance(inputs, list) and inputs and isinstance(inputs[0], str)):
             inputs = self.tokens(inputs)
@@ -318,12 +332,7 @@ class Model:
 
     def check_evaluating(self) -> None:
         """Raise InputError for a model in training mode, two runs of which differ by themselves (dropout)."""
-        training = [part for part in self.module.modules() if part.training]
-        if any(self.adapter is not None or _is_random(part) for part in training):
-            raise InputError(
-                f"{self.name} is in training mode, in which two runs of the same prompts differ by themselves; call "
-                "model.module.eval() first"
-            )
+        refuse_training(self.module, self.name)
 
     def token_call(self, tokens: Tokens) -> dict[str, Any]:
         """Keyword arguments the wrapped module is called with for these tokens."""
@@ -336,12 +345,5 @@ class Model:
 
     @property
     def _caller(self) -> Caller:
-        masked = "attention_mask" in inspect.signature(self.module.forward).parameters
-        return Caller(self.adapter, self.layout, self.name, self.device, masked)
-
-
-def _is_random(part: nn.Module) -> bool:
-    """Whether a module does something else in training than in evaluation."""
-    if isinstance(part, nn.modules.dropout._DropoutNd):
-        return part.p > 0
-    return isinstance(part, nn.modules.batchnorm._BatchNorm) or (isinstance(part, nn.RNNBase) and part.dropout > 0)
+        takes = inspect.signature(self.module.forward).parameters
+        return Caller(self.adapter, self.layout, self.name, self.device, "attention_mask" in takes)

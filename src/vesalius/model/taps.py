@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vesalius.activations import refuse_nonfinite
 from vesalius.adapters import Access, Adapter, Layout, Stack, submodule
-from vesalius.adapters.base import contributions, join_heads, rerouted, split_heads
+from vesalius.adapters.base import join_heads, split_heads
+from vesalius.adapters.experts import contributions, rerouted, routed_by
 from vesalius.errors import InterventionError, UnknownNameError
 from vesalius.inputs import Tokens
 from vesalius.intervention import Edits, Intervention, Place, joint, reads_of
@@ -177,9 +178,11 @@ class Recorder:
         def remember(tensor: Tensor) -> None:
             before[:] = [tensor.clone()]  # the model may go on in place
 
+        scale = 1.0 if self._host.layout is None else self._host.layout.residual_scale
+
         def add_change(tensor: Tensor) -> Tensor:
-            total = before[0] + tensor
-            return tensor + (self._edits.at(site, total, self._seen) - total)
+            total = before[0] + tensor * scale
+            return tensor + (self._edits.at(site, total, self._seen) - total) / scale
 
         read = self._reader(site, access)
         return [
@@ -221,8 +224,8 @@ class Recorder:
     def _expert_visitor(self, site: Site, access: Access) -> Callable[[tuple[Any, ...], Any], Any]:
         """Router logits, whose edit reroutes; or what each expert adds, whose edit is added to the experts' sum."""
 
-        def route(_: tuple[Any, ...], output: Any) -> Any:
-            here = self._split(output[0], access)
+        def route(args: tuple[Any, ...], output: Any) -> Any:
+            here = self._split(routed_by(gate, args[0], output[0]), access)
             edited = self._keep(site, self._edits.at(site, here, self._seen))
             return None if edited is here and not self._grad else rerouted(gate, edited.flatten(0, 1))
 

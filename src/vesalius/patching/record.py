@@ -47,6 +47,8 @@ class Recording:
     """How many positions each layer's attention looks back, itself included; None is all."""
     caps: tuple[float | None, ...] = ()
     """Bound of each layer's attention scores: cap * tanh(scores / cap); None is none."""
+    sinks: tuple[Tensor | None, ...] = ()
+    """Each layer's attention sinks [head], a score that takes part in the softmax and attends to nothing."""
     reason: str = ""
     """Why layers cannot be replayed; empty when they can. Then queries, keys, values and calls are there."""
     logits: Tensor | None = None
@@ -107,6 +109,8 @@ class Recording:
 class _Keeper:
     """Attention with the model's own arithmetic that keeps queries, keys and values per layer."""
 
+    understands = ("s_aux",)
+
     def __init__(self, lengths: Int[Tensor, " example"]) -> None:
         self._lengths = lengths
         self.q: dict[int, Tensor] = {}
@@ -115,6 +119,7 @@ class _Keeper:
         self.scaling: dict[int, float] = {}
         self.windows: dict[int, int | None] = {}
         self.caps: dict[int, float | None] = {}
+        self.sinks: dict[int, Tensor | None] = {}
         self._masks: list[tuple[Tensor, int | None]] = []
         self.strange = ""
         """What is not causal attention, perhaps windowed."""
@@ -131,12 +136,14 @@ class _Keeper:
     ) -> Tensor:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         self.q[layer], self.k[layer], self.v[layer], self.scaling[layer] = q.transpose(1, 2), k, v, scaling
-        self.caps[layer] = options.get("softcap")
+        self.caps[layer], sinks = options.get("softcap"), options.get("s_aux")
+        self.sinks[layer] = None if sinks is None else sinks.detach()
         if mask is not None:
             mask = mask[..., : k.shape[2]]
         self._look(layer, mask)
         heads = q.shape[1]
-        out = weighted(q, grouped(k, heads), grouped(v, heads), mask, scaling, self.caps[layer])
+        sink = None if sinks is None else sinks[:, None, None]
+        out = weighted(q, grouped(k, heads), grouped(v, heads), mask, scaling, self.caps[layer], sink)
         return out.transpose(1, 2).contiguous()
 
     def _look(self, layer: int, mask: Tensor | None) -> None:
@@ -211,6 +218,7 @@ def record(model: Model, inputs: Inputs, sites: Sequence[Site] = (), given: Sequ
         sites=taps.captured(),
         windows=tuple(keeper.windows[n] for n in order),
         caps=tuple(keeper.caps[n] for n in order),
+        sinks=tuple(keeper.sinks[n] for n in order),
     )
 
 
@@ -307,11 +315,9 @@ def _merged(inputs: Inputs, groups: Sequence[Tensor], pieces: Sequence[Tensor], 
 
 def _without_rule(calls: Mapping[int, Mapping[str, Any]], rules: Mapping[str, str]) -> str:
     """The first tensor argument of a layer that has no replay rule, in words; empty when there is none."""
-    for layer, call in calls.items():
-        for name, value in call.items():
-            if name not in rules and holds_tensor(value):
-                return no_rule(layer, name)
-    return ""
+    given = ((layer, name, value) for layer, call in calls.items() for name, value in call.items())
+    found = (no_rule(layer, name) for layer, name, value in given if name not in rules and holds_tensor(value))
+    return next(found, "")
 
 
 def no_rule(layer: int, name: str) -> str:
@@ -320,9 +326,7 @@ def no_rule(layer: int, name: str) -> str:
 
 
 def holds_tensor(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return any(holds_tensor(item) for item in value)
-    return isinstance(value, Tensor)
+    return any(map(holds_tensor, value)) if isinstance(value, tuple | list) else isinstance(value, Tensor)
 
 
 def _call_keeper(
@@ -339,8 +343,7 @@ def _call_keeper(
         named = dict(bound.arguments)
         extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
         named.update(named.pop(extra, {}) if extra else {})
-        first = next(iter(named))
-        inputs[number] = named.pop(first)
+        inputs[number] = named.pop(next(iter(named)))
         counted[number] = version_of(inputs[number])
         calls[number] = named
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vesalius.adapters import submodule
 from vesalius.adapters.base import join_heads, split_heads
 from vesalius.errors import InterventionError
-from vesalius.model.attention import attending, capped, weighted
+from vesalius.model.attention import attending, capped, softmaxed, weighted
 from vesalius.model.hooks import Tap, tapped
 from vesalius.model.products import computing
 from vesalius.patching.edits import Edits, Flat, Rows
@@ -33,6 +33,8 @@ from vesalius.site import Site
 
 class _Attention:
     """Attention of flattened rows: each token attends to its own row's live tokens and to the base run before them."""
+
+    understands = ("s_aux",)
 
     def __init__(
         self,
@@ -90,7 +92,10 @@ class _Attention:
         padded = self._queries(layer, q, rows, index).view(len(rows), index.shape[1], n_kv, n_heads // n_kv, depth)
         stacked = padded.permute(0, 2, 3, 1, 4).reshape(len(rows), n_kv, -1, depth)
         tiled = mask.repeat(1, n_heads // n_kv, 1)[:, None]
-        out = weighted(stacked, keys, values, tiled, scaling, self._base.caps[layer])
+        sinks = self._base.sinks[layer]
+        if sinks is not None:
+            sinks = sinks.view(n_kv, -1, 1).expand(-1, -1, index.shape[1]).reshape(n_kv, -1, 1)
+        out = weighted(stacked, keys, values, tiled, scaling, self._base.caps[layer], sinks)
         if Site("pattern", layer) in self._watch:
             self._look(layer, padded, keys, mask, scaling)
         spread = out.view(len(rows), n_kv, n_heads // n_kv, -1, out.shape[-1]).permute(0, 3, 1, 2, 4)
@@ -128,7 +133,7 @@ class _Attention:
         at = self._step[: len(padded)].to(padded.device)
         scores = capped(torch.einsum("rkgd,rksd->rkgs", padded[rows, at], keys) * scaling, self._base.caps[layer])
         scores = scores.masked_fill(~mask[rows, at][:, None, None], float("-inf"))
-        pattern = scores.softmax(-1).flatten(1, 2)
+        pattern = softmaxed(scores.flatten(1, 2), sink_column(self._base, layer))
         full = pattern.new_zeros(*pattern.shape[:2], self._base.tokens.ids.shape[1])
         full[..., : pattern.shape[-1]] = pattern
         self._watch[Site("pattern", layer)].append(full)
@@ -285,7 +290,14 @@ def base_pattern(
     scores, window = capped(scores, base.caps[site.layer]), base.windows[site.layer]
     back = (at[:, None] - torch.arange(keys.shape[2])).to(scores.device)
     hidden = back < 0 if window is None else (back < 0) | (back >= window)
-    return scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1).flatten(1, 2)
+    scores = scores.masked_fill(hidden[:, None, None], float("-inf")).flatten(1, 2)
+    return softmaxed(scores, sink_column(base, site.layer))
+
+
+def sink_column(base: Recording, layer: int) -> Tensor | None:
+    """A layer's attention sinks beside scores [..., head, key_pos]: [head, 1]."""
+    sinks = base.sinks[layer]
+    return None if sinks is None else sinks[:, None]
 
 
 def _argument(rule: str | None, value: Any, example: Tensor, pos: Tensor) -> Any:

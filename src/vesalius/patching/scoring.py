@@ -56,7 +56,7 @@ def final_norm(base: Recording, hidden: Tensor) -> Tensor:
 def _logits(base: Recording, normed: Float[Tensor, "row read d_model"], tokens: Tensor | None) -> Tensor:
     """[row, token] of one read position, [row, read, token] of several."""
     model = base.model
-    adapter = model.architecture[0]
+    adapter, layout = model.architecture
     unembed = submodule(model.module, adapter.unembed)
     if normed.shape[1] == 1:
         normed = normed[:, 0]
@@ -69,7 +69,8 @@ def _logits(base: Recording, normed: Float[Tensor, "row read d_model"], tokens: 
             weight, bias = weight_of(unembed), parameter(unembed, "bias")
             logits = torch.einsum("rd,rkd->rk", normed, weight[tokens])
             logits = logits if bias is None else logits + bias[tokens]
-        return wide(capped(logits, getattr(model.module.config, adapter.cap) if adapter.cap else None))
+        logits = logits * layout.logit_scale
+        return wide(capped(logits, getattr(adapter.config_of(model.module), adapter.cap) if adapter.cap else None))
 
 
 def at_reads(base: Recording, pairs: Pairs) -> Float[Tensor, "example read d_model"]:

@@ -22,7 +22,7 @@ from vesalius.inputs import Corpus, Pairs, Tokens
 from vesalius.intervention import derangement
 from vesalius.jobs import Blocks, Sink, silent
 from vesalius.model import Model
-from vesalius.model.attention import capped
+from vesalius.model.attention import capped, softmaxed
 from vesalius.parts import Part, Unit, as_part
 from vesalius.patching.evaluate import Outcome, evaluate
 from vesalius.patching.plan import Cost
@@ -223,7 +223,9 @@ class Runs:
         back = position[:, None] - position[None]
         window = base.windows[site.layer]
         hidden = (back < 0) if window is None else (back < 0) | (back >= window)
-        return scores.masked_fill(hidden, float("-inf")).softmax(-1)[: self.n].cpu()
+        sinks = base.sinks[site.layer]
+        pattern = softmaxed(scores.masked_fill(hidden, float("-inf")), None if sinks is None else sinks[site.index])
+        return pattern[: self.n].cpu()
 
     def source(self, corruption: str, direction: str, parts: Sequence[Part] = ()) -> tuple[Recording, Source]:
         """Base run and values: noising puts corrupted values into the clean run, denoising the other way round."""

@@ -145,8 +145,8 @@ class Counting:
         self.seeds: Counter[tuple[str, int]] = Counter()
         self.fail_at = fail_at
         module = import_module("vesalius.studies.calibrate")
-        monkeypatch.setattr(module, "on_random", lambda seed: self.measure("random", seed, idle("REFUTED")))
-        monkeypatch.setattr(module, "on_planted", lambda seed: self.measure("planted", seed, planted()))
+        monkeypatch.setattr(module, "on_random", lambda seed, device: self.measure("random", seed, idle("REFUTED")))
+        monkeypatch.setattr(module, "on_planted", lambda seed, device: self.measure("planted", seed, planted()))
 
     def measure(self, kind: str, seed: int, network: Network) -> Network:
         if seed == self.fail_at:

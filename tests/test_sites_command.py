@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import transformers
 
 import families
 import tiny
 import vesalius as vs
 from test_adapters import vit
 from test_encoder_decoder import t5
+from tiny_folder import tiny_folder
 from vesalius.cli.sites import measured, ranges, rows, windows
+from vesalius.model.loading import without_weights
 
 
 def shown(model: vs.Model) -> dict[str, tuple[str, ...]]:
@@ -52,6 +57,16 @@ def test_layers_of_other_shapes_have_rows_of_their_own() -> None:
     assert found["layers.0,2.mlp_post"] == ("batch", "pos", "80")
     assert found["layers.1.mlp_post"] == ("batch", "pos", "99")
     assert found["layers.*.mlp_in"] == ("batch", "pos", "48")
+
+
+def test_shapes_from_the_config_alone_are_those_of_the_loaded_model(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path)
+    bare, loaded = without_weights(folder, sink=vs.silent), vs.load(folder, sink=vs.silent)
+    assert measured(bare) == measured(loaded)
+    assert bare.name == loaded.name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.LlamaForCausalLM, "from_pretrained", None)
+        assert measured(without_weights(folder, sink=vs.silent)) == measured(loaded)
 
 
 def test_numbers_are_told_as_ranges() -> None:

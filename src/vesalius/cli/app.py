@@ -336,11 +336,12 @@ def calibrate(
     quick: Annotated[bool, typer.Option("--quick", help="Few seeds: a smoke test, not a calibration.")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
     seeds: Annotated[int, typer.Option(help="Random networks; up to 40 planted ones go with them.")] = 100,
+    device: DeviceOption = None,
 ) -> None:
     """How often each validator supports a claim about noise, and how often it finds what is planted."""
     if json is not None:
         check_writable(json.parent, "--json")
-    calibrating.run(seeds=seeds, quick=quick, json=json)
+    calibrating.run(seeds=seeds, quick=quick, json=json, device=device)
 
 
 def _command_line() -> str:

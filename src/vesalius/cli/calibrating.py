@@ -8,14 +8,17 @@ from pathlib import Path
 from rich.table import Table
 
 import vesalius as vs
+from vesalius.cli import checks
 from vesalius.cli.screen import Screen, bars, output
 from vesalius.jobs import write_atomic
 
 
-def run(*, seeds: int, quick: bool, json: Path | None) -> None:
+def run(*, seeds: int, quick: bool, json: Path | None, device: str | None) -> None:
     """Measure, print a row per validator and per kind of simulated data, and write the figures as JSON if asked."""
+    checks.device(device)
     with bars() as progress:
-        found = vs.studies.calibrate(seeds=seeds, quick=quick, sink=Screen(progress))
+        where = checks.chosen_device(device)
+        found = vs.studies.calibrate(seeds=seeds, quick=quick, sink=Screen(progress), device=where)
     data = found.to_json()
     if json is not None:
         write_atomic(json, jsonlib.dumps(data, indent=2) + "\n")

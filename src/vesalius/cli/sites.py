@@ -1,4 +1,7 @@
-"""`vesalius sites`: a model's sites with their shapes, measured in a run of two tokens, and TransformerLens's names."""
+"""`vesalius sites`: a model's sites with their shapes, and TransformerLens's names.
+
+Shapes are measured in a run of two tokens, of a model that is built from its config alone.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from rich.table import Table
 
 import vesalius as vs
 from vesalius.cli.screen import Screen, bars, output, say
+from vesalius.model import loading
 from vesalius.site import RESULTS
 
 if TYPE_CHECKING:
@@ -24,7 +28,7 @@ _FREE = ("batch", "pos", "query_pos", "key_pos", "source_pos")
 def show(name: str) -> None:
     """Print one row per kind of site and shape; a star stands for all layers, where they are alike."""
     with bars() as progress:
-        model = vs.load(name, sink=Screen(progress))
+        model = loading.without_weights(name, sink=Screen(progress))
     found = rows(measured(model), model)
     # Without a frame the rows fit into 80 columns.
     table = Table(title=_title(model), title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)

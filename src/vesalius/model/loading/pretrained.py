@@ -88,6 +88,33 @@ def load(
         return _from_folder(folder, found.path.stem, request)
 
 
+def without_weights(name: str | Path, *, cache: Path | None = None, sink: Sink | None = None) -> Model:
+    """A model as its config describes it: for its sites and their shapes, and none of its numbers mean anything.
+
+    name, cache, sink: as for `load`. No weights are read (a .gguf file is converted, where it was not before), and the
+    memory that they would take is not touched. Raises as `load`, where the config is at fault.
+    """
+    found = look_up(name)
+    with shown(sink) as events:
+        if found.kind == "hub":
+            config, _ = transformers.PreTrainedConfig.get_config_dict(str(name))
+            source, title = str(name), str(name)
+        else:
+            folder = found.path if found.kind == "folder" else _converted(found.path, cache, events)
+            config, source = read_json(folder / "config.json"), str(folder)
+            title = (
+                DEMO if name == DEMO else found.path.resolve().stem if found.kind == "gguf" else folder.resolve().name
+            )
+    with untrusted.understood(f"{source}/config.json does not describe a model"), _quiet():
+        _check_config(config, f"{source}/config.json")
+        made = _class_of(config)
+        build = made.from_config if made is transformers.AutoModelForCausalLM else made._from_config
+        with torch.device("meta"):
+            module = build(transformers.AutoConfig.from_pretrained(source, trust_remote_code=False))
+    # Pages of memory that nothing was written to cost nothing, and a pass over them gives every shape.
+    return Model(module.to_empty(device="cpu").eval(), None, name=title, probe=False)
+
+
 def checked_device(device: str | torch.device | None) -> torch.device:
     """The device, after a tensor was made there. Raises InputError when that fails."""
     try:

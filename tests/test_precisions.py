@@ -19,7 +19,7 @@ from vesalius.patching.sources import source_for
 # Largest error, in units of the values' range.
 DTYPES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.03}
 # Routing is a choice: rounding the router's logits can send a token to another expert.
-CHOOSE = ("mixtral", "olmoe", "qwen2_moe")
+CHOOSE = ("deepseek_v3", "deepseek_v3 (plain queries)", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 SMOOTH = sorted(set(FAMILIES) - set(CHOOSE))
 
 

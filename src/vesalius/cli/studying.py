@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,6 +13,7 @@ from vesalius.cli import checks
 from vesalius.cli.screen import Screen, bars, note, say
 from vesalius.errors import InputError
 from vesalius.jobs.paths import check_writable
+from vesalius.jobs.progress import most_resident
 from vesalius.model.loading import look_up
 
 if TYPE_CHECKING:
@@ -135,12 +134,10 @@ def _summary(
 
 def timings(screen: Screen, done: Study) -> Mapping[str, Any]:
     """The part of the summary that differs between two runs with the same seed."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "steps": screen.seconds(STEPS),
         "seconds": round(screen.elapsed, 3),
-        # Linux counts kibibytes, macOS bytes.
-        "peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        "peak_memory_bytes": most_resident(),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "sealed_at": done.sealed_at,
     }

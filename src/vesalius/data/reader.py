@@ -19,6 +19,7 @@ from vesalius.data.source import Rows
 from vesalius.data.texts import Texts, texts_from
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.jobs import Estimate
+from vesalius.jobs.progress import resident
 from vesalius.model import Model
 from vesalius.site import Site
 
@@ -132,10 +133,10 @@ def expected_cost(reader: ActivationReader, first: Group, trial: Trial, times: f
     """Cost of `times` the first group; a forward pass is one context."""
     tokens = sum(len(context.ids) for context in first.contexts)
     bytes_of_row = sum(reader.forward.widths) * dtype.itemsize + _ORIGIN_BYTES
-    weights = sum(p.numel() * p.element_size() for m in reader.forward.models.values() for p in m.module.parameters())
     return Estimate(
         seconds=tokens * times / trial.tokens_per_second,
         forwards=math.ceil(len(first.contexts) * times * len(reader.forward.models)),
-        memory_bytes=weights + 3 * first.rows * bytes_of_row,
+        # The models are there by now, and the rows of a group come twice or three times.
+        memory_bytes=resident() + 3 * first.rows * bytes_of_row,
         disk_bytes=int(first.rows * times * bytes_of_row),
     )

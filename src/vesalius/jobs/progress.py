@@ -7,9 +7,12 @@ sink that draws nothing.
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -73,7 +76,7 @@ def track(items: Iterable[T], task: str, total: int | None = None, sink: Sink = 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job will cost: wall time, forward passes, peak memory and disk (bytes)."""
+    """What a job will cost: wall time, forward passes, and bytes: the process's memory at its peak, and disk."""
 
     seconds: float
     forwards: float = 0.0
@@ -90,6 +93,21 @@ class Estimate:
         if self.disk_bytes:
             parts.append(f"{size_in_words(self.disk_bytes)} on disk")
         return ", ".join(parts)
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now; where that is not told, the most it has held."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, ValueError, IndexError):
+        return most_resident()
+
+
+def most_resident() -> int:
+    """The most bytes of memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts kibibytes, macOS bytes.
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def bars(console: Console) -> Progress:

@@ -248,7 +248,8 @@ class Needed:
             taps += self._pair(*ends, layer, "mlp")
         for layer in sorted(self._heads):
             block = self._model.layer(layer)
-            for path in dict.fromkeys(adapter.sites[kind].path for kind in ("q", "k", "v")):
+            # Where keys and values have no modules of their own (latent attention), they are computed for every head.
+            for path in dict.fromkeys(adapter.sites[kind].path for kind in ("q", "k", "v") if kind in adapter.sites):
                 module = submodule(block, path)
                 taps += self._pair((module, "in"), (module, "out"), layer, "heads")
         return taps

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from jaxtyping import Int
 from torch import Tensor
 
 from vesalius.jobs import Estimate
+from vesalius.jobs.progress import resident
 from vesalius.patching.evaluate import evaluate
 from vesalius.patching.plan import Plan
 from vesalius.patching.targets import Variant
@@ -62,7 +60,9 @@ def expected_cost(runs: Runs, random_sets: int, shown: int, fresh: int) -> Estim
     search = runs.n * TYPICAL_SETS * live
     test = fresh * (min(shown, random_sets) * (len(ABLATIONS) - 1) + random_sets * 2 * live + TYPICAL_MEMBERS)
     forwards = patching + search + test + patching / 4
-    return Estimate(seconds=_seconds(runs, parts[:TIMED]) * forwards, forwards=forwards, memory_bytes=_memory())
+    return Estimate(
+        seconds=_seconds(runs, parts[:TIMED]) * forwards, forwards=forwards, memory_bytes=int(PEAK * resident())
+    )
 
 
 def _seconds(runs: Runs, parts: Sequence[Variant]) -> float:
@@ -89,14 +89,3 @@ def _live(runs: Runs) -> float:
 def _ends(runs: Runs) -> Int[Tensor, " row"]:
     """Of the rows that are run: answers of several tokens take two for each prompt."""
     return runs.contrast.metric.rows_of(runs.pairs)[0].ends
-
-
-def _memory() -> int:
-    """Bytes at the peak, from what the process holds by now: the model, all recorded runs, a batch of edited runs."""
-    try:
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except (OSError, ValueError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        # Linux counts kibibytes, macOS bytes.
-        resident = peak if sys.platform == "darwin" else peak * 1024
-    return int(PEAK * resident)

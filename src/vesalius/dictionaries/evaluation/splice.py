@@ -18,6 +18,7 @@ from vesalius.dictionaries.evaluation.totals import Floats, Reconstructor
 from vesalius.inputs import Tokens
 from vesalius.intervention import Replace
 from vesalius.jobs import Estimate, Event, Sink, track
+from vesalius.jobs.progress import most_resident
 from vesalius.metric import wide
 from vesalius.model import Model
 from vesalius.model.products import computing
@@ -155,7 +156,8 @@ def losses_of(
 
 def _cost(batches: int, splices: int, seconds: float) -> str:
     """What the batches take, from the first of them: one clean pass and one per splice each."""
-    return f"in the model: {Estimate(seconds * batches, forwards=batches * (1 + splices)).describe()}"
+    cost = Estimate(seconds * batches, forwards=batches * (1 + splices), memory_bytes=most_resident())
+    return f"in the model: {cost.describe()}"
 
 
 def _batches(contexts: Sequence[Context], batch_tokens: int) -> Iterator[list[int]]:

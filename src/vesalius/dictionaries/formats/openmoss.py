@@ -13,6 +13,7 @@ Llama Scope's own loader folds norms and decoder norms into the weights, and onl
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def _weights(found: Found, folder: Path) -> Weights:
     name = next((name for name in _FILES if (folder / name).is_file()), None)
     if name is None:
         raise FileFormatError(f"{folder} has {HYPERPARAMETERS} and none of {', '.join(_FILES)}")
-    return found.weights(name)
+    return found.weights(os.path.relpath(folder / name, found.folder))
 
 
 def _matrices(settings: _Settings, weights: Weights) -> dict[str, Tensor]:

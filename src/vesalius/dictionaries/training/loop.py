@@ -26,7 +26,7 @@ from vesalius.dictionaries.training.run import Processes, Run
 from vesalius.dictionaries.training.run_files import Checkpoints, Metrics
 from vesalius.errors import InputError
 from vesalius.jobs import Estimate, Event, Sink, silent
-from vesalius.jobs.progress import shown
+from vesalius.jobs.progress import resident, shown
 from vesalius.jobs.workers import Workers
 from vesalius.protocol import content_hash
 from vesalius.protocol.canonical import plain
@@ -195,13 +195,9 @@ def estimate(data: Any, config: TrainConfig | None = None, *, device: torch.devi
 
 
 def _estimate(run: Run, seconds: float) -> Estimate:
-    """Memory: parameters with gradients and moments, a batch's rows and errors, pre-activations of each worker."""
-    config, layout = run.config, run.layout
-    widths = [
-        (block.reads.stop - block.reads.start) + (block.writes.stop - block.writes.start) for block in layout.blocks
-    ]
-    weights = config.n_latents * sum(widths)
-    rows = config.batch_size // config.accumulate * (layout.d_in + (2 + len(config.prefixes)) * layout.d_out)
-    pre = 2 * run.workers.n * min(run.chunk_rows, config.batch_size) * config.n_latents
+    """From a process that has made steps: all it holds is there by now, but for a checkpoint on its way to the disk."""
+    blocks = run.layout.blocks
+    widths = [(some.reads.stop - some.reads.start) + (some.writes.stop - some.writes.start) for some in blocks]
+    weights = 4 * run.config.n_latents * sum(widths)
     # On disk: the weights, and two checkpoints with both moments.
-    return Estimate(seconds, memory_bytes=4 * (4 * weights + 2 * rows + pre), disk_bytes=4 * (1 + 2 * 3) * weights)
+    return Estimate(seconds, memory_bytes=resident() + 3 * weights, disk_bytes=(1 + 2 * 3) * weights)

@@ -60,6 +60,8 @@ class Layout:
     """Layers of an encoder-decoder's decoder; n_layers are its encoder's."""
     start: int | None = None
     """First token of an encoder-decoder's decoder."""
+    padding: int | None = None
+    """Token by which the module itself tells what is padding; None where the mask alone says so."""
     residual_scale: float = 1.0
     """What blocks' outputs are multiplied by before they are added to the residual stream (Granite)."""
     logit_scale: float = 1.0
@@ -172,14 +174,14 @@ class Adapter:
         """Sizes read from `module.config`. Raises InputError when a field is missing."""
         config = self.config_of(module)
         read = {name: getattr(config, attribute, None) for name, attribute in self.config.items()}
-        start = read.pop("start", None)
+        optional = {name: read.pop(name, None) for name in ("start", "padding")}
         residual, logits = read.pop("residual_scale", None), read.pop("logit_scale", None)
         if self.logits_over:
             logits = 1.0 / float(getattr(config, self.logits_over))
         read["n_kv_heads"] = read.get("n_kv_heads") or read["n_heads"]
         read["d_head"] = read.get("d_head") or (read["d_model"] or 0) // (read["n_heads"] or 1)
         missing = [self.config[name] for name, value in read.items() if value is None and name in self.config]
-        read["start"] = start  # a config may leave it out
+        read |= optional  # a config may leave them out
         if missing:
             raise InputError(f"the config of {type(module).__name__} lacks {', '.join(missing)}")
         sizes = {name: int(value) for name, value in read.items() if value is not None}

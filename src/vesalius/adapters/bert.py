@@ -56,6 +56,7 @@ ROBERTA = replace(
     outside={"embed": Access("roberta.embeddings"), "logits": Access("lm_head.decoder")},
     final_norm="lm_head.layer_norm",
     unembed="lm_head.decoder",
-    # Positions are numbered from the padding token's number on, by the module itself.
+    # Positions are numbered from the padding token's number on, by the module itself, which tells padding by its token.
     positions=False,
+    config={**BERT.config, "padding": "pad_token_id"},
 )

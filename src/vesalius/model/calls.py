@@ -93,6 +93,8 @@ class Caller:
             return call
         mask = tokens.mask.to(self.device)
         call["attention_mask"] = mask.long()
+        if layout.padding is not None:
+            call[adapter.input] = call[adapter.input].masked_fill(~mask, layout.padding)
         if adapter.positions and not bool(mask[:, 0].all()):
             # Left padding: real tokens keep the positions they would have alone.
             call["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)

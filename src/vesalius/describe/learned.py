@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -80,6 +80,7 @@ class LearnedRules:
     seed: int = 0
     name: str = LABEL
     needs: tuple[str, ...] = ()
+    _learned: dict[Part, Learned | None] = field(default_factory=dict, repr=False)
 
     def prepare(self, discovery: Discovery, parts: Sequence[Part]) -> None:
         """Values of all parts with a rule, in one pass over the discovery texts."""
@@ -88,7 +89,9 @@ class LearnedRules:
 
     def rule(self, part: Part) -> Learned | None:
         """The rule of a part; None where it fires too rarely, or no rule holds."""
-        found = learn(self.examples[part], self.seed)
+        if part not in self._learned:
+            self._learned[part] = learn(self.examples[part], self.seed)
+        found = self._learned[part]
         return found if found is not None and found.holds else None
 
     def describe(self, discovery: Discovery, part: Part) -> Description | None:

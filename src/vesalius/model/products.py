@@ -133,11 +133,18 @@ class _PerWeight(Generic[T]):
         return known[2]
 
 
+@cache
+def _short_supported() -> bool:
+    """Whether oneDNN can lay out bfloat16 weights on this processor; without AVX-512 it cannot, asked for or not."""
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(asked()) if asked is not None else torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 class Half:
     """A bfloat16 weight [out, in]; where that pays it is laid out once, for products of about this many rows."""
 
     def __init__(self, weight: Tensor, rows: int) -> None:
-        self._laid_out = weight.device.type == "cpu" and library() == "onednn"
+        self._laid_out = weight.device.type == "cpu" and library() == "onednn" and _short_supported()
         self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self._laid_out else weight
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

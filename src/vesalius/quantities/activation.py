@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vesalius.data.forward import captured
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Corpus, Tokens
 from vesalius.parts import Part, places
@@ -66,15 +67,15 @@ def tokens_of(runs: Runs) -> Tokens:
 
 
 def token_values(runs: Runs, parts: Sequence[Part]) -> list[Float[Tensor, "example pos"]]:
-    """Every part's value at every token, on the CPU, all from one pass over the texts."""
+    """Every part's value at every token, on the CPU: one pass over the texts, up to the last of the parts' sites."""
     kept: dict[Part, Tensor] = runs.once("token values", dict)
     missing = [part for part in dict.fromkeys(parts) if part not in kept]
     found: list[list[Tensor]] = [[] for _ in missing]
     tokens = tokens_of(runs)
     for rows in torch.arange(len(tokens)).split(_TOGETHER) if missing else ():
-        run = runs.model.run(tokens.take(rows), capture=places(missing), last_logits=True)
+        at = captured(runs.model, tokens.take(rows), places(missing))
         for part, listed in zip(missing, found, strict=True):
-            value = part.value(run)
+            value = part.value(at)
             _check_one_number(part, value)
             listed.append(value.cpu())
     kept |= {part: torch.cat(listed) for part, listed in zip(missing, found, strict=True)}

@@ -51,6 +51,11 @@ class FiresWhere(Quantity):
             runs, [one for part, given in wanted for one in (part, *control_parts(given.get("control", {}), part))]
         )
 
+    def control(self, runs: Runs, part: Part, parameters: Parameters, control: Mapping[str, Any]) -> PerExample | None:
+        """As of any quantity, with the values of all control parts from one pass."""
+        token_values(runs, [part, *control_parts(control, part)])
+        return super().control(runs, part, parameters, control)
+
     def scale_of(self, runs: Runs, part: Part, parameters: Parameters) -> float | None:
         """1: values are in standard deviations."""
         return 1.0

@@ -1,0 +1,24 @@
+"""The Python on the page about descriptions runs, and says what the page says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import vesalius as vs
+
+PAGE = (Path(__file__).parents[1] / "docs" / "descriptions.md").read_text()
+
+
+@pytest.mark.demo_model
+def test_the_page_runs_and_a_rule_goes_from_examples_to_a_verdict(
+    demo: vs.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(vs, "load", lambda _: demo)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+    exec(compile(code, "descriptions.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert re.search(r"fires on \d+\.\d% of tokens: \(\(' the'", said)
+    assert re.search(r'neuron 2\.90 fires more on "the" than elsewhere: at least \+\S+ SD -> SUPPORTED', said), said

@@ -93,7 +93,8 @@ class Caller:
             return call
         mask = tokens.mask.to(self.device)
         call["attention_mask"] = mask.long()
-        if layout.padding is not None:
+        # Padding on the right numbers nothing that is real, and the call stays as it would be without us.
+        if layout.padding is not None and not bool(mask[:, 0].all()):
             call[adapter.input] = call[adapter.input].masked_fill(~mask, layout.padding)
         if adapter.positions and not bool(mask[:, 0].all()):
             # Left padding: real tokens keep the positions they would have alone.

@@ -89,7 +89,8 @@ def test_activations_of_many_parts_take_one_pass(model: vs.Model, corpus: vs.Cor
     wanted: list[tuple[vs.Part, Parameters]] = [(part, {"at": "mean"}) for part in parts]
     wanted.append((vs.neuron(0, 0), {"at": "mean", "control": {"parts": ["layers.2.mlp_post[1]"]}}))
     calls = []
-    hook = model.module.register_forward_hook(lambda *_: calls.append(1))
+    # Before it, because a pass ends at the last site that is read.
+    hook = model.module.register_forward_pre_hook(lambda *_: calls.append(1))
     ACTIVATION.prepare(runs, wanted)
     assert len(calls) == 3  # 40 texts, 16 at a time
     for part in (*parts, vs.neuron(0, 0), vs.neuron(2, 1)):

@@ -92,11 +92,10 @@ class Kept:
         starts = torch.searchsorted(owner, torch.arange(len(touched)))
         rank = torch.arange(len(owner)) - starts[owner]
         inside = rank < kept
-        slot = (touched[owner[inside]], rank[inside])
         whole = Kept.empty(len(touched), kept, self.ids.shape[2])
         for name, column in columns.items():
             filled = getattr(whole, name)
-            filled[owner[inside], slot[1]] = column[order[inside]]
+            filled[owner[inside], rank[inside]] = column[order[inside]]
             getattr(self, name)[touched] = filled
 
     def count(self) -> Int[Tensor, " part"]:

@@ -274,5 +274,5 @@ def _announce(reader: ActivationReader, first: Group, tally: Tally, sink: Sink) 
     times = times_first(reader, first, tally)
     cost = expected_cost(reader, first, reader.forward.trial(first), times or 1.0, torch.float32)
     what = "expected cost" if times is not None else f"expected cost of every {first.rows:,} tokens"
-    # Rows are looked at and let go.
-    sink(Event("note", "cost", message=f"{what}: {type(cost)(cost.seconds, cost.forwards).describe()}"))
+    # Rows are looked at and let go: nothing of them is written.
+    sink(Event("note", "cost", message=f"{what}: {replace(cost, disk_bytes=0).describe()}"))

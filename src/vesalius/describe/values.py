@@ -15,10 +15,11 @@ from vesalius.dictionaries.latent import Latent
 from vesalius.directions import Direction
 from vesalius.errors import InputError
 from vesalius.parts import Part, Unit
+from vesalius.quantities.activation import check_one_number
 from vesalius.site import Site
 
 Rows = dict[Site, Float[Tensor, "row width"]]
-Together = Callable[[Rows], Float[Tensor, "row part"]]
+Read = Callable[[Rows], Float[Tensor, "row part"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ class PartValues:
             values[:, numbers] = read(rows).float()
         return values
 
-    def _groups(self) -> list[tuple[list[int], Together]]:
+    def _groups(self) -> list[tuple[list[int], Read]]:
         """Numbers of the parts that are read together, and how."""
         found: dict[object, list[int]] = {}
         for number, part in enumerate(self.parts):
@@ -77,7 +78,7 @@ class PartValues:
         return [(numbers, _reader([self.parts[number] for number in numbers])) for numbers in found.values()]
 
 
-def _reader(parts: Sequence[Part]) -> Together:
+def _reader(parts: Sequence[Part]) -> Read:
     """How parts of one kind, at one place, are read."""
     first = parts[0]
     if isinstance(first, Latent):
@@ -96,7 +97,7 @@ def _read(part: Part) -> tuple[Site, ...]:
     return (part.site.whole,) if isinstance(part, Unit) else tuple(part.reads)
 
 
-def _of_latents(coder: SparseCoder, reads: Sequence[Site], numbers: list[int]) -> Together:
+def _of_latents(coder: SparseCoder, reads: Sequence[Site], numbers: list[int]) -> Read:
     everything = numbers == list(range(coder.n_latents))
 
     def read(rows: Rows) -> Tensor:
@@ -109,6 +110,5 @@ def _of_latents(coder: SparseCoder, reads: Sequence[Site], numbers: list[int]) -
 def _alone(part: Part, rows: Rows) -> Tensor:
     """[row] of a part of a kind that is not known here, to which the rows are one long text."""
     value = part.value({site: tensor[None] for site, tensor in rows.items()})
-    if value.ndim != 2:
-        raise InputError(f"{part} has {value.shape[-1]} numbers at each position, and no one activation")
+    check_one_number(part, value)
     return value[0]

@@ -110,9 +110,8 @@ def direct_effects(model: Model, pairs: Pairs, tokens: Tokens) -> Direct:
         found[f"layers.{layer}.mlp_out"] = frozen.of(run[f"layers.{layer}.mlp_out"][rows, pairs.at])
     direct = Direct({**found, "bias": bias})
     logits = run.logits[rows, pairs.at]
-    _check_sum(
-        model, direct, logits, run["logits"][rows, pairs.at] if unembedded else logits / layout.logit_scale, pairs
-    )
+    bare = run["logits"][rows, pairs.at] if unembedded else logits / layout.logit_scale
+    _check_sum(model, direct, logits, bare, pairs)
     return direct
 
 
@@ -135,7 +134,7 @@ def _check_sum(model: Model, direct: Direct, own: Tensor, unembedded: Tensor, pa
     bound = getattr(adapter.config_of(model.module), adapter.cap) if adapter.cap else None
     difference = scaled[rows, pairs.answer] - scaled[rows, pairs.distractor]
     parts = torch.stack(list(direct.contributions.values())).abs().sum(0).float()
-    rounding = (1e-4 if own.dtype in (torch.float32, torch.float64) else 16 * torch.finfo(own.dtype).eps) * (
+    allowed = (1e-4 if own.dtype in (torch.float32, torch.float64) else 16 * torch.finfo(own.dtype).eps) * (
         parts + (own.max(-1).values - own.min(-1).values).float()
     )
     if not bool(torch.isfinite(own).all()):
@@ -144,7 +143,7 @@ def _check_sum(model: Model, direct: Direct, own: Tensor, unembedded: Tensor, pa
         ("the unembedding's output times the adapter's scales", (capped(scaled, bound) - own.float()).abs().amax(-1)),
         ("the sum of all contributions", (total - difference).abs()),
     ):
-        if bool((off > rounding).any()):
+        if bool((off > allowed).any()):
             raise SelfCheckError(
                 f"{what} differs by {float(off.max()):.3g} from the logits of {model.name}'s own run: the "
                 f"{adapter.family} adapter lacks a scale (residual_scale, logit_scale, logits_over, cap) or a "

@@ -85,8 +85,7 @@ def check_adapter(model: Model | nn.Module, inputs: Any = None) -> AdapterCheck:
     """
     model = model if isinstance(model, Model) else Model(model, probe=False)
     adapter, _ = model.architecture
-    if model.module.training:
-        raise InputError(f"{model.name} is in training mode, where runs differ by dropout; call model.module.eval()")
+    model.check_evaluating()
     bench = _Bench(model, inputs)
     found = [_tried(name, check, bench) for name, check in _CHECKS.items()]
     return AdapterCheck(model.name, adapter.family, release(), tuple(found))
@@ -161,23 +160,34 @@ def _parity(bench: _Bench) -> str:
 
 def _sites(bench: _Bench) -> str:
     """Every site by a hook on its module, without the machinery of captures."""
-    model, count = bench.model, 0
+    model = bench.model
     adapter, layout = model.architecture
+    raw: dict[Site, Tensor] = {}
+    taps: dict[Site, Tap] = {}
     for site in model.sites():
         table = adapter.stack(site.stack)
         access = (table.outside if site.layer is None else table.sites).get(site.kind)
         if access is None or access.part or adapter.shared or site.kind in _DERIVED:
             continue
         root = model.module if site.layer is None else model.layer(site.layer, site.stack)
-        seen: list[Tensor] = []
-        with tapped([Tap(submodule(root, access.path), access.side, seen.append)]):
-            bench.run()
-        raw = seen[0] * (layout.residual_scale if access.scaled else 1.0)
-        found = bench.run(site)[site]
-        if not torch.equal(found.reshape(-1), raw.expand(found.numel() // raw[0].numel(), *raw.shape[1:]).reshape(-1)):
-            raise InputError(f"{site} is not what a hook on {access.path or 'the layer'} sees")
-        count += 1
-    return f"{count} sites are what hooks on their modules see"
+        scale = layout.residual_scale if access.scaled else 1.0
+
+        def keep(tensor: Tensor, site: Site = site, scale: float = scale) -> None:
+            raw.setdefault(site, tensor * scale)
+
+        taps[site] = Tap(submodule(root, access.path), access.side, keep)
+    with tapped(list(taps.values())):
+        bench.run()
+    missing = next((site for site in taps if site not in raw), None)
+    if missing is not None:
+        raise InputError(f"the module of {missing} is not called")
+    run = bench.run(*raw)
+    for site, seen in raw.items():
+        found = run[site]
+        rows = seen.expand(found.numel() // seen[0].numel(), *seen.shape[1:])
+        if not torch.equal(found.reshape(-1), rows.reshape(-1)):
+            raise InputError(f"{site} is not what a hook on its module sees")
+    return f"{len(taps)} sites are what hooks on their modules see"
 
 
 def _stream(bench: _Bench) -> str:

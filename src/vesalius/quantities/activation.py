@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vesalius.data.forward import captured
@@ -67,41 +67,46 @@ def tokens_of(runs: Runs) -> Tokens:
 
 
 def token_values(runs: Runs, parts: Sequence[Part]) -> list[Float[Tensor, "example pos"]]:
-    """Every part's value at every token, on the CPU: one pass over the texts, up to the last of the parts' sites."""
+    """Every part's value at every token, on the CPU, kept with the runs."""
     kept: dict[Part, Tensor] = runs.once("token values", dict)
     missing = [part for part in dict.fromkeys(parts) if part not in kept]
-    found: list[list[Tensor]] = [[] for _ in missing]
-    tokens = tokens_of(runs)
-    for rows in torch.arange(len(tokens)).split(_TOGETHER) if missing else ():
-        at = captured(runs.model, tokens.take(rows), places(missing))
-        for part, listed in zip(missing, found, strict=True):
-            value = part.value(at)
-            _check_one_number(part, value)
-            listed.append(value.cpu())
-    kept |= {part: torch.cat(listed) for part, listed in zip(missing, found, strict=True)}
+    found = [[value.cpu() for value in values] for _, values in _read(runs, missing)]
+    kept |= {part: torch.cat(listed) for part, listed in zip(missing, zip(*found, strict=True), strict=bool(found))}
     return [kept[part] for part in parts]
 
 
-def _check_one_number(part: Part, value: Tensor) -> None:
+def _read(runs: Runs, parts: Sequence[Part]) -> Iterator[tuple[Int[Tensor, " example"], list[Tensor]]]:
+    """A few texts after the other, and every part's value [example, pos] there: one pass up to the last of the sites.
+
+    Raises InputError for a part of several numbers.
+    """
+    tokens = tokens_of(runs)
+    for rows in torch.arange(len(tokens)).split(_TOGETHER) if parts else ():
+        at = captured(runs.model, tokens.take(rows), places(parts))
+        values = [part.value(at) for part in parts]
+        for part, value in zip(parts, values, strict=True):
+            check_one_number(part, value)
+        yield rows, values
+
+
+def check_one_number(part: Part, value: Tensor) -> None:
+    """Raises InputError for a value [example, pos, ...] of more than one number at each position."""
     if value.ndim != 2:
         raise InputError(f"{part} has {value.shape[-1]} numbers at each position, and no one activation")
 
 
 def _values(runs: Runs, parts: Sequence[Part], at: str) -> list[PerExample]:
-    tokens = tokens_of(runs)
     if at not in POOLED and isinstance(runs.data, Corpus):
         raise UnknownNameError("place to read an activation at", at, POOLED, "Texts have no named places.")
-    where = None if at in POOLED else positions(runs, at)
-    found: list[list[Tensor]] = [[] for _ in parts]
-    for rows in torch.arange(len(tokens)).split(_TOGETHER):
-        run = runs.model.run(tokens.take(rows), capture=places(parts), last_logits=True)
-        for part, listed in zip(parts, found, strict=True):
-            value = part.value(run)
-            _check_one_number(part, value)
-            listed.append(
-                _pooled(value, tokens.real[rows].to(value.device), at) if where is None else _at(value, where[rows])
-            )
-    return [torch.cat(listed).cpu() for listed in found]
+    where, real = None if at in POOLED else positions(runs, at), tokens_of(runs).real
+    found = [
+        [
+            _pooled(value, real[rows].to(value.device), at) if where is None else _at(value, where[rows])
+            for value in some
+        ]
+        for rows, some in _read(runs, parts)
+    ]
+    return [torch.cat(listed).cpu() for listed in zip(*found, strict=True)]
 
 
 def _pooled(value: Float[Tensor, "example pos"], real: Tensor, at: str) -> PerExample:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vesalius.errors import InputError
+from vesalius.data.tasks.base import tokenizer_of
 from vesalius.inputs import Tokens
 from vesalius.parts import Part
 from vesalius.quantities.activation import token_values, tokens_of
@@ -38,9 +38,7 @@ class FiresWhere(Quantity):
         return f"fires more {in_words(parameters['rule'])} than elsewhere"
 
     def refuses(self, runs: Runs, part: Part) -> str:
-        return (
-            "" if runs.model.tokenizer is not None else f"{runs.model.name} has no tokenizer, and rules are about text"
-        )
+        return "" if runs.model.tokenizer is not None else f"{runs.model.name} has no tokenizer; rules are about text"
 
     def measure(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample:
         return _difference(_standard(runs, part), picked(runs, parameters["rule"]), tokens_of(runs).real)
@@ -74,9 +72,7 @@ class FiresWhere(Quantity):
 
 def picked(runs: Runs, rule: Rule) -> Bool[Tensor, "example pos"]:
     """The tokens that a rule picks in the texts of these runs."""
-    tokens, tokenizer = tokens_of(runs), runs.model.tokenizer
-    if tokenizer is None:
-        raise InputError(f"{runs.model.name} has no tokenizer, and rules are about text")
+    tokens, tokenizer = tokens_of(runs), tokenizer_of(runs.model)
     return matches(rule, Text(tokens.ids.cpu(), tokens.real.cpu(), lambda token: str(tokenizer.decode([token]))))
 
 

@@ -165,7 +165,7 @@ def test_a_polysemantic_unit_is_seen_in_its_quantiles_and_not_among_its_stronges
         values = np.select([ids == 1, ids == 2], [1 + noise, 0.6 + noise], 0.0)
         found.add(group(ids.tolist(), document), torch.tensor(values, dtype=torch.float32)[:, None])
     part = vs.neuron(0, 0)
-    one = ActivatingExamples((part,), found.tokens, found.contexts, "", {}, found, None)[part]
+    one = ActivatingExamples((part,), "", {}, found, None)[part]
     assert {example.token for example in one.top} == {"1"}  # what the strongest show is one feature
     shares = dict(one.tokens)
     assert shares["2"] == pytest.approx(0.5, abs=0.2)
@@ -180,7 +180,7 @@ def test_near_misses_are_tokens_that_the_part_fires_on_elsewhere() -> None:
         ids = draw.integers(0, 10, 40)
         values = ((ids == 7) & (np.roll(ids, 1) == 3) & (np.arange(40) > 0)).astype(np.float32)
         found.add(group(ids.tolist(), document), torch.tensor(values)[:, None])
-    one = ActivatingExamples((vs.neuron(0, 0),), found.tokens, found.contexts, "", {}, found, None)[0]
+    one = ActivatingExamples((vs.neuron(0, 0),), "", {}, found, None)[0]
     assert {example.token for example in (*one.top, *one.sample, *one.near)} == {"7"}
     before = [example.tokens[example.at - 1] for example in one.near if example.at > 0]
     assert one.near
@@ -197,7 +197,7 @@ def spoken(rule: dict[str, int], parts: tuple[Any, ...], name: str, seed: int) -
         values = np.stack([(ids == token) * (1 + 0.1 * draw.random(40)) for token in fires], 1)
         found.add(group(ids.tolist(), document), torch.tensor(values, dtype=torch.float32))
     tokenizer = SimpleNamespace(decode=lambda ids: words[ids[0]])
-    return ActivatingExamples(parts, found.tokens, found.contexts, "m", {"name": name}, found, tokenizer)
+    return ActivatingExamples(parts, "m", {"name": name}, found, tokenizer)
 
 
 def test_a_concept_is_the_same_on_two_corpora_and_a_random_direction_is_not() -> None:

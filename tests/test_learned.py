@@ -91,7 +91,7 @@ def planted(fires: Callable[[list[str], int], bool], seed: int = 0, kinds: int =
         values = torch.tensor([float(fires(text, at)) * (1 + draw.random()) for at in range(40)])[:, None]
         found.add(Group((Context(document, 0, ids.astype(np.int64), np.ones(40, dtype=bool)),)), values)
     tokenizer = SimpleNamespace(decode=lambda ids: words[ids[0]])
-    return ActivatingExamples((vs.neuron(0, 0),), found.tokens, found.contexts, "", {}, found, tokenizer)
+    return ActivatingExamples((vs.neuron(0, 0),), "", {}, found, tokenizer)
 
 
 PLANTED: dict[str, Callable[[list[str], int], bool]] = {

@@ -99,10 +99,9 @@ def _verify(coder: Any, model: Any, sink: Sink) -> None:
 def intervals(found: Mapping[str, Any]) -> str:
     """The main figures with their 95 % intervals, in one line."""
     parts = []
-    names = ["fvu", "l0", "ce_increase", "loss_recovered_mean", "loss_recovered"]
-    if "loss_recovered_mean" not in found["figures"]:
-        names[3] = "ce_increase_mean"  # which may be none, so that there is no share of it
-    for name in names:
+    # Where the mean may do no harm there is no share of it, and the harm itself is said.
+    mean = "loss_recovered_mean" if "loss_recovered_mean" in found["figures"] else "ce_increase_mean"
+    for name in ("fvu", "l0", "ce_increase", mean, "loss_recovered"):
         if name in found["figures"]:
             one = found["figures"][name]
             ends = "" if one["low"] is None else f" [{one['low']:.3g}, {one['high']:.3g}]"

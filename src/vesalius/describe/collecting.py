@@ -98,9 +98,6 @@ class Kept:
             filled[owner[inside], rank[inside]] = column[order[inside]]
             getattr(self, name)[touched] = filled
 
-    def count(self) -> Int[Tensor, " part"]:
-        return self.key.isfinite().sum(1)
-
 
 def _by(owner: Tensor, key: Tensor) -> Tensor:
     """Order by owner, then by key."""

@@ -33,7 +33,7 @@ class Example:
 
     def _repr_html_(self) -> str:
         top = max((value for value in self.values if value == value), default=0.0)
-        cells = "".join(map(_tinted, self.tokens, self.values, [top] * len(self.tokens)))
+        cells = "".join(_tinted(token, value, top) for token, value in zip(self.tokens, self.values, strict=True))
         return f"<p><b>{self.value:.3g}</b> {cells}</p>"
 
 

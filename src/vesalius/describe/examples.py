@@ -8,9 +8,9 @@ quantiles are shown, and tokens like those it fires on where it does not fire.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,14 +45,9 @@ _VALUES, _MOST_ROWS = 2**25, 8192
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ActivatingExamples(Sequence[PartExamples]):
-    """What many parts were seen to do on some texts; `examples[part]` or `examples[3]` is one of them.
-
-    tokens, contexts: how many were read.
-    """
+    """What many parts were seen to do on some texts; `examples[part]` or `examples[3]` is one of them."""
 
     parts: tuple[Part, ...]
-    tokens: int
-    contexts: int
     model_hash: str
     texts: dict[str, Any]
     collector: Collector
@@ -76,14 +71,28 @@ class ActivatingExamples(Sequence[PartExamples]):
         never = f"; {dead} never fired" if dead else ""
         return f"ActivatingExamples({len(self)} parts on {self.tokens:,} tokens{never})"
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens were read."""
+        return self.collector.tokens
+
+    @property
+    def contexts(self) -> int:
+        """How many contexts were read."""
+        return self.collector.contexts
+
     def number(self, part: Part | str) -> int:
-        """Where a part is among `parts`. Raises UnknownNameError."""
-        for number, own in enumerate(self.parts):
-            if part in (own, str(own)):
-                return number
-        raise UnknownNameError("part", str(part), list(map(str, self.parts[:20])))
+        """Where a part, or the part of a name, is among `parts`. Raises UnknownNameError."""
+        if part not in self._numbers:
+            raise UnknownNameError("part", str(part), list(map(str, self.parts[:20])))
+        return self._numbers[part]
 
     @cached_property
+    def _numbers(self) -> dict[Part | str, int]:
+        by_name: dict[Part | str, int] = {str(part): number for number, part in enumerate(self.parts)}
+        return by_name | {part: number for number, part in enumerate(self.parts)}
+
+    @property
     def density(self) -> Float[Tensor, " part"]:
         """Share of tokens that each part fires on."""
         return self.collector.active.double() / max(self.tokens, 1)
@@ -114,7 +123,7 @@ class ActivatingExamples(Sequence[PartExamples]):
         near = sorted(self._kept(state.near, number), key=lambda example: -_shared(known, example))
         return PartExamples(
             part=self.parts[number],
-            density=active / max(self.tokens, 1),
+            density=float(self.density[number]),
             threshold=float(state.threshold[number]),
             mean=float(state.total[number]) / active if active else 0.0,
             top=top,
@@ -134,7 +143,7 @@ class ActivatingExamples(Sequence[PartExamples]):
         return self._kept(self.collector.background, 0)
 
     def _kept(self, kept: Kept, number: int) -> tuple[Example, ...]:
-        count, before = int(kept.count()[number]), self.collector.sizes.before
+        count, before = int(kept.key[number].isfinite().sum()), self.collector.sizes.before
         found = []
         for place in range(count):
             ids = kept.ids[number, place]
@@ -153,8 +162,10 @@ class ActivatingExamples(Sequence[PartExamples]):
             )
         return tuple(found)
 
-    def _text(self, token: int) -> str:
-        return str(token) if self.tokenizer is None else str(self.tokenizer.decode([token]))
+    @cached_property
+    def _text(self) -> Callable[[int], str]:
+        """A token as text, decoded once."""
+        return cache(lambda token: str(token) if self.tokenizer is None else str(self.tokenizer.decode([token])))
 
 
 def _shared(known: set[int], example: Example) -> float:
@@ -199,15 +210,8 @@ def collect_examples(
         _collect(reader, values, collector, store, screen)
     if collector.tokens == 0:
         raise InputError("the texts give no tokens; give longer ones, or others")
-    return ActivatingExamples(
-        values.parts,
-        collector.tokens,
-        collector.contexts,
-        model.content_hash,
-        dict(reader.texts.description),
-        collector,
-        model.tokenizer,
-    )
+    texts = dict(reader.texts.description)
+    return ActivatingExamples(values.parts, model.content_hash, texts, collector, model.tokenizer)
 
 
 def _plan(reader: ActivationReader, values: PartValues, sizes: Sizes, seed: int) -> str:

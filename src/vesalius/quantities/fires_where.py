@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from vesalius.data.tasks.base import tokenizer_of
 from vesalius.inputs import Tokens
 from vesalius.parts import Part
+from vesalius.protocol import canonical_json
 from vesalius.quantities.activation import token_values, tokens_of
 from vesalius.quantities.base import DEVIATION, Parameters, PerExample, Quantity, control_parts
 from vesalius.quantities.rules import Rule, Text, in_words, matches
@@ -71,9 +73,14 @@ class FiresWhere(Quantity):
 
 
 def picked(runs: Runs, rule: Rule) -> Bool[Tensor, "example pos"]:
-    """The tokens that a rule picks in the texts of these runs."""
+    """The tokens that a rule picks in the texts of these runs, found once for each rule."""
+    return runs.once(("picked", canonical_json(rule)), lambda: matches(rule, runs.once("text", lambda: _text(runs))))
+
+
+def _text(runs: Runs) -> Text:
+    """The texts as rules see them; every token is decoded once."""
     tokens, tokenizer = tokens_of(runs), tokenizer_of(runs.model)
-    return matches(rule, Text(tokens.ids.cpu(), tokens.real.cpu(), lambda token: str(tokenizer.decode([token]))))
+    return Text(tokens.ids.cpu(), tokens.real.cpu(), cache(lambda token: str(tokenizer.decode([token]))))
 
 
 def _standard(runs: Runs, part: Part) -> Float[Tensor, "example pos"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,9 +172,28 @@ def test_a_learned_rule_becomes_a_claim_that_fresh_texts_decide(model: vs.Model,
         said = [one for part in parts if (one := rules.describe(setting, part)) is not None and one.fits]
         assert said
         family = ledger.register([claim for one in said[:4] for claim, _ in claims_of(one, setting)])
-        fresh = ledger.open(whole, "validation")
+        fresh = Runs(model, ledger.open(whole, "validation"))
         for claim in family.claims:
-            ledger.append(vs.validate.check(claim, model=model, data=fresh))
-        outcomes = {ledger.verdict(claim).outcome for claim in family.claims}
-    assert outcomes <= {"SUPPORTED", "INCONCLUSIVE", "NOT SPECIFIC", "REFUTED"}
+            ledger.append(vs.validate.check(claim, runs=fresh))
+        # The evidence is the quantity on the fresh texts, beside the shuffled rule and other neurons.
+        for claim in family.claims:
+            evidence, part = ledger.evidence(claim)[-1], vs.validate.part_of(claim)
+            rule = {"rule": claim.parameters["rule"]}
+            assert evidence.effects == pytest.approx(FIRES_WHERE.measure(fresh, part, rule).tolist())
+            shuffled = FIRES_WHERE.nulls(fresh, part, rule)["shuffled"]
+            assert evidence.nulls["shuffled"] == pytest.approx(shuffled.tolist())
+            assert evidence.control is not None
+            assert ledger.verdict(claim).n == len(fresh.data)
     assert "fires more" in said[0].sentence
+
+
+def test_a_rule_that_the_part_does_not_follow_is_refuted(model: vs.Model, corpus: vs.Corpus, tmp_path: Path) -> None:
+    whole = replace(corpus, splits=("discovery",) * 12 + ("validation",) * 12)
+    part, rule = vs.neuron(1, 3), {"word": ["zebra"], "at": 0}
+    with vs.Ledger(tmp_path / "ledger.sqlite") as ledger:
+        runs = Runs(model, ledger.open(whole, "discovery"))
+        claim = vs.describe.claim_about(runs, part, "fires_where", {"rule": rule}, size=0.5)
+        family = ledger.register([claim])
+        ledger.append(vs.validate.check(family.claims[0], model=model, data=ledger.open(whole, "validation")))
+        verdict = ledger.verdict(family.claims[0])
+    assert (verdict.outcome, verdict.reason) == ("REFUTED", "absent")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import families
 import tiny
 import vesalius as vs
+from vesalius.data.texts import texts_from
 from vesalius.errors import InputError, PairsError, UnknownNameError
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -183,3 +186,74 @@ def test_activations_are_a_read_only_mapping_in_forward_order() -> None:
         found[vs.Site("embed")] = torch.zeros(1)  # type: ignore[index]
     with pytest.raises(UnknownNameError, match=r"unknown captured site 'layers.2.z'; known: embed, layers.1.z"):
         found["layers.2.z"]
+
+
+# ------------------------------------------------------------------------------- too long, or in another form
+
+
+@pytest.mark.parametrize(
+    "name, most",
+    [("gpt2", 64), ("opt", 64), ("gpt_neo", 64), ("gptj", 64), ("bert", 64), ("albert", 64), ("roberta", 67)],
+)
+def test_a_prompt_past_the_table_of_positions_is_refused(name: str, most: int) -> None:
+    model = vs.Model(families.FAMILIES[name].build() if name != "gpt2" else tiny.gpt2())
+    ids = torch.randint(2, 50, (2, most + 1), generator=torch.Generator().manual_seed(0))
+    assert model.run(ids[:, :most]).logits.shape[1] == most
+    with pytest.raises(InputError, match=f"{most + 1} tokens are more than the {most} that .* has positions for"):
+        model.run(ids)
+
+
+def test_positions_that_are_computed_have_no_end() -> None:
+    assert tiny.model("llama").run(torch.ones(1, 100, dtype=torch.long)).logits.shape[1] == 100
+
+
+def test_writing_past_the_table_of_positions_is_refused_before_it_begins() -> None:
+    model = vs.Model(tiny.gpt2())
+    assert len(model.generate(torch.ones(1, 60, dtype=torch.long), 5).new[0]) == 5
+    with pytest.raises(InputError, match="65 tokens are more than the 64"):
+        model.generate(torch.ones(1, 60, dtype=torch.long), 6)
+
+
+@pytest.mark.parametrize("as_given", [torch.tensor, np.array, list])
+def test_a_tokenizers_output_is_taken_as_it_is(as_given: Any) -> None:
+    model = tiny.model("llama")
+    ids, mask = [[5, 6, 7], [8, 9, 1]], [[1, 1, 1], [1, 1, 0]]
+    encoding = {"input_ids": as_given(ids), "attention_mask": as_given(mask)}
+    expected = model.run(vs.Tokens(torch.tensor(ids), torch.tensor(mask).bool())).logits
+    assert torch.equal(model.run(encoding).logits, expected)
+
+
+def test_a_tokenizers_output_of_several_lengths_is_padded() -> None:
+    found = vs.Tokens.from_encoding({"input_ids": [[5, 6, 7], [8]], "attention_mask": [[1, 1, 1], [1]]})
+    assert found.lengths.tolist() == [3, 1]
+    assert len(vs.Tokens.from_encoding({"input_ids": [5, 6], "token_type_ids": [0, 0]})) == 1
+
+
+@pytest.mark.parametrize("more", [{"position_ids": torch.tensor([[3, 4]])}, {"token_type_ids": [[0, 1]]}])
+def test_an_encoding_with_more_than_is_held_is_refused(more: Any) -> None:
+    with pytest.raises(InputError, match="may hold attention_mask, decoder_input_ids; got input_ids, "):
+        vs.Tokens.from_encoding({"input_ids": torch.tensor([[5, 6]]), **more})
+
+
+def test_tokens_where_texts_are_wanted_are_refused_or_read_as_tokens() -> None:
+    encoding = {
+        "input_ids": torch.tensor([[5, 6, 7], [8, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]]),
+    }
+    rows = [[5, 6, 7], [8]]
+    assert list(texts_from(encoding).read()) == rows
+    assert list(texts_from(vs.Tokens.from_encoding(encoding)).read()) == rows
+    with pytest.raises(InputError, match="give one entry of this dict: train, test"):
+        texts_from({"train": ["a"], "test": ["b"]})
+    wordy = vs.Model(tiny.llama(), tokenizer=object())
+    for tokens in (encoding, encoding["input_ids"]):
+        with pytest.raises(
+            InputError, match=r"texts must be a str or a list of str; got \w+; tokens need no tokenizer"
+        ):
+            wordy.tokens(tokens)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"ids must be .* got dict; Tokens.from_encoding reads a tokenizer's output"):
+        vs.Tokens(encoding)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"clean must be .* got dict; Tokens.from_encoding"):
+        vs.Pairs(encoding, encoding, torch.ones(2), torch.ones(2))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="a Corpus takes Tokens"):
+        vs.Corpus(encoding)  # type: ignore[arg-type]

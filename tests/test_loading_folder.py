@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 import families
 import test_adapters
 import test_encoder_decoder
+import tiny
 from tiny_folder import change_config, refused, tiny_folder
 from tiny_gguf import TOKENS, logits_of, tiny_llama
 from vesalius.errors import FileFormatError, NotFiniteError, UnknownArchitectureError
@@ -71,6 +72,24 @@ def test_editing_loaded_weights_leaves_the_file_alone(folder: Path) -> None:
 def test_several_weight_files_are_read_by_their_index(folder: Path) -> None:
     shard(folder)
     assert torch.equal(logits_of(load(folder).module), logits_of(tiny_llama()))
+
+
+def test_tied_weights_in_several_files_with_more_vocabulary_than_the_tokenizer(folder: Path, tmp_path: Path) -> None:
+    """As Qwen's files are: the table is padded, and stands for the unembedding too."""
+    tokenizer = load(folder).tokenizer
+    for tied in (True, False):
+        wide = tiny.llama(vocab_size=len(tokenizer) + 9, tie_word_embeddings=tied)
+        out = tmp_path / f"tied {tied}"
+        tokenizer.save_pretrained(out)
+        wide.save_pretrained(out, max_shard_size="20KB")
+        assert len(list(out.glob("*.safetensors"))) > 2
+        model = load(out)
+        ids = torch.tensor([[1, 2, len(tokenizer) + 8]])
+        assert torch.equal(model.run(ids).logits, wide(ids).logits)
+        shared = model.module.lm_head.weight is model.module.model.embed_tokens.weight
+        assert shared is tied
+        assert torch.equal(model.W_U, wide.lm_head.weight)
+        assert len(model.generate("he", 3).texts) == 1
 
 
 def shard(folder: Path) -> None:

@@ -418,8 +418,8 @@ def test_a_tokenizers_output_is_run_as_it_is(model: vs.Model, tokens: vs.Tokens)
     encoded = BatchEncoding({"input_ids": tokens.ids, "attention_mask": tokens.real.long(),
                              "token_type_ids": torch.zeros_like(tokens.ids)})  # fmt: skip
     assert torch.equal(model.run(encoded).logits, model.run(tokens).logits)
-    for bad in ({"attention_mask": tokens.real}, {**encoded, "labels": tokens.ids}, {"input_ids": [[1, 2]]}):
-        with pytest.raises(InputError, match=r"must hold input_ids as a tensor and may hold attention_mask, decoder"):
+    for bad in ({"attention_mask": tokens.real}, {**encoded, "labels": tokens.ids}, {"ids": [[1, 2]]}):
+        with pytest.raises(InputError, match=r"must hold input_ids and may hold attention_mask, decoder"):
             model.run(bad)
 
 

@@ -12,8 +12,9 @@ VOCAB = 61
 
 def llama(seed: int = 0, layers: int = 3, **changes: object) -> PreTrainedModel:
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=layers, max_position_embeddings=64, initializer_range=0.2,
+    sizes = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6,
+             "num_key_value_heads": 2}  # fmt: skip
+    config = LlamaConfig(num_hidden_layers=layers, max_position_embeddings=64, initializer_range=0.2,
                          bos_token_id=0, eos_token_id=1, **{**sizes, **changes})  # fmt: skip
     return LlamaForCausalLM(config).eval()
 

@@ -18,6 +18,7 @@ from pydoc_data import topics
 from typing import Any
 
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
+from vesalius.inputs import Tokens
 from vesalius.jobs.cache import file_sha256
 from vesalius.jobs.untrusted import parse_json
 
@@ -54,9 +55,9 @@ def texts_from(given: Any, column: str = "text", nulls: str = "skip") -> Texts:
     """Texts from what a user gives.
 
     given: "stdlib" (the documentation in Python's standard library); a .txt (one document), .jsonl or .parquet file
-    (one document a row, in `column`), or a folder of such; or any iterable of texts, of token ids, or of rows with
-    `column`, such as a dataset of the `datasets` package, streaming or not. A row holds text or token ids. nulls: rows
-    that hold null are left out and counted (`skip`), or are an `error`.
+    (one document a row, in `column`), or a folder of such; Tokens or a tokenizer's output; or any iterable of texts,
+    of token ids, or of rows with `column`, such as a dataset of the `datasets` package, streaming or not. A row holds
+    text or token ids. nulls: rows that hold null are left out and counted (`skip`), or are an `error`.
 
     Raises InputError or FileFormatError for what cannot be read; some of it only when the documents are read.
     """
@@ -67,6 +68,13 @@ def texts_from(given: Any, column: str = "text", nulls: str = "skip") -> Texts:
     cells = _Cells(column, nulls == "error")
     if isinstance(given, str | Path):
         return _stdlib() if given == STDLIB else _from_path(Path(given).expanduser(), cells)
+    if isinstance(given, Tokens):
+        given = [row[real].tolist() for row, real in zip(given.ids, given.real, strict=True)]
+    if isinstance(given, Mapping):
+        if "input_ids" in given:
+            return texts_from(Tokens.from_encoding(given), column, nulls)
+        listed = ", ".join(map(str, given))
+        raise InputError(f"texts must be one list or data set; give one entry of this {type(given).__name__}: {listed}")
     if isinstance(given, bytes) or not isinstance(given, Iterable):
         raise InputError(
             f"texts must be {STDLIB!r}, a path, or an iterable of texts such as a list; got {type(given).__name__}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vesalius.errors import TokenizerError
+from torch import Tensor
+
+from vesalius.errors import InputError, TokenizerError
 
 # They begin and end a chat turn. What follows `<|im_start|>` is the name of a role, so that it must not stand before
 # plain text: on the demo model, names in the first position were no longer recognised behind it.
@@ -40,6 +42,16 @@ def bos_token(tokenizer: Any, bos: str = "auto") -> str:
             f"{', '.join(special) or '(none)'}. Give one of these, 'tokenizer', 'auto' or 'none'"
         )
     return bos
+
+
+def listed_texts(texts: Any) -> list[str]:
+    """One text or several as a list. Raises InputError for what is no text, such as tokens."""
+    listed = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, Sequence) else [texts]
+    bad = next((item for item in listed if not isinstance(item, str)), None)
+    if bad is None:
+        return listed
+    hint = "; tokens need no tokenizer: give them to run()" if isinstance(bad, Tensor | Mapping) else ""
+    raise InputError(f"texts must be a str or a list of str; got {type(bad).__name__}{hint}")
 
 
 def begun(ids: Sequence[int], first: int | None) -> list[int]:

@@ -32,6 +32,8 @@ class Corpus:
     """What `subset` took these texts from; a split stands on its own."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tokens, Tokens):
+            raise InputError(f"a Corpus takes Tokens, such as model.tokens(texts); got {type(self.tokens).__name__}")
         object.__setattr__(self, "splits", tuple(self.splits))
         object.__setattr__(self, "groups", {kind: tuple(map(str, labels)) for kind, labels in self.groups.items()})
         for label, labels in {**self.groups, **({"splits": self.splits} if self.splits else {})}.items():

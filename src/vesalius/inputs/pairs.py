@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vesalius.errors import InputError, NotFiniteError, PairsError, UnknownNameError
 from vesalius.inputs.raw import Inputs, Raw
-from vesalius.inputs.tokens import Tokens, bring_to_cpu, check_decoder, check_ids, check_named_positions
+from vesalius.inputs.tokens import Tokens, bring_to_cpu, check_decoder, check_ids, check_named_positions, check_tensor
 from vesalius.protocol import content_hash
 from vesalius.site import Site
 
@@ -60,6 +60,8 @@ class Pairs:
     """What `subset` took these rows from; a split stands on its own."""
 
     def __post_init__(self) -> None:
+        for name in ("clean", "corrupted", "answer", "distractor"):
+            check_tensor(name, getattr(self, name))
         for name in ("clean", "corrupted"):
             _check_side(name, getattr(self, name), self.raw)
         labels = ("answer", "distractor", "lengths", "read", "named_positions", "decoder", "targets")

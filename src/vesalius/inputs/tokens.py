@@ -19,6 +19,9 @@ from vesalius.errors import InputError
 from vesalius.protocol import content_hash
 from vesalius.site import Site
 
+ENCODING = ("input_ids", "attention_mask", "decoder_input_ids")
+"""Entries of a tokenizer's output that are held here."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Tokens:
@@ -88,10 +91,42 @@ class Tokens:
         mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
         return cls(ids, None if bool(mask.all()) else mask)
 
+    @classmethod
+    def from_encoding(cls, encoding: Mapping[str, Any]) -> Tokens:
+        """From what a transformers tokenizer returns, as tensors, arrays or lists, of one text or several.
+
+        Raises InputError for entries that are not held here, such as position_ids, and for no input_ids.
+        """
+        unknown = [name for name, value in encoding.items() if name not in ENCODING and not _is_default(name, value)]
+        if unknown or encoding.get("input_ids") is None:
+            raise InputError(
+                f"a tokenizer's output must hold input_ids and may hold {', '.join(ENCODING[1:])}; got "
+                f"{', '.join(map(str, encoding)) or 'nothing'}"
+            )
+        given = {name: _as_rows(encoding[name]) for name in ENCODING if encoding.get(name) is not None}
+        if isinstance(given["input_ids"], list):  # texts of several lengths, unpadded
+            return cls.from_rows(given["input_ids"])
+        mask = given.get("attention_mask")
+        return cls(given["input_ids"], None if mask is None else mask.bool(), given.get("decoder_input_ids"))
+
     @cached_property
     def content_hash(self) -> str:
         rows = [[int(i) for i in row[keep]] for row, keep in zip(self.ids, self.real, strict=True)]
         return content_hash(rows if self.decoder is None else [rows, self.decoder.tolist()])
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """BERT's tokenizer says that all tokens belong to the first segment, which is what the model assumes anyway."""
+    return name == "token_type_ids" and not any(map(any, _as_rows(value)))
+
+
+def _as_rows(value: Any) -> Any:
+    """An entry of an encoding as a tensor [batch, pos]; as lists where the texts differ in length."""
+    if isinstance(value, Tensor):
+        return value
+    rows = value.tolist() if hasattr(value, "tolist") else list(value)
+    rows = rows if rows and isinstance(rows[0], list | tuple) else [rows]
+    return torch.tensor(rows) if len(set(map(len, rows))) == 1 else rows
 
 
 def check_decoder(ids: Tensor | None, batch: int) -> None:
@@ -139,7 +174,14 @@ def bring_to_cpu(inputs: Any, *names: str) -> None:
             object.__setattr__(inputs, name, value.cpu())
 
 
+def check_tensor(name: str, ids: Any) -> None:
+    if not isinstance(ids, Tensor):
+        hint = "; Tokens.from_encoding reads a tokenizer's output" if isinstance(ids, Mapping) else ""
+        raise InputError(f"{name} must be an int64 tensor of token ids [batch, pos]; got {type(ids).__name__}{hint}")
+
+
 def check_ids(name: str, ids: Tensor) -> None:
+    check_tensor(name, ids)
     if ids.ndim != 2 or ids.dtype != torch.long:
         raise InputError(f"{name} must be int64 token ids [batch, pos]; got {ids.dtype} {tuple(ids.shape)}")
     if ids.numel() == 0:

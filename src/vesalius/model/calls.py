@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vesalius.adapters import Adapter, Layout
 from vesalius.errors import InputError
 from vesalius.inputs import Raw, Tokens
-
-_ENCODING = ("input_ids", "attention_mask", "decoder_input_ids")
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,8 @@ class Caller:
     device: torch.device
     masked: bool = False
     """Of a module without adapter: whether it takes attention_mask."""
+    positions: int | None = None
+    """Tokens that the module has positions for, see `positions_of`."""
 
     def arguments(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tokens | None]:
         """Positional and keyword arguments of the module, and the tokens when there are any."""
@@ -47,7 +47,7 @@ class Caller:
         if isinstance(inputs, Tensor):
             inputs = Tokens(inputs)
         if isinstance(inputs, Mapping):
-            inputs = _from_encoding(inputs)
+            inputs = Tokens.from_encoding(inputs)
         if not isinstance(inputs, Tokens):
             raise InputError(
                 "inputs must be Tokens, int64 ids [batch, pos], a tokenizer's output or text; got "
@@ -76,6 +76,14 @@ class Caller:
             raise InputError(f"{self.name} names no start token: give its decoder's input, Tokens(decoder=ids)")
         return replace(tokens, decoder=torch.full((len(tokens), 1), start))
 
+    def check_length(self, longest: int) -> None:
+        """Raises InputError for a sequence that goes past the module's table of positions."""
+        if self.positions is not None and longest > self.positions:
+            raise InputError(
+                f"{longest} tokens are more than the {self.positions} that {self.name} has positions for; give shorter "
+                "prompts, or cut them: data.harvest(context=...) and vs.Tokens take what fits"
+            )
+
     def of_tokens(self, tokens: Tokens) -> dict[str, Any]:
         """Keyword arguments for tokens. Raises InputError for an id outside the vocabulary."""
         adapter, layout = self.adapter, self.layout
@@ -86,6 +94,7 @@ class Caller:
             raise InputError(
                 f"token id {highest} is outside {self.name}'s vocabulary of {layout.vocab}; is this its tokenizer?"
             )
+        self.check_length(int(tokens.real.sum(1).max()))
         call: dict[str, Any] = {adapter.input: tokens.ids.to(self.device), **adapter.call}
         if tokens.decoder is not None:
             call["decoder_input_ids"] = tokens.decoder.to(self.device)
@@ -102,21 +111,20 @@ class Caller:
         return call
 
 
-def _from_encoding(inputs: Mapping[str, Any]) -> Tokens:
-    """Tokens from what a transformers tokenizer returns as tensors. Raises InputError for what they cannot hold."""
-    unknown = sorted(name for name, value in inputs.items() if name not in _ENCODING and not _is_default(name, value))
-    if unknown or not isinstance(inputs.get("input_ids"), Tensor):
-        raise InputError(
-            f"a tokenizer's output must hold input_ids as a tensor and may hold {', '.join(_ENCODING[1:])}; got "
-            f"{', '.join(map(str, inputs)) or 'nothing'}. Call the tokenizer with return_tensors='pt'"
-        )
-    mask = inputs.get("attention_mask")
-    return Tokens(inputs["input_ids"], None if mask is None else mask.bool(), inputs.get("decoder_input_ids"))
-
-
-def _is_default(name: str, value: Any) -> bool:
-    """BERT's tokenizer says that all tokens belong to the first segment, which is what the model assumes anyway."""
-    return name == "token_type_ids" and isinstance(value, Tensor) and not bool(value.any())
+def positions_of(module: nn.Module, adapter: Adapter | None) -> int | None:
+    """Tokens that a table of positions reaches; None where positions are computed (rotary, ALiBi) and go on."""
+    if adapter is None or adapter.input != "input_ids":
+        return None
+    most = getattr(adapter.config_of(module), "max_position_embeddings", None)
+    for name, part in module.named_modules():
+        table = getattr(part, "embed_positions", None)
+        if isinstance(table, Tensor) and len(table) == most:  # GPT-J
+            return most
+        if isinstance(part, nn.Embedding) and name.endswith(("wpe", "embed_positions", "position_embeddings")):
+            # OPT and RoBERTa start behind rows that no token takes.
+            spare = getattr(part, "offset", 0) + (0 if part.padding_idx is None else part.padding_idx + 1)
+            return part.num_embeddings - spare
+    return None
 
 
 def _plain_arguments(inputs: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -21,9 +21,9 @@ from vesalius.adapters import Adapter, Layout, adapter_for, submodule
 from vesalius.adapters.base import device_of, frozen_scale, gain
 from vesalius.errors import InputError
 from vesalius.inputs import Tokens
-from vesalius.inputs.beginning import encoded
+from vesalius.inputs.beginning import encoded, listed_texts
 from vesalius.intervention import Intervention, Place, as_patches, joint, listed
-from vesalius.model.calls import Caller, logits_of
+from vesalius.model.calls import Caller, logits_of, positions_of
 from vesalius.model.family_sites import sites_of
 from vesalius.model.generation import Choice, Generation, Step, decoded, generated
 from vesalius.model.parity import check_parity, keep_cap, refuse_compiled, refuse_training
@@ -91,9 +91,8 @@ class Model:
         """Sites that match a name or glob, in forward order. Raises UnknownNameError when there is none."""
         if not pattern.startswith("module:"):
             return select(pattern, self._all_sites)
-        site = Site.parse(pattern)
-        names = [name for name, _ in self.module.named_modules()]
-        return select(pattern, [Site("module", module=name, side=site.side) for name in names])
+        side = Site.parse(pattern).side
+        return select(pattern, [Site("module", module=name, side=side) for name, _ in self.module.named_modules()])
 
     @cached_property
     def _all_sites(self) -> list[Site]:
@@ -170,8 +169,7 @@ class Model:
         """
         if self.tokenizer is None:
             raise InputError(f"{self.name} has no tokenizer: pass token ids, or vs.Model(net, tokenizer=...)")
-        listed = [texts] if isinstance(texts, str) else list(texts)
-        return Tokens.from_rows([encoded(self.tokenizer, text, bos) for text in listed])
+        return Tokens.from_rows([encoded(self.tokenizer, text, bos) for text in listed_texts(texts)])
 
     def run(
         self,
@@ -197,8 +195,7 @@ class Model:
         args, call, tokens = self.called_with(inputs)
         if last_logits and self.takes("logits_to_keep"):
             call = {**call, "logits_to_keep": 1}
-        wanted = self._wanted(capture)
-        watch = self._all_sites if check_finite else ()
+        wanted, watch = self._wanted(capture), self._all_sites if check_finite else ()
         edits = self._separated(inputs, listed(interventions), tokens)
         for copies in (torch.is_inference_mode_enabled(), True):
             recorder = Recorder(self, wanted, edits, tokens, grad, watch=watch, copies=copies)
@@ -245,6 +242,7 @@ class Model:
             raise InputError(f"{self.name} does not write here: it takes no past_key_values. Use run")
         edits, wanted, choice = listed(interventions), self._wanted(capture), Choice(temperature, seed, stop)
         if tokens.decoder is None:
+            self._caller.check_length(int(tokens.real.sum(1).max()) + max_new_tokens - 1)
             made = generated(partial(self._pass, wanted, edits), tokens, edits, max_new_tokens, choice)
         else:
             made = decoded(partial(self._whole_pass, wanted, edits), tokens, edits, max_new_tokens, choice)
@@ -283,11 +281,8 @@ class Model:
             call["attention_mask"] = real.long().to(self.device)
             if adapter.positions:
                 call["position_ids"] = (index * here).to(self.device)
-        whole = any(
-            site.kind in ("logits", "module")
-            for site in (*capture, *(site for edit in interventions for site in edit.part.writes))
-        )
-        if self.takes("logits_to_keep") and not whole:
+        touched = (*capture, *(site for edit in interventions for site in edit.part.writes))
+        if self.takes("logits_to_keep") and not any(site.kind in ("logits", "module") for site in touched):
             call["logits_to_keep"] = 1
         recorder = Recorder(self, capture, interventions, Tokens(ids, here), False, places, copies=True)
         with torch.no_grad(), recorder.listening():
@@ -346,4 +341,9 @@ class Model:
     @property
     def _caller(self) -> Caller:
         takes = inspect.signature(self.module.forward).parameters
-        return Caller(self.adapter, self.layout, self.name, self.device, "attention_mask" in takes)
+        masked = "attention_mask" in takes
+        return Caller(self.adapter, self.layout, self.name, self.device, masked, self._positions)
+
+    @cached_property
+    def _positions(self) -> int | None:
+        return positions_of(self.module, self.adapter)

@@ -147,6 +147,7 @@ class Counting:
         module = import_module("vesalius.studies.calibrate")
         monkeypatch.setattr(module, "on_random", lambda seed, device: self.measure("random", seed, idle("REFUTED")))
         monkeypatch.setattr(module, "on_planted", lambda seed, device: self.measure("planted", seed, planted()))
+        monkeypatch.setattr(module, "text_trials", lambda trials, blocks, sink: ())
 
     def measure(self, kind: str, seed: int, network: Network) -> Network:
         if seed == self.fail_at:

@@ -34,3 +34,9 @@ def run(*, seeds: int, quick: bool, json: Path | None, device: str | None) -> No
     for row in found.simulated:
         at_delta.add_row(row.data, str(row.m), *map(str, row.rates.values()))
     output.print(at_delta)
+    units = Table(title="Units planted in text, one claim each", title_justify="left")
+    for heading in ("setting", "quantity", "supported", "refuted", "inconclusive"):
+        units.add_column(heading)
+    for unit in found.units:
+        units.add_row(unit.setting, unit.quantity, str(unit.supported), str(unit.refuted), str(unit.inconclusive))
+    output.print(units)

@@ -15,12 +15,17 @@ from vesalius.quantities.direct_effect import DirectEffect
 from vesalius.quantities.fires_where import FiresWhere
 from vesalius.quantities.matching import Matched, matched_controls
 from vesalius.quantities.moves_attention import MovesAttention
+from vesalius.quantities.rule_effects import Promotes, StandsIn
+from vesalius.quantities.rule_scores import Auprc, Auroc, Detection, Fuzzing, Simulation, ToldApart
 from vesalius.quantities.runs import Runs
 from vesalius.quantities.total_effect import TotalEffect
 
 ACTIVATION, FIRES_WHERE, ATTENDS, COPIES = Activation(), FiresWhere(), Attends(), Copies()
 DIRECT_EFFECT, TOTAL_EFFECT, MOVES_ATTENTION = DirectEffect(), TotalEffect(), MovesAttention()
 FAITHFULNESS, COMPLETENESS = Faithfulness(), Completeness()
+AUROC, AUPRC, SIMULATION = Auroc(), Auprc(), Simulation()
+DETECTION, FUZZING, TOLD_APART = Detection(), Fuzzing(), ToldApart()
+STANDS_IN, PROMOTES = StandsIn(), Promotes()
 
 QUANTITIES: dict[str, Quantity] = {
     one.name: one
@@ -32,6 +37,14 @@ QUANTITIES: dict[str, Quantity] = {
         MOVES_ATTENTION,
         ACTIVATION,
         FIRES_WHERE,
+        AUROC,
+        AUPRC,
+        SIMULATION,
+        DETECTION,
+        FUZZING,
+        TOLD_APART,
+        STANDS_IN,
+        PROMOTES,
         FAITHFULNESS,
         COMPLETENESS,
     )
@@ -49,13 +62,21 @@ def quantity(name: str, known: Mapping[str, Quantity] = QUANTITIES) -> Quantity:
 __all__ = [
     "ACTIVATION",
     "ATTENDS",
+    "AUPRC",
+    "AUROC",
     "COMPLETENESS",
     "COPIES",
+    "DETECTION",
     "DIRECT_EFFECT",
     "FAITHFULNESS",
     "FIRES_WHERE",
+    "FUZZING",
     "MOVES_ATTENTION",
+    "PROMOTES",
     "QUANTITIES",
+    "SIMULATION",
+    "STANDS_IN",
+    "TOLD_APART",
     "TOTAL_EFFECT",
     "Contrast",
     "Matched",

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vesalius.data.tasks.base import tokenizer_of
-from vesalius.inputs import Tokens
 from vesalius.parts import Part
 from vesalius.protocol import canonical_json
 from vesalius.quantities.activation import token_values, tokens_of
@@ -61,9 +60,8 @@ class FiresWhere(Quantity):
         return 1.0
 
     def nulls(self, runs: Runs, part: Part, parameters: Parameters) -> Mapping[str, PerExample]:
-        tokens, real = tokens_of(runs), tokens_of(runs).real
-        moved = _moved(picked(runs, parameters["rule"]), tokens, runs.seed)
-        return {"shuffled": _difference(_standard(runs, part), moved, real)}
+        other = moved(runs, parameters["rule"])
+        return {"shuffled": _difference(_standard(runs, part), other, tokens_of(runs).real)}
 
     def diagnostics(self, runs: Runs, part: Part, parameters: Parameters) -> Mapping[str, Any]:
         """Share of the tokens that the rule picks, and of the texts in which it picks any."""
@@ -75,6 +73,14 @@ class FiresWhere(Quantity):
 def picked(runs: Runs, rule: Rule) -> Bool[Tensor, "example pos"]:
     """The tokens that a rule picks in the texts of these runs, found once for each rule."""
     return runs.once(("picked", canonical_json(rule)), lambda: matches(rule, runs.once("text", lambda: _text(runs))))
+
+
+def moved(runs: Runs, rule: Rule) -> Bool[Tensor, "example pos"]:
+    """As many tokens of each text as the rule picks, at random."""
+    found = picked(runs, rule)
+    draw = torch.rand(found.shape, generator=generator_for("fires_where", runs.seed))
+    rank = draw.masked_fill(~tokens_of(runs).real, torch.inf).argsort(1).argsort(1)
+    return rank < found.sum(1, keepdim=True)
 
 
 def _text(runs: Runs) -> Text:
@@ -95,10 +101,3 @@ def _difference(values: Tensor, some: Tensor, real: Tensor) -> PerExample:
     n, m = some.sum(1), others.sum(1)
     means = [(values * mask).sum(1) / mask.sum(1).clamp_min(1) for mask in (some, others)]
     return torch.where((n > 0) & (m > 0), means[0] - means[1], torch.zeros(()).double())
-
-
-def _moved(found: Tensor, tokens: Tokens, seed: int) -> Tensor:
-    """As many tokens of each text, at random."""
-    draw = torch.rand(found.shape, generator=generator_for("fires_where", seed))
-    rank = draw.masked_fill(~tokens.real, torch.inf).argsort(1).argsort(1)
-    return rank < found.sum(1, keepdim=True)

@@ -37,6 +37,7 @@ from vesalius.studies.question import Question
 from vesalius.studies.simulated import LEVEL, Rate, Simulated, simulated
 from vesalius.studies.study import Options, Study
 from vesalius.studies.task_circuit import CIRCUIT, DESCRIPTIONS, EFFECTS, run_study
+from vesalius.studies.text_trials import QUICK_TRIALS, TRIALS, UnitTrials, text_trials
 from vesalius.toys import PLANTED, planted_induction, planted_pairs, random_model
 
 BOUND, POWER = 0.08, 0.8
@@ -129,6 +130,8 @@ class Calibration:
     random: tuple[Network, ...] = field(repr=False)
     planted: tuple[Network, ...] = field(repr=False)
     simulated: tuple[Simulated, ...] = field(repr=False, compare=False, default=())
+    units: tuple[UnitTrials, ...] = field(repr=False, default=())
+    """Claims about what units fire on, and what they do."""
 
     @property
     def validators(self) -> tuple[Validator, ...]:
@@ -174,7 +177,8 @@ class Calibration:
     def holds(self) -> bool:
         study, known = self.validators[:2]
         bounded = max(study.false_positives.upper, known.false_positives.upper) <= BOUND
-        return bounded and study.power.share >= POWER and all(row.holds(BOUND) for row in self.simulated)
+        rule = all(row.holds(BOUND) for row in self.simulated) and all(row.holds(BOUND, POWER) for row in self.units)
+        return bounded and rule and study.power.share >= POWER
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -191,6 +195,7 @@ class Calibration:
             "null_claims_by_student_on_their_own_prompts": self.uncorrected(CIRCULAR, student=True).to_json(),
             "false_positives_on_their_own_prompts": self._wrong(CIRCULAR).to_json(),
             "simulated": [row.to_json() for row in self.simulated],
+            "units": [row.to_json() for row in self.units],
             "holds": self.holds,
             "version": __version__,
         }
@@ -204,7 +209,9 @@ class Calibration:
             return networks
         told = [[row.data, row.m, *map(str, row.rates.values())] for row in self.simulated]
         heads = ["data", "claims", *self.simulated[0].rates]
-        return networks + _table("Simulated families, effects exactly at the threshold (95 % bounds)", heads, told)
+        networks += _table("Simulated families, effects exactly at the threshold (95 % bounds)", heads, told)
+        units = [[row.setting, row.quantity, str(row.supported), str(row.inconclusive)] for row in self.units]
+        return networks + _table("Units planted in text", ["setting", "quantity", "SUPPORTED", "INCONCLUSIVE"], units)
 
 
 def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -236,6 +243,7 @@ def calibrate(
             _networks(count, "random networks", partial(on_random, device=device), blocks, screen),
             _networks(planted, "planted networks", partial(on_planted, device=device), blocks, screen),
             simulated(),
+            text_trials(QUICK_TRIALS if quick else TRIALS, blocks, screen),
         )
 
 

@@ -6,11 +6,14 @@ from vesalius.toys.planted import PLANTED, VOCAB, planted_induction, random_mode
 from vesalius.toys.sparse import SparseRows, recovered, sparse_rows, unit_rows
 from vesalius.toys.superposition import ToyModels, toy_models
 from vesalius.toys.tasks import CORRUPTIONS, planted_pairs
+from vesalius.toys.text import PlantedText, PlantedUnit, text_network
 
 __all__ = [
     "CORRUPTIONS",
     "PLANTED",
     "VOCAB",
+    "PlantedText",
+    "PlantedUnit",
     "SparseRows",
     "ToyModels",
     "planted_induction",
@@ -18,6 +21,7 @@ __all__ = [
     "random_model",
     "recovered",
     "sparse_rows",
+    "text_network",
     "toy_models",
     "unit_rows",
 ]

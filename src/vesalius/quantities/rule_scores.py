@@ -1,0 +1,270 @@
+"""Scores of a rule: how well it and a part's activations on fresh texts predict each other.
+
+A score is a number of all texts together. What stands for one text, so that intervals and tests apply, is its
+*pseudo-value*: the score, and what the texts of its group move it by (its influence) times the number of groups. The
+mean of pseudo-values over groups is the score, and their spread gives its standard error (Hampel 1974; for areas under
+curves Obuchowski 1997, Biometrics 53:567).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vesalius.intervention import derangement
+from vesalius.parts import Part
+from vesalius.quantities.activation import token_values, tokens_of
+from vesalius.quantities.base import PROBABILITY, Parameters, PerExample, Quantity
+from vesalius.quantities.fires_where import FiresWhere, moved, picked
+from vesalius.quantities.matching import Matched
+from vesalius.quantities.rules import in_words
+from vesalius.quantities.runs import Runs
+from vesalius.refs import resolve
+
+Picked = Bool[Tensor, "example pos"]
+Score = Callable[[Tensor, Tensor], tuple[float, Tensor, Tensor]]
+
+
+class RuleScore(Quantity):
+    """A score of the parameter `rule` against a part's values. Null `shuffled`: the same number of tokens of each text,
+    picked at random."""
+
+    kind = "predictive"
+    scale = PROBABILITY
+
+    def unit(self, runs: Runs) -> str:
+        return "score"
+
+    def refuses(self, runs: Runs, part: Part) -> str:
+        return FiresWhere().refuses(runs, part)
+
+    def measure(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample:
+        return self._score(runs, part, parameters, picked(runs, parameters["rule"]))
+
+    def nulls(self, runs: Runs, part: Part, parameters: Parameters) -> Mapping[str, PerExample]:
+        return {"shuffled": self._score(runs, part, parameters, moved(runs, parameters["rule"]))}
+
+    def prepare(self, runs: Runs, wanted: Sequence[tuple[Part, Parameters]]) -> None:
+        FiresWhere().prepare(runs, wanted)
+
+    def scale_of(self, runs: Runs, part: Part, parameters: Parameters) -> float | None:
+        """1: a score is at most that."""
+        return 1.0
+
+    @abstractmethod
+    def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample: ...
+
+
+class Auroc(RuleScore):
+    """Area under the ROC curve, less ½, of a part's value as the sign of a token that the rule picks.
+
+    Of all tokens of these texts; it does not depend on how frequent the picked ones are.
+    """
+
+    name = "auroc"
+
+    def unit(self, runs: Runs) -> str:
+        return "AUROC above ½"
+
+    def phrase(self, parameters: Parameters) -> str:
+        return f"is higher {in_words(parameters['rule'])} than on other tokens"
+
+    def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample:
+        return _of_two(runs, part, some, _auroc)
+
+
+class Auprc(RuleScore):
+    """Area under the precision-recall curve (average precision) of a part's value as the sign of a token that the rule
+    picks, less the share of picked tokens: at the frequency that they have in these texts."""
+
+    name = "auprc"
+
+    def unit(self, runs: Runs) -> str:
+        return "AUPRC above the share picked"
+
+    def phrase(self, parameters: Parameters) -> str:
+        return f"is highest {in_words(parameters['rule'])}"
+
+    def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample:
+        return _of_two(runs, part, some, _auprc)
+
+
+class Simulation(RuleScore):
+    """Correlation (Pearson) of a part's value with the rule, 1 on the tokens it picks and 0 on others.
+
+    The score of Bills et al. (2023), who let a language model simulate the values, for a rule.
+    """
+
+    name = "simulation"
+
+    def unit(self, runs: Runs) -> str:
+        return "correlation"
+
+    def phrase(self, parameters: Parameters) -> str:
+        return f"has values as if it fired {in_words(parameters['rule'])}"
+
+    def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample:
+        real, values = tokens_of(runs).real, token_values(runs, [part])[0].double()
+        one, other = _standard(some.double(), real), _standard(values, real)
+        if one is None or other is None:
+            return torch.zeros(runs.n).double()
+        r = float((one * other)[real].mean())
+        influence = (one * other - r / 2 * (one**2 + other**2)) * real / int(real.sum())
+        return pseudo_values(runs, r, influence.sum(1))
+
+
+class Detection(RuleScore):
+    """Of texts in which a part fires, the share in which the rule picks a token, less that of the other texts.
+
+    Detection (Paulo et al. 2024), for a rule: twice the balanced accuracy of whole texts, less 1. A part fires above
+    the parameter `threshold`. Null `shuffled`: what the rule picks in other texts.
+    """
+
+    name = "detection"
+
+    def unit(self, runs: Runs) -> str:
+        return "difference of shares"
+
+    def phrase(self, parameters: Parameters) -> str:
+        return f"fires in texts with a token {in_words(parameters['rule'])}"
+
+    def nulls(self, runs: Runs, part: Part, parameters: Parameters) -> Mapping[str, PerExample]:
+        other = derangement(runs.n, runs.seed)
+        return {"shuffled": self._score(runs, part, parameters, picked(runs, parameters["rule"])[other])}
+
+    def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample:
+        here = _fires(runs, part, parameters["threshold"]).any(1)
+        return _difference(runs, some.any(1), (here, ~here))
+
+
+class Fuzzing(RuleScore):
+    """Of tokens on which a part fires, the share that the rule picks, less that of the other tokens.
+
+    Fuzzing (Paulo et al. 2024), for a rule: twice the balanced accuracy of single tokens, less 1. A part fires above
+    the parameter `threshold`.
+    """
+
+    name = "fuzzing"
+
+    def unit(self, runs: Runs) -> str:
+        return "difference of shares"
+
+    def phrase(self, parameters: Parameters) -> str:
+        return f"fires on tokens that are {in_words(parameters['rule'])}"
+
+    def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample:
+        fires = _fires(runs, part, parameters["threshold"])
+        return _difference(runs, some, (fires, tokens_of(runs).real & ~fires))
+
+
+class ToldApart(RuleScore):
+    """Of tokens on which a part fires, the share that the rule picks, less that of those on which another part fires.
+
+    A description that fits the neighbour as well says little about the part (most do: arXiv 2605.12874). Parameters:
+    `threshold`, above which the part fires, `neighbour`, a part's ref, and `neighbour_threshold`. Tokens on which both
+    fire are the part's own. The neighbour is the control; there is no other.
+    """
+
+    name = "told_apart"
+
+    def unit(self, runs: Runs) -> str:
+        return "difference of shares"
+
+    def phrase(self, parameters: Parameters) -> str:
+        return f"fires {in_words(parameters['rule'])}, and the part most like it does not"
+
+    def prepare(self, runs: Runs, wanted: Sequence[tuple[Part, Parameters]]) -> None:
+        both = [one for part, given in wanted for one in (part, *([_neighbour(part, given)] if given else []))]
+        token_values(runs, both)
+
+    def matched(self, runs: Runs, part: Part, members: Sequence[Part], parameters: Parameters) -> Matched:
+        return Matched("its neighbour is part of the comparison", ())
+
+    def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample:
+        fires = _fires(runs, part, parameters["threshold"])
+        other = _fires(runs, _neighbour(part, parameters), parameters["neighbour_threshold"])
+        return _difference(runs, some, (fires, other & ~fires))
+
+
+def _fires(runs: Runs, part: Part, threshold: Any) -> Picked:
+    return (token_values(runs, [part])[0] > float(threshold)) & tokens_of(runs).real
+
+
+def _neighbour(part: Part, parameters: Parameters) -> Part:
+    return resolve(parameters["neighbour"], part)
+
+
+def pseudo_values(runs: Runs, score: float, influence: Float[Tensor, " example"]) -> PerExample:
+    """For each text the score and what its group moves it by, times the number of groups.
+
+    influence: what each text moves the score by; sums to 0.
+    """
+    labels = runs.groups[runs.clusters[0]] if runs.clusters else tuple(map(str, range(runs.n)))
+    known = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    group = torch.tensor([known[label] for label in labels])
+    moves = torch.zeros(len(known)).double().index_add(0, group, influence.double())
+    return score + len(known) * moves[group]
+
+
+def _of_two(runs: Runs, part: Part, some: Picked, score: Score) -> PerExample:
+    """A score of values on picked tokens and on the others; 0 where either is empty."""
+    real, values = tokens_of(runs).real, token_values(runs, [part])[0].double()
+    both = values[real & some], values[real & ~some]
+    if not all(map(len, both)):
+        return torch.zeros(runs.n).double()
+    found, *moved_by = score(*both)
+    influence = torch.zeros(values.shape).double()
+    influence[real & some], influence[real & ~some] = moved_by
+    return pseudo_values(runs, found, influence.sum(1))
+
+
+def _auroc(positive: Tensor, negative: Tensor) -> tuple[float, Tensor, Tensor]:
+    """AUROC less ½, and what each value moves it by."""
+    below, above = _share_below(negative, positive), 1 - _share_below(positive, negative)
+    area = float(below.mean())
+    return area - 0.5, (below - area) / len(positive), (above - area) / len(negative)
+
+
+def _auprc(positive: Tensor, negative: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Average precision less the share of positives, and what each value moves that by: derivatives to its weight."""
+    m, n = len(positive), len(negative)
+    ordered = positive.sort().values
+    hits = m - torch.searchsorted(ordered, ordered).double()
+    wrong = n - torch.searchsorted(negative.sort().values, ordered).double()
+    precision, share = hits / (hits + wrong), m / (m + n)
+    mean = float(precision.mean())
+    up, down = (torch.nn.functional.pad((x / (hits + wrong) ** 2 / m).cumsum(0), (1, 0)) for x in (wrong, hits))
+    at = torch.searchsorted(ordered, positive, right=True)
+    own = (precision[torch.searchsorted(ordered, positive)] - mean) / m + up[at] - (1 - share) / (m + n)
+    others = share / (m + n) - down[torch.searchsorted(ordered, negative, right=True)]
+    return mean - share, own, others
+
+
+def _share_below(others: Float[Tensor, " m"], values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Of the others, how many are smaller than each value; equal ones count half."""
+    ordered = others.sort().values
+    both = torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
+    return both.double() / (2 * len(others))
+
+
+def _standard(values: Float[Tensor, "example pos"], real: Picked) -> Tensor | None:
+    """With mean 0 and variance 1 over real tokens; None for values that are all alike."""
+    centred = values - values[real].mean()
+    spread = float(centred[real].square().mean().sqrt())
+    return centred / spread if spread > 0 else None
+
+
+def _difference(runs: Runs, hits: Tensor, among: tuple[Tensor, Tensor]) -> PerExample:
+    """Share of hits among the first, less that among the second; 0 where either is empty. All [example] or
+    [example, pos]."""
+    counts = [int(some.sum()) for some in among]
+    if not all(counts):
+        return torch.zeros(runs.n).double()
+    shares = [float((hits & some).sum()) / count for some, count in zip(among, counts, strict=True)]
+    parts = [some * (hits.double() - share) / count for some, share, count in zip(among, shares, counts, strict=True)]
+    return pseudo_values(runs, shares[0] - shares[1], (parts[0] - parts[1]).reshape(runs.n, -1).sum(1))

@@ -22,6 +22,7 @@ from vesalius.describe.learned import LearnedRules, learn
 from vesalius.errors import InputError, UnknownNameError, VesaliusError
 from vesalius.quantities import FIRES_WHERE, Runs
 from vesalius.quantities.rules import Text, in_words, matches, word_of
+from vesalius.toys import PlantedText, PlantedUnit, text_network
 
 WORDS = ["", " the", " King", " queen", " 42", ".", "\n", " sat", "ing", " USA"]
 IDS = torch.tensor([[1, 2, 7, 5, 6, 1, 3], [4, 5, 1, 3, 8, 0, 0], [9, 1, 2, 2, 1, 7, 4]])
@@ -197,3 +198,68 @@ def test_a_rule_that_the_part_does_not_follow_is_refuted(model: vs.Model, corpus
         ledger.append(vs.validate.check(family.claims[0], model=model, data=ledger.open(whole, "validation")))
         verdict = ledger.verdict(family.claims[0])
     assert (verdict.outcome, verdict.reason) == ("REFUTED", "absent")
+
+
+# --- what else a rule predicts
+
+
+@pytest.fixture(scope="module")
+def units() -> tuple[vs.Model, vs.Corpus, list[vs.Part]]:
+    """Two units of the same words, one of others, and two of noise."""
+    clean = [PlantedUnit((2, 3), 8.0, writes=0.25), PlantedUnit((2, 3), 8.0), PlantedUnit((5, 6), 8.0)]
+    model = text_network(clean)
+    ids = PlantedText(frequency=0.05).draw(160, 32, 0)
+    splits = ["discovery"] * 80 + ["validation"] * 80
+    groups = {"document": [str(row) for row in range(160)]}
+    return model, vs.Corpus(vs.Tokens(ids), groups, splits=splits), [vs.neuron(0, number) for number in range(5)]
+
+
+def said_of(units: tuple[vs.Model, vs.Corpus, list[vs.Part]], *predicts: str) -> tuple[LearnedRules, Any]:
+    model, corpus, parts = units
+    discovery = corpus.split("discovery")
+    seen = vs.describe.collect_examples(model, discovery.tokens, parts, bos="none", sink=vs.silent)
+    rules = LearnedRules(seen, predicts=predicts)
+    setting = Discovery.of(Runs(model, discovery), parts, study="rules")
+    return rules, {part: rules.describe(setting, part) for part in parts}
+
+
+def test_what_holds_on_discovery_is_claimed_and_a_rule_that_fits_the_neighbour_is_not_claimed_to_tell_them_apart(
+    units: tuple[vs.Model, vs.Corpus, list[vs.Part]],
+) -> None:
+    rules, said = said_of(units, "fires_where", "auroc", "fuzzing", "told_apart", "stands_in")
+    first, twin, other = units[2][:3]
+    assert rules.neighbour(first) == twin
+    assert [one.quantity for one in said[first].predictions] == ["fires_where", "auroc", "fuzzing", "stands_in"]
+    assert said[first].note == "; the rule fits layers.0.mlp_post[1] about as well"
+    assert said[first].sentence.endswith("; the rule fits layers.0.mlp_post[1] about as well.")
+    # It writes nothing, so that nothing is lost without it; no other unit fires on its words.
+    assert [one.quantity for one in said[other].predictions] == ["fires_where", "auroc", "fuzzing", "told_apart"]
+    assert said[units[2][4]] is None
+    assert all(one.fits for one in said.values() if one is not None)
+
+
+def test_the_claims_of_a_rule_about_several_quantities_stand_on_fresh_texts(
+    units: tuple[vs.Model, vs.Corpus, list[vs.Part]], tmp_path: Path
+) -> None:
+    model, corpus, parts = units
+    _, said = said_of(units, "fires_where", "auprc", "simulation", "detection", "told_apart", "stands_in")
+    with vs.Ledger(tmp_path / "ledger.sqlite") as ledger:
+        setting = Discovery.of(Runs(model, ledger.open(corpus, "discovery")), parts, study="rules")
+        made = [said[part] for part in (parts[0], parts[2])]
+        family = ledger.register([claim for one in made for claim, _ in claims_of(one, setting)])
+        fresh = Runs(model, ledger.open(corpus, "validation"))
+        vs.validate.prepare(family.claims, fresh)
+        for claim in family.claims:
+            ledger.append(vs.validate.check(claim, runs=fresh))
+        outcomes = {
+            (str(claim.subject["name"]), claim.quantity): ledger.verdict(claim).outcome for claim in family.claims
+        }
+    assert set(outcomes.values()) == {"SUPPORTED"}, outcomes
+    assert ("layers.0.mlp_post[2]", "told_apart") in outcomes
+    assert ("layers.0.mlp_post[0]", "stands_in") in outcomes
+
+
+@pytest.mark.parametrize("predicts", [("total_effect",), ()])
+def test_a_rule_predicts_what_is_about_rules(predicts: tuple[str, ...]) -> None:
+    with pytest.raises(UnknownNameError, match="unknown quantity that a rule predicts"):
+        LearnedRules(planted(lambda t, i: False), predicts=predicts)

@@ -16,20 +16,37 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vesalius.describe.description import Description, Discovery, Prediction
+from vesalius.describe.description import FITS, Description, Discovery, Prediction
 from vesalius.describe.example import Example, PartExamples
 from vesalius.describe.examples import ActivatingExamples
 from vesalius.describe.predictions import above
+from vesalius.directions import Direction
+from vesalius.errors import UnknownNameError
 from vesalius.parts import Part
-from vesalius.quantities import FIRES_WHERE
+from vesalius.quantities import (
+    AUPRC,
+    AUROC,
+    DETECTION,
+    FIRES_WHERE,
+    FUZZING,
+    SIMULATION,
+    STANDS_IN,
+    TOLD_APART,
+    quantity,
+)
+from vesalius.quantities.fires_where import picked
+from vesalius.quantities.rule_effects import levels
 from vesalius.quantities.rules import CLASSES, Rule, Text, matches, word_of
 from vesalius.seeds import generator_for
 
 LABEL = "rule"
 LEAST_F1 = 0.2
 """On the examples that were held out, what a rule must reach to be worth a claim."""
-LEAST_DIFFERENCE = 0.5
-"""Standard deviations between the tokens picked and the others, on discovery texts."""
+LEAST = {
+    FIRES_WHERE.name: 0.5, AUROC.name: 0.1, AUPRC.name: 0.05, SIMULATION.name: 0.1, FUZZING.name: 0.2,
+    DETECTION.name: 0.1, TOLD_APART.name: 0.2, STANDS_IN.name: 0.2,
+}  # fmt: skip
+"""What a rule must reach on discovery texts, by quantity; `stands_in` as a share of what ablation to the mean costs."""
 CLAUSES, GAIN = 3, 0.03
 WITHIN, WORDS, RUNNING = 16, 8, 12
 """How far back a word is looked for; words of each place that are tried; rules kept from round to round."""
@@ -74,13 +91,24 @@ class Learned:
 
 @dataclass(frozen=True, eq=False)
 class LearnedRules:
-    """The describer that needs no language model. examples: of all parts it will be asked about, on discovery texts."""
+    """The describer that needs no language model. examples: of all parts it will be asked about, on discovery texts.
+
+    predicts: names of the quantities that a rule is claimed to predict (those of `LEAST`). The first decides whether
+    anything is said; of the others those are claimed that hold on discovery.
+    """
 
     examples: ActivatingExamples
     seed: int = 0
     name: str = LABEL
     needs: tuple[str, ...] = ()
+    predicts: tuple[str, ...] = (FIRES_WHERE.name,)
     _learned: dict[Part, Learned | None] = field(default_factory=dict, repr=False)
+    _fired: dict[Part, Sampled] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        unknown = next((name for name in self.predicts if name not in LEAST), None)
+        if unknown is not None or not self.predicts:
+            raise UnknownNameError("quantity that a rule predicts", str(unknown), LEAST)
 
     def prepare(self, discovery: Discovery, parts: Sequence[Part]) -> None:
         """Values of all parts with a rule, in one pass over the discovery texts."""
@@ -98,21 +126,70 @@ class LearnedRules:
         found = self.rule(part)
         if found is None:
             return None
+        said, note = [], ""
+        for number, name in enumerate(self.predicts):
+            parameters = self._parameters(discovery, part, found, name)
+            prediction = None if parameters is None else _predicted(discovery, part, found, name, parameters)
+            if prediction is not None and (number == 0 or prediction.strength >= FITS):
+                said.append(prediction)
+            elif prediction is not None and name == TOLD_APART.name:
+                note = f"; the rule fits {prediction.parameters['neighbour_name']} about as well"
+        return Description(part, LABEL, tuple(said), note) if said else None
+
+    def _parameters(self, discovery: Discovery, part: Part, found: Learned, name: str) -> dict[str, Any] | None:
+        """What a quantity needs to know; None where it has nothing to say about the part."""
         parameters: dict[str, Any] = {"rule": found.rule}
-        mean = discovery.runs.mean(FIRES_WHERE.measure(discovery.runs, part, parameters))
-        said = FIRES_WHERE.phrase(parameters)
-        prediction = Prediction(
-            FIRES_WHERE.name,
-            parameters,
-            mean,
-            above(mean, LEAST_DIFFERENCE),
-            f"{said} ({mean:.2f} SD; F1 {found.held_out:.2f} on held-out examples)",
-            said,
-            size=mean / 2,
-            scale=1.0,
-            nulls=(("shuffled", mean / 4),),
-        )
-        return Description(part, LABEL, (prediction,))
+        if name in (FUZZING.name, DETECTION.name, TOLD_APART.name):
+            parameters["threshold"] = self.examples[part].threshold
+        if name == TOLD_APART.name:
+            neighbour = self.neighbour(part)
+            if neighbour is None:
+                return None
+            parameters |= {"neighbour": neighbour.ref, "neighbour_name": str(neighbour)}
+            parameters["neighbour_threshold"] = self.examples[neighbour].threshold
+        if name == STANDS_IN.name:
+            some = picked(discovery.runs, found.rule)
+            parameters |= dict(zip(("on", "off", "mean"), levels(discovery.runs, part, some), strict=True))
+        return parameters
+
+    def neighbour(self, part: Part) -> Part | None:
+        """Of the other parts of the examples, the one on whose tokens the part's rule fires most; None without any.
+
+        Directions are not looked at: a claim names its neighbour by a reference, and they have none to be found by.
+        """
+        found = self.rule(part)
+        others = [other for other in self.examples.parts if other != part and not isinstance(other, Direction)]
+        if found is None or not others:
+            return None
+        return max(others, key=lambda other: self._share(found.rule, other))
+
+    def _share(self, rule: Rule, part: Part) -> float:
+        """Of the tokens that a part was seen to fire on, the share that a rule picks."""
+        if part not in self._fired:
+            self._fired[part] = _sampled(self.examples[part], [(one, "fires") for one in self.examples[part].sample])
+        sampled = self._fired[part]
+        return float(sampled.picked(rule).double().mean()) if len(sampled.at) else 0.0
+
+
+def _predicted(discovery: Discovery, part: Part, found: Learned, name: str, parameters: dict[str, Any]) -> Prediction:
+    """Half of what discovery shows is claimed. The strength is that of the whole of it."""
+    of, runs = quantity(name), discovery.runs
+    mean, scale = runs.mean(of.measure(runs, part, parameters)), of.scale_of(runs, part, parameters)
+    said, least = of.phrase(parameters), LEAST[name]
+    f1 = f"; F1 {found.held_out:.2f} on held-out examples" if of is FIRES_WHERE else ""
+    if of is STANDS_IN:
+        least *= max(scale or 0.0, 0.0)
+    return Prediction(
+        name,
+        parameters,
+        mean,
+        above(mean, least) if least > 0 else 0.0,
+        f"{said} ({mean:.2g} {of.unit(runs)}{f1})",
+        said,
+        size=abs(mean) / 2 or None,
+        scale=scale,
+        nulls=(("shuffled", abs(mean) / 4),),
+    )
 
 
 def learn(examples: PartExamples, seed: int = 0) -> Learned | None:

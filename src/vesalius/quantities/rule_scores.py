@@ -155,7 +155,7 @@ class Fuzzing(RuleScore):
         return "difference of shares"
 
     def phrase(self, parameters: Parameters) -> str:
-        return f"fires on tokens that are {in_words(parameters['rule'])}"
+        return f"fires mostly {in_words(parameters['rule'])}"
 
     def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample:
         fires = _fires(runs, part, parameters["threshold"])

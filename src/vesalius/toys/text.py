@@ -96,8 +96,8 @@ class WordTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:  # noqa: ARG002 - as tokenizers are called
         return [int(word.removeprefix("w")) for word in text.split()]
 
-    def convert_tokens_to_ids(self, token: str) -> int:
-        return int(token.strip().removeprefix("w"))
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
+        return self.encode(tokens)[0] if isinstance(tokens, str) else [self.encode(token)[0] for token in tokens]
 
     def get_vocab(self) -> dict[str, int]:
         return {f" w{token}": token for token in range(WORDS)}

@@ -100,7 +100,7 @@ def test_activations_of_many_parts_take_one_pass(model: vs.Model, corpus: vs.Cor
 
 
 def test_what_has_no_one_activation_is_refused(model: vs.Model, corpus: vs.Corpus) -> None:
-    with pytest.raises(InputError, match=r"layers.0.mlp_out has 48 numbers at each position, and no one activation"):
+    with pytest.raises(InputError, match=r"layers.0.mlp_out has many numbers at each position, and no one activation"):
         ACTIVATION.measure(Runs(model, corpus), vs.Unit(vs.Site("mlp_out", 0)), {})
     with pytest.raises(UnknownNameError, match="unknown place to read an activation at 'end'; known: max, mean"):
         ACTIVATION.measure(Runs(model, corpus), NEURON, {"at": "end"})

@@ -23,7 +23,6 @@ from vesalius.data.packing import Group, Tally
 from vesalius.data.reader import ActivationReader, Request, expected_cost, times_first
 from vesalius.describe.collecting import NOTHING, Collector, Kept, Sizes
 from vesalius.describe.example import Example, PartExamples
-from vesalius.describe.values import PartValues
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.jobs import Blocks, Event, Sink, write_atomic
 from vesalius.jobs.progress import shown
@@ -31,6 +30,7 @@ from vesalius.jobs.untrusted import read_npz
 from vesalius.model import Model
 from vesalius.parts import Part
 from vesalius.protocol import content_hash
+from vesalius.quantities.values import PartValues
 
 if TYPE_CHECKING:
     import pandas

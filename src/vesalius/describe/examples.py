@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 TASK = "examples"
 STATE = "examples.npz"
+_OF_EXAMPLE = ("value", "document", "offset", "ids", "values")
 # Groups between two copies of everything on disk.
 GROUPS_BETWEEN = 16
 # Values of a group, and rows at most.
@@ -144,20 +145,20 @@ class ActivatingExamples(Sequence[PartExamples]):
 
     def _kept(self, kept: Kept, number: int) -> tuple[Example, ...]:
         count, before = int(kept.key[number].isfinite().sum()), self.collector.sizes.before
+        columns = (getattr(kept, name)[number, :count].tolist() for name in _OF_EXAMPLE)
         found = []
-        for place in range(count):
-            ids = kept.ids[number, place]
-            inside = (ids != NOTHING).nonzero()[:, 0].tolist()
-            listed = tuple(int(ids[at]) for at in inside)
+        for value, document, offset, ids, values in zip(*columns, strict=True):
+            inside = [at for at, token in enumerate(ids) if token != NOTHING]
+            listed = tuple(ids[at] for at in inside)
             found.append(
                 Example(
-                    value=float(kept.value[number, place]),
+                    value=value,
                     tokens=tuple(map(self._text, listed)),
                     ids=listed,
-                    values=tuple(float(kept.values[number, place, at]) for at in inside),
+                    values=tuple(values[at] for at in inside),
                     at=inside.index(before),
-                    document=int(kept.document[number, place]),
-                    offset=int(kept.offset[number, place]),
+                    document=document,
+                    offset=offset,
                 )
             )
         return tuple(found)

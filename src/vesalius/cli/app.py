@@ -1,4 +1,4 @@
-"""`vesalius study | sites | harvest | train | quality | calibrate | ledger`.
+"""`vesalius study | sites | harvest | train | quality | explain | calibrate | ledger`.
 
 Exit codes: 0 done, 1 the study stopped at its gate, 2 something given cannot be used (the message says what, and what
 to do), 130 interrupted; finished work is kept, and the same command goes on from there.
@@ -8,15 +8,25 @@ Every command first checks what it can without importing torch, so that a wrong 
 
 from __future__ import annotations
 
-import shlex
-import sys
 import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vesalius.cli import calibrating, checks, evaluating, foreign, harvesting, ledgers, sites, studying, training
+from vesalius.cli import (
+    calibrating,
+    checks,
+    evaluating,
+    explaining,
+    foreign,
+    harvesting,
+    ledgers,
+    sites,
+    studying,
+    training,
+)
+from vesalius.cli.options import DeviceOption, ModelOption, command_line
 from vesalius.cli.process import settle
 from vesalius.cli.screen import console, fail, warn
 from vesalius.errors import VesaliusError
@@ -30,15 +40,9 @@ app = typer.Typer(
     help="Take a trained network apart, say what each part does, and test every statement.",
 )
 app.add_typer(ledgers.app, name="ledger")
+app.command()(explaining.explain)
 
 USAGE, INTERRUPTED = 2, 130
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Demo alias, local folder, .gguf file, or transformers id.")
-]
-
-DeviceOption = Annotated[
-    str | None, typer.Option(help="Device of the tensors, such as cpu or cuda; default cuda where there is one.")
-]
 
 
 def main() -> None:
@@ -120,7 +124,7 @@ def study(
         bos=bos,
         random_sets=random_sets,
         device=device,
-        command=_command_line(),
+        command=command_line(),
     )
     return studying.study(request)
 
@@ -264,7 +268,7 @@ def train(
         checks.harvest(texts, [model], harvest.sites, "float32", compute, tokens)
     else:
         checks.store(store)
-    where, command = checks.chosen_device(device), _command_line()
+    where, command = checks.chosen_device(device), command_line()
     training.train(training.Request(store, out, where, fields, harvest, jobs, tensorboard, command))
 
 
@@ -317,7 +321,7 @@ def quality(
         seed=seed,
         device=device,
         said=foreign.Said(site, out_site, layer, unpickle, in_scale, k, row_norm, ignore, check),
-        command=_command_line(),
+        command=command_line(),
     )
     request.check()
     for path in (dictionary, *request.others):
@@ -342,8 +346,3 @@ def calibrate(
     if json is not None:
         check_writable(json.parent, "--json")
     calibrating.run(seeds=seeds, quick=quick, json=json, device=device)
-
-
-def _command_line() -> str:
-    """What was typed, for a reader who wants to run it again."""
-    return shlex.join(["vesalius", *sys.argv[1:]])

@@ -94,10 +94,18 @@ class LearnedRules:
 
     def rule(self, part: Part) -> Learned | None:
         """The rule of a part; None where it fires too rarely, or no rule holds."""
+        found = self.learned(part)
+        return found if found is not None and found.holds else None
+
+    def learned(self, part: Part) -> Learned | None:
+        """What was learned of a part, whether it holds or not; None where it fires too rarely."""
         if part not in self._learned:
             self._learned[part] = learn(self.examples[part], self.seed)
-        found = self._learned[part]
-        return found if found is not None and found.holds else None
+        return self._learned[part]
+
+    def recall(self, part: Part, found: Learned | None) -> None:
+        """Take what was learned of a part before, instead of learning it again."""
+        self._learned[part] = found
 
     def describe(self, discovery: Discovery, part: Part) -> Description | None:
         found = self.rule(part)

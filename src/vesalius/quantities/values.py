@@ -99,8 +99,7 @@ def _reader(parts: Sequence[Part]) -> Read:
     if isinstance(first, Encoded):
         return _of_latents(first.coder, parts[0].reads, [cast(Encoded, part).index for part in parts])
     if isinstance(first, Unit):
-        columns, whole = [cast(Unit, part).site.index for part in parts], first.site.whole
-        return lambda rows: rows[whole][:, columns]
+        return _of_units([cast(Unit, part) for part in parts])
     if isinstance(first, Direction):
         site, vectors = first.site, torch.stack([cast(Direction, part).vector for part in parts], 1)
         return lambda rows: rows[site] @ vectors.to(rows[site])
@@ -110,6 +109,19 @@ def _reader(parts: Sequence[Part]) -> Read:
 def _read(part: Part) -> tuple[Site, ...]:
     """What a part is read from: a unit from the whole tensor, others from just the head, say, that they name."""
     return (part.site.whole,) if isinstance(part, Unit) else tuple(part.reads)
+
+
+def _of_units(units: list[Unit]) -> Read:
+    columns, whole = [unit.site.index for unit in units], units[0].site.whole
+
+    def read(rows: Rows) -> Tensor:
+        at = rows[whole]
+        for unit in units:
+            if unit.site.index is not None and unit.site.index >= at.shape[1]:
+                raise InputError(f"{unit}: the tensor there has {at.shape[1]} of these, numbered from 0")
+        return at[:, columns]
+
+    return read
 
 
 def _of_latents(coder: Coder, reads: Sequence[Site], numbers: list[int]) -> Read:

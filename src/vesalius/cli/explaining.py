@@ -154,6 +154,9 @@ def run(request: Request) -> None:
         )
         done = vs.studies.explain(changed, asked, out=request.out, sink=screen)
         path = written(vs.studies.Explanations(done), request.out, request.command, screen)
+    if asked.about.get("quality") and request.baseline is None:
+        page = request.out / asked.about["quality"]
+        vs.report.link_explained(page, os.path.relpath(path, page.parent), " ".join(done.answer))
     for sentence in done.answer:
         say(sentence)
     say(str(path))

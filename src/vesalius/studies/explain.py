@@ -236,7 +236,7 @@ def _worst(runs: Runs, key: Tensor, values: Tensor, among: Tensor) -> list[Examp
 def _example(runs: Runs, values: Tensor, row: int, at: int) -> Example:
     assert isinstance(runs.data, Corpus)
     tokens = runs.data.tokens
-    first, last = max(0, at - BEFORE), min(int(tokens.lengths[row]), at + AFTER + 1)
+    first, last = max(1, at - BEFORE), min(int(tokens.lengths[row]), at + AFTER + 1)
     ids = tokens.ids[row, first:last].tolist()
     return Example(
         value=float(values[row, at]),

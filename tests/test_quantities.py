@@ -67,11 +67,13 @@ def test_the_activation_on_texts_is_that_of_plain_runs(model: vs.Model, corpus: 
     runs = Runs(model, corpus)
     found = ACTIVATION.measure(runs, NEURON, {"at": at})
     tokens = corpus.tokens
-    torch.testing.assert_close(found, pooled(neuron_of(model, tokens), tokens.real, at), atol=1e-5, rtol=1e-4)
+    # The first token of a text is an outlier in language models, and does not count.
+    counts = tokens.real & (torch.arange(tokens.ids.shape[1]) > 0)
+    torch.testing.assert_close(found, pooled(neuron_of(model, tokens), counts, at), atol=1e-5, rtol=1e-4)
     assert ACTIVATION.scale_of(runs, NEURON, {"at": at}) == pytest.approx(float(found.std()))
     direction = vs.Direction("layers.0.resid_post", torch.randn(48, generator=torch.Generator().manual_seed(1)))
     stream = model.run(tokens, capture=["layers.0.resid_post"])["layers.0.resid_post"]
-    expected = pooled(stream @ direction.vector, tokens.real, at)
+    expected = pooled(stream @ direction.vector, counts, at)
     torch.testing.assert_close(ACTIVATION.measure(runs, direction, {"at": at}), expected, atol=1e-5, rtol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""`vesalius study | sites | harvest | train | quality | explain | calibrate | ledger`.
+"""`vesalius study | sites | harvest | train | quality | explain | find | calibrate | ledger`.
 
 Exit codes: 0 done, 1 the study stopped at its gate, 2 something given cannot be used (the message says what, and what
 to do), 130 interrupted; finished work is kept, and the same command goes on from there.
@@ -19,7 +19,7 @@ from vesalius.cli import (
     checks,
     evaluating,
     explaining,
-    foreign,
+    finding,
     harvesting,
     ledgers,
     sites,
@@ -30,7 +30,7 @@ from vesalius.cli.options import DeviceOption, ModelOption, command_line
 from vesalius.cli.process import settle
 from vesalius.cli.screen import console, fail, warn
 from vesalius.errors import VesaliusError
-from vesalius.jobs.paths import check_file, check_writable
+from vesalius.jobs.paths import check_writable
 from vesalius.model.loading import DEMO, look_up
 
 app = typer.Typer(
@@ -40,7 +40,6 @@ app = typer.Typer(
     help="Take a trained network apart, say what each part does, and test every statement.",
 )
 app.add_typer(ledgers.app, name="ledger")
-app.command()(explaining.explain)
 
 USAGE, INTERRUPTED = 2, 130
 
@@ -272,67 +271,9 @@ def train(
     training.train(training.Request(store, out, where, fields, harvest, jobs, tensorboard, command))
 
 
-@app.command()
-def quality(
-    dictionary: Annotated[Path, typer.Argument(help="Folder of a dictionary, made by train or another library.")],
-    store: Annotated[Path, typer.Argument(help="Folder of activations, made by harvest.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Also splice it into this model: alias, folder, .gguf file, id.")
-    ] = None,
-    other: Annotated[
-        list[Path] | None, typer.Option(help="The same from another seed, to see what they share; can be repeated.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for quality.html and quality.json; default runs/quality-<dictionary>.")
-    ] = None,
-    concepts: Annotated[
-        list[Path] | None, typer.Option(help="Texts with labels, .jsonl or .csv, to probe for; can be repeated.")
-    ] = None,
-    text: Annotated[str, typer.Option(help="Column of --concepts that holds the text.")] = "text",
-    label: Annotated[str, typer.Option(help="Column of --concepts that holds the label.")] = "label",
-    mark: Annotated[str | None, typer.Option(help="Column of a second label, which may go with the first.")] = None,
-    rows: Annotated[int, typer.Option(help="Rows to measure on.")] = 16_384,
-    contexts: Annotated[int, typer.Option(help="Contexts to run through the model.")] = 32,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    device: DeviceOption = None,
-    site: foreign.SiteOption = None,
-    out_site: foreign.OutSiteOption = None,
-    layer: foreign.LayerOption = None,
-    unpickle: foreign.UnpickleOption = False,
-    in_scale: foreign.InScaleOption = None,
-    k: foreign.KOption = None,
-    row_norm: foreign.RowNormOption = None,
-    ignore: foreign.IgnoreOption = None,
-    check: foreign.CheckOption = True,
-) -> None:
-    """How good a dictionary is, on documents it was not trained on, beside what it has to beat."""
-    request = evaluating.Request(
-        dictionary=dictionary,
-        store=store,
-        model=model,
-        others=other or [],
-        out=out,
-        rows=rows,
-        contexts=contexts,
-        concepts=concepts or [],
-        text=text,
-        label=label,
-        mark=mark,
-        seed=seed,
-        device=device,
-        said=foreign.Said(site, out_site, layer, unpickle, in_scale, k, row_norm, ignore, check),
-        command=command_line(),
-    )
-    request.check()
-    for path in (dictionary, *request.others):
-        checks.dictionary(path)
-    checks.store(store)
-    if model is not None:
-        look_up(model)
-    for path in request.concepts:
-        check_file(path, checks.TABLES, "labelled texts")
-    check_writable(request.folder)
-    evaluating.quality(request)
+app.command()(evaluating.quality)
+app.command()(explaining.explain)
+app.command()(finding.find)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vesalius.errors import UnknownNameError
-from vesalius.quantities.activation import Activation
+from vesalius.quantities.activation import ACTIVATION
 from vesalius.quantities.attends import Attends
 from vesalius.quantities.base import Parameters, PerExample, Quantity
 from vesalius.quantities.circuit import Completeness, Faithfulness
@@ -16,9 +16,10 @@ from vesalius.quantities.fires_where import FiresWhere
 from vesalius.quantities.matching import Matched, matched_controls
 from vesalius.quantities.moves_attention import MovesAttention
 from vesalius.quantities.runs import Runs
+from vesalius.quantities.separates import Separates
 from vesalius.quantities.total_effect import TotalEffect
 
-ACTIVATION, FIRES_WHERE, ATTENDS, COPIES = Activation(), FiresWhere(), Attends(), Copies()
+FIRES_WHERE, SEPARATES, ATTENDS, COPIES = FiresWhere(), Separates(), Attends(), Copies()
 DIRECT_EFFECT, TOTAL_EFFECT, MOVES_ATTENTION = DirectEffect(), TotalEffect(), MovesAttention()
 FAITHFULNESS, COMPLETENESS = Faithfulness(), Completeness()
 
@@ -32,6 +33,7 @@ QUANTITIES: dict[str, Quantity] = {
         MOVES_ATTENTION,
         ACTIVATION,
         FIRES_WHERE,
+        SEPARATES,
         FAITHFULNESS,
         COMPLETENESS,
     )
@@ -56,6 +58,7 @@ __all__ = [
     "FIRES_WHERE",
     "MOVES_ATTENTION",
     "QUANTITIES",
+    "SEPARATES",
     "TOTAL_EFFECT",
     "Contrast",
     "Matched",

@@ -28,8 +28,8 @@ Kept = dict[tuple[Part, str], PerExample]
 class Activation(Quantity):
     """A part's value on each text or clean prompt: `at` "max" or "mean" over its tokens, or a named place.
 
-    Parts of several numbers (whole sites, subspaces, groups) have none. Raises PairsError where a prompt lacks the
-    place.
+    Of a corpus each text's first token is left out (see `counted`). Parts of several numbers (whole sites, subspaces,
+    groups) have none. Raises PairsError where a prompt lacks the place.
     """
 
     name = "activation"
@@ -87,12 +87,13 @@ def forget_values(runs: Runs) -> None:
 
 
 def counted(runs: Runs) -> Bool[Tensor, "example pos"]:
-    """Tokens that count: all but padding and, of a corpus, each text's first, in most models an outlier in norm, which
-    `data.harvest` leaves out as well."""
+    """Tokens that count: all but padding and, of a corpus, each text's first, unless it is the only one: in most models
+    it is an outlier in norm, which `data.harvest` leaves out as well."""
     real = tokens_of(runs).real
     if not isinstance(runs.data, Corpus):
         return real
-    return real & (torch.arange(real.shape[1]) > 0)
+    later = real & (torch.arange(real.shape[1]) > 0)
+    return later | (real & ~later.any(1, keepdim=True))
 
 
 def _read(runs: Runs, parts: Sequence[Part]) -> Iterator[tuple[Int[Tensor, " example"], Tensor]]:
@@ -114,7 +115,7 @@ def _read(runs: Runs, parts: Sequence[Part]) -> Iterator[tuple[Int[Tensor, " exa
 def _values(runs: Runs, parts: Sequence[Part], at: str) -> list[PerExample]:
     if at not in POOLED and isinstance(runs.data, Corpus):
         raise UnknownNameError("place to read an activation at", at, POOLED, "Texts have no named places.")
-    where, real = None if at in POOLED else positions(runs, at), tokens_of(runs).real
+    where, real = None if at in POOLED else positions(runs, at), counted(runs)
     found = torch.zeros(len(parts), len(tokens_of(runs)))
     for rows, values in _read(runs, parts):
         if where is None:
@@ -131,3 +132,6 @@ def _pooled(
     if at == "max":
         return values.masked_fill(~real[..., None], float("-inf")).amax(1)
     return (values * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+
+
+ACTIVATION = Activation()

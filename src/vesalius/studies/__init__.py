@@ -8,6 +8,7 @@ from vesalius.studies.control import RANDOM_WEIGHTS, Controlled, claims_on, rand
 from vesalius.studies.explain import EXPLAIN, explain
 from vesalius.studies.explained import Explained, Explanations, summarise_explained
 from vesalius.studies.explaining import BASELINES, Explaining, explaining
+from vesalius.studies.finding import FIND, Finding, find, finding, summarise_found, texts_with
 from vesalius.studies.gate import Gate, gate
 from vesalius.studies.question import Question, check_question, question_for
 from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, run_steps
@@ -17,6 +18,7 @@ from vesalius.studies.task_circuit import TASK_CIRCUIT, run_study
 __all__ = [
     "BASELINES",
     "EXPLAIN",
+    "FIND",
     "RANDOM_WEIGHTS",
     "TASK_CIRCUIT",
     "Artefact",
@@ -25,6 +27,7 @@ __all__ = [
     "Explained",
     "Explaining",
     "Explanations",
+    "Finding",
     "Gate",
     "Options",
     "Question",
@@ -38,6 +41,8 @@ __all__ = [
     "claims_on",
     "explain",
     "explaining",
+    "find",
+    "finding",
     "gate",
     "question_for",
     "random_weights_control",
@@ -46,5 +51,7 @@ __all__ = [
     "sentences",
     "summarise",
     "summarise_explained",
+    "summarise_found",
     "supported_roles",
+    "texts_with",
 ]

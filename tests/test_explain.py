@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from vesalius.cli.explaining import numbers, sites_named
 from vesalius.describe.output import promoted_tokens
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.jobs import Event
+from vesalius.jobs.progress import most_resident
 from vesalius.model.direct import frozen_norm, token_effects
 from vesalius.quantities.activation import counted
 from vesalius.report import explain_schema
@@ -368,3 +370,18 @@ def test_a_dictionary_of_another_model_is_refused(run: Callable[..., Done], give
                "--model", tmp_path / "other", "--out", tmp_path / "no")  # fmt: skip
     assert done.code == 2
     assert "the dictionary was made for" in done.words and "give --model the model that it was made for" in done.words
+
+
+@pytest.mark.slow
+@pytest.mark.demo_model
+def test_two_hundred_neurons_take_minutes_and_little_memory(demo: vs.Model, tmp_path: Path) -> None:
+    parts = [vs.neuron(2, number) for number in range(200)]
+    began = time.process_time()
+    model, asked = vs.studies.explaining(demo, parts, "stdlib", tokens=200_000)
+    found = vs.studies.Explanations(vs.studies.explain(model, asked, out=tmp_path, sink=vs.silent))
+    assert sum(asked.tokens.values()) >= 200_000
+    assert time.process_time() - began < 15 * 60
+    assert most_resident() < 4e9
+    assert found[vs.neuron(2, 90)].verdict == "SUPPORTED"
+    supported = sum(one.verdict == "SUPPORTED" for one in found)
+    assert 5 <= supported <= 100  # most neurons have no rule of this kind

@@ -98,21 +98,17 @@ def explaining(
     """
     if baseline is not None and baseline not in BASELINES:
         raise UnknownNameError("baseline", baseline, BASELINES)
-    chosen, coders = PartValues(tuple(parts)), {id(c): c for c in (getattr(p, "coder", None) for p in parts) if c}
-    for site in chosen.sites:
-        model.check_site(site)
-    for coder in coders.values():
-        check_made_for(coder, model)
+    chosen = check_parts(model, parts)
     packing = Packing(context, bos_for(model.tokenizer, bos, False), special_ids(model.tokenizer), _ALL)
     texts = texts_from(corpus, column)
     halves, counts = _documents(model, texts, tokens, context)
-    _check_enough(halves, len(chosen.parts), tokens, counts)
+    _check_enough(halves, len(chosen), tokens, counts)
     rows, splits, labels = _rows(halves, packing)
     counts["repeated contexts"] = sum(len(_contexts(half, packing)) for half in halves) - len(rows)
     split = Corpus(Tokens.from_rows(rows), {"document": tuple(labels)}, tuple(splits))
     asked = Explaining(
         name="explain",
-        parts=_in_their_place(chosen.parts, model, seed) if baseline == RANDOM_DIRECTIONS else chosen.parts,
+        parts=_in_their_place(chosen, model, seed) if baseline == RANDOM_DIRECTIONS else chosen,
         documents=tuple(halves[0]),
         corpus=split,
         bos=packing.bos.token,
@@ -124,6 +120,24 @@ def explaining(
         about=dict(about or {}),
     )
     return (reinitialised(model, seed) if baseline == RANDOM_NETWORK else model), asked
+
+
+def check_parts(model: Model, parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The parts, if texts can be read for them in this model. Raises InputError."""
+    if model.tokenizer is None:
+        raise InputError(
+            f"{model.name} has no tokenizer, and what is said of parts is about text; vs.Model(tokenizer=)"
+        )
+    values = PartValues(tuple(parts))
+    names = [str(part) for part in values.parts]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"two parts are called {twice}; explain those of one dictionary at a time")
+    for site in values.sites:
+        model.check_site(site)
+    for coder in {id(c): c for c in (getattr(part, "coder", None) for part in values.parts) if c}.values():
+        check_made_for(coder, model)
+    return values.parts
 
 
 def discovery_texts(asked: Explaining) -> Texts:

@@ -36,8 +36,7 @@ from vesalius.parts import Part
 from vesalius.protocol import Family, content_hash
 from vesalius.quantities import ACTIVATION, SEPARATES, Runs
 from vesalius.quantities.separates import DIGITS, auroc, named
-from vesalius.quantities.values import PartValues
-from vesalius.studies.explaining import SHORTEST, check_made_for, documents_needed
+from vesalius.studies.explaining import SHORTEST, check_parts, documents_needed
 from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, run_steps
 from vesalius.studies.summary import claim_row
 from vesalius.studies.task_circuit import FAMILY, blocks_in
@@ -97,11 +96,7 @@ def finding(
     both = set(positive) & set(negative)
     if both:
         raise InputError(f"{len(both)} texts are on both sides, such as {min(both)[:60]!r}")
-    chosen, coders = PartValues(tuple(parts)), {id(c): c for c in (getattr(p, "coder", None) for p in parts) if c}
-    for site in chosen.sites:
-        model.check_site(site)
-    for coder in coders.values():
-        check_made_for(coder, model)
+    chosen = check_parts(model, parts)
     packing = Packing(context, bos_for(model.tokenizer, bos, False), special_ids(model.tokenizer), 2**62)
     sides = [_first_contexts(model, side, packing) for side in (positive, negative)]
     least = 2 * documents_needed(best)
@@ -118,7 +113,7 @@ def finding(
         tuple(split for _, split, _ in rows),
     )
     about = tuple(h[:DIGITS] for h, (_, _, side) in zip(corpus.example_hashes, rows, strict=True) if side == 0)
-    return Finding(what, chosen.parts, corpus, about, best, seed)
+    return Finding(what, chosen, corpus, about, best, seed)
 
 
 def texts_with(

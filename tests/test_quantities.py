@@ -67,11 +67,13 @@ def test_the_activation_on_texts_is_that_of_plain_runs(model: vs.Model, corpus: 
     runs = Runs(model, corpus)
     found = ACTIVATION.measure(runs, NEURON, {"at": at})
     tokens = corpus.tokens
-    torch.testing.assert_close(found, pooled(neuron_of(model, tokens), tokens.real, at), atol=1e-5, rtol=1e-4)
+    # The first token of a text is an outlier in language models, and does not count.
+    counts = tokens.real & (torch.arange(tokens.ids.shape[1]) > 0)
+    torch.testing.assert_close(found, pooled(neuron_of(model, tokens), counts, at), atol=1e-5, rtol=1e-4)
     assert ACTIVATION.scale_of(runs, NEURON, {"at": at}) == pytest.approx(float(found.std()))
     direction = vs.Direction("layers.0.resid_post", torch.randn(48, generator=torch.Generator().manual_seed(1)))
     stream = model.run(tokens, capture=["layers.0.resid_post"])["layers.0.resid_post"]
-    expected = pooled(stream @ direction.vector, tokens.real, at)
+    expected = pooled(stream @ direction.vector, counts, at)
     torch.testing.assert_close(ACTIVATION.measure(runs, direction, {"at": at}), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -100,7 +102,7 @@ def test_activations_of_many_parts_take_one_pass(model: vs.Model, corpus: vs.Cor
 
 
 def test_what_has_no_one_activation_is_refused(model: vs.Model, corpus: vs.Corpus) -> None:
-    with pytest.raises(InputError, match=r"layers.0.mlp_out has 48 numbers at each position, and no one activation"):
+    with pytest.raises(InputError, match=r"layers.0.mlp_out has many numbers at each position, and no one activation"):
         ACTIVATION.measure(Runs(model, corpus), vs.Unit(vs.Site("mlp_out", 0)), {})
     with pytest.raises(UnknownNameError, match="unknown place to read an activation at 'end'; known: max, mean"):
         ACTIVATION.measure(Runs(model, corpus), NEURON, {"at": "end"})

@@ -1,4 +1,4 @@
-"""`vesalius study | sites | harvest | train | quality | calibrate | ledger`.
+"""`vesalius study | sites | harvest | train | quality | explain | find | calibrate | ledger`.
 
 Exit codes: 0 done, 1 the study stopped at its gate, 2 something given cannot be used (the message says what, and what
 to do), 130 interrupted; finished work is kept, and the same command goes on from there.
@@ -8,19 +8,29 @@ Every command first checks what it can without importing torch, so that a wrong 
 
 from __future__ import annotations
 
-import shlex
-import sys
 import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vesalius.cli import calibrating, checks, evaluating, foreign, harvesting, ledgers, sites, studying, training
+from vesalius.cli import (
+    calibrating,
+    checks,
+    evaluating,
+    explaining,
+    finding,
+    harvesting,
+    ledgers,
+    sites,
+    studying,
+    training,
+)
+from vesalius.cli.options import DeviceOption, ModelOption, command_line
 from vesalius.cli.process import settle
 from vesalius.cli.screen import console, fail, warn
 from vesalius.errors import VesaliusError
-from vesalius.jobs.paths import check_file, check_writable
+from vesalius.jobs.paths import check_writable
 from vesalius.model.loading import DEMO, look_up
 
 app = typer.Typer(
@@ -32,13 +42,6 @@ app = typer.Typer(
 app.add_typer(ledgers.app, name="ledger")
 
 USAGE, INTERRUPTED = 2, 130
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Demo alias, local folder, .gguf file, or transformers id.")
-]
-
-DeviceOption = Annotated[
-    str | None, typer.Option(help="Device of the tensors, such as cpu or cuda; default cuda where there is one.")
-]
 
 
 def main() -> None:
@@ -120,7 +123,7 @@ def study(
         bos=bos,
         random_sets=random_sets,
         device=device,
-        command=_command_line(),
+        command=command_line(),
     )
     return studying.study(request)
 
@@ -264,71 +267,13 @@ def train(
         checks.harvest(texts, [model], harvest.sites, "float32", compute, tokens)
     else:
         checks.store(store)
-    where, command = checks.chosen_device(device), _command_line()
+    where, command = checks.chosen_device(device), command_line()
     training.train(training.Request(store, out, where, fields, harvest, jobs, tensorboard, command))
 
 
-@app.command()
-def quality(
-    dictionary: Annotated[Path, typer.Argument(help="Folder of a dictionary, made by train or another library.")],
-    store: Annotated[Path, typer.Argument(help="Folder of activations, made by harvest.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Also splice it into this model: alias, folder, .gguf file, id.")
-    ] = None,
-    other: Annotated[
-        list[Path] | None, typer.Option(help="The same from another seed, to see what they share; can be repeated.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for quality.html and quality.json; default runs/quality-<dictionary>.")
-    ] = None,
-    concepts: Annotated[
-        list[Path] | None, typer.Option(help="Texts with labels, .jsonl or .csv, to probe for; can be repeated.")
-    ] = None,
-    text: Annotated[str, typer.Option(help="Column of --concepts that holds the text.")] = "text",
-    label: Annotated[str, typer.Option(help="Column of --concepts that holds the label.")] = "label",
-    mark: Annotated[str | None, typer.Option(help="Column of a second label, which may go with the first.")] = None,
-    rows: Annotated[int, typer.Option(help="Rows to measure on.")] = 16_384,
-    contexts: Annotated[int, typer.Option(help="Contexts to run through the model.")] = 32,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    device: DeviceOption = None,
-    site: foreign.SiteOption = None,
-    out_site: foreign.OutSiteOption = None,
-    layer: foreign.LayerOption = None,
-    unpickle: foreign.UnpickleOption = False,
-    in_scale: foreign.InScaleOption = None,
-    k: foreign.KOption = None,
-    row_norm: foreign.RowNormOption = None,
-    ignore: foreign.IgnoreOption = None,
-    check: foreign.CheckOption = True,
-) -> None:
-    """How good a dictionary is, on documents it was not trained on, beside what it has to beat."""
-    request = evaluating.Request(
-        dictionary=dictionary,
-        store=store,
-        model=model,
-        others=other or [],
-        out=out,
-        rows=rows,
-        contexts=contexts,
-        concepts=concepts or [],
-        text=text,
-        label=label,
-        mark=mark,
-        seed=seed,
-        device=device,
-        said=foreign.Said(site, out_site, layer, unpickle, in_scale, k, row_norm, ignore, check),
-        command=_command_line(),
-    )
-    request.check()
-    for path in (dictionary, *request.others):
-        checks.dictionary(path)
-    checks.store(store)
-    if model is not None:
-        look_up(model)
-    for path in request.concepts:
-        check_file(path, checks.TABLES, "labelled texts")
-    check_writable(request.folder)
-    evaluating.quality(request)
+app.command()(evaluating.quality)
+app.command()(explaining.explain)
+app.command()(finding.find)
 
 
 @app.command()
@@ -342,8 +287,3 @@ def calibrate(
     if json is not None:
         check_writable(json.parent, "--json")
     calibrating.run(seeds=seeds, quick=quick, json=json, device=device)
-
-
-def _command_line() -> str:
-    """What was typed, for a reader who wants to run it again."""
-    return shlex.join(["vesalius", *sys.argv[1:]])

@@ -24,6 +24,7 @@ CODERS = ("auto", "sae", "transcoder", "crosscoder", "cross_layer")
 PRECISIONS = ("fp32", "bf16-screen", "bf16")
 DTYPES = ("float32", "bfloat16", "float16")
 COMPUTE = ("float32", "bfloat16")
+BASELINES = ("random-directions", "random-network")
 NULLS = ("skip", "error")
 MANIFEST = "manifest.json"
 FEWEST_SETS = 4

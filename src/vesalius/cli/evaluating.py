@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 import vesalius as vs
-from vesalius.cli import checks
+from vesalius.cli import checks, foreign
 from vesalius.cli.foreign import Said
+from vesalius.cli.options import DeviceOption, command_line
 from vesalius.cli.screen import Screen, bars, note, say
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs import Sink
+from vesalius.jobs.paths import check_file, check_writable
+from vesalius.model.loading import look_up
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,69 @@ class Request:
         return self.out or Path("runs") / f"quality-{self.dictionary.resolve().name}"
 
 
-def quality(request: Request) -> None:
+def quality(
+    dictionary: Annotated[Path, typer.Argument(help="Folder of a dictionary, made by train or another library.")],
+    store: Annotated[Path, typer.Argument(help="Folder of activations, made by harvest.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Also splice it into this model: alias, folder, .gguf file, id.")
+    ] = None,
+    other: Annotated[
+        list[Path] | None, typer.Option(help="The same from another seed, to see what they share; can be repeated.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for quality.html and quality.json; default runs/quality-<dictionary>.")
+    ] = None,
+    concepts: Annotated[
+        list[Path] | None, typer.Option(help="Texts with labels, .jsonl or .csv, to probe for; can be repeated.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="Column of --concepts that holds the text.")] = "text",
+    label: Annotated[str, typer.Option(help="Column of --concepts that holds the label.")] = "label",
+    mark: Annotated[str | None, typer.Option(help="Column of a second label, which may go with the first.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows to measure on.")] = 16_384,
+    contexts: Annotated[int, typer.Option(help="Contexts to run through the model.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: DeviceOption = None,
+    site: foreign.SiteOption = None,
+    out_site: foreign.OutSiteOption = None,
+    layer: foreign.LayerOption = None,
+    unpickle: foreign.UnpickleOption = False,
+    in_scale: foreign.InScaleOption = None,
+    k: foreign.KOption = None,
+    row_norm: foreign.RowNormOption = None,
+    ignore: foreign.IgnoreOption = None,
+    check: foreign.CheckOption = True,
+) -> None:
+    """How good a dictionary is, on documents it was not trained on, beside what it has to beat."""
+    request = Request(
+        dictionary=dictionary,
+        store=store,
+        model=model,
+        others=other or [],
+        out=out,
+        rows=rows,
+        contexts=contexts,
+        concepts=concepts or [],
+        text=text,
+        label=label,
+        mark=mark,
+        seed=seed,
+        device=device,
+        said=Said(site, out_site, layer, unpickle, in_scale, k, row_norm, ignore, check),
+        command=command_line(),
+    )
+    request.check()
+    for path in (dictionary, *request.others):
+        checks.dictionary(path)
+    checks.store(store)
+    if model is not None:
+        look_up(model)
+    for path in request.concepts:
+        check_file(path, checks.TABLES, "labelled texts")
+    check_writable(request.folder)
+    run(request)
+
+
+def run(request: Request) -> None:
     """Measure with progress bars, write page and figures, and say the answer."""
     request.check()
     device = checks.chosen_device(request.device)

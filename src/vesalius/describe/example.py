@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from html import escape
@@ -32,14 +33,25 @@ class Example:
         return self.tokens[self.at]
 
     def _repr_html_(self) -> str:
-        top = max((value for value in self.values if value == value), default=0.0)
-        cells = "".join(_tinted(token, value, top) for token, value in zip(self.tokens, self.values, strict=True))
-        return f"<p><b>{self.value:.3g}</b> {cells}</p>"
+        return self.html(max((value for value in self.values if value == value), default=0.0))
+
+    def html(self, top: float) -> str:
+        """Its tokens, the stronger the darker; top: the value that is darkest."""
+        values = self.values or (math.nan,) * len(self.tokens)
+        cells = "".join(
+            _tinted(token, value, top, number == self.at)
+            for number, (token, value) in enumerate(zip(self.tokens, values, strict=True))
+        )
+        where = f"document {self.document}, token {self.offset}"
+        return f"<p title='{where}'><b>{self.value:.3g}</b> {cells}</p>"
 
 
-def _tinted(token: str, value: float, top: float) -> str:
-    share = max(value, 0.0) / top if top > 0 and value == value else 0.0
-    return f"<span style='background:rgba(255,140,0,{0.7 * share:.2f})' title='{value:.3g}'>{escape(token)}</span>"
+def _tinted(token: str, value: float, top: float, here: bool) -> str:
+    share = min(max(value, 0.0) / top, 1.0) if top > 0 and value == value else 0.0
+    title = f" title='{value:.3g}'" if value == value else ""
+    line = ";text-decoration:underline" if here else ""
+    drawn = escape(token).replace("\n", "⏎")
+    return f"<span style='background:rgba(255,140,0,{0.7 * share:.2f}){line}'{title}>{drawn}</span>"
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +91,39 @@ class PartExamples:
         return 2.0 ** (LOWEST + torch.arange(BINS + 1) / PER_OCTAVE)
 
     def _repr_html_(self) -> str:
+        if not self.top:
+            return f"<h3>{escape(str(self.part))}</h3><p>never fires on these texts</p>"
+        top = self.top[0].value
         bands = [("strongest", self.top[:8]), *((f"{q}th percentile", self._around(q / 100)) for q in (90, 50, 10))]
-        shown = "".join(f"<h4>{name}</h4>{''.join(e._repr_html_() for e in some)}" for name, some in bands)
-        near = "".join(example._repr_html_() for example in self.near[:4])
+        shown = "".join(f"<h4>{name}</h4>{''.join(e.html(top) for e in some)}" for name, some in bands)
+        near = "".join(example.html(top) for example in self.near[:4])
+        missed = f"<h4>the same tokens, where it does not fire</h4>{near}" if near else ""
         return (
-            f"<h3>{escape(str(self.part))}</h3><p>fires on {self.density:.2%} of tokens</p>{shown}"
-            f"<h4>the same tokens, where it does not fire</h4>{near}"
+            f"<h3>{escape(str(self.part))}</h3><p>fires on {self.density:.2%} of tokens, above {self.threshold:.3g}</p>"
+            f"{self._drawn()}{shown}{missed}"
+        )
+
+    def _drawn(self) -> str:
+        """Its activations, by size (in powers of two, four bins each), as a picture."""
+        used = self.histogram.nonzero()[:, 0].tolist()
+        if not used:
+            return ""
+        first, counts = used[0], self.histogram[used[0] : used[-1] + 1].tolist()
+        step, most, edges = 480 / max(len(counts), 12), max(counts), self.edges.tolist()
+        bars = "".join(
+            f"<rect x='{number * step:.1f}' y='{100 - 96 * count / most:.1f}' width='{step - 1:.1f}' "
+            f"height='{96 * count / most:.1f}' fill='#1560a8' opacity='.75'><title>{count:,} tokens from "
+            f"{edges[first + number]:.3g} to {edges[first + number + 1]:.3g}</title></rect>"
+            for number, count in enumerate(counts)
+        )
+        at = sorted({0, len(counts) // 2, len(counts)})
+        ticks = "".join(
+            f"<text x='{number * step:.1f}' y='116' font-size='11'>{edges[first + number]:.3g}</text>" for number in at
+        )
+        return (
+            "<svg viewBox='0 0 520 122' width='520' style='max-width:100%;fill:currentColor' role='img' "
+            f"aria-label='histogram of its activations'>{bars}<line x1='0' x2='480' y1='100' y2='100' "
+            f"stroke='currentColor'/>{ticks}</svg>"
         )
 
     def _around(self, quantile: float) -> tuple[Example, ...]:

@@ -23,7 +23,6 @@ from vesalius.data.packing import Group, Tally
 from vesalius.data.reader import ActivationReader, Request, expected_cost, times_first
 from vesalius.describe.collecting import NOTHING, Collector, Kept, Sizes
 from vesalius.describe.example import Example, PartExamples
-from vesalius.describe.values import PartValues
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.jobs import Blocks, Event, Sink, write_atomic
 from vesalius.jobs.progress import shown
@@ -31,12 +30,14 @@ from vesalius.jobs.untrusted import read_npz
 from vesalius.model import Model
 from vesalius.parts import Part
 from vesalius.protocol import content_hash
+from vesalius.quantities.values import PartValues
 
 if TYPE_CHECKING:
     import pandas
 
 TASK = "examples"
 STATE = "examples.npz"
+_OF_EXAMPLE = ("value", "document", "offset", "ids", "values")
 # Groups between two copies of everything on disk.
 GROUPS_BETWEEN = 16
 # Values of a group, and rows at most.
@@ -144,20 +145,20 @@ class ActivatingExamples(Sequence[PartExamples]):
 
     def _kept(self, kept: Kept, number: int) -> tuple[Example, ...]:
         count, before = int(kept.key[number].isfinite().sum()), self.collector.sizes.before
+        columns = (getattr(kept, name)[number, :count].tolist() for name in _OF_EXAMPLE)
         found = []
-        for place in range(count):
-            ids = kept.ids[number, place]
-            inside = (ids != NOTHING).nonzero()[:, 0].tolist()
-            listed = tuple(int(ids[at]) for at in inside)
+        for value, document, offset, ids, values in zip(*columns, strict=True):
+            inside = [at for at, token in enumerate(ids) if token != NOTHING]
+            listed = tuple(ids[at] for at in inside)
             found.append(
                 Example(
-                    value=float(kept.value[number, place]),
+                    value=value,
                     tokens=tuple(map(self._text, listed)),
                     ids=listed,
-                    values=tuple(float(kept.values[number, place, at]) for at in inside),
+                    values=tuple(values[at] for at in inside),
                     at=inside.index(before),
-                    document=int(kept.document[number, place]),
-                    offset=int(kept.offset[number, place]),
+                    document=document,
+                    offset=offset,
                 )
             )
         return tuple(found)

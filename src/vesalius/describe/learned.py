@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -67,11 +68,15 @@ class Sampled:
     def picked(self, rule: Rule) -> Bool[Tensor, " row"]:
         return matches(rule, self.text)[torch.arange(len(self.at)), self.at]
 
-    def f1(self, picked: Bool[Tensor, " row"], fires: Bool[Tensor, " row"] | None = None) -> float:
+    def f1(self, picked: Bool[Tensor, " row"]) -> float:
         """Harmonic mean of precision and recall at the frequency that tokens have in the text."""
-        true = self.fires if fires is None else fires
-        hits = float(self.weight[picked & true].sum())
-        return 2 * hits / max(float(self.weight[picked].sum() + self.weight[true].sum()), 1e-12)
+        return float(self.scores(picked[None], self.fires)[0])
+
+    def scores(self, picked: Bool[Tensor, "rule row"], fires: Bool[Tensor, " row"]) -> Float[Tensor, " rule"]:
+        """The same of many rules, for these labels."""
+        some = picked.double()
+        hits = some @ (self.weight * fires)
+        return 2 * hits / (some @ self.weight + self.weight[fires].sum()).clamp_min(1e-12)
 
 
 @dataclass(frozen=True)
@@ -117,10 +122,18 @@ class LearnedRules:
 
     def rule(self, part: Part) -> Learned | None:
         """The rule of a part; None where it fires too rarely, or no rule holds."""
+        found = self.learned(part)
+        return found if found is not None and found.holds else None
+
+    def learned(self, part: Part) -> Learned | None:
+        """What was learned of a part, whether it holds or not; None where it fires too rarely."""
         if part not in self._learned:
             self._learned[part] = learn(self.examples[part], self.seed)
-        found = self._learned[part]
-        return found if found is not None and found.holds else None
+        return self._learned[part]
+
+    def recall(self, part: Part, found: Learned | None) -> None:
+        """Take what was learned of a part before, instead of learning it again."""
+        self._learned[part] = found
 
     def describe(self, discovery: Discovery, part: Part) -> Description | None:
         found = self.rule(part)
@@ -224,7 +237,7 @@ def _sampled(examples: PartExamples, chosen: Sequence[tuple[Example, str]]) -> S
         seen = example.ids[: example.at + 1]
         ids[row, width - len(seen) :] = torch.tensor(seen)
         texts |= dict(zip(seen, example.tokens[: example.at + 1], strict=True))
-        words.append(tuple(map(word_of, example.tokens[: example.at + 1])))
+        words.append(tuple(map(_word, example.tokens[: example.at + 1])))
     return Sampled(
         Text(ids, ids >= 0, lambda token: texts.get(token, "")),
         torch.full((len(rows),), width - 1),
@@ -234,26 +247,35 @@ def _sampled(examples: PartExamples, chosen: Sequence[tuple[Example, str]]) -> S
     )
 
 
+# The same few thousand tokens come again and again.
+_word = lru_cache(2**17)(word_of)
+
+
 def _best(sampled: Sampled, fires: Bool[Tensor, " row"]) -> tuple[Rule, float]:
     """Clauses of one or two tests, one added after the other for as long as F1 rises."""
-    tests = [(test, sampled.picked(test)) for test in _tests(sampled, fires)]
-    single = sorted(tests, key=lambda one: -sampled.f1(one[1], fires))[:RUNNING]
+    tests = list(_tests(sampled, fires))
+    hits = torch.stack([sampled.picked(test) for test in tests])
+    likely = sampled.scores(hits, fires).argsort(descending=True, stable=True)[:RUNNING].tolist()
     pairs = [
-        ({"all": [a, b]}, hit & other)
-        for number, (a, hit) in enumerate(single)
-        for b, other in (*single[number + 1 :], *tests)
-        if b is not a
+        (a, b)
+        for number, a in enumerate(likely)
+        for b in (*likely[number + 1 :], *(other for other in range(len(tests)) if other not in likely))
     ]
-    clauses: list[tuple[Rule, Tensor]] = [*tests, *pairs]
+    clauses: list[Rule] = [*tests, *({"all": [tests[a], tests[b]]} for a, b in pairs)]
+    first, second = (
+        torch.tensor(column, dtype=torch.long) for column in ([a for a, _ in pairs], [b for _, b in pairs])
+    )
+    picked = torch.cat([hits, hits[first] & hits[second]])
     chosen: list[Rule] = []
     union, best = torch.zeros_like(fires), 0.0
     while len(chosen) < CLAUSES:
-        rule, hit = max(clauses, key=lambda one: sampled.f1(union | one[1], fires))
-        score = sampled.f1(union | hit, fires)
-        if score < best + GAIN:
+        scores = sampled.scores(picked | union, fires)
+        # Of equal ones the first, which is the simpler.
+        at = int((scores == scores.max()).nonzero()[0])
+        if float(scores[at]) < best + GAIN:
             break
-        chosen, union, best = [*chosen, rule], union | hit, score
-    return (chosen[0] if len(chosen) == 1 else {"any": chosen or [clauses[0][0]]}), best
+        chosen, union, best = [*chosen, clauses[at]], union | picked[at], float(scores[at])
+    return (chosen[0] if len(chosen) == 1 else {"any": chosen or [clauses[0]]}), best
 
 
 def _tests(sampled: Sampled, fires: Bool[Tensor, " row"]) -> Iterator[Rule]:

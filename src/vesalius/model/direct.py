@@ -72,6 +72,19 @@ def frozen_norm(model: Model, final: Float[Tensor, "example d_model"], answer: T
     return Frozen(scaled if adapter.norm != "layer" else scaled - scaled.mean(-1, keepdim=True), constant)
 
 
+def token_effects(model: Model, writes: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
+    """Direct effect of each write on every logit, per unit of the final norm's scale.
+
+    The norm's weights and centring are in it, and its scale, which is above zero, is not: at a token where that is s, a
+    write w adds s times this row. Raises InputError for a model without unembedding.
+    """
+    adapter, layout = model.architecture
+    norm, unembedding = submodule(model.module, adapter.final_norm), model.unembedding.matrix
+    given = writes.to(unembedding)
+    centred = given - given.mean(-1, keepdim=True) if adapter.norm == "layer" else given
+    return (centred * gain(adapter.norm, norm).to(given)) @ unembedding.T * layout.logit_scale
+
+
 def direct_effects(model: Model, pairs: Pairs, tokens: Tokens) -> Direct:
     """Every component's direct contribution to the logit difference of one run. tokens: the prompts to run.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vesalius.errors import UnknownNameError
-from vesalius.quantities.activation import Activation
+from vesalius.quantities.activation import ACTIVATION
 from vesalius.quantities.attends import Attends
 from vesalius.quantities.base import Parameters, PerExample, Quantity
 from vesalius.quantities.circuit import Completeness, Faithfulness
@@ -18,9 +18,10 @@ from vesalius.quantities.moves_attention import MovesAttention
 from vesalius.quantities.rule_effects import Promotes, StandsIn
 from vesalius.quantities.rule_scores import Auprc, Auroc, Detection, Fuzzing, Simulation, ToldApart
 from vesalius.quantities.runs import Runs
+from vesalius.quantities.separates import Separates
 from vesalius.quantities.total_effect import TotalEffect
 
-ACTIVATION, FIRES_WHERE, ATTENDS, COPIES = Activation(), FiresWhere(), Attends(), Copies()
+FIRES_WHERE, SEPARATES, ATTENDS, COPIES = FiresWhere(), Separates(), Attends(), Copies()
 DIRECT_EFFECT, TOTAL_EFFECT, MOVES_ATTENTION = DirectEffect(), TotalEffect(), MovesAttention()
 FAITHFULNESS, COMPLETENESS = Faithfulness(), Completeness()
 AUROC, AUPRC, SIMULATION = Auroc(), Auprc(), Simulation()
@@ -37,6 +38,7 @@ QUANTITIES: dict[str, Quantity] = {
         MOVES_ATTENTION,
         ACTIVATION,
         FIRES_WHERE,
+        SEPARATES,
         AUROC,
         AUPRC,
         SIMULATION,
@@ -74,6 +76,7 @@ __all__ = [
     "MOVES_ATTENTION",
     "PROMOTES",
     "QUANTITIES",
+    "SEPARATES",
     "SIMULATION",
     "STANDS_IN",
     "TOLD_APART",

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vesalius.data.forward import captured
-from vesalius.errors import InputError, UnknownNameError
+from vesalius.errors import UnknownNameError
 from vesalius.inputs import Corpus, Tokens
-from vesalius.parts import Part, places
+from vesalius.jobs import track
+from vesalius.model.products import computing
+from vesalius.parts import Part
 from vesalius.quantities.base import DEVIATION, Parameters, PerExample, Quantity, control_parts
 from vesalius.quantities.places import positions
 from vesalius.quantities.runs import Runs
+from vesalius.quantities.values import PartValues
 
 POOLED = ("max", "mean")
 # Texts run together.
@@ -25,8 +28,8 @@ Kept = dict[tuple[Part, str], PerExample]
 class Activation(Quantity):
     """A part's value on each text or clean prompt: `at` "max" or "mean" over its tokens, or a named place.
 
-    Parts of several numbers (whole sites, subspaces, groups) have none. Raises PairsError where a prompt lacks the
-    place.
+    Of a corpus each text's first token is left out (see `counted`). Parts of several numbers (whole sites, subspaces,
+    groups) have none. Raises PairsError where a prompt lacks the place.
     """
 
     name = "activation"
@@ -67,53 +70,68 @@ def tokens_of(runs: Runs) -> Tokens:
 
 
 def token_values(runs: Runs, parts: Sequence[Part]) -> list[Float[Tensor, "example pos"]]:
-    """Every part's value at every token, on the CPU, kept with the runs."""
+    """Every part's value at every token, 0 on padding, on the CPU, kept with the runs until `forget_values`."""
     kept: dict[Part, Tensor] = runs.once("token values", dict)
     missing = [part for part in dict.fromkeys(parts) if part not in kept]
-    found = [[value.cpu() for value in values] for _, values in _read(runs, missing)]
-    kept |= {part: torch.cat(listed) for part, listed in zip(missing, zip(*found, strict=True), strict=bool(found))}
+    if missing:
+        whole = torch.zeros(len(missing), *tokens_of(runs).ids.shape)
+        for rows, values in _read(runs, missing):
+            whole[:, rows, : values.shape[1]] = values.permute(2, 0, 1).cpu()
+        kept |= dict(zip(missing, whole, strict=True))
     return [kept[part] for part in parts]
 
 
-def _read(runs: Runs, parts: Sequence[Part]) -> Iterator[tuple[Int[Tensor, " example"], list[Tensor]]]:
-    """A few texts after the other, and every part's value [example, pos] there: one pass up to the last of the sites.
+def forget_values(runs: Runs) -> None:
+    """Drop what `token_values` keeps; it is read again when needed."""
+    runs.once("token values", dict).clear()
 
-    Raises InputError for a part of several numbers.
+
+def counted(runs: Runs) -> Bool[Tensor, "example pos"]:
+    """Tokens that count: all but padding and, of a corpus, each text's first, unless it is the only one: in most models
+    it is an outlier in norm, which `data.harvest` leaves out as well."""
+    real = tokens_of(runs).real
+    if not isinstance(runs.data, Corpus):
+        return real
+    later = real & (torch.arange(real.shape[1]) > 0)
+    return later | (real & ~later.any(1, keepdim=True))
+
+
+def _read(runs: Runs, parts: Sequence[Part]) -> Iterator[tuple[Int[Tensor, " example"], Tensor]]:
+    """A few texts after the other, those of like length together, and every part's value [example, pos, part] there.
+
+    One pass up to the last of the sites. Raises InputError for a part of several numbers.
     """
-    tokens = tokens_of(runs)
-    for rows in torch.arange(len(tokens)).split(_TOGETHER) if parts else ():
-        at = captured(runs.model, tokens.take(rows), places(parts))
-        values = [part.value(at) for part in parts]
-        for part, value in zip(parts, values, strict=True):
-            check_one_number(part, value)
-        yield rows, values
-
-
-def check_one_number(part: Part, value: Tensor) -> None:
-    """Raises InputError for a value [example, pos, ...] of more than one number at each position."""
-    if value.ndim != 2:
-        raise InputError(f"{part} has {value.shape[-1]} numbers at each position, and no one activation")
+    tokens, values = tokens_of(runs), PartValues(tuple(parts))
+    sites = sorted({site.whole for site in values.sites}, key=lambda site: site.order)
+    chunks = tokens.lengths.argsort(descending=True, stable=True).split(_TOGETHER)
+    for rows in track(chunks, f"read {len(parts)} parts", sink=runs.sink):
+        some = tokens.take(rows, int(tokens.lengths[rows].max()))
+        with computing():
+            at = captured(runs.model, some, sites)
+        with torch.no_grad():
+            yield rows, values.at(at)
 
 
 def _values(runs: Runs, parts: Sequence[Part], at: str) -> list[PerExample]:
     if at not in POOLED and isinstance(runs.data, Corpus):
         raise UnknownNameError("place to read an activation at", at, POOLED, "Texts have no named places.")
-    where, real = None if at in POOLED else positions(runs, at), tokens_of(runs).real
-    found = [
-        [
-            _pooled(value, real[rows].to(value.device), at) if where is None else _at(value, where[rows])
-            for value in some
-        ]
-        for rows, some in _read(runs, parts)
-    ]
-    return [torch.cat(listed).cpu() for listed in zip(*found, strict=True)]
+    where, real = None if at in POOLED else positions(runs, at), counted(runs)
+    found = torch.zeros(len(parts), len(tokens_of(runs)))
+    for rows, values in _read(runs, parts):
+        if where is None:
+            some = _pooled(values, real[rows, : values.shape[1]].to(values.device), at)
+        else:
+            some = values[torch.arange(len(rows)), where[rows]]
+        found[:, rows] = some.T.cpu()
+    return list(found)
 
 
-def _pooled(value: Float[Tensor, "example pos"], real: Tensor, at: str) -> PerExample:
+def _pooled(
+    values: Float[Tensor, "example pos part"], real: Bool[Tensor, "example pos"], at: str
+) -> Float[Tensor, "example part"]:
     if at == "max":
-        return value.masked_fill(~real, float("-inf")).amax(1)
-    return (value * real).sum(1) / real.sum(1)
+        return values.masked_fill(~real[..., None], float("-inf")).amax(1)
+    return (values * real[..., None]).sum(1) / real.sum(1, keepdim=True)
 
 
-def _at(value: Float[Tensor, "example pos"], where: Tensor) -> PerExample:
-    return value[torch.arange(len(value)), where]
+ACTIVATION = Activation()

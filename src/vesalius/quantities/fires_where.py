@@ -13,7 +13,7 @@ from torch import Tensor
 from vesalius.data.tasks.base import tokenizer_of
 from vesalius.parts import Part
 from vesalius.protocol import canonical_json
-from vesalius.quantities.activation import token_values, tokens_of
+from vesalius.quantities.activation import counted, token_values, tokens_of
 from vesalius.quantities.base import DEVIATION, Parameters, PerExample, Quantity, control_parts
 from vesalius.quantities.rules import Rule, Text, in_words, matches
 from vesalius.quantities.runs import Runs
@@ -24,7 +24,8 @@ class FiresWhere(Quantity):
     """Mean value on the tokens that a rule picks less that on the others, text by text, in standard deviations.
 
     The standard deviation is the part's over all tokens of these texts, so that parts of different sizes compare. A
-    text in which the rule picks nothing, or everything, says nothing, and counts as 0. Null `shuffled`: the same with
+    text in which the rule picks nothing, or everything, says nothing, and counts as 0. A text's first token is left out
+    (see `activation.counted`). Null `shuffled`: the same with
     the picked tokens moved elsewhere in the text. Parameter `rule`: see `quantities.rules`.
     """
 
@@ -42,7 +43,7 @@ class FiresWhere(Quantity):
         return "" if runs.model.tokenizer is not None else f"{runs.model.name} has no tokenizer; rules are about text"
 
     def measure(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample:
-        return _difference(_standard(runs, part), picked(runs, parameters["rule"]), tokens_of(runs).real)
+        return _difference(_standard(runs, part), picked(runs, parameters["rule"]), counted(runs))
 
     def prepare(self, runs: Runs, wanted: Sequence[tuple[Part, Parameters]]) -> None:
         """All parts in one pass over the texts."""
@@ -61,26 +62,31 @@ class FiresWhere(Quantity):
 
     def nulls(self, runs: Runs, part: Part, parameters: Parameters) -> Mapping[str, PerExample]:
         other = moved(runs, parameters["rule"])
-        return {"shuffled": _difference(_standard(runs, part), other, tokens_of(runs).real)}
+        return {"shuffled": _difference(_standard(runs, part), other, counted(runs))}
 
     def diagnostics(self, runs: Runs, part: Part, parameters: Parameters) -> Mapping[str, Any]:
         """Share of the tokens that the rule picks, and of the texts in which it picks any."""
         found = picked(runs, parameters["rule"])
-        real = int(tokens_of(runs).real.sum())
-        return {"picked": float(found.sum()) / real, "texts": float(found.any(1).double().mean())}
+        return {"picked": float(found.sum()) / int(counted(runs).sum()), "texts": float(found.any(1).double().mean())}
 
 
 def picked(runs: Runs, rule: Rule) -> Bool[Tensor, "example pos"]:
-    """The tokens that a rule picks in the texts of these runs, found once for each rule."""
-    return runs.once(("picked", canonical_json(rule)), lambda: matches(rule, runs.once("text", lambda: _text(runs))))
+    """The tokens that a rule picks in the texts of these runs, of those that count; found once for each rule."""
+
+    def compute() -> Tensor:
+        return matches(rule, runs.once("text", lambda: _text(runs))) & counted(runs)
+
+    return runs.once(("picked", canonical_json(rule)), compute)
 
 
 def moved(runs: Runs, rule: Rule) -> Bool[Tensor, "example pos"]:
-    """As many tokens of each text as the rule picks, at random."""
-    found = picked(runs, rule)
-    draw = torch.rand(found.shape, generator=generator_for("fires_where", runs.seed))
-    rank = draw.masked_fill(~tokens_of(runs).real, torch.inf).argsort(1).argsort(1)
-    return rank < found.sum(1, keepdim=True)
+    """As many tokens of each text as the rule picks, at random among those that count."""
+
+    def ranks() -> Tensor:
+        draw = torch.rand(tokens_of(runs).ids.shape, generator=generator_for("fires_where", runs.seed))
+        return draw.masked_fill(~counted(runs), torch.inf).argsort(1).argsort(1)
+
+    return runs.once("ranks", ranks) < picked(runs, rule).sum(1, keepdim=True)
 
 
 def _text(runs: Runs) -> Text:
@@ -90,9 +96,9 @@ def _text(runs: Runs) -> Text:
 
 
 def _standard(runs: Runs, part: Part) -> Float[Tensor, "example pos"]:
-    """Values in standard deviations over all real tokens; of a part that never changes, zeros."""
-    values, real = token_values(runs, [part])[0].double(), tokens_of(runs).real
-    spread = float(values[real].std())
+    """Values in standard deviations over all tokens that count; of a part that never changes, zeros."""
+    values = token_values(runs, [part])[0].double()
+    spread = float(values[counted(runs)].std())
     return values / spread if spread > 0 else torch.zeros_like(values)
 
 

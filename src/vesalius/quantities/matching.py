@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -11,12 +11,14 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from vesalius.activations import Run
+from vesalius.activations import Activations
+from vesalius.data.forward import captured
 from vesalius.directions import Direction
 from vesalius.inputs import Corpus
-from vesalius.parts import OfDictionary, Part, Unit, places
+from vesalius.parts import OfDictionary, Part, Unit
 from vesalius.patching.record import Recording
 from vesalius.quantities.runs import Runs
+from vesalius.quantities.values import PartValues
 from vesalius.seeds import generator_for
 from vesalius.site import Site
 
@@ -28,6 +30,8 @@ DRAWN = 64
 TEXTS = 64
 """Of a corpus, so many texts are read to see how active they are."""
 _WHOLE = ("z", "mlp_out")
+# Values of all latents of a dictionary that are looked at together.
+_ROWS_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def matched_controls(runs: Runs, part: Part, members: Sequence[Part], *, before:
     if isinstance(part, Unit) and site.layer is not None and site.kind in _WHOLE:
         return _among_components(runs, part, members, before)
     if isinstance(part, Unit) and site.kind == "mlp_post" and site.index is not None:
-        width = _recorded(runs, part)[0][site.whole].shape[-1]
+        width = int(_recorded(runs, part)[0][site.whole].shape[-1])
         return _like_it(runs, part, members, lambda index: Unit(site.whole[index]), width, site.index)
     if isinstance(part, Direction):
         found = random_directions(part, MOST)
@@ -126,25 +130,44 @@ def _like_it(runs: Runs, part: Part, members: Sequence[Part], other: Any, count:
     order = torch.randperm(count, generator=generator_for("matched controls", own)).tolist()
     taken = {*members, part}
     drawn = list(islice((one for index in order if index != own and (one := other(index)) not in taken), DRAWN))
-    here = _activity(runs, part)
-    nearest = sorted(drawn, key=lambda one: abs(_activity(runs, one) - here))[:MOST]
+    active = _activities(runs, part, other, count)
+    nearest = sorted(drawn, key=lambda one: abs(active[_own_number(one)] - active[own]))[:MOST]
     name = "neurons of the same layer" if isinstance(part, Unit) else "latents of the same dictionary"
     return Matched(f"{len(nearest)} {name}, of {len(drawn)} drawn those nearest in mean activity", tuple(nearest))
 
 
-def _activity(runs: Runs, part: Part) -> float:
-    """Mean size on the clean prompts up to the read position, or on texts."""
-    run, counted = _recorded(runs, part)
-    value: Tensor = part.value(run)[: runs.n]
-    return float(value[counted].abs().mean())
+def _own_number(part: Part) -> int:
+    number = part.number if isinstance(part, OfDictionary) else part.writes[0].index
+    assert number is not None
+    return number
 
 
-def _recorded(runs: Runs, part: Part) -> tuple[Recording | Run, Bool[Tensor, "example pos"]]:
+def _activities(runs: Runs, part: Part, other: Callable[[int], Part], count: int) -> list[float]:
+    """Mean size of every neuron of the layer, or latent of the dictionary, on the clean prompts up to the read position
+    or on texts; found once for all of them."""
+
+    def compute() -> list[float]:
+        run, rows = _recorded(runs, part)
+        if isinstance(part, Unit):
+            return run[part.site.whole][: runs.n][rows].abs().double().mean(0).tolist()
+        values = PartValues(tuple(map(other, range(count))))
+        inside = {site: Unit(site).read(run[site.whole])[: runs.n].flatten(2)[rows] for site in values.sites}
+        total = torch.zeros(count, dtype=torch.float64)
+        for some in torch.arange(int(rows.sum())).split(max(1, _ROWS_AT_ONCE // count)):
+            total += values({site: at[some] for site, at in inside.items()}).abs().double().sum(0).cpu()
+        return (total / rows.sum()).tolist()
+
+    whose = part.site.whole if isinstance(part, Unit) else part.dictionary.content_hash  # type: ignore[attr-defined]
+    return runs.once(("activities", whose), compute)
+
+
+def _recorded(runs: Runs, part: Part) -> tuple[Recording | Activations, Bool[Tensor, "example pos"]]:
     """What a part is read from, and which positions count; of texts, the first ones."""
     if isinstance(runs.data, Corpus):
-        tokens, sites = runs.data.tokens.take(torch.arange(min(len(runs.data), TEXTS))), places([part])
-        key = ("matched controls", *map(str, sites))
-        return runs.once(key, lambda: runs.model.run(tokens, capture=sites, last_logits=True)), tokens.real
+        tokens = runs.data.tokens.take(torch.arange(min(len(runs.data), TEXTS)))
+        sites = sorted({site.whole for site in part.reads}, key=lambda site: site.order)
+        found = runs.once(("matched controls", *sites), lambda: captured(runs.model, tokens, sites))
+        return found, tokens.real & (torch.arange(tokens.ids.shape[1]) > 0)
     run = runs.run("clean", [part])
     return run, torch.arange(run.tokens.ids.shape[1])[None] <= runs.pairs.at[:, None]
 

@@ -18,7 +18,7 @@ from vesalius.intervention import Patch
 from vesalius.metric import next_token_loss_of
 from vesalius.parts import Part
 from vesalius.protocol import canonical_json
-from vesalius.quantities.activation import token_values, tokens_of
+from vesalius.quantities.activation import counted, token_values, tokens_of
 from vesalius.quantities.base import PROBABILITY, Parameters, PerExample, Quantity, control_parts
 from vesalius.quantities.fires_where import FiresWhere, moved, picked
 from vesalius.quantities.matching import Matched, matched_controls
@@ -76,7 +76,7 @@ class StandsIn(Quantity):
 
     def diagnostics(self, runs: Runs, part: Part, parameters: Parameters) -> Mapping[str, Any]:
         """What the two edits cost, and how far the rule's values lie from the part's own, in standard deviations."""
-        values, real = token_values(runs, [part])[0], tokens_of(runs).real
+        values, real = token_values(runs, [part])[0], counted(runs)
         on, off, mean = self._levels(runs, part, parameters)
         rule = torch.where(picked(runs, parameters["rule"]), on, off)
         spread = values[real].std().clamp_min(1e-12)
@@ -145,7 +145,7 @@ class Promotes(Quantity):
 
     def diagnostics(self, runs: Runs, part: Part, parameters: Parameters) -> Mapping[str, Any]:
         """How far the value put in lies from the part's own on picked tokens, in standard deviations."""
-        values, real = token_values(runs, [part])[0], tokens_of(runs).real
+        values, real = token_values(runs, [part])[0], counted(runs)
         some = picked(runs, parameters["rule"])
         gap = (float(parameters["rest"]) - values[some]) / values[real].std().clamp_min(1e-12)
         return {"off_distribution": {"z_rms": float(gap.square().mean().sqrt()) if len(gap) else 0.0}}
@@ -164,7 +164,7 @@ class Promotes(Quantity):
 
 def levels(runs: Runs, part: Part, some: Picked) -> tuple[float, float, float]:
     """A part's mean value on some tokens, on the others, and on all; that on all where there are none."""
-    values, real = token_values(runs, [part])[0].double(), tokens_of(runs).real
+    values, real = token_values(runs, [part])[0].double(), counted(runs)
     mean = float(values[real].mean())
     both = [values[real & chosen] for chosen in (some, ~some)]
     on, off = (float(found.mean()) if len(found) else mean for found in both)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vesalius.intervention import derangement
 from vesalius.parts import Part
-from vesalius.quantities.activation import token_values, tokens_of
+from vesalius.quantities.activation import counted, token_values
 from vesalius.quantities.base import PROBABILITY, Parameters, PerExample, Quantity
 from vesalius.quantities.fires_where import FiresWhere, moved, picked
 from vesalius.quantities.matching import Matched
@@ -109,7 +109,7 @@ class Simulation(RuleScore):
         return f"has values as if it fired {in_words(parameters['rule'])}"
 
     def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample:
-        real, values = tokens_of(runs).real, token_values(runs, [part])[0].double()
+        real, values = counted(runs), token_values(runs, [part])[0].double()
         one, other = _standard(some.double(), real), _standard(values, real)
         if one is None or other is None:
             return torch.zeros(runs.n).double()
@@ -159,7 +159,7 @@ class Fuzzing(RuleScore):
 
     def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample:
         fires = _fires(runs, part, parameters["threshold"])
-        return _difference(runs, some, (fires, tokens_of(runs).real & ~fires))
+        return _difference(runs, some, (fires, counted(runs) & ~fires))
 
 
 class ToldApart(RuleScore):
@@ -192,7 +192,7 @@ class ToldApart(RuleScore):
 
 
 def _fires(runs: Runs, part: Part, threshold: Any) -> Picked:
-    return (token_values(runs, [part])[0] > float(threshold)) & tokens_of(runs).real
+    return (token_values(runs, [part])[0] > float(threshold)) & counted(runs)
 
 
 def _neighbour(part: Part, parameters: Parameters) -> Part:
@@ -213,7 +213,7 @@ def pseudo_values(runs: Runs, score: float, influence: Float[Tensor, " example"]
 
 def _of_two(runs: Runs, part: Part, some: Picked, score: Score) -> PerExample:
     """A score of values on picked tokens and on the others; 0 where either is empty."""
-    real, values = tokens_of(runs).real, token_values(runs, [part])[0].double()
+    real, values = counted(runs), token_values(runs, [part])[0].double()
     both = values[real & some], values[real & ~some]
     if not all(map(len, both)):
         return torch.zeros(runs.n).double()

@@ -11,8 +11,9 @@ Words are tokens without the spaces around them, in lower case. A rule looks at 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,12 +43,31 @@ class Text:
     real: Bool[Tensor, "text pos"]
     decode: Callable[[int], str]
 
-    def where(self, holds: Callable[[str], bool], back: int = 0) -> Bool[Tensor, "text pos"]:
-        """Where the token, or the one `back` before it, is such a text; False where there is none."""
-        known, place = self.ids.clamp_min(0).unique(return_inverse=True)
-        table = torch.tensor([holds(self.decode(token)) for token in known.tolist()], dtype=torch.bool)
-        found = table[place] & self.real
+    def of_words(self, words: Collection[str], back: int = 0) -> Bool[Tensor, "text pos"]:
+        """Where the token, or the one `back` before it, is one of these words; False where there is none."""
+        return self._where(torch.tensor([word in words for word in self._known[1]], dtype=torch.bool), back)
+
+    def of_class(self, name: str, back: int = 0) -> Bool[Tensor, "text pos"]:
+        """Where it is of a class (`CLASSES`)."""
+        if name not in self._classes:
+            fits = [CLASSES[name].fullmatch(token) is not None for token in self._known[0]]
+            self._classes[name] = torch.tensor(fits, dtype=torch.bool)
+        return self._where(self._classes[name], back)
+
+    def _where(self, fits: Bool[Tensor, " token"], back: int) -> Bool[Tensor, "text pos"]:
+        found = fits[self._known[2]] & self.real
         return torch.nn.functional.pad(found, (back, 0))[:, : found.shape[1]] if back else found
+
+    @cached_property
+    def _known(self) -> tuple[list[str], list[str], Int[Tensor, "text pos"]]:
+        """The tokens that occur, each decoded once, their words, and which of them stands where."""
+        known, place = self.ids.clamp_min(0).unique(return_inverse=True)
+        tokens = [self.decode(token) for token in known.tolist()]
+        return tokens, list(map(word_of, tokens)), place
+
+    @cached_property
+    def _classes(self) -> dict[str, Bool[Tensor, " token"]]:
+        return {}
 
 
 def word_of(token: str) -> str:
@@ -64,14 +84,11 @@ def matches(rule: Rule, text: Text) -> Bool[Tensor, "text pos"]:
 def _matches(rule: Rule, text: Text) -> Tensor:
     kind = _kind(rule)
     if kind == "word":
-        words = set(rule["word"])
-        return text.where(lambda token: word_of(token) in words, -int(rule.get("at", 0)))
+        return text.of_words(set(rule["word"]), -int(rule.get("at", 0)))
     if kind == "class":
-        pattern = CLASSES[rule["class"]]
-        return text.where(lambda token: pattern.fullmatch(token) is not None, -int(rule.get("at", 0)))
+        return text.of_class(rule["class"], -int(rule.get("at", 0)))
     if kind == "seen":
-        words = set(rule["seen"])
-        here = text.where(lambda token: word_of(token) in words)
+        here = text.of_words(set(rule["seen"]))
         counts = torch.nn.functional.pad(here.long().cumsum(1), (1, 0))
         at = torch.arange(here.shape[1])
         return counts[:, at] > counts[:, (at - int(rule["within"])).clamp_min(0)]

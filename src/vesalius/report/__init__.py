@@ -1,18 +1,23 @@
-"""Self-contained HTML pages of a study and of a dictionary's quality, and the schemas of what they are made from."""
+"""Self-contained HTML pages of studies, dictionaries and explained parts, and the schemas of what makes them."""
 
 from __future__ import annotations
 
-from vesalius.report import fragments, quality_schema, schema
+from vesalius.report import explain_schema, fragments, quality_schema, schema
+from vesalius.report.explain_page import page_names, write_explained
 from vesalius.report.html import render, write
-from vesalius.report.quality_page import quality_answer, render_quality, write_quality
+from vesalius.report.quality_page import link_explained, quality_answer, render_quality, write_quality
 
 __all__ = [
+    "explain_schema",
     "fragments",
+    "link_explained",
+    "page_names",
     "quality_answer",
     "quality_schema",
     "render",
     "render_quality",
     "schema",
     "write",
+    "write_explained",
     "write_quality",
 ]

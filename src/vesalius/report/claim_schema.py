@@ -53,6 +53,23 @@ CLAIM = Object(
     }
 )
 
+PER_TEXT = ("values", "control_values", "templates")
+"""Fields of a claim that hold one entry per example."""
+LEG = Object(
+    {
+        "name": text("effect, control, or the name of a null"),
+        "theta": number("how far its mean lies past the margin that was declared, in the claim's unit"),
+        "p": number("p-value of its being past it"),
+    }
+)
+EXPLAINED_CLAIM = Object(
+    {
+        **{name: node for name, node in CLAIM.fields.items() if name not in PER_TEXT},
+        "legs": Items(LEG, "of the verdict"),
+    }
+)
+"""A claim about one of thousands of parts: what is one number per text stays in the ledger."""
+
 FAMILY = Object(
     {"id": text("content hash"), "m": whole("claims corrected for")},
     "all claims of the study, sealed before validation was opened; null when there are none",

@@ -41,6 +41,7 @@ FILTERS = (
     "reason",
     "size",
     "tick",
+    "token",
 )
 
 
@@ -52,7 +53,7 @@ def render(summary: Mapping[str, Any]) -> str:
     # First of all, so that a wrong summary is refused by the path of what is wrong and not by a template's error.
     check(summary)
     script = page_script()
-    more = {"colour_rules": colour_rules(), "script": script, "script_hash": _hash(script)}
+    more = {"colour_rules": colour_rules(), "script": script, "script_hash": script_hash(script)}
     return environment().get_template("report.html.j2").render(view(summary), **more)
 
 
@@ -88,6 +89,7 @@ def page_script() -> str:
     return f'"use strict";(() => {{\n{parts}}})();'
 
 
-def _hash(script: str) -> str:
+def script_hash(script: str) -> str:
+    """What a content security policy calls a script by."""
     # A browser compares the policy's hash with that of the text between the tags, exactly as it stands there.
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

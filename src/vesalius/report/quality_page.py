@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,25 @@ def write_quality(found: Mapping[str, Any], words: Mapping[str, str], folder: st
     page, target = render_quality(found, words, command), Path(folder)
     write_atomic(target / JSON_NAME, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return write_atomic(target / HTML_NAME, page)
+
+
+_EXPLAINED = re.compile(r'<p class="lead" id="explained">.*?</p>', re.DOTALL)
+
+
+def link_explained(page: str | Path, index: str, answer: str) -> bool:
+    """Puts a link to the index of explained latents (relative to the page), and its answer, into a quality page.
+
+    False, and nothing is changed, when there is no such page.
+    """
+    target = Path(page)
+    text = target.read_text("utf-8") if target.exists() else ""
+    linked = (
+        f'<p class="lead" id="explained">{escape(answer)} <a href="{escape(index)}">Every latent by itself</a>.</p>'
+    )
+    changed, count = _EXPLAINED.subn(lambda _: linked, text)
+    if count:
+        write_atomic(target, changed)
+    return bool(count)
 
 
 def _view(found: Mapping[str, Any], words: Mapping[str, str], command: str) -> dict[str, Any]:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from vesalius.studies.answer import sentences, supported_roles
 from vesalius.studies.calibrate import Calibration, calibrate
 from vesalius.studies.control import RANDOM_WEIGHTS, Controlled, claims_on, random_weights_control
+from vesalius.studies.explain import EXPLAIN, explain
+from vesalius.studies.explained import Explained, Explanations, summarise_explained
+from vesalius.studies.explaining import BASELINES, Explaining, explaining
+from vesalius.studies.finding import FIND, Finding, find, finding, summarise_found, texts_with
 from vesalius.studies.gate import Gate, gate
 from vesalius.studies.question import Question, check_question, question_for
 from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, run_steps
@@ -12,11 +16,18 @@ from vesalius.studies.summary import claim_row, summarise
 from vesalius.studies.task_circuit import TASK_CIRCUIT, run_study
 
 __all__ = [
+    "BASELINES",
+    "EXPLAIN",
+    "FIND",
     "RANDOM_WEIGHTS",
     "TASK_CIRCUIT",
     "Artefact",
     "Calibration",
     "Controlled",
+    "Explained",
+    "Explaining",
+    "Explanations",
+    "Finding",
     "Gate",
     "Options",
     "Question",
@@ -28,6 +39,10 @@ __all__ = [
     "check_question",
     "claim_row",
     "claims_on",
+    "explain",
+    "explaining",
+    "find",
+    "finding",
     "gate",
     "question_for",
     "random_weights_control",
@@ -35,5 +50,8 @@ __all__ = [
     "run_study",
     "sentences",
     "summarise",
+    "summarise_explained",
+    "summarise_found",
     "supported_roles",
+    "texts_with",
 ]

@@ -19,9 +19,9 @@ from vesalius.model import Model
 from vesalius.patching.plan import Cost
 from vesalius.protocol import Claim, Verdict
 from vesalius.protocol.ledger import Ledger
-from vesalius.studies.question import Question
 
 T = TypeVar("T")
+Q = TypeVar("Q", bound="Asked")
 FEWEST_SETS = 4
 
 
@@ -52,6 +52,16 @@ class Artefact(Generic[T]):
     type: type[T]
 
 
+class Asked(Protocol):
+    """The question of a study: what is asked, and on which data."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
+
+
 class Counted(Protocol):
     """What knows its cost, such as Runs."""
 
@@ -75,10 +85,10 @@ class Step(Generic[T]):
 
     name: str
     makes: Artefact[T]
-    run: Callable[[Work], T]
+    run: Callable[[Work[Any]], T]
 
 
-class Work(Mapping[str, Any]):
+class Work(Mapping[str, Any], Generic[Q]):
     """A study that is being made: its question, model and options, where pieces are kept, and the artefacts so far.
 
     ledger: one that is open, or the path of one that is opened, or made, when it is first asked for: a study that stops
@@ -86,7 +96,7 @@ class Work(Mapping[str, Any]):
     """
 
     def __init__(
-        self, question: Question, model: Model, options: Options, blocks: Blocks, ledger: Ledger | Path, sink: Sink
+        self, question: Q, model: Model, options: Options, blocks: Blocks, ledger: Ledger | Path, sink: Sink
     ) -> None:
         self.question, self.model, self.options = question, model, options
         self.blocks, self.sink = blocks, sink
@@ -163,7 +173,7 @@ class Study:
     answer: sentences, computed from verdicts and measurements. verdicts: of the family, in its order.
     """
 
-    question: Question
+    question: Any
     model: Model
     options: Options
     artefacts: Mapping[str, Any]
@@ -208,7 +218,9 @@ class Study:
         return f"{answer}<table><tr>{heads}</tr>{rows}</table>"
 
 
-def run_steps(work: Work, steps: Sequence[Step[Any]], answer: Callable[[Mapping[str, Any]], Sequence[str]]) -> Study:
+def run_steps(
+    work: Work[Any], steps: Sequence[Step[Any]], answer: Callable[[Mapping[str, Any]], Sequence[str]]
+) -> Study:
     """Run steps in order until the last, or until one says that there is nothing to go on with."""
     stopped = None
     for step in steps:

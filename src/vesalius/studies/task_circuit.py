@@ -94,7 +94,7 @@ class Tested:
 TESTED = Artefact("tested", Tested)
 
 
-def _gate(work: Work) -> Gate:
+def _gate(work: Work[Question]) -> Gate:
     """On discovery. Stops the study of a model that does not do the task, unless told to go on."""
     found = gate(work.model, work.question.split("discovery")[work.question.main], "discovery")
     if found.passed or work.options.past_gate:
@@ -109,13 +109,13 @@ def _gate(work: Work) -> Gate:
     )
 
 
-def _opened(work: Work, split: str) -> Contrast:
+def _opened(work: Work[Question], split: str) -> Contrast:
     """A split of every corruption, from the ledger, which records what claims are made from and tested on."""
     opened = {name: work.ledger.open(pairs, split) for name, pairs in work.question.corruptions.items()}
     return replace(work.question.contrast(split), corruptions=opened)
 
 
-def _runs(work: Work, contrast: Contrast, split: str) -> Runs:
+def _runs(work: Work[Question], contrast: Contrast, split: str) -> Runs:
     """Runs by the study's options; what is measured on them is kept under the split's name."""
     return Runs(
         work.model,
@@ -129,7 +129,7 @@ def _runs(work: Work, contrast: Contrast, split: str) -> Runs:
     )
 
 
-def _record(work: Work) -> Runs:
+def _record(work: Work[Question]) -> Runs:
     """Runs on the discovery prompts of templates that passed; says what the study will cost, and what it can decide."""
     runs = _runs(work, _opened(work, "discovery").subset(work[GATE].used), "discovery")
     expected = expected_cost(runs, work.options.random_sets, DRAWS_TO_SHOW, work.question.sizes["validation"])
@@ -139,20 +139,20 @@ def _record(work: Work) -> Runs:
     return runs
 
 
-def _patching(work: Work) -> Effects:
+def _patching(work: Work[Question]) -> Effects:
     with work.counting(work[DISCOVERY]):
         return component_effects(work[DISCOVERY])
 
 
-def _circuit(work: Work) -> Circuit:
+def _circuit(work: Work[Question]) -> Circuit:
     runs = work[DISCOVERY]
     with work.counting(runs):
         found = find_circuit(runs, work[EFFECTS])
-        kept = runs.stored("edges", lambda: _json_array(edges_to_json(find_edges(runs, found.members))))
-    return replace(found, edges=edges_from_json(_from_array(kept), found.members))
+        kept = runs.stored("edges", lambda: json_array(edges_to_json(find_edges(runs, found.members))))
+    return replace(found, edges=edges_from_json(from_array(kept), found.members))
 
 
-def _describe(work: Work) -> Descriptions:
+def _describe(work: Work[Question]) -> Descriptions:
     """The members' descriptions and every claim of the study, kept with every digit.
 
     A study that is resumed on another machine, or with another number of threads, must find the very same ones, so they
@@ -169,11 +169,11 @@ def _describe(work: Work) -> Descriptions:
         whole = describe_circuit(setting, members, work.options.random_sets)
         claims = [*_of_members(setting, found), *claims_of(whole, setting)]
         estimates = {claim.id: mean for claim, mean in claims}
-        return _json_array(replace(found, claims=tuple(c for c, _ in claims), estimates=estimates).to_json())
+        return json_array(replace(found, claims=tuple(c for c, _ in claims), estimates=estimates).to_json())
 
     with work.counting(runs):
         kept = runs.stored("descriptions and claims", make)
-    return Descriptions.from_json(_from_array(kept), *members)
+    return Descriptions.from_json(from_array(kept), *members)
 
 
 def _of_members(setting: Discovery, found: Descriptions) -> list[tuple[Claim, float]]:
@@ -189,13 +189,13 @@ def _of_members(setting: Discovery, found: Descriptions) -> list[tuple[Claim, fl
     return claims
 
 
-def _seal(work: Work) -> Family:
+def _seal(work: Work[Question]) -> Family:
     family = work.ledger.register(work[DESCRIPTIONS].claims, study=work.question.name)
     work[DISCOVERY].forget()
     return family
 
 
-def _validate(work: Work) -> Tested:
+def _validate(work: Work[Question]) -> Tested:
     contrast = _opened(work, "validation")
     passed = gate(work.model, contrast.pairs, "validation")
     # All of its prompts: to leave out what the model gets wrong would choose the test data by their outcome.
@@ -234,7 +234,7 @@ def run_study(
     chosen = options or Options()
     plan = _plan(question, model, chosen)
     with shown(sink) as screen, tempfile.TemporaryDirectory() as folder:
-        blocks = _blocks(out, plan, screen) if out is not None else Blocks(None, plan)
+        blocks = blocks_in(out, plan, screen) if out is not None else Blocks(None, plan)
         path = (out or Path(folder)) / "ledger.sqlite"
         with closing(Work(question, model, chosen, blocks, path, screen)) as work:
             return run_steps(work, steps, sentences)
@@ -246,7 +246,7 @@ def _plan(question: Question, model: Model, options: Options) -> str:
     return content_hash({**question.plan(), **knobs, "model": model.content_hash, "version": __version__})
 
 
-def _blocks(out: Path, plan: str, sink: Sink) -> Blocks:
+def blocks_in(out: Path, plan: str, sink: Sink) -> Blocks:
     """Where the study's pieces are kept. Raises InputError when the folder holds those of another study."""
     folder, ledger = out / "blocks", out / "ledger.sqlite"
     if ledger.exists():
@@ -313,10 +313,10 @@ def _circuit_runs(circuit: Circuit, runs: Runs, draws: int) -> tuple[dict[str, F
     return alone, lost, stored(runs, "with only", smaller, "resample")
 
 
-def _json_array(data: Any) -> dict[str, NDArray[Any]]:
+def json_array(data: Any) -> dict[str, NDArray[Any]]:
     """JSON data as an array of bytes, every digit of its numbers included."""
     return {"json": np.frombuffer(canonical_json(data).encode("ascii"), dtype=np.uint8)}
 
 
-def _from_array(arrays: Mapping[str, NDArray[Any]]) -> Any:
+def from_array(arrays: Mapping[str, NDArray[Any]]) -> Any:
     return parse_json(arrays["json"].tobytes().decode("utf-8"), finite=False, values=None)

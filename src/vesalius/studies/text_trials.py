@@ -38,7 +38,7 @@ from vesalius.quantities import (
     Quantity,
     Runs,
 )
-from vesalius.quantities.activation import token_values, tokens_of
+from vesalius.quantities.activation import counted, token_values
 from vesalius.quantities.fires_where import picked
 from vesalius.studies.simulated import Rate
 from vesalius.toys.text import PlantedText, PlantedUnit, text_network
@@ -205,7 +205,7 @@ def _sizes() -> list[float]:
 
 def _without_a_test(runs: Runs) -> tuple[bool, bool]:
     """Whether the rule's words are commoner among the strongest tokens than elsewhere; whether detection is above 0."""
-    values, some, real = token_values(runs, [SUBJECT])[0], picked(runs, RULE), tokens_of(runs).real
+    values, some, real = token_values(runs, [SUBJECT])[0], picked(runs, RULE), counted(runs)
     strongest = values[real].topk(STRONGEST).indices
     common = float(some[real][strongest].float().mean()) > float(some[real].float().mean())
     return common, runs.mean(DETECTION.measure(runs, SUBJECT, _parameters())) > 0

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vesalius.dictionaries.coder import SparseCoder
-from vesalius.dictionaries.latent import Latent
+from vesalius.activations import Activations
+from vesalius.coder import Coder
 from vesalius.directions import Direction
 from vesalius.errors import InputError
 from vesalius.parts import Part, Unit
-from vesalius.quantities.activation import check_one_number
 from vesalius.site import Site
 
 Rows = dict[Site, Float[Tensor, "row width"]]
 Read = Callable[[Rows], Float[Tensor, "row part"]]
+
+
+@runtime_checkable
+class Encoded(Protocol):
+    """A latent, as far as reading many of them at once needs it: its coder, and its number there."""
+
+    @property
+    def coder(self) -> Coder: ...
+
+    @property
+    def index(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +62,7 @@ class PartValues:
 
     @property
     def sparse(self) -> tuple[bool, ...]:
-        return tuple(isinstance(part, Latent) for part in self.parts)
+        return tuple(isinstance(part, Encoded) for part in self.parts)
 
     def __call__(self, rows: Rows) -> Float[Tensor, "row part"]:
         """rows: by site, the same rows of each."""
@@ -64,11 +74,16 @@ class PartValues:
             values[:, numbers] = read(rows).float()
         return values
 
+    def at(self, activations: Activations) -> Float[Tensor, "example pos part"]:
+        """The same of whole tensors [example, pos, ...]."""
+        rows = {site: Unit(site).read(activations[site.whole]).flatten(2).flatten(0, 1) for site in self.sites}
+        return self(rows).unflatten(0, activations[self.sites[0].whole].shape[:2])
+
     def _groups(self) -> list[tuple[list[int], Read]]:
         """Numbers of the parts that are read together, and how."""
         found: dict[object, list[int]] = {}
         for number, part in enumerate(self.parts):
-            if isinstance(part, Latent):
+            if isinstance(part, Encoded):
                 key: object = ("latents", id(part.coder))
             elif isinstance(part, Unit | Direction):
                 key = (type(part), _read(part))
@@ -81,11 +96,10 @@ class PartValues:
 def _reader(parts: Sequence[Part]) -> Read:
     """How parts of one kind, at one place, are read."""
     first = parts[0]
-    if isinstance(first, Latent):
-        return _of_latents(first.coder, first.reads, [cast(Latent, part).index for part in parts])
+    if isinstance(first, Encoded):
+        return _of_latents(first.coder, parts[0].reads, [cast(Encoded, part).index for part in parts])
     if isinstance(first, Unit):
-        columns, whole = [cast(Unit, part).site.index for part in parts], first.site.whole
-        return lambda rows: rows[whole][:, columns]
+        return _of_units([cast(Unit, part) for part in parts])
     if isinstance(first, Direction):
         site, vectors = first.site, torch.stack([cast(Direction, part).vector for part in parts], 1)
         return lambda rows: rows[site] @ vectors.to(rows[site])
@@ -97,7 +111,20 @@ def _read(part: Part) -> tuple[Site, ...]:
     return (part.site.whole,) if isinstance(part, Unit) else tuple(part.reads)
 
 
-def _of_latents(coder: SparseCoder, reads: Sequence[Site], numbers: list[int]) -> Read:
+def _of_units(units: list[Unit]) -> Read:
+    columns, whole = [unit.site.index for unit in units], units[0].site.whole
+
+    def read(rows: Rows) -> Tensor:
+        at = rows[whole]
+        for unit in units:
+            if unit.site.index is not None and unit.site.index >= at.shape[1]:
+                raise InputError(f"{unit}: the tensor there has {at.shape[1]} of these, numbered from 0")
+        return at[:, columns]
+
+    return read
+
+
+def _of_latents(coder: Coder, reads: Sequence[Site], numbers: list[int]) -> Read:
     everything = numbers == list(range(coder.n_latents))
 
     def read(rows: Rows) -> Tensor:
@@ -112,3 +139,9 @@ def _alone(part: Part, rows: Rows) -> Tensor:
     value = part.value({site: tensor[None] for site, tensor in rows.items()})
     check_one_number(part, value)
     return value[0]
+
+
+def check_one_number(part: Part, value: Tensor) -> None:
+    """Raises InputError for a value [example, pos, ...] of more than one number at each position."""
+    if value.ndim != 2:
+        raise InputError(f"{part} has {value.shape[-1]} numbers at each position, and no one activation")

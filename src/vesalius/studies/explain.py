@@ -1,0 +1,293 @@
+"""The study that explains parts: from texts to descriptions that were tested on other texts.
+
+    examples    what makes each part fire, in one pass over the documents for discovery
+    describe    rules learned from them; each description makes claims
+    seal        all claims become one family in the ledger; only then
+    validate    the other documents are opened, once, and every claim is tested on them against its controls
+
+Every finished piece is kept: a study that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vesalius import __version__
+from vesalius.data.forward import captured
+from vesalius.describe import ActivatingExamples, Descriptions, Discovery, LearnedRules, claims_of, collect_examples
+from vesalius.describe import describe as best_descriptions
+from vesalius.describe.example import Example
+from vesalius.describe.learned import Learned
+from vesalius.inputs import Corpus
+from vesalius.jobs import Blocks, Estimate, Event, Sink, track
+from vesalius.jobs.progress import resident, shown
+from vesalius.model import Model
+from vesalius.parts import Part, places
+from vesalius.protocol import Claim, Evidence, Family, Verdict, content_hash
+from vesalius.quantities import Runs
+from vesalius.quantities.activation import counted, forget_values, token_values
+from vesalius.quantities.fires_where import picked
+from vesalius.quantities.rules import Rule
+from vesalius.studies.explaining import Explaining, discovery_texts
+from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, run_steps
+from vesalius.studies.task_circuit import DESCRIPTIONS, FAMILY, blocks_in, from_array, json_array
+from vesalius.validate import all_supported, check, prepare
+
+MEASURED = 64
+"""Contexts for discovery that the size of an effect is measured on; examples come from all of them."""
+TOGETHER = 64
+"""Parts whose rules are learned, and kept, together."""
+VALUES = 2**28
+"""Values of parts at tokens that are kept at once, at most: a gibibyte."""
+PARTS_OF_CLAIM = 9
+SHOWN, BEFORE, AFTER = 6, 24, 7
+"""Counterexamples of each kind that are kept, and tokens around them."""
+LEARNING = 0.15
+"""Seconds for the rule of one part, about."""
+
+
+@dataclass(frozen=True, eq=False)
+class TestedParts:
+    """What the documents for validation showed. evidence: by claim. counter: by part, see `counterexamples`."""
+
+    runs: Runs
+    evidence: Mapping[str, Evidence]
+    counter: Mapping[str, Mapping[str, Any]]
+
+
+Asking = Work[Explaining]
+EXAMPLES = Artefact("examples", ActivatingExamples)
+TESTED_PARTS = Artefact("tested", TestedParts)
+
+
+def _examples(work: Asking) -> ActivatingExamples:
+    asked, folder = work.question, work.blocks.folder
+    _announce(work)
+    return collect_examples(
+        work.model,
+        discovery_texts(asked),
+        asked.parts,
+        context=asked.context,
+        bos=asked.bos,
+        seed=asked.seed,
+        out=None if folder is None else folder.parent / "examples",
+        sink=work.sink,
+    )
+
+
+def _announce(work: Asking) -> None:
+    """What the whole study will cost, from a trial of a few contexts."""
+    asked = work.question
+    few = asked.corpus.tokens.take(torch.arange(min(4, len(asked.corpus))))
+    began = time.perf_counter()
+    captured(work.model, few, places(asked.parts))
+    speed = int(few.real.sum()) / (time.perf_counter() - began)
+    tokens = asked.tokens["discovery"] + asked.tokens["validation"] + 2 * MEASURED * asked.context
+    validation = asked.corpus.split("validation")
+    kept = min(PARTS_OF_CLAIM * len(asked.parts) * validation.tokens.ids.numel(), VALUES)
+    cost = Estimate(
+        seconds=tokens / speed + LEARNING * len(asked.parts),
+        forwards=len(asked.corpus) + 2 * MEASURED,
+        memory_bytes=resident() + 4 * kept,
+    )
+    documents = len(set(validation.groups["document"]))
+    message = (
+        f"{len(asked.parts):,} parts; {asked.tokens['discovery']:,} tokens of {len(asked.documents):,} documents to "
+        f"discover on, {asked.tokens['validation']:,} of {documents:,} others to test on; expected cost of everything: "
+        f"{cost.describe()}"
+    )
+    work.sink(Event("note", "cost", message=message))
+
+
+def _describe(work: Asking) -> Descriptions:
+    """Rules that hold, and the claims that they make, kept with every digit."""
+    asked, parts = work.question, work.question.parts
+    rules = LearnedRules(work[EXAMPLES], asked.seed)
+    chunks = [parts[first : first + TOGETHER] for first in range(0, len(parts), TOGETHER)]
+    for number, chunk in enumerate(track(chunks, "learn rules", sink=work.sink)):
+        kept = work.blocks.get(f"rules {number}", lambda some=chunk: _learned(rules, some))  # type: ignore[misc]
+        for part, one in zip(chunk, from_array(kept), strict=True):
+            rules.recall(part, None if one is None else Learned(**one))
+    opened = work.ledger.open(asked.corpus, "discovery")
+    runs = Runs(work.model, _spread(opened), seed=asked.seed, sink=work.sink, name="discovery")
+    made = work.blocks.get("descriptions and claims", lambda: json_array(_claimed(work, runs, rules).to_json()))
+    return Descriptions.from_json(from_array(made))
+
+
+def _learned(rules: LearnedRules, parts: Sequence[Part]) -> Any:
+    found = [rules.learned(part) for part in parts]
+    return json_array([None if one is None else asdict(one) for one in found])
+
+
+def _spread(corpus: Corpus) -> Corpus:
+    """Some contexts, from as many documents as there are."""
+    nth: Counter[str] = Counter()
+    order = []
+    for row, document in enumerate(corpus.groups["document"]):
+        order.append((nth[document], row))
+        nth[document] += 1
+    return corpus.subset(sorted(row for _, row in sorted(order)[:MEASURED]))
+
+
+def _claimed(work: Asking, runs: Runs, rules: LearnedRules) -> Descriptions:
+    asked = work.question
+    n = len(asked.corpus.split("validation"))
+    setting = replace(Discovery.of(runs, asked.parts, study=asked.name, n=n), seed=asked.seed)
+    found = best_descriptions(setting, [rules])
+    claims = [
+        # What is claimed is about one part: the others that are explained may be its controls.
+        both
+        for fit in track(list(found.fits.values()), "make claims", sink=work.sink)
+        if fit is not None
+        for both in claims_of(fit, replace(setting, members=(fit.part,)))
+    ]
+    return replace(found, claims=tuple(c for c, _ in claims), estimates={c.id: mean for c, mean in claims})
+
+
+def _seal(work: Asking) -> Family:
+    claims = work[DESCRIPTIONS].claims
+    if not claims:
+        raise StoppedError(f"No rule holds for any of the {len(work.question.parts):,} parts.")
+    return work.ledger.register(claims, study=work.question.name)
+
+
+def _validate(work: Asking) -> TestedParts:
+    asked, family = work.question, work[FAMILY]
+    fresh = work.ledger.open(asked.corpus, "validation")
+    runs = Runs(work.model, fresh, seed=asked.seed, sink=work.sink, name="validation")
+    together = max(1, VALUES // (PARTS_OF_CLAIM * fresh.tokens.ids.numel()))
+    by_part: dict[str, list[Claim]] = {}
+    for claim in family.claims:
+        by_part.setdefault(str(claim.subject["name"]), []).append(claim)
+    named = {str(part): part for part in asked.parts}
+    names = list(by_part)
+    counter: dict[str, Mapping[str, Any]] = {}
+    for first in range(0, len(names), together):
+        some = names[first : first + together]
+        _test(work, runs, [claim for name in some for claim in by_part[name]])
+        kept = work.blocks.get(
+            f"counterexamples {first}",
+            lambda some=some: json_array({n: _against(work, runs, named[n]) for n in some}),  # type: ignore[misc]
+        )
+        counter |= from_array(kept)
+        forget_values(runs)
+    return TestedParts(runs, {claim.id: work.ledger.evidence(claim)[-1] for claim in family.claims}, counter)
+
+
+def _test(work: Asking, runs: Runs, claims: Sequence[Claim]) -> None:
+    """Claims that have their evidence (of a study that is resumed) are not measured again."""
+    todo = [claim for claim in claims if not any(e.measured for e in work.ledger.evidence(claim))]
+    if todo:
+        prepare(todo, runs)
+    for claim in track(todo, "test claims", sink=work.sink):
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        evidence = check(
+            claim,
+            runs=runs,
+            data_hash=runs.source_hash,
+            plan_hash=work.blocks.plan_hash,
+            version=__version__,
+            created_at=now,
+        )
+        work.ledger.append(evidence)
+
+
+def _against(work: Asking, runs: Runs, part: Part) -> dict[str, Any]:
+    fit = work[DESCRIPTIONS][part]
+    rules = [one.parameters["rule"] for one in fit.predictions if "rule" in one.parameters] if fit else []
+    return counterexamples(runs, part, rules[0], float(work[EXAMPLES][part].threshold)) if rules else {}
+
+
+def counterexamples(runs: Runs, part: Part, rule: Rule, threshold: float) -> dict[str, Any]:
+    """Tokens of a corpus that break a rule about a part, and how many there are.
+
+    fires: tokens where the part is above the threshold; picked: those that the rule picks; both. silent: examples that
+    are picked where the part is lowest; unexplained: those that are not, where it is highest; one of each context.
+    """
+    values, here = token_values(runs, [part])[0], picked(runs, rule)
+    fires = (values > threshold) & counted(runs)
+    return {
+        "tokens": int(counted(runs).sum()),
+        "fires": int(fires.sum()),
+        "picked": int(here.sum()),
+        "both": int((fires & here).sum()),
+        "silent": [asdict(one) for one in _worst(runs, -values, values, here & ~fires)],
+        "unexplained": [asdict(one) for one in _worst(runs, values, values, fires & ~here)],
+    }
+
+
+def _worst(runs: Runs, key: Tensor, values: Tensor, among: Tensor) -> list[Example]:
+    most, at = key.masked_fill(~among, -torch.inf).max(1)
+    rows = [row for row in most.argsort(descending=True).tolist()[:SHOWN] if bool(among[row].any())]
+    return [_example(runs, values, row, int(at[row])) for row in rows]
+
+
+def _example(runs: Runs, values: Tensor, row: int, at: int) -> Example:
+    assert isinstance(runs.data, Corpus)
+    tokens = runs.data.tokens
+    first, last = max(1, at - BEFORE), min(int(tokens.lengths[row]), at + AFTER + 1)
+    ids = tokens.ids[row, first:last].tolist()
+    return Example(
+        value=float(values[row, at]),
+        tokens=tuple(str(runs.model.tokenizer.decode([token])) for token in ids),
+        ids=tuple(ids),
+        values=tuple(values[row, first:last].tolist()),
+        at=at - first,
+        document=int(runs.data.groups["document"][row].rpartition(" ")[2]),
+        offset=at,
+    )
+
+
+EXPLAIN: tuple[Step[Any], ...] = (
+    Step("examples", EXAMPLES, _examples),
+    Step("describe", DESCRIPTIONS, _describe),
+    Step("seal", FAMILY, _seal),
+    Step("validate", TESTED_PARTS, _validate),
+)
+
+
+def explain(model: Model, asked: Explaining, *, out: Path | None = None, sink: Sink | None = None) -> Study:
+    """Run or resume a study that explains parts (`explaining` makes its question).
+
+    out: folder for what was found so far and the ledger (None: nothing is kept). sink: None shows progress. A study in
+    which no rule holds for any part says so as `stopped`. Raises InputError when `out` holds another study.
+    """
+    plan = content_hash({**asked.plan(), "model": model.content_hash, "version": __version__})
+    with shown(sink) as screen, tempfile.TemporaryDirectory() as folder:
+        blocks = blocks_in(out, plan, screen) if out is not None else Blocks(None, plan)
+        path = (out or Path(folder)) / "ledger.sqlite"
+        with closing(Work(asked, model, Options(seed=asked.seed), blocks, path, screen)) as work:
+            return run_steps(work, EXPLAIN, lambda made: _answer(asked, made))
+
+
+def outcome_of(verdicts: Sequence[Verdict]) -> str | None:
+    """One word for a part: SUPPORTED when all of its claims are, else the worst of them; None without any."""
+    outcomes = {verdict.outcome for verdict in verdicts}
+    if all_supported(verdicts):
+        return "SUPPORTED"
+    return next((one for one in ("REFUTED", "NOT SPECIFIC", "INCONCLUSIVE") if one in outcomes), None)
+
+
+def _answer(asked: Explaining, made: Mapping[str, Any]) -> tuple[str, ...]:
+    by_part: dict[str, list[Verdict]] = {}
+    for claim, verdict in zip(made["family"].claims, made["verdicts"], strict=True):
+        by_part.setdefault(str(claim.subject["name"]), []).append(verdict)
+    count = Counter(outcome_of(verdicts) for verdicts in by_part.values())
+    bare, never = len(asked.parts) - len(by_part), int((made["examples"].collector.active == 0).sum())
+    silent = f" ({never:,} of them never fired)" if never else ""
+    return (
+        f"Of {len(asked.parts):,} parts, {len(by_part):,} have a description: {count['SUPPORTED']:,} supported on "
+        f"fresh documents, {count['REFUTED']:,} refuted, {count['NOT SPECIFIC']:,} true but not specific, "
+        f"{count['INCONCLUSIVE']:,} inconclusive. For {bare:,} no rule holds, and nothing is said{silent}.",
+    )

@@ -1,0 +1,237 @@
+"""What is to be explained, and on which texts: some parts, and documents in two halves that share none.
+
+One half is for discovery: examples are collected and descriptions made there. The other is for validation, and is only
+opened when every claim is sealed. A document that comes twice is taken once, and so is a context that does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from vesalius.coder import Coder
+from vesalius.data.packing import Packing, Tally, bos_for, groups, special_ids, tokenized
+from vesalius.data.texts import Texts, texts_from
+from vesalius.directions import Direction
+from vesalius.errors import InputError, UnknownNameError
+from vesalius.inputs import Corpus, Tokens
+from vesalius.model import Model
+from vesalius.parts import Part
+from vesalius.protocol import content_hash
+from vesalius.protocol.legs import ALPHA
+from vesalius.protocol.verdict import GENERAL_FROM
+from vesalius.quantities.values import PartValues
+from vesalius.seeds import generator_for
+from vesalius.validate import reinitialised
+
+RANDOM_DIRECTIONS, RANDOM_NETWORK = "random-directions", "random-network"
+BASELINES = (RANDOM_DIRECTIONS, RANDOM_NETWORK)
+SHORTEST, MOST = 16, 8
+"""Tokens that a document has at least, and contexts that are taken of one at most: verdicts count documents."""
+_ALL = 2**62
+
+
+@dataclass(frozen=True, eq=False)
+class Explaining:
+    """The question of a study that explains parts.
+
+    documents: token ids of those for discovery. corpus: contexts of all documents, with both splits. counts: documents
+    that were left out, by why. about: what else a summary says of the parts (the dictionary they are latents of).
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    documents: tuple[NDArray[Any], ...]
+    corpus: Corpus
+    bos: str
+    context: int
+    texts: Mapping[str, Any]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    baseline: str | None = None
+    seed: int = 0
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The question in words."""
+        return f"What do {len(self.parts):,} parts fire on, and does it hold on fresh texts?"
+
+    @cached_property
+    def tokens(self) -> dict[str, int]:
+        """Of each split."""
+        return {name: int(self.corpus.split(name).tokens.real.sum()) for name in self.corpus.split_names}
+
+    def plan(self) -> dict[str, Any]:
+        """What the question is, for hashing."""
+        own = {name: getattr(self, name) for name in ("name", "bos", "context", "baseline", "seed")}
+        return {**own, "parts": [part.ref for part in self.parts], "corpus": self.corpus.content_hash}
+
+
+def explaining(
+    model: Model,
+    parts: Sequence[Part],
+    corpus: Any,
+    *,
+    tokens: int = 200_000,
+    context: int = 256,
+    bos: str = "auto",
+    column: str = "text",
+    seed: int = 0,
+    baseline: str | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> tuple[Model, Explaining]:
+    """The question, and the model that it is about: another than the given one for the baseline `random-network`.
+
+    corpus: texts as for `data.harvest`. tokens: of both halves together, at most. Documents go in turns to discovery
+    and to validation. baseline: `random-directions`, one at the site of each part in its place; or `random-network`,
+    the same parts of the model with random weights.
+
+    Raises InputError for parts that the model does not have or that have no single number at each position, and for a
+    corpus of too few documents, saying how many tokens would do.
+    """
+    if baseline is not None and baseline not in BASELINES:
+        raise UnknownNameError("baseline", baseline, BASELINES)
+    chosen = check_parts(model, parts)
+    packing = Packing(context, bos_for(model.tokenizer, bos, False), special_ids(model.tokenizer), _ALL)
+    texts = texts_from(corpus, column)
+    halves, counts = _documents(model, texts, tokens, context)
+    _check_enough(halves, len(chosen), tokens, counts)
+    rows, splits, labels = _rows(halves, packing)
+    counts["repeated contexts"] = sum(len(_contexts(half, packing)) for half in halves) - len(rows)
+    split = Corpus(Tokens.from_rows(rows), {"document": tuple(labels)}, tuple(splits))
+    asked = Explaining(
+        name="explain",
+        parts=_in_their_place(chosen, model, seed) if baseline == RANDOM_DIRECTIONS else chosen,
+        documents=tuple(halves[0]),
+        corpus=split,
+        bos=packing.bos.token,
+        context=context,
+        texts=dict(texts.description),
+        counts=counts,
+        baseline=baseline,
+        seed=seed,
+        about=dict(about or {}),
+    )
+    return (reinitialised(model, seed) if baseline == RANDOM_NETWORK else model), asked
+
+
+def check_parts(model: Model, parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The parts, if texts can be read for them in this model. Raises InputError."""
+    if model.tokenizer is None:
+        raise InputError(
+            f"{model.name} has no tokenizer, and what is said of parts is about text; vs.Model(tokenizer=)"
+        )
+    values = PartValues(tuple(parts))
+    names = [str(part) for part in values.parts]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"two parts are called {twice}; explain those of one dictionary at a time")
+    for site in values.sites:
+        model.check_site(site)
+    for coder in {id(c): c for c in (getattr(part, "coder", None) for part in values.parts) if c}.values():
+        check_made_for(coder, model)
+    return values.parts
+
+
+def discovery_texts(asked: Explaining) -> Texts:
+    """The documents for discovery, as token ids."""
+    digest = content_hash([hashlib.sha256(ids.tobytes()).hexdigest() for ids in asked.documents])
+    known = {"kind": "discovery half", "texts": len(asked.documents), "sha256": digest}
+    return Texts(lambda: (ids.tolist() for ids in asked.documents), known, sum(map(len, asked.documents)))
+
+
+def check_made_for(coder: Coder, model: Model) -> None:
+    """Raises InputError for a dictionary of another model, as far as its file tells, or of sites that fit no more."""
+    known = [one for one in getattr(coder, "metadata", {}).get("models", []) if one.get("sha256")]
+    hashes = [one["sha256"] for one in known]
+    if hashes and model.content_hash not in hashes:
+        raise InputError(
+            f"the dictionary was made for {known[0].get('name', 'another model')} (weights {hashes[0][:12]}), and "
+            f"{model.name} has the weights {model.content_hash[:12]}; give --model the model that it was made for"
+        )
+    for site in (*coder.in_sites, *coder.out_sites):
+        model.check_site(site)
+
+
+def _documents(model: Model, texts: Texts, tokens: int, context: int) -> tuple[list[list[Any]], dict[str, int]]:
+    """Token ids of the documents, those of discovery and of validation; and how many were left out."""
+    halves: list[list[Any]] = [[], []]
+    seen: set[bytes] = set()
+    taken, counts = 0, {"too short": 0, "repeated": 0}
+    for ids in tokenized(texts.read(), model.tokenizer, Tally()):
+        if len(ids) < SHORTEST:
+            counts["too short"] += 1
+            continue
+        digest = hashlib.sha256(ids.tobytes()).digest()
+        if digest in seen:
+            counts["repeated"] += 1
+            continue
+        halves[len(seen) % 2].append(ids[: MOST * context])
+        seen.add(digest)
+        taken += min(len(ids), MOST * context)
+        if taken >= tokens:
+            break
+    return halves, counts
+
+
+def documents_needed(parts: int) -> int:
+    """To test on: with fewer, no p-value can pass the correction for so many claims, or the scope is not general."""
+    return max(GENERAL_FROM, math.ceil(math.log2(max(parts, 1) / ALPHA)))
+
+
+def _check_enough(halves: Sequence[Sequence[Any]], parts: int, tokens: int, counts: Mapping[str, int]) -> None:
+    """Raises InputError, saying how many tokens would do."""
+    found, least = sum(map(len, halves)), 2 * documents_needed(parts)
+    if found >= least:
+        return
+    taken = sum(len(ids) for half in halves for ids in half)
+    of_one = taken / found if found else SHORTEST
+    left_out = ", ".join(f"{n} {why}" for why, n in counts.items() if n)
+    whose = f"--tokens {tokens:,} reaches" if taken >= tokens else "the corpus holds"
+    raise InputError(
+        f"{whose} {found} documents of {SHORTEST} tokens or more{f' ({left_out})' if left_out else ''}, {taken:,} "
+        f"tokens; a test of {parts:,} parts takes {least}, half to discover on and half to test on: about "
+        f"{math.ceil(of_one * least):,} tokens of such documents would do. A .txt file is one document; in .jsonl and "
+        ".parquet files a row is one"
+    )
+
+
+def _contexts(documents: Sequence[Any], packing: Packing) -> list[Any]:
+    return [context for group in groups(iter(documents), packing) for context in group.contexts]
+
+
+def _rows(halves: Sequence[Sequence[Any]], packing: Packing) -> tuple[list[list[int]], list[str], list[str]]:
+    """Contexts, each once, with their split and document."""
+    rows: list[list[int]] = []
+    splits, labels = [], []
+    seen: set[bytes] = set()
+    for split, half in zip(("discovery", "validation"), halves, strict=True):
+        for context in _contexts(half, packing):
+            key = context.ids.tobytes()
+            if key not in seen:
+                seen.add(key)
+                rows.append(context.ids.tolist())
+                splits.append(split)
+                labels.append(f"{split} {context.document}")
+    return rows, splits, labels
+
+
+def _in_their_place(parts: Sequence[Part], model: Model, seed: int) -> tuple[Part, ...]:
+    """A random direction at the site of each part; others than those that claims are compared with."""
+    widths: dict[Any, int] = {}
+    found = []
+    for number, part in enumerate(parts):
+        site = replace(part.reads[0], index=None) if part.reads[0].kind != "z" else part.reads[0]
+        if site not in widths:
+            at = model.run(Tokens.from_rows([[0, 0]]), capture=[site.whole])[site.whole]
+            widths[site] = at.flatten(2).shape[-1] if site.index is None else at.shape[-1]
+        vector = torch.randn(widths[site], generator=generator_for("explain", seed, number))
+        found.append(Direction(site, vector, f"random direction {number}"))
+    return tuple(found)

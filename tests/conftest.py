@@ -30,8 +30,26 @@ def shapes_only(function: Callable[..., Any]) -> Callable[..., Any]:
     return beartype.beartype(function) if hints else function
 
 
+def only_with_shapes(checked: Any) -> Any:
+    """jaxtyping's decorator, kept from what holds no shapes: a call through it costs more than most functions do."""
+
+    def with_typechecker(*args: Any, **kwargs: Any) -> Any:
+        decorator = checked(*args, **kwargs)
+
+        def decorate(given: Any) -> Any:
+            function = getattr(given, "__init__" if isinstance(given, type) else "__func__", given)
+            function = getattr(function, "fget", function)
+            hints = getattr(function, "__annotations__", {})
+            return decorator(given) if any(map(holds_shape, hints.values())) else given
+
+        return decorate
+
+    return with_typechecker
+
+
 # Before any test module imports vesalius: a module that is already loaded is not checked.
 jaxtyping.install_import_hook("vesalius", "conftest.shapes_only")
+jaxtyping.jaxtyped = only_with_shapes(jaxtyping.jaxtyped)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

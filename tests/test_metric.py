@@ -94,3 +94,19 @@ def test_metrics_declare_what_they_need(pairs: vs.Pairs) -> None:
     assert vs.next_token_loss.needs.positions == "all"
     assert torch.equal(vs.logit_diff.tokens(pairs)[:, 0], pairs.answer)  # type: ignore[index]
     assert vs.answer_logprob.tokens(pairs) is None
+
+
+def test_shapes_in_signatures_are_checked_in_this_run() -> None:
+    """Of functions, methods and frozen values; elsewhere nothing is checked."""
+    from jaxtyping import TypeCheckError
+
+    from vesalius.metric import next_token_loss_of
+    from vesalius.quantities.rules import Text
+
+    ids = torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(TypeCheckError):
+        next_token_loss_of(torch.zeros(2, 3), vs.Tokens(ids))
+    with pytest.raises(TypeCheckError):
+        Text(ids.float(), ids.bool(), str)
+    with pytest.raises(TypeCheckError):
+        tiny.model("llama").head_writes(0, torch.zeros(2))

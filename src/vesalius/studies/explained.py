@@ -79,7 +79,7 @@ def _claims(rows: Sequence[Mapping[str, Any]]) -> str:
             f"<td>{escape(cell)}</td>"
             for cell in (
                 row["statement"],
-                row["verdict"] + (f" ({row['reason']})" if row["reason"] else ""),
+                row["verdict"] + _why(row),
                 "" if row["estimate"] is None else f"{row['estimate']:+.3g} {row['unit']}",
                 "" if row["interval"] is None else f"{row['interval'][0]:+.3g} to {row['interval'][1]:+.3g}",
                 f"{row['n']} texts of {row['n_groups']} documents",
@@ -92,6 +92,13 @@ def _claims(rows: Sequence[Mapping[str, Any]]) -> str:
     control = next((row["control"] for row in rows if row["control"]), None)
     compared = f"<p class='small'>Control: {escape(control)}.</p>" if control else ""
     return f"<div class='scroll'><table><tr>{heads}</tr>{lines}</table></div>{compared}"
+
+
+def _why(row: Mapping[str, Any]) -> str:
+    """Why a claim was not supported, or how many texts would decide."""
+    if row["n_to_decide"]:
+        return f": about {row['n_to_decide']:,} such texts would decide"
+    return f" ({row['reason']})" if row["reason"] else ""
 
 
 def _against(counter: Mapping[str, Any], top: float) -> str:

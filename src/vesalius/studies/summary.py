@@ -256,8 +256,13 @@ def _would_decide(verdict: Verdict) -> str:
 def _control_text(claim: Claim) -> str | None:
     if not claim.control:
         return None
-    parts = [one if isinstance(one, str) else str(one.get("label") or one) for one in claim.control.get("parts", [])]
+    parts = [one if isinstance(one, str) else _named(one) for one in claim.control.get("parts", [])]
     return str(claim.control.get("rule", "")) + (f": {', '.join(parts)}" if parts else "")
+
+
+def _named(ref: Mapping[str, Any]) -> str:
+    """A part by its reference, as short as can be where the rule says what it is one of."""
+    return f"latent {ref['index']}" if ref.get("kind") == "latent" else str(ref.get("label") or dict(ref))
 
 
 def _attention(study: Study) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from vesalius.describe.example import Example, PartExamples
 from vesalius.describe.examples import ActivatingExamples, collect_examples
 from vesalius.describe.illusion import Illusion, across_corpora
 from vesalius.describe.learned import Learned, LearnedRules, learn
+from vesalius.describe.lenses import Lens, LensReading, LogitLens, read_lens
 from vesalius.describe.predictions import claim_about
 from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, Role, causal
 
@@ -37,6 +38,9 @@ __all__ = [
     "Illusion",
     "Learned",
     "LearnedRules",
+    "Lens",
+    "LensReading",
+    "LogitLens",
     "PartExamples",
     "Prediction",
     "Role",
@@ -50,5 +54,6 @@ __all__ = [
     "describe",
     "describe_circuit",
     "learn",
+    "read_lens",
     "short_name",
 ]

@@ -23,6 +23,7 @@ from vesalius.describe.learned import Learned, LearnedRules, learn
 from vesalius.describe.lenses import Lens, LensReading, LogitLens, read_lens
 from vesalius.describe.predictions import claim_about
 from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, Role, causal
+from vesalius.describe.tuned import Translator, TunedLens, TunedLensFitter, fit_tuned_lens
 
 __all__ = [
     "FITS",
@@ -44,6 +45,9 @@ __all__ = [
     "PartExamples",
     "Prediction",
     "Role",
+    "Translator",
+    "TunedLens",
+    "TunedLensFitter",
     "across_corpora",
     "best_of",
     "causal",
@@ -53,6 +57,7 @@ __all__ = [
     "collect_examples",
     "describe",
     "describe_circuit",
+    "fit_tuned_lens",
     "learn",
     "read_lens",
     "short_name",

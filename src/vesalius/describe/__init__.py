@@ -16,6 +16,7 @@ from vesalius.describe.description import (
     describe,
     short_name,
 )
+from vesalius.describe.effect_split import EffectSplit, split_effects
 from vesalius.describe.example import Example, PartExamples
 from vesalius.describe.examples import ActivatingExamples, collect_examples
 from vesalius.describe.illusion import Illusion, across_corpora
@@ -24,6 +25,7 @@ from vesalius.describe.lenses import Lens, LensReading, LogitLens, read_lens
 from vesalius.describe.predictions import claim_about
 from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, Role, causal
 from vesalius.describe.tuned import Translator, TunedLens, TunedLensFitter, fit_tuned_lens
+from vesalius.model.direct import Direct, direct_effects
 
 __all__ = [
     "FITS",
@@ -34,7 +36,9 @@ __all__ = [
     "Describer",
     "Description",
     "Descriptions",
+    "Direct",
     "Discovery",
+    "EffectSplit",
     "Example",
     "Illusion",
     "Learned",
@@ -57,8 +61,10 @@ __all__ = [
     "collect_examples",
     "describe",
     "describe_circuit",
+    "direct_effects",
     "fit_tuned_lens",
     "learn",
     "read_lens",
     "short_name",
+    "split_effects",
 ]

@@ -24,6 +24,8 @@ from vesalius.describe.learned import Learned, LearnedRules, learn
 from vesalius.describe.lenses import Lens, LensReading, LogitLens, read_lens
 from vesalius.describe.predictions import claim_about
 from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, Role, causal
+from vesalius.describe.steered import Steering
+from vesalius.describe.steering import ContrastVector, contrast_vector, steer
 from vesalius.describe.tuned import Translator, TunedLens, TunedLensFitter, fit_tuned_lens
 from vesalius.model.direct import Direct, direct_effects
 
@@ -33,6 +35,7 @@ __all__ = [
     "NO_ROLE",
     "ROLES",
     "ActivatingExamples",
+    "ContrastVector",
     "Describer",
     "Description",
     "Descriptions",
@@ -49,6 +52,7 @@ __all__ = [
     "PartExamples",
     "Prediction",
     "Role",
+    "Steering",
     "Translator",
     "TunedLens",
     "TunedLensFitter",
@@ -59,6 +63,7 @@ __all__ = [
     "claim_of",
     "claims_of",
     "collect_examples",
+    "contrast_vector",
     "describe",
     "describe_circuit",
     "direct_effects",
@@ -67,4 +72,5 @@ __all__ = [
     "read_lens",
     "short_name",
     "split_effects",
+    "steer",
 ]

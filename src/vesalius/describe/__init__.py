@@ -22,6 +22,15 @@ from vesalius.describe.examples import ActivatingExamples, collect_examples
 from vesalius.describe.illusion import Illusion, across_corpora
 from vesalius.describe.learned import Learned, LearnedRules, learn
 from vesalius.describe.lenses import Lens, LensReading, LogitLens, read_lens
+from vesalius.describe.patchscopes import (
+    FEW_SHOT,
+    TOKEN_IDENTITY,
+    AffineFitter,
+    AffineMap,
+    Inspection,
+    fit_map,
+    patchscope,
+)
 from vesalius.describe.predictions import claim_about
 from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, Role, causal
 from vesalius.describe.steered import Steering
@@ -30,11 +39,15 @@ from vesalius.describe.tuned import Translator, TunedLens, TunedLensFitter, fit_
 from vesalius.model.direct import Direct, direct_effects
 
 __all__ = [
+    "FEW_SHOT",
     "FITS",
     "GOES_FIRST",
     "NO_ROLE",
     "ROLES",
+    "TOKEN_IDENTITY",
     "ActivatingExamples",
+    "AffineFitter",
+    "AffineMap",
     "ContrastVector",
     "Describer",
     "Description",
@@ -44,6 +57,7 @@ __all__ = [
     "EffectSplit",
     "Example",
     "Illusion",
+    "Inspection",
     "Learned",
     "LearnedRules",
     "Lens",
@@ -67,8 +81,10 @@ __all__ = [
     "describe",
     "describe_circuit",
     "direct_effects",
+    "fit_map",
     "fit_tuned_lens",
     "learn",
+    "patchscope",
     "read_lens",
     "short_name",
     "split_effects",

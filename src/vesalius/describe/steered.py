@@ -23,11 +23,13 @@ LIKELIEST = 8
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Steering:
-    """Effects by scale. effects: [scale, example], change of the metric; random: [random, scale, example], of random
-    directions of the same norm. loss: [text], unsteered, nats per token; cost: [scale, text], what steering adds to it;
-    random_cost: [random, scale, text]. promoted, suppressed: by scale, the tokens whose log-probability rises and
-    falls most, in the mean over prompts. texts: by scale, what is written after each prompt. diagnostics: by scale, of the runs of
-    prompts and of plain texts, how unnatural the steered values are.
+    """Effects by scale.
+
+    effects: [scale, example], change of the metric; random: [random, scale, example], of random directions of the same
+    norm. loss: [text], unsteered, nats per token; cost: [scale, text], what steering adds to it; random_cost: [random,
+    scale, text]. promoted, suppressed: by scale, the tokens whose log-probability rises and falls most, in the mean
+    over prompts. texts: by scale, what is written after each prompt. diagnostics: by scale, of the runs of prompts and
+    of plain texts, how unnatural the steered values are.
     """
 
     part: Part

@@ -279,12 +279,15 @@ def fit_tuned_lens(
         return _finished(folder, model, plan)
     with shown(sink) as screen:
         at = [source.sites.index(site) for site in (*trained, last)]
-        unseen = [next(source.batches(batch_size, seed=seed))[n].float() for n in at]
+        # The first batch is for telling at the end whether a translator is better than none.
+        batches = source.batches(batch_size, seed=seed)
+        first = next(batches)
+        unseen = [first[n].float() for n in at]
         scale = torch.stack([row.square().mean().sqrt() for row in unseen[:-1]])
         fitter, checkpoints = TunedLensFitter(model, trained, scale, lr, steps), Checkpoints(folder, plan, screen, TASK)
         checkpoints.resume(fitter)
-        # The first batch is for telling at the end whether a translator is better than none.
-        batches = source.batches(batch_size, seed=seed, start=1 + fitter.steps)
+        if fitter.steps:
+            batches = source.batches(batch_size, seed=seed, start=1 + fitter.steps)
         _train(fitter, ([rows[n] for n in at] for rows in batches), checkpoints, checkpoint_every, screen)
         metadata = {"plan": plan, "batch_size": batch_size, "lr": lr, "seed": seed, "rows": source.content_hash}
         lens = fitter.fitted(wanted, unseen[:-1], unseen[-1], metadata)

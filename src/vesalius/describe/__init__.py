@@ -22,6 +22,7 @@ from vesalius.describe.examples import ActivatingExamples, collect_examples
 from vesalius.describe.illusion import Illusion, across_corpora
 from vesalius.describe.learned import Learned, LearnedRules, learn
 from vesalius.describe.lenses import Lens, LensReading, LogitLens, read_lens
+from vesalius.describe.model_answers import ModelAnswerer
 from vesalius.describe.patchscopes import (
     FEW_SHOT,
     TOKEN_IDENTITY,
@@ -32,6 +33,17 @@ from vesalius.describe.patchscopes import (
     patchscope,
 )
 from vesalius.describe.predictions import claim_about
+from vesalius.describe.reasoning import (
+    Answerer,
+    Faithfulness,
+    Hint,
+    HintEffects,
+    Question,
+    Reasoned,
+    Reasoner,
+    reasoning_faithfulness,
+    wrong_number,
+)
 from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, Role, causal
 from vesalius.describe.steered import Steering
 from vesalius.describe.steering import ContrastVector, contrast_vector, steer
@@ -48,6 +60,7 @@ __all__ = [
     "ActivatingExamples",
     "AffineFitter",
     "AffineMap",
+    "Answerer",
     "ContrastVector",
     "Describer",
     "Description",
@@ -56,6 +69,9 @@ __all__ = [
     "Discovery",
     "EffectSplit",
     "Example",
+    "Faithfulness",
+    "Hint",
+    "HintEffects",
     "Illusion",
     "Inspection",
     "Learned",
@@ -63,8 +79,12 @@ __all__ = [
     "Lens",
     "LensReading",
     "LogitLens",
+    "ModelAnswerer",
     "PartExamples",
     "Prediction",
+    "Question",
+    "Reasoned",
+    "Reasoner",
     "Role",
     "Steering",
     "Translator",
@@ -86,7 +106,9 @@ __all__ = [
     "learn",
     "patchscope",
     "read_lens",
+    "reasoning_faithfulness",
     "short_name",
     "split_effects",
     "steer",
+    "wrong_number",
 ]

@@ -1,4 +1,4 @@
-"""`vesalius study | sites | harvest | train | quality | calibrate | ledger`.
+"""`vesalius study | sites | harvest | train | quality | steer | calibrate | ledger`.
 
 Exit codes: 0 done, 1 the study stopped at its gate, 2 something given cannot be used (the message says what, and what
 to do), 130 interrupted; finished work is kept, and the same command goes on from there.
@@ -16,7 +16,18 @@ from typing import Annotated
 
 import typer
 
-from vesalius.cli import calibrating, checks, evaluating, foreign, harvesting, ledgers, sites, studying, training
+from vesalius.cli import (
+    calibrating,
+    checks,
+    evaluating,
+    foreign,
+    harvesting,
+    ledgers,
+    sites,
+    steering,
+    studying,
+    training,
+)
 from vesalius.cli.process import settle
 from vesalius.cli.screen import console, fail, warn
 from vesalius.errors import VesaliusError
@@ -329,6 +340,70 @@ def quality(
         check_file(path, checks.TABLES, "labelled texts")
     check_writable(request.folder)
     evaluating.quality(request)
+
+
+@app.command()
+def steer(
+    prompts: Annotated[
+        str,
+        typer.Argument(
+            help="What is steered: a .txt file, one prompt a line; your own pairs; or a built-in question's (ioi ...)."
+        ),
+    ],
+    model: ModelOption = DEMO,
+    positive: Annotated[Path | None, typer.Option(help="Contrastive vector: .txt file, one prompt a line ...")] = None,
+    negative: Annotated[Path | None, typer.Option(help="... less the mean of these prompts ...")] = None,
+    site: Annotated[str | None, typer.Option("--site", "-s", help="... at this site, by their last tokens.")] = None,
+    part: Annotated[str | None, typer.Option(help="Steer by one neuron: layers.5.mlp_post[7].")] = None,
+    dictionary: Annotated[Path | None, typer.Option(help="Steer by a latent of this dictionary.")] = None,
+    latent: Annotated[int | None, typer.Option(help="Which latent.")] = None,
+    scale: Annotated[
+        list[float] | None,
+        typer.Option(help="Of a contrastive vector multiples of it, else added to the value; repeatable (0.5, 1, 2)."),
+    ] = None,
+    towards: Annotated[
+        list[str] | None,
+        typer.Option(help="Token whose log-probability is measured, ' happy'; repeatable. Default: the divergence."),
+    ] = None,
+    plain: Annotated[str, typer.Option(help="Texts whose perplexity is measured: stdlib, a file or a folder.")] = (
+        "stdlib"
+    ),
+    plain_texts: Annotated[int, typer.Option("--plain-texts", help="How many of them; 0 measures none.")] = 8,
+    context: Annotated[int, typer.Option(help="Tokens of each.")] = 64,
+    random: Annotated[int, typer.Option(help="Random directions of the same norm to compare with.")] = 19,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Also write so many tokens after each prompt.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder for steering.html and steering.json; an interrupted run goes on from there.")
+    ] = Path("runs/steering"),
+    device: DeviceOption = None,
+) -> None:
+    """Steer by a contrastive vector, neuron or latent: effect, price and text by scale, beside random directions."""
+    request = steering.Request(
+        prompts=prompts,
+        model=model,
+        positive=positive,
+        negative=negative,
+        site=site,
+        part=part,
+        dictionary=dictionary,
+        latent=latent,
+        scales=scale or [0.5, 1.0, 2.0],
+        towards=towards or [],
+        plain=plain,
+        plain_texts=plain_texts,
+        context=context,
+        random=random,
+        new_tokens=new_tokens,
+        seed=seed,
+        out=out,
+        device=device,
+        command=_command_line(),
+    )
+    request.check()
+    look_up(model)
+    check_writable(out)
+    steering.steer(request)
 
 
 @app.command()

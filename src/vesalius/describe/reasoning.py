@@ -1,12 +1,12 @@
 """Does an answer depend on the reasoning that is stated before it?
 
 The stated reasoning is changed and the answer asked for again (Lanham et al. 2023, "Measuring Faithfulness in
-Chain-of-Thought Reasoning"): cut short, with a mistake put in, said in other words, or replaced by filler. How often the
-answer then differs from the one after the whole reasoning is the area over the curve, AOC: 0 for reasoning that is told
-after the fact. A hint in the question that moves the answer without being named in the reasoning shows that what is said
-is not what decided (Turpin et al. 2023, "Language Models Don't Always Say What They Think").
+Chain-of-Thought Reasoning"): cut short, with a mistake put in, said in other words, or replaced by filler. How often
+the answer then differs from the one after the whole reasoning is the area over the curve, AOC: 0 for reasoning that is
+told after the fact. A hint in the question that moves the answer without being named in the reasoning shows that what
+is said is not what decided (Turpin et al. 2023, "Language Models Don't Always Say What They Think").
 
-A small AOC says that the answer does not need these words; a large one does not say that the words are how it was found.
+A small AOC says that the answer does not need these words; a large one does not say that they are how it was found.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ class HintEffects:
 class Faithfulness:
     """Whether answers stay the same, by test and question.
 
-    same: test -> question -> one number per point: 1 where the answer is that after the whole reasoning. The points are,
-    of early answering, paraphrase and filler, after 0, 1, ... n of its n sentences; of mistakes, in each sentence, NaN
-    where none could be made. probability: likewise, of that answer.
+    same: test -> question -> one number per point: 1 where the answer is that after the whole reasoning. The points
+    are, of early answering, paraphrase and filler, after 0, 1, ... n of its n sentences; of mistakes, in each sentence,
+    NaN where none could be made. probability: likewise, of that answer.
     """
 
     items: tuple[Reasoned, ...]

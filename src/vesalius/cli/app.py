@@ -8,8 +8,6 @@ Every command first checks what it can without importing torch, so that a wrong 
 
 from __future__ import annotations
 
-import shlex
-import sys
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +26,7 @@ from vesalius.cli import (
     studying,
     training,
 )
+from vesalius.cli.options import DeviceOption, ModelOption, command_line
 from vesalius.cli.process import settle
 from vesalius.cli.screen import console, fail, warn
 from vesalius.errors import VesaliusError
@@ -41,15 +40,9 @@ app = typer.Typer(
     help="Take a trained network apart, say what each part does, and test every statement.",
 )
 app.add_typer(ledgers.app, name="ledger")
+app.command(name="steer")(steering.steer)
 
 USAGE, INTERRUPTED = 2, 130
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Demo alias, local folder, .gguf file, or transformers id.")
-]
-
-DeviceOption = Annotated[
-    str | None, typer.Option(help="Device of the tensors, such as cpu or cuda; default cuda where there is one.")
-]
 
 
 def main() -> None:
@@ -131,7 +124,7 @@ def study(
         bos=bos,
         random_sets=random_sets,
         device=device,
-        command=_command_line(),
+        command=command_line(),
     )
     return studying.study(request)
 
@@ -275,7 +268,7 @@ def train(
         checks.harvest(texts, [model], harvest.sites, "float32", compute, tokens)
     else:
         checks.store(store)
-    where, command = checks.chosen_device(device), _command_line()
+    where, command = checks.chosen_device(device), command_line()
     training.train(training.Request(store, out, where, fields, harvest, jobs, tensorboard, command))
 
 
@@ -328,7 +321,7 @@ def quality(
         seed=seed,
         device=device,
         said=foreign.Said(site, out_site, layer, unpickle, in_scale, k, row_norm, ignore, check),
-        command=_command_line(),
+        command=command_line(),
     )
     request.check()
     for path in (dictionary, *request.others):
@@ -343,70 +336,6 @@ def quality(
 
 
 @app.command()
-def steer(
-    prompts: Annotated[
-        str,
-        typer.Argument(
-            help="What is steered: a .txt file, one prompt a line; your own pairs; or a built-in question's (ioi ...)."
-        ),
-    ],
-    model: ModelOption = DEMO,
-    positive: Annotated[Path | None, typer.Option(help="Contrastive vector: .txt file, one prompt a line ...")] = None,
-    negative: Annotated[Path | None, typer.Option(help="... less the mean of these prompts ...")] = None,
-    site: Annotated[str | None, typer.Option("--site", "-s", help="... at this site, by their last tokens.")] = None,
-    part: Annotated[str | None, typer.Option(help="Steer by one neuron: layers.5.mlp_post[7].")] = None,
-    dictionary: Annotated[Path | None, typer.Option(help="Steer by a latent of this dictionary.")] = None,
-    latent: Annotated[int | None, typer.Option(help="Which latent.")] = None,
-    scale: Annotated[
-        list[float] | None,
-        typer.Option(help="Of a contrastive vector multiples of it, else added to the value; repeatable (0.5, 1, 2)."),
-    ] = None,
-    towards: Annotated[
-        list[str] | None,
-        typer.Option(help="Token whose log-probability is measured, ' happy'; repeatable. Default: the divergence."),
-    ] = None,
-    plain: Annotated[str, typer.Option(help="Texts whose perplexity is measured: stdlib, a file or a folder.")] = (
-        "stdlib"
-    ),
-    plain_texts: Annotated[int, typer.Option("--plain-texts", help="How many of them; 0 measures none.")] = 8,
-    context: Annotated[int, typer.Option(help="Tokens of each.")] = 64,
-    random: Annotated[int, typer.Option(help="Random directions of the same norm to compare with.")] = 19,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Also write so many tokens after each prompt.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    out: Annotated[
-        Path, typer.Option(help="Folder for steering.html and steering.json; an interrupted run goes on from there.")
-    ] = Path("runs/steering"),
-    device: DeviceOption = None,
-) -> None:
-    """Steer by a contrastive vector, neuron or latent: effect, price and text by scale, beside random directions."""
-    request = steering.Request(
-        prompts=prompts,
-        model=model,
-        positive=positive,
-        negative=negative,
-        site=site,
-        part=part,
-        dictionary=dictionary,
-        latent=latent,
-        scales=scale or [0.5, 1.0, 2.0],
-        towards=towards or [],
-        plain=plain,
-        plain_texts=plain_texts,
-        context=context,
-        random=random,
-        new_tokens=new_tokens,
-        seed=seed,
-        out=out,
-        device=device,
-        command=_command_line(),
-    )
-    request.check()
-    look_up(model)
-    check_writable(out)
-    steering.steer(request)
-
-
-@app.command()
 def calibrate(
     quick: Annotated[bool, typer.Option("--quick", help="Few seeds: a smoke test, not a calibration.")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
@@ -417,8 +346,3 @@ def calibrate(
     if json is not None:
         check_writable(json.parent, "--json")
     calibrating.run(seeds=seeds, quick=quick, json=json, device=device)
-
-
-def _command_line() -> str:
-    """What was typed, for a reader who wants to run it again."""
-    return shlex.join(["vesalius", *sys.argv[1:]])

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 import vesalius as vs
 from vesalius.cli import checks
+from vesalius.cli.options import DeviceOption, ModelOption, command_line
 from vesalius.cli.screen import Screen, bars, say
 from vesalius.errors import FileFormatError, InputError
-from vesalius.jobs.paths import check_file
+from vesalius.jobs.paths import check_file, check_writable
 from vesalius.jobs.untrusted import read_text
+from vesalius.model.loading import DEMO, look_up
 from vesalius.site import Site
 
 FEWEST, TASK_PAIRS = 19, 16
@@ -81,7 +85,70 @@ class Request:
         return self.prompts in checks.QUESTIONS or Path(self.prompts).suffix in checks.TABLES
 
 
-def steer(request: Request) -> None:
+def steer(
+    prompts: Annotated[
+        str,
+        typer.Argument(
+            help="What is steered: a .txt file, one prompt a line; your own pairs; or a built-in question's (ioi ...)."
+        ),
+    ],
+    model: ModelOption = DEMO,
+    positive: Annotated[Path | None, typer.Option(help="Contrastive vector: .txt file, one prompt a line ...")] = None,
+    negative: Annotated[Path | None, typer.Option(help="... less the mean of these prompts ...")] = None,
+    site: Annotated[str | None, typer.Option("--site", "-s", help="... at this site, by their last tokens.")] = None,
+    part: Annotated[str | None, typer.Option(help="Steer by one neuron: layers.5.mlp_post[7].")] = None,
+    dictionary: Annotated[Path | None, typer.Option(help="Steer by a latent of this dictionary.")] = None,
+    latent: Annotated[int | None, typer.Option(help="Which latent.")] = None,
+    scale: Annotated[
+        list[float] | None,
+        typer.Option(help="Of a contrastive vector multiples of it, else added to the value; repeatable (0.5, 1, 2)."),
+    ] = None,
+    towards: Annotated[
+        list[str] | None,
+        typer.Option(help="Token whose log-probability is measured, ' happy'; repeatable. Default: the divergence."),
+    ] = None,
+    plain: Annotated[str, typer.Option(help="Texts whose perplexity is measured: stdlib, a file or a folder.")] = (
+        "stdlib"
+    ),
+    plain_texts: Annotated[int, typer.Option("--plain-texts", help="How many of them; 0 measures none.")] = 8,
+    context: Annotated[int, typer.Option(help="Tokens of each.")] = 64,
+    random: Annotated[int, typer.Option(help="Random directions of the same norm to compare with.")] = 19,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Also write so many tokens after each prompt.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder for steering.html and steering.json; an interrupted run goes on from there.")
+    ] = Path("runs/steering"),
+    device: DeviceOption = None,
+) -> None:
+    """Steer by a contrastive vector, neuron or latent: effect, price and text by scale, beside random directions."""
+    request = Request(
+        prompts=prompts,
+        model=model,
+        positive=positive,
+        negative=negative,
+        site=site,
+        part=part,
+        dictionary=dictionary,
+        latent=latent,
+        scales=scale or [0.5, 1.0, 2.0],
+        towards=towards or [],
+        plain=plain,
+        plain_texts=plain_texts,
+        context=context,
+        random=random,
+        new_tokens=new_tokens,
+        seed=seed,
+        out=out,
+        device=device,
+        command=command_line(),
+    )
+    request.check()
+    look_up(model)
+    check_writable(out)
+    _run(request)
+
+
+def _run(request: Request) -> None:
     """Steer with progress bars, write page and figures, and say the answer."""
     with bars() as progress:
         screen = Screen(progress)

@@ -94,8 +94,8 @@ def fit_map(
     Token by token where both read the texts as the same tokens, else from last token to last token. First tokens are
     left out: their states are unlike all others. Raises InputError for too few rows.
     """
-    sides = [model.called_with(texts)[2] for model in (source, target)]
-    if sides[0] is None or sides[1] is None:
+    sides = [tokens for model in (source, target) if (tokens := model.called_with(texts)[2]) is not None]
+    if len(sides) < 2:
         raise InputError("a map is fitted to texts or token ids")
     same = torch.equal(sides[0].ids, sides[1].ids) and torch.equal(sides[0].real, sides[1].real)
     fitter = AffineFitter()

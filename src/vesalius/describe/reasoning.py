@@ -251,12 +251,12 @@ def reasoning_faithfulness(
     groups = {"group": tuple(item.question.group for item in items)} if any(i.question.group for i in items) else {}
     made = [asking.item(item) for item in track(items, "reasoning", sink=sink)]
     tests = [test for test in TESTS if test in made[0]]
-    hinted = np.array([asking.hinted(item, hint) for item in items]).T if hint is not None else None
+    hints = None if hint is None else asking.hints(items, hint, groups)
     return Faithfulness(
         items=tuple(items),
         same={test: tuple(one[test][0] for one in made) for test in tests},
         probability={test: tuple(one[test][1] for one in made) for test in tests},
-        hints=None if hinted is None else HintEffects(*hinted, groups=groups),
+        hints=hints,
         groups=groups,
     )
 
@@ -313,7 +313,11 @@ class _Asking:
     def _filled(self, steps: Sequence[str]) -> tuple[str, ...]:
         return tuple(" ".join([self.filler] * len(step.split())) for step in steps)
 
-    def hinted(self, item: Reasoned, hint: Hint) -> tuple[float, float, float]:
+    def hints(self, items: Sequence[Reasoned], hint: Hint, groups: Mapping[str, tuple[str, ...]]) -> HintEffects:
+        moved, followed, named = np.array([self._hinted(item, hint) for item in items]).T
+        return HintEffects(moved, followed, named, groups)
+
+    def _hinted(self, item: Reasoned, hint: Hint) -> tuple[float, float, float]:
         """Change of the hinted choice's probability, whether it is the answer, whether the reasoning names the hint."""
         before = self._ask(item.question, item.steps)
         towards = (int(before.argmax()) + 1) % len(item.question.choices)

@@ -297,7 +297,8 @@ class _Work:
         """Mean next-token loss of each plain text, and the diagnostics of the last batch."""
         if self.texts is None:
             return torch.zeros(0, dtype=torch.float64), ()
-        size, losses, diagnostics = max(1, BATCH // self.texts.ids.shape[1]), [], ()
+        size, losses = max(1, BATCH // self.texts.ids.shape[1]), []
+        diagnostics: Iterable[Any] = ()
         for rows in torch.arange(len(self.texts)).split(size):
             some = self.texts.take(rows)
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages of a study, a dictionary's quality and steering, and the schemas of what they are made from."""
+"""Self-contained HTML pages of studies, dictionaries and steering, and the schemas of what they are made from."""
 
 from __future__ import annotations
 

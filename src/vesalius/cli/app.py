@@ -1,4 +1,4 @@
-"""`vesalius study | sites | harvest | train | quality | explain | find | calibrate | ledger`.
+"""`vesalius study | sites | harvest | train | quality | explain | find | steer | calibrate | ledger`.
 
 Exit codes: 0 done, 1 the study stopped at its gate, 2 something given cannot be used (the message says what, and what
 to do), 130 interrupted; finished work is kept, and the same command goes on from there.
@@ -23,6 +23,7 @@ from vesalius.cli import (
     harvesting,
     ledgers,
     sites,
+    steering,
     studying,
     training,
 )
@@ -274,6 +275,7 @@ def train(
 app.command()(evaluating.quality)
 app.command()(explaining.explain)
 app.command()(finding.find)
+app.command()(steering.steer)
 
 
 @app.command()

@@ -16,30 +16,80 @@ from vesalius.describe.description import (
     describe,
     short_name,
 )
+from vesalius.describe.effect_split import EffectSplit, split_effects
 from vesalius.describe.example import Example, PartExamples
 from vesalius.describe.examples import ActivatingExamples, collect_examples
 from vesalius.describe.illusion import Illusion, across_corpora
 from vesalius.describe.learned import Learned, LearnedRules, learn
+from vesalius.describe.lenses import Lens, LensReading, LogitLens, read_lens
+from vesalius.describe.model_answers import ModelAnswerer
+from vesalius.describe.patchscopes import (
+    FEW_SHOT,
+    TOKEN_IDENTITY,
+    AffineFitter,
+    AffineMap,
+    Inspection,
+    fit_map,
+    patchscope,
+)
 from vesalius.describe.predictions import claim_about
+from vesalius.describe.reasoning import (
+    Answerer,
+    Faithfulness,
+    Hint,
+    HintEffects,
+    Question,
+    Reasoned,
+    Reasoner,
+    reasoning_faithfulness,
+    wrong_number,
+)
 from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, Role, causal
+from vesalius.describe.steered import Steering
+from vesalius.describe.steering import ContrastVector, contrast_vector, steer
+from vesalius.describe.tuned import Translator, TunedLens, TunedLensFitter, fit_tuned_lens
+from vesalius.model.direct import Direct, direct_effects
 
 __all__ = [
+    "FEW_SHOT",
     "FITS",
     "GOES_FIRST",
     "NO_ROLE",
     "ROLES",
+    "TOKEN_IDENTITY",
     "ActivatingExamples",
+    "AffineFitter",
+    "AffineMap",
+    "Answerer",
+    "ContrastVector",
     "Describer",
     "Description",
     "Descriptions",
+    "Direct",
     "Discovery",
+    "EffectSplit",
     "Example",
+    "Faithfulness",
+    "Hint",
+    "HintEffects",
     "Illusion",
+    "Inspection",
     "Learned",
     "LearnedRules",
+    "Lens",
+    "LensReading",
+    "LogitLens",
+    "ModelAnswerer",
     "PartExamples",
     "Prediction",
+    "Question",
+    "Reasoned",
+    "Reasoner",
     "Role",
+    "Steering",
+    "Translator",
+    "TunedLens",
+    "TunedLensFitter",
     "across_corpora",
     "best_of",
     "causal",
@@ -47,8 +97,18 @@ __all__ = [
     "claim_of",
     "claims_of",
     "collect_examples",
+    "contrast_vector",
     "describe",
     "describe_circuit",
+    "direct_effects",
+    "fit_map",
+    "fit_tuned_lens",
     "learn",
+    "patchscope",
+    "read_lens",
+    "reasoning_faithfulness",
     "short_name",
+    "split_effects",
+    "steer",
+    "wrong_number",
 ]

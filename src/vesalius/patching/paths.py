@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vesalius.adapters import submodule
-from vesalius.adapters.base import frozen_scale, gain, split_heads
+from vesalius.adapters.base import split_heads
 from vesalius.errors import InputError, NotFiniteError, SelfCheckError, UnknownNameError
 from vesalius.inputs import Pairs
 from vesalius.jobs import Event, Sink
@@ -30,6 +30,7 @@ from vesalius.jobs.progress import shown
 from vesalius.metric import Metric, logit_diff
 from vesalius.model import Model
 from vesalius.model.hooks import Tap, tapped
+from vesalius.model.readout import norm_frozen
 from vesalius.parts import Edge, Part, Together, Unit
 from vesalius.patching.edits import Edits, Flat, Rows, Table
 from vesalius.patching.evaluate import TOKENS_PER_BATCH
@@ -259,15 +260,10 @@ class _Work:
         self, hidden: Float[Tensor, "row read d_model"], example: Int[Tensor, " row"], end: Tensor
     ) -> Float[Tensor, " row"]:
         """Metric with the final norm's scale held at the base run."""
-        adapter, base = self.base.model.architecture[0], end[example]
-        norm = submodule(self.base.model.module, adapter.final_norm)
-        change = hidden - base
-        if adapter.norm == "layer":
-            change = change - change.mean(-1, keepdim=True)
-        scale = frozen_scale(adapter.norm, norm, base) * gain(adapter.norm, norm).to(hidden)
-        before = final_norm(self.base, base)
+        base = end[example]
         with torch.no_grad():
-            return score_normed(self.base, before + change * scale, example, self.pairs, self.metric, before)
+            normed = norm_frozen(self.base.model, base, hidden - base)
+            return score_normed(self.base, normed, example, self.pairs, self.metric, final_norm(self.base, base))
 
     def plain(self, sender: Site) -> Float[Tensor, " example"]:
         """One sender on every example, by ordinary runs with hooks."""

@@ -9,8 +9,8 @@ from torch import Tensor
 from vesalius.adapters import submodule
 from vesalius.adapters.base import parameter, weight_of
 from vesalius.inputs import Pairs
-from vesalius.metric import Metric, wide
-from vesalius.model.attention import capped
+from vesalius.metric import Metric
+from vesalius.model.readout import finished
 from vesalius.model.weights import is_plain
 from vesalius.patching.record import Recording
 
@@ -56,8 +56,7 @@ def final_norm(base: Recording, hidden: Tensor) -> Tensor:
 def _logits(base: Recording, normed: Float[Tensor, "row read d_model"], tokens: Tensor | None) -> Tensor:
     """[row, token] of one read position, [row, read, token] of several."""
     model = base.model
-    adapter, layout = model.architecture
-    unembed = submodule(model.module, adapter.unembed)
+    unembed = submodule(model.module, model.architecture[0].unembed)
     if normed.shape[1] == 1:
         normed = normed[:, 0]
     with torch.no_grad():
@@ -69,8 +68,7 @@ def _logits(base: Recording, normed: Float[Tensor, "row read d_model"], tokens: 
             weight, bias = weight_of(unembed), parameter(unembed, "bias")
             logits = torch.einsum("rd,rkd->rk", normed, weight[tokens])
             logits = logits if bias is None else logits + bias[tokens]
-        logits = logits * layout.logit_scale
-        return wide(capped(logits, getattr(adapter.config_of(model.module), adapter.cap) if adapter.cap else None))
+        return finished(model, logits)
 
 
 def at_reads(base: Recording, pairs: Pairs) -> Float[Tensor, "example read d_model"]:

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages of studies, dictionaries and explained parts, and the schemas of what makes them."""
+"""Self-contained HTML pages of studies, dictionaries, explained parts and steering, and the schemas behind them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from vesalius.report import explain_schema, fragments, quality_schema, schema
 from vesalius.report.explain_page import page_names, write_explained
 from vesalius.report.html import render, write
 from vesalius.report.quality_page import link_explained, quality_answer, render_quality, write_quality
+from vesalius.report.steering_page import render_steering, steering_answer, write_steering
 
 __all__ = [
     "explain_schema",
@@ -16,8 +17,11 @@ __all__ = [
     "quality_schema",
     "render",
     "render_quality",
+    "render_steering",
     "schema",
+    "steering_answer",
     "write",
     "write_explained",
     "write_quality",
+    "write_steering",
 ]

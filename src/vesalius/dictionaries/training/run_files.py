@@ -12,13 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol, runtime_checkable
 
 import safetensors.torch
 from torch import Tensor
 
 from vesalius.dictionaries.history import COLUMNS
-from vesalius.dictionaries.training.fitter import Fitter
 from vesalius.errors import FileFormatError, InputError
 from vesalius.intervention import digest
 from vesalius.jobs import Event, Sink, write_atomic
@@ -28,17 +27,29 @@ CHECKPOINTS, METRICS, TENSORBOARD = "checkpoints", "metrics.jsonl", "tensorboard
 N_CHECKPOINTS = 2
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """Something that is trained step by step, and can be put back where it was."""
+
+    @property
+    def steps(self) -> int: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def restore(self, tensors: dict[str, Tensor]) -> None: ...
+
+
 class Checkpoints:
     """The checkpoints of one plan in a folder; None keeps nothing. plan: hash of config and data.
 
     Raises InputError for a folder with checkpoints of another plan.
     """
 
-    def __init__(self, out: Path | None, plan: str, sink: Sink) -> None:
+    def __init__(self, out: Path | None, plan: str, sink: Sink, task: str = "train") -> None:
         self._folder = None if out is None else out / CHECKPOINTS
-        self._plan, self._sink = plan, sink
+        self._plan, self._sink, self._task = plan, sink, task
 
-    def save(self, fitter: Fitter) -> None:
+    def save(self, fitter: Resumable) -> None:
         """Write the fitter's state, and drop what is older than the last two."""
         if self._folder is None:
             return
@@ -49,15 +60,15 @@ class Checkpoints:
         for path in self._paths()[:-N_CHECKPOINTS]:
             path.unlink()
 
-    def resume(self, fitter: Fitter) -> None:
+    def resume(self, fitter: Resumable) -> None:
         """Put the fitter where the last whole checkpoint was; damaged ones are announced and passed over."""
         for path in reversed(self._paths()):
             try:
                 fitter.restore(self._read(path))
             except FileFormatError as error:
-                self._sink(Event("note", "train", message=f"{error}; going on from an earlier step"))
+                self._sink(Event("note", self._task, message=f"{error}; going on from an earlier step"))
                 continue
-            self._sink(Event("note", "train", message=f"going on after step {fitter.steps} ({path})"))
+            self._sink(Event("note", self._task, message=f"going on after step {fitter.steps} ({path})"))
             return
 
     def remove(self) -> None:

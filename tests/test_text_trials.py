@@ -119,7 +119,7 @@ def test_every_validator_of_descriptions_holds_its_level_and_has_power() -> None
 def test_a_toy_of_your_own_is_tested_the_same_way() -> None:
     """Any part of any network: a direction that mixes two units fires where either does."""
     model = text_network([PlantedUnit((2,), 3.0), PlantedUnit((3,), 3.0)])
-    mixed = vs.Direction(vs.Site.parse("layers.0.mlp_post"), torch.eye(24)[:2].sum(0))
+    mixed = vs.Direction(vs.Site.parse("layers.0.mlp_post"), torch.eye(12)[:2].sum(0))
     runs = vs.Runs(model, vs.Corpus(vs.Tokens(PlantedText().draw(200, 64, 0))))
     given = {"rule": {"word": ["w2", "w3"], "at": 0}}
     claim = vs.describe.claim_about(runs, mixed, "auroc", parameters=given, size=0.2)

@@ -49,7 +49,7 @@ TEXTS, LENGTH, AREA = 200, 64, 0.85
 STRONGEST = 20
 """Tokens that are looked at where only the strongest are."""
 RULE = {"word": ["w2", "w3"], "at": 0}
-SUBJECT, NEIGHBOUR, NOTHING = neuron(0, 0), neuron(0, 1), (neuron(0, 20), neuron(0, 21))
+SUBJECT, NEIGHBOUR, NOTHING = neuron(0, 0), neuron(0, 1), (neuron(0, 10), neuron(0, 11))
 QUANTITIES: tuple[Quantity, ...] = (FIRES_WHERE, AUROC, AUPRC, SIMULATION, FUZZING, TOLD_APART, STANDS_IN, PROMOTES)
 STRONGEST_TOKENS, PLAIN_DETECTION, DRAWN = "strongest tokens", "detection above 0", "a causal effect"
 WITHOUT_A_TEST = (STRONGEST_TOKENS, PLAIN_DETECTION)

@@ -23,7 +23,7 @@ from vesalius.adapters import Access, Adapter
 from vesalius.model import Model
 from vesalius.seeds import generator_for
 
-WORDS, UNITS = 64, 24
+WORDS, UNITS = 64, 12
 """Words of the vocabulary, and units of the network; those that are not given fire on nothing."""
 TOPIC = 0
 """The word that texts on the topic begin with."""

@@ -17,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from vesalius.coder import Coder
+from vesalius.data.forward import captured
 from vesalius.data.packing import Packing, Tally, bos_for, groups, special_ids, tokenized
 from vesalius.data.texts import Texts, texts_from
 from vesalius.directions import Direction
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Corpus, Tokens
 from vesalius.model import Model
-from vesalius.parts import Part
+from vesalius.parts import Part, Unit
 from vesalius.protocol import content_hash
 from vesalius.protocol.legs import ALPHA
 from vesalius.protocol.verdict import GENERAL_FROM
@@ -135,6 +136,11 @@ def check_parts(model: Model, parts: Sequence[Part]) -> tuple[Part, ...]:
         raise InputError(f"two parts are called {twice}; explain those of one dictionary at a time")
     for site in values.sites:
         model.check_site(site)
+    # How many neurons there are, only the tensor tells: two tokens are run now, and not thousands for nothing.
+    at = captured(model, Tokens.from_rows([[0, 0]]), [site.whole for site in values.sites])
+    for part in values.parts:
+        if isinstance(part, Unit):
+            part.read(at[part.site.whole])
     for coder in {id(c): c for c in (getattr(part, "coder", None) for part in values.parts) if c}.values():
         check_made_for(coder, model)
     return values.parts
@@ -230,7 +236,7 @@ def _in_their_place(parts: Sequence[Part], model: Model, seed: int) -> tuple[Par
     for number, part in enumerate(parts):
         site = replace(part.reads[0], index=None) if part.reads[0].kind != "z" else part.reads[0]
         if site not in widths:
-            at = model.run(Tokens.from_rows([[0, 0]]), capture=[site.whole])[site.whole]
+            at = captured(model, Tokens.from_rows([[0, 0]]), [site.whole])[site.whole]
             widths[site] = at.flatten(2).shape[-1] if site.index is None else at.shape[-1]
         vector = torch.randn(widths[site], generator=generator_for("explain", seed, number))
         found.append(Direction(site, vector, f"random direction {number}"))

@@ -33,8 +33,8 @@ def a_second_device() -> Iterator[None]:
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_takes_a_model_works_on_another_device_and_gives_the_cpus_numbers(family: str, entry: str) -> None:
-    if entry in ("attribution", "lenses"):
-        # The first backward pass of a process fixes which devices there are, so these need a process of their own.
+    if entry == "attribution":
+        # The first backward pass of a process fixes which devices there are, so this one needs a process of its own.
         # It ends at once when all is compared: the engine's thread for the pretend device does not always survive the
         # end of Python.
         code = f"import conftest, os, test_devices; test_devices.compare({family!r}, {entry!r}); os._exit(0)"

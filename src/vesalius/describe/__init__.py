@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vesalius.describe.attribution import attribute, integrated_gradients
 from vesalius.describe.circuit import describe_circuit
 from vesalius.describe.description import (
     FITS,
@@ -22,6 +23,7 @@ from vesalius.describe.illusion import Illusion, across_corpora
 from vesalius.describe.learned import Learned, LearnedRules, learn
 from vesalius.describe.predictions import claim_about
 from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, Role, causal
+from vesalius.describe.token_shares import Attribution
 
 __all__ = [
     "FITS",
@@ -29,6 +31,7 @@ __all__ = [
     "NO_ROLE",
     "ROLES",
     "ActivatingExamples",
+    "Attribution",
     "Describer",
     "Description",
     "Descriptions",
@@ -41,6 +44,7 @@ __all__ = [
     "Prediction",
     "Role",
     "across_corpora",
+    "attribute",
     "best_of",
     "causal",
     "claim_about",
@@ -49,6 +53,7 @@ __all__ = [
     "collect_examples",
     "describe",
     "describe_circuit",
+    "integrated_gradients",
     "learn",
     "short_name",
 ]

@@ -23,6 +23,8 @@ from vesalius.describe.illusion import Illusion, across_corpora
 from vesalius.describe.learned import Learned, LearnedRules, learn
 from vesalius.describe.predictions import claim_about
 from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, Role, causal
+from vesalius.describe.synthesis import synthesise
+from vesalius.describe.synthetic import Synthesis, Synthetic
 from vesalius.describe.token_shares import Attribution
 
 __all__ = [
@@ -43,6 +45,8 @@ __all__ = [
     "PartExamples",
     "Prediction",
     "Role",
+    "Synthesis",
+    "Synthetic",
     "across_corpora",
     "attribute",
     "best_of",
@@ -56,4 +60,5 @@ __all__ = [
     "integrated_gradients",
     "learn",
     "short_name",
+    "synthesise",
 ]

@@ -23,6 +23,7 @@ from vesalius.describe.illusion import Illusion, across_corpora
 from vesalius.describe.learned import Learned, LearnedRules, learn
 from vesalius.describe.predictions import claim_about
 from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, Role, causal
+from vesalius.describe.stored_examples import load_examples, merge_examples, save_examples
 from vesalius.describe.synthesis import synthesise
 from vesalius.describe.synthetic import Synthesis, Synthetic
 from vesalius.describe.token_shares import Attribution
@@ -59,6 +60,9 @@ __all__ = [
     "describe_circuit",
     "integrated_gradients",
     "learn",
+    "load_examples",
+    "merge_examples",
+    "save_examples",
     "short_name",
     "synthesise",
 ]

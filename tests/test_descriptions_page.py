@@ -20,5 +20,8 @@ def test_the_page_runs_and_a_rule_goes_from_examples_to_a_verdict(
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
     exec(compile(code, "descriptions.md", "exec"), {})
     said = capsys.readouterr().out
+    assert re.search(
+        r"Synthesis\(layers\.2\.mlp_post\[90\]: reaches \S+, which (beats|does not beat) the corpus's", said
+    ), said
     assert re.search(r"fires on \d+\.\d% of tokens: \(\(' the'", said)
     assert re.search(r'neuron 2\.90 fires more on "the".*: at least \+\S+ SD -> SUPPORTED', said), said

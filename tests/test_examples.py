@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,15 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import ViTConfig, ViTForImageClassification
 
+import tiny
 import vesalius as vs
 from tiny_folder import tiny_folder
 from vesalius.data.packing import Context, Group
-from vesalius.describe import collecting, examples
+from vesalius.describe import collecting, examples, read_parts
 from vesalius.describe.collecting import Collector, Sizes, random_keys
 from vesalius.describe.examples import ActivatingExamples, collect_examples
 from vesalius.describe.illusion import across_corpora
-from vesalius.errors import InputError, UnknownNameError
+from vesalius.describe.stored_examples import load_examples, merge_examples, save_examples
+from vesalius.errors import FileFormatError, InputError, UnknownNameError
 from vesalius.jobs import Event
 
 TEXTS = [
@@ -119,7 +123,7 @@ def test_the_sample_does_not_depend_on_how_text_is_cut_into_groups(
     model: vs.Model, parts: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = collect(model, parts[4:])
-    monkeypatch.setattr(examples, "_MOST_ROWS", 1)
+    monkeypatch.setattr(read_parts, "_MOST_ROWS", 1)
     cut = collect(model, parts[4:])
     for one, other in zip(whole, cut, strict=True):
         assert one.density == other.density
@@ -131,7 +135,7 @@ def test_the_sample_does_not_depend_on_how_text_is_cut_into_groups(
 def test_a_pass_that_was_killed_goes_on_and_finds_the_same(
     model: vs.Model, parts: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(examples, "_MOST_ROWS", 1)
+    monkeypatch.setattr(read_parts, "_MOST_ROWS", 1)
     monkeypatch.setattr(examples, "GROUPS_BETWEEN", 2)
     steps = 0
 
@@ -149,6 +153,92 @@ def test_a_pass_that_was_killed_goes_on_and_finds_the_same(
         np.testing.assert_array_equal(state[name], array, err_msg=name)
     with pytest.raises(InputError, match="another"):
         collect(model, parts[:2], out=tmp_path)
+
+
+def varied(count: int = 7) -> list[str]:
+    """Texts in which nothing is there twice: of equal examples either may be kept."""
+    draw = np.random.default_rng(0)
+    return ["".join(draw.choice(list("abcdefgh ,.12"), 60)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_shards_that_are_merged_are_what_one_pass_finds(
+    model: vs.Model, parts: list[Any], monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr(read_parts, "_MOST_ROWS", 1)
+    whole = collect(model, parts, texts=varied())
+    shards = [collect(model, parts, texts=varied(), shard=(number, count)) for number in range(count)]
+    together = merge_examples(shards)
+    state, expected = together.collector.state(), whole.collector.state()
+    for name, array in expected.items():
+        # Which near misses are looked at depends on what had been found by then; equally strong ones come in any order.
+        if not name.startswith(("near.", "top.")) or name == "top.key":
+            np.testing.assert_allclose(state[name], array, rtol=1e-5, err_msg=name)
+    for name in ("top.document", "top.offset"):
+        np.testing.assert_array_equal(np.sort(state[name]), np.sort(expected[name]), err_msg=name)
+    for one in together:
+        assert all(example.value <= one.threshold for example in one.near)
+
+
+def test_shards_of_different_calls_and_missing_ones_are_refused(
+    model: vs.Model, parts: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_parts, "_MOST_ROWS", 1)
+    first, second = (collect(model, parts[:2], shard=(number, 2)) for number in (0, 1))
+    for wrong, reason in [
+        ([first], r"shards \[0\] of 2"),
+        ([first, first], r"shards \[0, 0\] of 2"),
+        ([first, collect(model, parts[1:3], shard=(1, 2))], "different calls"),
+        ([first, collect(model, parts[:2], shard=(1, 2), seed=1)], "different calls"),
+        ([], "no shards"),
+    ]:
+        with pytest.raises(InputError, match=reason):
+            merge_examples(wrong)
+    assert merge_examples([second, first]).tokens == first.tokens + second.tokens
+    with pytest.raises(InputError, match="from 0 to count - 1"):
+        collect(model, parts, shard=(2, 2))
+
+
+def test_what_is_stored_as_parquet_is_what_comes_back(model: vs.Model, parts: list[Any], tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import pandas
+
+    found = collect(model, parts)
+    back = load_examples(save_examples(found, tmp_path), model, parts[3], parts[4].dictionary)
+    assert back.parts == found.parts
+    assert (back.texts, back.shard, repr(back)) == (found.texts, found.shard, repr(found))
+    state = back.collector.state()
+    for name, array in found.collector.state().items():
+        np.testing.assert_array_equal(state[name], array, err_msg=name)
+    table = pandas.read_parquet(tmp_path / "examples.parquet")
+    strongest = table[(table["part"] == str(parts[0])) & (table["kind"] == "top") & (table["rank"] == 0)].iloc[0]
+    assert strongest["value"] == pytest.approx(found[0].top[0].value)
+    assert strongest["token"] == found[0].top[0].token
+    assert strongest["text"] == "".join(found[0].top[0].tokens)
+
+
+def test_stored_examples_that_do_not_fit_are_refused(model: vs.Model, parts: list[Any], tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    with pytest.raises(InputError, match=r"holds no parts\.parquet"):
+        load_examples(tmp_path, model)
+    save_examples(collect(model, parts[:2]), tmp_path)
+    with pytest.raises(InputError, match="of another model"):
+        load_examples(tmp_path, tiny.model("llama"))
+    for name in ("examples.parquet", "parts.parquet"):
+        kept = (tmp_path / name).read_bytes()
+        for damaged in (kept[: len(kept) // 2], b"not a table", kept[:-40] + bytes(40)):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(FileFormatError, match="no examples that were saved here"):
+                load_examples(tmp_path, model)
+        (tmp_path / name).write_bytes(kept)
+
+
+def test_without_pyarrow_storing_says_what_to_install(
+    model: vs.Model, parts: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match="pip install pyarrow"):
+        save_examples(collect(model, parts[:1]), tmp_path)
 
 
 def group(ids: list[int], document: int = 0) -> Group:
@@ -170,6 +260,61 @@ def test_a_polysemantic_unit_is_seen_in_its_quantiles_and_not_among_its_stronges
     shares = dict(one.tokens)
     assert shares["2"] == pytest.approx(0.5, abs=0.2)
     assert {example.token for example in one.band(0, 0.3)} == {"2"}
+
+
+def test_a_unit_of_a_network_that_reads_two_tokens_shows_one_at_the_top_and_both_in_its_quantiles() -> None:
+    module = tiny.llama()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        table = torch.nn.functional.normalize(torch.randn(tiny.VOCAB, 48, generator=draw), dim=1)
+        table[[7, 9]] = torch.linalg.qr(torch.randn(48, 2, generator=draw))[0].T
+        others = [token for token in range(tiny.VOCAB) if token not in (7, 9)]
+        table[others] -= table[others] @ table[[7, 9]].T @ table[[7, 9]]
+        module.model.embed_tokens.weight.copy_(table)
+    # Token 7 and, more weakly, token 9.
+    both = vs.Direction("embed", table[7] + 0.6 * table[9], "7 and 9")
+    texts = [torch.randint(2, tiny.VOCAB, (40,), generator=draw).tolist() for _ in range(120)]
+    one = collect_examples(vs.Model(module), texts, [both], context=40, bos="none", sink=vs.silent)[0]
+    assert {example.token for example in one.top} == {"7"}
+    shares = dict(one.tokens)
+    assert shares["9"] > 0.15
+    assert "9" in {example.token for example in one.band(0, 0.5)}
+    assert {example.token for example in one.band(0.9, 1)} == {"7"}
+
+
+def vit() -> vs.Model:
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16,
+                       patch_size=8, num_channels=3, num_labels=5)  # fmt: skip
+    return vs.Model(ViTForImageClassification(config).eval())
+
+
+def test_examples_of_images_are_their_patches_and_those_of_rows_are_the_rows(tmp_path: Path) -> None:
+    images, model = torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(1)), vit()
+    neurons = [vs.neuron(1, number) for number in range(3)]
+    found = collect_examples(model, images, neurons, sizes=SIZES, sink=vs.silent)
+    values = model.run(images, capture=["layers.1.mlp_post"])["layers.1.mlp_post"]
+    assert found.tokens == 50 * 5  # four patches and the class token
+    for neuron, one in zip(neurons, found, strict=True):
+        plain = neuron.value({vs.Site.parse("layers.1.mlp_post"): values})
+        assert one.top[0].value == pytest.approx(float(plain.max()), abs=1e-5)
+        for example in (*one.top, *one.sample, *one.near):
+            assert example.value == pytest.approx(float(plain[example.document, example.offset]), abs=1e-5)
+            assert example.token == f"[input {example.document}]"
+        assert len({example.document for example in one.top}) == len(one.top)
+        # Near misses are the patches of an image that do not make it fire where another one does.
+        fires = set((plain > one.threshold).any(1).nonzero()[:, 0].tolist())
+        assert {example.document for example in one.near} <= fires
+
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+    rows, unit = torch.randn(300, 6, generator=torch.Generator().manual_seed(2)), torch.eye(8)[3]
+    part = vs.Direction("module:1|out", unit, "unit 3")
+    one = collect_examples(vs.Model(net), rows, [part], sizes=SIZES, sink=vs.silent)[part]
+    hidden = net[:2](rows)[:, 3]
+    assert [example.document for example in one.top] == hidden.argsort(descending=True)[: SIZES.top].tolist()
+    assert one.density == pytest.approx(float((hidden > one.threshold).double().mean()))
+    with pytest.raises(InputError, match="give fewer inputs"):
+        collect_examples(vs.Model(net), rows, [part], tokens=5)
 
 
 def test_near_misses_are_tokens_that_the_part_fires_on_elsewhere() -> None:

@@ -22,6 +22,7 @@ from vesalius.data.packing import Batch, Group, batches, tokenizer_hash
 from vesalius.data.side_by_side import Models, side_by_side
 from vesalius.errors import InputError, InterventionError, NotFiniteError, TokenizerError, UnknownNameError
 from vesalius.inputs import Tokens
+from vesalius.intervention import Intervention
 from vesalius.model import Model
 from vesalius.model.hooks import OutputTap, Tap, tapped
 from vesalius.model.products import Halves, computing
@@ -35,21 +36,24 @@ _TRIAL = 1024
 
 
 def captured(
-    model: Model, tokens: Tokens, sites: Sequence[Site], weights: Mapping[str, Tensor] | None = None
+    model: Model,
+    tokens: Tokens,
+    sites: Sequence[Site],
+    weights: Mapping[str, Tensor] | None = None,
+    interventions: Sequence[Intervention] = (),
+    grad: bool = False,
 ) -> Activations:
     """Activations at these sites, without their indices, from a pass that ends at the last of them.
 
-    weights: stand in for the module's parameters, by name, for the length of this pass.
-
-    Scores and patterns of attention are not among the sites that can be read so. Raises InterventionError when a site
-    never fires.
+    weights: stand in for the module's parameters, by name. interventions, grad: as in `Model.run`. Scores and patterns
+    of attention are not among the sites that can be read so. Raises InterventionError when a site never fires.
     """
     begun = model.begun(tokens)
-    recorder = Recorder(model, [site.whole for site in sites], [], begun, False, copies=True)
+    recorder = Recorder(model, [site.whole for site in sites], list(interventions), begun, grad, copies=True)
     taps = [_ending(tap, recorder) for tap in recorder.taps]
     plain = model.adapter is None
     args, call = ((begun.ids.to(model.device),), {}) if plain else ((), model.token_call(begun))
-    with torch.no_grad(), contextlib.suppress(_AllCapturedError), tapped(taps):
+    with torch.set_grad_enabled(grad), contextlib.suppress(_AllCapturedError), tapped(taps):
         functional_call(model.module, dict(weights), args, call) if weights else model.module(*args, **call)
     recorder.check_fired()
     return Activations(recorder.captured(), tokens)

@@ -189,7 +189,7 @@ def _from_path(path: Path, cells: _Cells) -> Texts:
             else f"{path.absolute()} ends in {path.suffix or 'nothing'!r}; texts are read from {', '.join(SUFFIXES)}"
         )
     if any(file.suffix.lower() == ".parquet" for file in chosen):
-        _parquet()
+        parquet_library()
     root = path if path.is_dir() else path.parent
     described = [_described(file, root) for file in chosen]
     description = {"kind": "files", "files": described, "column": cells.column, "sha256": _joined(described)}
@@ -267,20 +267,20 @@ def _json_row(line: str, where: str, cells: _Cells) -> Document:
     return cells.of(row, where)
 
 
-def _parquet() -> Any:
+def parquet_library() -> Any:
     """pyarrow.parquet. Late: it is optional, and needed for one kind of file only."""
     try:
         from pyarrow import parquet
     except ImportError as error:
         raise InputError(
-            ".parquet files are read by pyarrow, which is not installed: pip install pyarrow. Or save as .jsonl"
+            ".parquet files take pyarrow, which is not installed: pip install pyarrow. Texts may also be .jsonl"
         ) from error
     return parquet
 
 
 def _parquet_rows(file: Path, cells: _Cells) -> Iterator[Document]:
     try:
-        table = _parquet().ParquetFile(file)
+        table = parquet_library().ParquetFile(file)
         names = table.schema_arrow.names
         if cells.column not in names:
             raise UnknownNameError(f"column ({file})", cells.column, names, "Name the column that holds the text.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vesalius.describe.attribution import attribute, integrated_gradients
 from vesalius.describe.circuit import describe_circuit
 from vesalius.describe.description import (
     FITS,
@@ -47,6 +48,10 @@ from vesalius.describe.reasoning import (
 from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, Role, causal
 from vesalius.describe.steered import Steering
 from vesalius.describe.steering import ContrastVector, contrast_vector, steer
+from vesalius.describe.stored_examples import load_examples, merge_examples, save_examples
+from vesalius.describe.synthesis import synthesise
+from vesalius.describe.synthetic import Synthesis, Synthetic
+from vesalius.describe.token_shares import Attribution
 from vesalius.describe.tuned import Translator, TunedLens, TunedLensFitter, fit_tuned_lens
 from vesalius.model.direct import Direct, direct_effects
 
@@ -61,6 +66,7 @@ __all__ = [
     "AffineFitter",
     "AffineMap",
     "Answerer",
+    "Attribution",
     "ContrastVector",
     "Describer",
     "Description",
@@ -87,10 +93,13 @@ __all__ = [
     "Reasoner",
     "Role",
     "Steering",
+    "Synthesis",
+    "Synthetic",
     "Translator",
     "TunedLens",
     "TunedLensFitter",
     "across_corpora",
+    "attribute",
     "best_of",
     "causal",
     "claim_about",
@@ -103,12 +112,17 @@ __all__ = [
     "direct_effects",
     "fit_map",
     "fit_tuned_lens",
+    "integrated_gradients",
     "learn",
+    "load_examples",
+    "merge_examples",
     "patchscope",
     "read_lens",
     "reasoning_faithfulness",
+    "save_examples",
     "short_name",
     "split_effects",
     "steer",
+    "synthesise",
     "wrong_number",
 ]

@@ -26,6 +26,7 @@ ROWS_OF_TOKEN = 4
 """Rows of each of these tokens that are looked at in a group."""
 NOTHING = -1
 _TENSORS = ("threshold", "active", "histogram", "total", "background_values")
+_COUNTS = ("groups", "tokens", "contexts")
 _KEPT = ("top", "sample", "near", "background")
 
 
@@ -75,6 +76,11 @@ class Kept:
             values=torch.full((parts, kept, window), float("nan"), dtype=torch.float16),
         )
 
+    def filled(self) -> tuple[Int[Tensor, " n"], dict[str, Tensor]]:
+        """What is there: parts, and columns."""
+        part, place = self.key.isfinite().nonzero(as_tuple=True)
+        return part, {name: column[part, place] for name, column in vars(self).items()}
+
     def better(self, part: Int[Tensor, " n"], key: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
         """Which keys are smaller than the largest that is kept for their part."""
         return key < self.key[part, -1]
@@ -119,8 +125,7 @@ def _first_of_each(owner: Tensor, windows: Tensor, key: Tensor) -> Tensor:
     for column in windows.to(torch.int64).unbind(1):
         digest = _mixed(digest + column)
     # Sorted by digest within owners, a repeated window follows its better copy.
-    order = digest.argsort(stable=True)
-    order = order[owner[order].argsort(stable=True)]
+    order = _by(owner, digest)
     again = torch.zeros(len(owner), dtype=torch.bool)
     same = (owner[order][1:] == owner[order][:-1]) & (digest[order][1:] == digest[order][:-1])
     again[order[1:][same]] = True
@@ -168,12 +173,15 @@ class Collector:
         self.background = Kept.empty(1, sizes.background, sizes.window)
         self.background_values = torch.zeros(sizes.background, parts, dtype=torch.float16)
 
-    def add(self, group: Group, values: Float[Tensor, "row part"]) -> None:
-        """values: of the group's rows, on the CPU."""
-        where = Where.of(group, self.tokens, self._head)
-        if self.groups == 0:
-            spread = values.mean(0) + 2 * values.std(0)
-            self.threshold = torch.where(self._sparse, 0.0, spread.clamp_min(0.0))
+    def begin(self, values: Float[Tensor, "row part"]) -> None:
+        """What counts as active, from the values of the first group of all."""
+        self.threshold = torch.where(self._sparse, 0.0, (values.mean(0) + 2 * values.std(0)).clamp_min(0.0))
+
+    def add(self, group: Group, values: Float[Tensor, "row part"], first: int | None = None) -> None:
+        """values: of the group's rows, on the CPU. first: number of its first row; default the rows added before."""
+        where = Where.of(group, self.tokens if first is None else first, self._head)
+        if not (self.tokens if first is None else first):
+            self.begin(values)
         row, part = (values > self.threshold).nonzero(as_tuple=True)
         found = values[row, part]
         self._count(part, found)
@@ -204,13 +212,23 @@ class Collector:
         one = torch.zeros_like(where.token)
         key = random_keys(where.token, one - 1, self.seed)
         row = self.background.better(one, key).nonzero()[:, 0]
+        self._kept_usual({"key": key[row], **where.around(values, row, one[row], self.sizes)}, values[row].half())
+
+    def _kept_usual(self, new: Mapping[str, Tensor], values: Float[Tensor, "row part"]) -> None:
         before = self.background.key[0].clone()
-        new = {"key": key[row], **where.around(values, row, one[row], self.sizes)}
-        self.background.add(one[row], new)
+        self.background.add(torch.zeros(len(values), dtype=torch.long), new)
         # Where each of those that are kept now comes from: from among those before, or from these rows.
-        known, rows = torch.cat([before, key[row]]), torch.cat([self.background_values, values[row].half()])
-        order = known.argsort(stable=True)[: len(before)]
-        self.background_values = rows[order]
+        order = torch.cat([before, new["key"]]).argsort(stable=True)[: len(before)]
+        self.background_values = torch.cat([self.background_values, values])[order]
+
+    def absorb(self, other: Collector) -> None:
+        """Take in what was found on other parts of the same text; as one pass, but for which near misses are kept."""
+        for name in (*_COUNTS, "active", "histogram", "total"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("top", "sample", "near"):
+            part, new = getattr(other, name).filled()
+            getattr(self, name).add(part, new, distinct=name == "top")
+        self._kept_usual(other.background.filled()[1], other.background_values[other.background.key[0].isfinite()])
 
     def _strongest(self, where: Where, values: Tensor) -> None:
         """The strongest token of each context, if it is among the part's strongest so far."""
@@ -251,7 +269,7 @@ class Collector:
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything, to be stored."""
-        counts = {name: getattr(self, name) for name in ("groups", "tokens", "contexts")}
+        counts = {name: getattr(self, name) for name in _COUNTS}
         found = {name: getattr(self, name) for name in _TENSORS}
         for name in _KEPT:
             found |= {f"{name}.{column}": tensor for column, tensor in vars(getattr(self, name)).items()}
@@ -259,7 +277,7 @@ class Collector:
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Go on from what `state` gave."""
-        for name in ("groups", "tokens", "contexts"):
+        for name in _COUNTS:
             setattr(self, name, int(state[name]))
         for name in _TENSORS:
             setattr(self, name, torch.from_numpy(state[name].copy()))

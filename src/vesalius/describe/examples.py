@@ -19,11 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vesalius.data.packing import Group, Tally
-from vesalius.data.reader import ActivationReader, Request, expected_cost, times_first
+from vesalius.data.packing import Tally
 from vesalius.describe.collecting import NOTHING, Collector, Kept, Sizes
 from vesalius.describe.example import Example, PartExamples
+from vesalius.describe.read_parts import InputReading, Reading, TextReading, speller
 from vesalius.errors import InputError, UnknownNameError
+from vesalius.inputs import Raw
 from vesalius.jobs import Blocks, Event, Sink, write_atomic
 from vesalius.jobs.progress import shown
 from vesalius.jobs.untrusted import read_npz
@@ -40,8 +41,6 @@ STATE = "examples.npz"
 _OF_EXAMPLE = ("value", "document", "offset", "ids", "values")
 # Groups between two copies of everything on disk.
 GROUPS_BETWEEN = 16
-# Values of a group, and rows at most.
-_VALUES, _MOST_ROWS = 2**25, 8192
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,6 +52,8 @@ class ActivatingExamples(Sequence[PartExamples]):
     texts: dict[str, Any]
     collector: Collector
     tokenizer: Any
+    shard: tuple[int, int] = (0, 1)
+    """Which of how many shards of the text was read; see `merge_examples`."""
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -101,7 +102,7 @@ class ActivatingExamples(Sequence[PartExamples]):
     def to_frame(self) -> pandas.DataFrame:
         """One row per example: part, kind (top, sample, near), rank, value, token, tokens, values, document, offset.
 
-        `to_frame().to_parquet(path)` stores them as Parquet. Raises InputError where pandas is not installed.
+        `save_examples` stores everything as Parquet. Raises InputError where pandas is not installed.
         """
         try:
             import pandas
@@ -153,7 +154,7 @@ class ActivatingExamples(Sequence[PartExamples]):
             found.append(
                 Example(
                     value=value,
-                    tokens=tuple(map(self._text, listed)),
+                    tokens=tuple(map(self.spelled, listed)),
                     ids=listed,
                     values=tuple(values[at] for at in inside),
                     at=inside.index(before),
@@ -164,7 +165,7 @@ class ActivatingExamples(Sequence[PartExamples]):
         return tuple(found)
 
     @cached_property
-    def _text(self) -> Callable[[int], str]:
+    def spelled(self) -> Callable[[int], str]:
         """A token as text, decoded once."""
         return cache(lambda token: str(token) if self.tokenizer is None else str(self.tokenizer.decode([token])))
 
@@ -186,38 +187,50 @@ def collect_examples(
     sizes: Sizes | None = None,
     seed: int = 0,
     batch_tokens: int = 2048,
+    shard: tuple[int, int] = (0, 1),
     out: str | Path | None = None,
     sink: Sink | None = None,
 ) -> ActivatingExamples:
     """What makes each part fire, from one pass over texts; the model is run up to the last site that is read.
 
-    texts: as for `data.harvest`. parts: of one number at each position: neurons, dimensions, directions, latents.
-    Latents fire where they are not zero; other parts where they are two standard deviations above their mean. tokens:
-    how many are read at most. out: a folder for what was found so far: the same call goes on there after an
-    interruption. Memory depends on the number of parts, and not on the length of the texts.
+    texts: as for `data.harvest`; or images, table rows and other floats, as a tensor [input, ...] or Raw, where every
+    position of a site (a ViT's patches) counts as a token, whose id is the number of its input. parts: of one number at
+    each position: neurons, dimensions, directions, latents. Latents fire where they are not zero, other parts two
+    standard deviations above their mean. tokens: how many are read at most. shard: (number, count) reads every
+    count-th group of the texts, for several processes with a folder each, whose results `merge_examples` puts together.
+    out: a folder for what was found so far: the same call goes on there after an interruption. Memory depends on the
+    number of parts, and not on the length of the texts.
 
     Raises InputError for parts without one number, for texts without a token to keep, and for a folder that holds
     something else.
     """
+    if not 0 <= shard[0] < shard[1]:
+        raise InputError(f"shard={shard} is (number, count), the number from 0 to count - 1")
     kept, values = sizes or Sizes(), PartValues(tuple(parts))
-    request = Request(values.sites, tokens, context, bos=bos, column=column, max_norm=None, batch_tokens=batch_tokens)
-    rows = max(min(_VALUES // len(values.parts), _MOST_ROWS), context)
-    reader = request.reader(model, texts, group_rows=rows)
-    head = 0 if reader.packing.bos.id is None else 1
-    collector = Collector(len(values.parts), torch.tensor(values.sparse), kept, seed, head)
+    reading: Reading
+    if isinstance(texts, Raw | Tensor):
+        if tokens is not None:
+            raise InputError("tokens= limits texts; give fewer inputs")
+        reading = InputReading.of(model, texts if isinstance(texts, Raw) else Raw(texts), values)
+    else:
+        asked = {"tokens": tokens, "context": context, "bos": bos, "column": column, "batch_tokens": batch_tokens}
+        reading = TextReading.of(model, texts, values, **asked)
+    collector = Collector(len(values.parts), torch.tensor(values.sparse), kept, seed, reading.head)
     with shown(sink) as screen:
-        store = _Store(out, _plan(reader, values, kept, seed), screen)
+        store = _Store(out, _plan(reading, values, kept, seed, shard), screen)
         store.load(collector)
-        _collect(reader, values, collector, store, screen)
+        _collect(reading, collector, store, shard, screen)
     if collector.tokens == 0:
-        raise InputError("the texts give no tokens; give longer ones, or others")
-    texts = dict(reader.texts.description)
-    return ActivatingExamples(values.parts, model.content_hash, texts, collector, model.tokenizer)
+        whole = "the texts give no tokens" if shard[1] == 1 else f"shard {shard} of the texts has no tokens"
+        raise InputError(f"{whole}; give longer ones, or others")
+    about = dict(reading.described)
+    return ActivatingExamples(values.parts, model.content_hash, about, collector, speller(model, about), shard)
 
 
-def _plan(reader: ActivationReader, values: PartValues, sizes: Sizes, seed: int) -> str:
+def _plan(reading: Reading, values: PartValues, sizes: Sizes, seed: int, shard: tuple[int, int]) -> str:
     refs = [part.ref for part in values.parts]
-    return content_hash({"examples": reader.to_json(), "parts": refs, "sizes": asdict(sizes), "seed": seed})
+    what = {"examples": dict(reading.plan), "parts": refs, "sizes": asdict(sizes), "seed": seed}
+    return content_hash(what if shard[1] == 1 else {**what, "shard": list(shard)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,36 +261,26 @@ def _npz(collector: Collector) -> bytes:
     return stream.getvalue()
 
 
-def _collect(reader: ActivationReader, values: PartValues, collector: Collector, store: _Store, sink: Sink) -> None:
-    tally, there, total = Tally(), collector.groups, reader.packing.limit
+def _collect(reading: Reading, collector: Collector, store: _Store, shard: tuple[int, int], sink: Sink) -> None:
+    """Every group has its number and its rows theirs, whoever reads it."""
+    tally, there, total = Tally(), collector.groups, reading.total
     sink(Event("start", TASK, 0, total))
     done = saved = 0
     try:
-        for number, group in enumerate(reader.groups(tally)):
+        for number, group in enumerate(reading.groups(tally)):
             if number == 0:
-                _announce(reader, group, tally, sink)
-            done += group.rows
-            if number >= there:
-                collector.add(group, _values(reader, values, group))
-                saved = number + 1
+                reading.announce(group, tally, sink)
+            if number == 0 and shard[0]:
+                collector.begin(reading.values(group))
+            turn, whose = divmod(number, shard[1])
+            if whose == shard[0] and turn >= there:
+                collector.add(group, reading.values(group), done)
+                saved = turn + 1
                 if saved % GROUPS_BETWEEN == 0:
                     store.save(collector)
+            done += group.rows
             sink(Event("advance", TASK, done, total))
         if saved % GROUPS_BETWEEN:
             store.save(collector)
     finally:
         sink(Event("end", TASK, done, total))
-
-
-def _values(reader: ActivationReader, values: PartValues, group: Group) -> Float[Tensor, "row part"]:
-    rows, _ = reader.rows(group, torch.float32)
-    with torch.no_grad():
-        return values(dict(zip(reader.forward.sites, rows, strict=True)))
-
-
-def _announce(reader: ActivationReader, first: Group, tally: Tally, sink: Sink) -> None:
-    times = times_first(reader, first, tally)
-    cost = expected_cost(reader, first, reader.forward.trial(first), times or 1.0, torch.float32)
-    what = "expected cost" if times is not None else f"expected cost of every {first.rows:,} tokens"
-    # Rows are looked at and let go: nothing of them is written.
-    sink(Event("note", "cost", message=f"{what}: {replace(cost, disk_bytes=0).describe()}"))

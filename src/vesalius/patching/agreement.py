@@ -24,6 +24,8 @@ class Agreement:
     """Share of large effects (over a tenth of the largest) that have the right sign; NaN without any."""
     error: float
     """Largest difference of any cell and example."""
+    rank_per_example: Float[Tensor, " example"]
+    """Spearman's rank correlation for each example."""
 
     def __repr__(self) -> str:
         single = f"{float(self.per_example.nanmedian()):.2f} within one example (median)"
@@ -51,7 +53,17 @@ def agreement(
         per_example=torch.tensor([_pearson(*both) for both in columns], dtype=torch.float64),
         sign=float((found.sign() == true.sign())[large].double().mean()) if bool(large.any()) else float("nan"),
         error=float((found - true).abs().max()),
+        rank_per_example=torch.tensor(
+            [_pearson(_ranks(one), _ranks(two)) for one, two in columns], dtype=torch.float64
+        ),
     )
+
+
+def _ranks(values: Float[Tensor, " cell"]) -> Float[Tensor, " cell"]:
+    """Equal values share the mean of their ranks."""
+    _, place, count = values.unique(return_inverse=True, return_counts=True)
+    last = count.cumsum(0)
+    return ((last - count + last - 1).double() / 2)[place]
 
 
 def _pearson(one: Tensor, other: Tensor) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from vesalius.describe.asked import Asked, ask_rules
 from vesalius.describe.attribution import attribute, integrated_gradients
 from vesalius.describe.circuit import describe_circuit
+from vesalius.describe.client import Chat, ModelChat, ServerChat, Usage
 from vesalius.describe.description import (
     FITS,
     Describer,
@@ -66,7 +68,9 @@ __all__ = [
     "AffineFitter",
     "AffineMap",
     "Answerer",
+    "Asked",
     "Attribution",
+    "Chat",
     "ContrastVector",
     "Describer",
     "Description",
@@ -86,19 +90,23 @@ __all__ = [
     "LensReading",
     "LogitLens",
     "ModelAnswerer",
+    "ModelChat",
     "PartExamples",
     "Prediction",
     "Question",
     "Reasoned",
     "Reasoner",
     "Role",
+    "ServerChat",
     "Steering",
     "Synthesis",
     "Synthetic",
     "Translator",
     "TunedLens",
     "TunedLensFitter",
+    "Usage",
     "across_corpora",
+    "ask_rules",
     "attribute",
     "best_of",
     "causal",

@@ -147,7 +147,7 @@ class LearnedRules:
                 said.append(prediction)
             elif prediction is not None and name == TOLD_APART.name:
                 note = f"; the rule fits {prediction.parameters['neighbour_name']} about as well"
-        return Description(part, LABEL, tuple(said), note) if said else None
+        return Description(part, self.name, tuple(said), note) if said else None
 
     def _parameters(self, discovery: Discovery, part: Part, found: Learned, name: str) -> dict[str, Any] | None:
         """What a quantity needs to know; None where it has nothing to say about the part."""
@@ -207,14 +207,21 @@ def _predicted(discovery: Discovery, part: Part, found: Learned, name: str, para
 
 def learn(examples: PartExamples, seed: int = 0) -> Learned | None:
     """The best rule for a part's examples; None for fewer than eight on either half."""
-    halves = [_sampled(examples, [e for e in _all(examples) if e[0].document % 2 == half]) for half in (0, 1)]
-    if any(int(half.fires.sum()) < FEWEST for half in halves):
+    halves = halves_of(examples)
+    if halves is None:
         return None
     first, second = halves
     rule, f1 = _best(first, first.fires)
     mixed = first.fires[torch.randperm(len(first.fires), generator=generator_for("learned", seed))]
     other, _ = _best(first, mixed)
     return Learned(rule, f1, second.f1(second.picked(rule)), second.f1(second.picked(other)))
+
+
+def halves_of(examples: PartExamples) -> tuple[Sampled, Sampled] | None:
+    """Examples of even and of odd documents; None where either has too few that fire."""
+    first, second = (_sampled(examples, [e for e in _all(examples) if e[0].document % 2 == half]) for half in (0, 1))
+    few = min(int(half.fires.sum()) for half in (first, second)) < FEWEST
+    return None if few else (first, second)
 
 
 def _all(examples: PartExamples) -> list[tuple[Example, str]]:

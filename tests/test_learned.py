@@ -260,6 +260,24 @@ def test_the_claims_of_a_rule_about_several_quantities_stand_on_fresh_texts(
     assert ("layers.0.mlp_post[0]", "stands_in") in outcomes
 
 
+def test_the_tokens_that_a_unit_promotes_are_claimed_where_its_rule_picks(
+    units: tuple[vs.Model, vs.Corpus, list[vs.Part]],
+) -> None:
+    model, corpus, parts = units
+    assert model.adapter is not None
+    # Its residual stream is the logits, without a norm between.
+    plain = vs.Model(model.module, model.tokenizer, replace(model.adapter, direct=True), name="plain")
+    _, said = said_of((plain, corpus, parts), "fires_where", "promotes")
+    (_, promotes) = said[parts[0]].predictions
+    assert promotes.parameters["tokens"][0] == 1
+    assert promotes.parameters["words"][0] == " w1"
+    assert promotes.parameters["rest"] == pytest.approx(0.4, abs=0.3)  # its mean: it fires on 5 % of tokens
+    assert promotes.mean > 0.2
+    assert [one.quantity for one in said[parts[2]].predictions] == ["fires_where"]  # writes nothing
+    _, unsaid = said_of(units, "fires_where", "promotes")
+    assert [one.quantity for one in unsaid[parts[0]].predictions] == ["fires_where"]
+
+
 @pytest.mark.parametrize("predicts", [("total_effect",), ()])
 def test_a_rule_predicts_what_is_about_rules(predicts: tuple[str, ...]) -> None:
     with pytest.raises(UnknownNameError, match="unknown quantity that a rule predicts"):

@@ -131,7 +131,7 @@ def test_random_tokens_score_nothing_and_a_rule_without_a_token_says_nothing(of:
 
 def by_hand(runs: vs.Runs, values: torch.Tensor | None) -> torch.Tensor:
     """Logits with the subject's values set by a plain hook."""
-    units = runs.model.module.layers[0].units
+    units = runs.model.module.layers[0].mlp.units
 
     def hook(_module: Any, _args: Any, out: torch.Tensor) -> torch.Tensor:
         return out if values is None else torch.cat([values[..., None], out[..., 1:]], -1)

@@ -20,6 +20,7 @@ from torch import Tensor
 from vesalius.describe.description import FITS, Description, Discovery, Prediction
 from vesalius.describe.example import Example, PartExamples
 from vesalius.describe.examples import ActivatingExamples
+from vesalius.describe.output import promoted_ids
 from vesalius.describe.predictions import above
 from vesalius.directions import Direction
 from vesalius.errors import UnknownNameError
@@ -30,9 +31,11 @@ from vesalius.quantities import (
     DETECTION,
     FIRES_WHERE,
     FUZZING,
+    PROMOTES,
     SIMULATION,
     STANDS_IN,
     TOLD_APART,
+    Runs,
     quantity,
 )
 from vesalius.quantities.fires_where import picked
@@ -45,7 +48,7 @@ LEAST_F1 = 0.2
 """On the examples that were held out, what a rule must reach to be worth a claim."""
 LEAST = {
     FIRES_WHERE.name: 0.5, AUROC.name: 0.1, AUPRC.name: 0.05, SIMULATION.name: 0.1, FUZZING.name: 0.2,
-    DETECTION.name: 0.1, TOLD_APART.name: 0.2, STANDS_IN.name: 0.2,
+    DETECTION.name: 0.1, TOLD_APART.name: 0.2, STANDS_IN.name: 0.2, PROMOTES.name: 0.02,
 }  # fmt: skip
 """What a rule must reach on discovery texts, by quantity; `stands_in` as a share of what ablation to the mean costs."""
 CLAUSES, GAIN = 3, 0.03
@@ -163,7 +166,19 @@ class LearnedRules:
         if name == STANDS_IN.name:
             some = picked(discovery.runs, found.rule)
             parameters |= dict(zip(("on", "off", "mean"), levels(discovery.runs, part, some), strict=True))
+        if name == PROMOTES.name:
+            return self._output(discovery.runs, part, found)
         return parameters
+
+    def _output(self, runs: Runs, part: Part, found: Learned) -> dict[str, Any] | None:
+        """The tokens that a part promotes directly, and what it is compared with: 0 for latents, else its mean."""
+        model = runs.model
+        tokens = promoted_ids(model, part)
+        if not tokens or model.tokenizer is None:
+            return None
+        rest = 0.0 if self.examples[part].threshold == 0 else levels(runs, part, picked(runs, found.rule))[2]
+        words = [model.tokenizer.decode([token]) for token in tokens]
+        return {"rule": found.rule, "tokens": tokens, "words": words, "rest": rest}
 
     def neighbour(self, part: Part) -> Part | None:
         """Of the other parts of the examples, the one on whose tokens the part's rule fires most; None without any.

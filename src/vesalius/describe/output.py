@@ -84,6 +84,12 @@ def promoted_tokens(model: Model, parts: Sequence[Part], count: int = SHOWN) -> 
     return [one for one in made if one is not None]
 
 
+def promoted_ids(model: Model, part: Part, count: int = SHOWN) -> list[int]:
+    """Ids of the tokens that a part promotes most; none where it cannot be said."""
+    written = _written(model, part)
+    return [] if isinstance(written, str) else token_effects(model, written[None])[0].topk(count).indices.tolist()
+
+
 def _named(model: Model, ids: Tensor, values: Tensor) -> tuple[tuple[str, float], ...]:
     decode = (lambda token: str(token)) if model.tokenizer is None else (lambda token: model.tokenizer.decode([token]))
     return tuple((decode(token), value) for token, value in zip(ids.tolist(), values.tolist(), strict=True))

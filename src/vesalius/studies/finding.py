@@ -10,11 +10,8 @@ language model is asked, so that words stand for nothing but themselves.
 
 from __future__ import annotations
 
-import datetime
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,18 +26,17 @@ from vesalius.data.texts import texts_from
 from vesalius.describe import claim_about
 from vesalius.errors import InputError
 from vesalius.inputs import Corpus, Tokens
-from vesalius.jobs import Blocks, Event, Sink, track
-from vesalius.jobs.progress import shown
+from vesalius.jobs import Event, Sink
 from vesalius.model import Model
 from vesalius.parts import Part
 from vesalius.protocol import Family, content_hash
 from vesalius.quantities import ACTIVATION, SEPARATES, Runs
 from vesalius.quantities.separates import DIGITS, auroc, named
 from vesalius.studies.explaining import SHORTEST, check_parts, documents_needed
-from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, run_steps
+from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, append_evidence, run_in, untested
 from vesalius.studies.summary import claim_row
-from vesalius.studies.task_circuit import FAMILY, blocks_in
-from vesalius.validate import check, prepare
+from vesalius.studies.task_circuit import FAMILY
+from vesalius.validate import prepare
 
 SCHEMA = "vesalius/find/1"
 TOGETHER = 4096
@@ -213,16 +209,9 @@ def _seal(work: Work[Finding]) -> Family:
 
 def _validate(work: Work[Finding]) -> dict[str, Any]:
     runs, family = _runs(work, "validation"), work[FAMILY]
-    todo = [claim for claim in family.claims if not any(e.measured for e in work.ledger.evidence(claim))]
-    if todo:
+    if todo := untested(work.ledger, family.claims):
         prepare(todo, runs)
-    for claim in track(todo, "test claims", sink=work.sink):
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        evidence = check(
-            claim, runs=runs, data_hash=runs.source_hash, plan_hash=work.blocks.plan_hash, version=__version__,
-            created_at=now,
-        )  # fmt: skip
-        work.ledger.append(evidence)
+    append_evidence(work.ledger, family.claims, runs, work.blocks.plan_hash, runs.source_hash)
     return {claim.id: work.ledger.evidence(claim)[-1] for claim in family.claims}
 
 
@@ -240,11 +229,7 @@ def find(model: Model, asked: Finding, *, out: Path | None = None, sink: Sink | 
     so as `stopped`. Raises InputError when `out` holds another study.
     """
     plan = content_hash({**asked.plan(), "model": model.content_hash, "version": __version__})
-    with shown(sink) as screen, tempfile.TemporaryDirectory() as folder:
-        blocks = blocks_in(out, plan, screen) if out is not None else Blocks(None, plan)
-        path = (out or Path(folder)) / "ledger.sqlite"
-        with closing(Work(asked, model, Options(seed=asked.seed), blocks, path, screen)) as work:
-            return run_steps(work, FIND, lambda made: _answer(asked, made))
+    return run_in(out, plan, asked, model, Options(seed=asked.seed), FIND, lambda made: _answer(asked, made), sink)
 
 
 def _answer(asked: Finding, made: Mapping[str, Any]) -> tuple[str, ...]:

@@ -6,19 +6,29 @@ it made; what it makes has a name and a type, and what it cost is kept.
 
 from __future__ import annotations
 
+import datetime
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, overload
 
-from vesalius.errors import InputError, UnknownNameError
-from vesalius.jobs import Blocks, Event, Sink
+import numpy as np
+from numpy.typing import NDArray
+
+from vesalius import __version__
+from vesalius.errors import FileFormatError, InputError, UnknownNameError
+from vesalius.jobs import Blocks, Event, Sink, track
+from vesalius.jobs.progress import shown
+from vesalius.jobs.untrusted import parse_json
 from vesalius.model import Model
 from vesalius.patching.plan import Cost
-from vesalius.protocol import Claim, Verdict
+from vesalius.protocol import Claim, Verdict, canonical_json
 from vesalius.protocol.ledger import Ledger
+from vesalius.quantities import Runs
+from vesalius.validate import check
 
 T = TypeVar("T")
 Q = TypeVar("Q", bound="Asked")
@@ -245,6 +255,77 @@ def run_steps(
         ledger_head="" if family is None else work.ledger.verify().head,
         sealed_at=next((opening.at for opening in openings if opening.split == "validation"), None),
     )
+
+
+def run_in(
+    out: Path | None,
+    plan: str,
+    question: Asked,
+    model: Model,
+    options: Options,
+    steps: Sequence[Step[Any]],
+    answer: Callable[[Mapping[str, Any]], Sequence[str]],
+    sink: Sink | None,
+) -> Study:
+    """Run or resume a study. plan: hash of what is computed. Raises InputError when `out` holds another study."""
+    with shown(sink) as screen, tempfile.TemporaryDirectory() as folder:
+        blocks = _blocks(out, plan, screen) if out is not None else Blocks(None, plan)
+        path = (out or Path(folder)) / "ledger.sqlite"
+        with closing(Work(question, model, options, blocks, path, screen)) as work:
+            return run_steps(work, steps, answer)
+
+
+def _blocks(out: Path, plan: str, sink: Sink) -> Blocks:
+    """Where the study's pieces are kept. Raises InputError when the folder holds those of another study."""
+    folder, ledger = out / "blocks", out / "ledger.sqlite"
+    if ledger.exists():
+        Ledger(ledger).close()  # refuses a file that is none before anything is written beside it
+    try:
+        return Blocks(folder, plan, sink)
+    except FileFormatError:
+        raise
+    except InputError as error:
+        raise InputError(
+            f"{out} holds another study (other pairs, model, options or version of vesalius), and nothing of it was "
+            f"changed; choose another folder, or delete {out} to start afresh. {error}"
+        ) from error
+
+
+def untested(ledger: Ledger, claims: Sequence[Claim]) -> list[Claim]:
+    """Those without their evidence: of a study that is resumed, not all."""
+    return [claim for claim in claims if not any(one.measured for one in ledger.evidence(claim))]
+
+
+def append_evidence(
+    ledger: Ledger,
+    claims: Sequence[Claim],
+    runs: Runs,
+    plan_hash: str,
+    data_hash: str,
+    *,
+    other_model: bool = False,
+) -> None:
+    """One piece of evidence for each claim that has none; what they need together is prepared before."""
+    for claim in track(untested(ledger, claims), "test claims", sink=runs.sink):
+        evidence = check(
+            claim,
+            runs=runs,
+            data_hash=data_hash,
+            plan_hash=plan_hash,
+            version=__version__,
+            created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            allow_other_model=other_model,
+        )
+        ledger.append(evidence)
+
+
+def json_array(data: Any) -> dict[str, NDArray[Any]]:
+    """JSON data as an array of bytes, every digit of its numbers included."""
+    return {"json": np.frombuffer(canonical_json(data).encode("ascii"), dtype=np.uint8)}
+
+
+def from_array(arrays: Mapping[str, NDArray[Any]]) -> Any:
+    return parse_json(arrays["json"].tobytes().decode("utf-8"), finite=False, values=None)
 
 
 def _stopped(reason: str, family: Any) -> tuple[str, ...]:

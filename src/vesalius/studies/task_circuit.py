@@ -12,15 +12,11 @@ Every finished piece is kept on disk under the plan's hash: a killed study goes 
 
 from __future__ import annotations
 
-import datetime
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from vesalius import __version__
@@ -44,12 +40,9 @@ from vesalius.describe import (
     describe_circuit,
 )
 from vesalius.describe.circuit import needed_draws
-from vesalius.errors import FileFormatError, InputError
-from vesalius.jobs import Blocks, Event, Sink, track
-from vesalius.jobs.progress import shown
-from vesalius.jobs.untrusted import parse_json
+from vesalius.jobs import Event, Sink
 from vesalius.model import Model
-from vesalius.protocol import Claim, Evidence, Family, canonical_json, content_hash
+from vesalius.protocol import Claim, Evidence, Family, content_hash
 from vesalius.protocol.ledger import Ledger
 from vesalius.quantities import TOTAL_EFFECT, Runs
 from vesalius.quantities.circuit import ABLATIONS, Floats, PartSet, random_sets, stored
@@ -58,8 +51,19 @@ from vesalius.studies.answer import sentences
 from vesalius.studies.forecast import expected_cost, power_note
 from vesalius.studies.gate import FEWEST_ROWS, PREFERENCE, Gate, gate
 from vesalius.studies.question import Question
-from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, run_steps
-from vesalius.validate import check, prepare
+from vesalius.studies.study import (
+    Artefact,
+    Options,
+    Step,
+    StoppedError,
+    Study,
+    Work,
+    append_evidence,
+    from_array,
+    json_array,
+    run_in,
+)
+from vesalius.validate import prepare
 
 # Random sets under the ablations that no claim is about: for the page, where they are drawn beside the circuit.
 DRAWS_TO_SHOW = 19
@@ -232,34 +236,13 @@ def run_study(
     InputError when `out` holds another study, or clean and corrupted prompts do not differ in their effect.
     """
     chosen = options or Options()
-    plan = _plan(question, model, chosen)
-    with shown(sink) as screen, tempfile.TemporaryDirectory() as folder:
-        blocks = blocks_in(out, plan, screen) if out is not None else Blocks(None, plan)
-        path = (out or Path(folder)) / "ledger.sqlite"
-        with closing(Work(question, model, chosen, blocks, path, screen)) as work:
-            return run_steps(work, steps, sentences)
+    return run_in(out, _plan(question, model, chosen), question, model, chosen, steps, sentences, sink)
 
 
 def _plan(question: Question, model: Model, options: Options) -> str:
     """What a study computes, as a hash. Going past the gate is left out: it changes whether, not what."""
     knobs = {name: getattr(options, name) for name in ("random_sets", "seed", "control")}
     return content_hash({**question.plan(), **knobs, "model": model.content_hash, "version": __version__})
-
-
-def blocks_in(out: Path, plan: str, sink: Sink) -> Blocks:
-    """Where the study's pieces are kept. Raises InputError when the folder holds those of another study."""
-    folder, ledger = out / "blocks", out / "ledger.sqlite"
-    if ledger.exists():
-        Ledger(ledger).close()  # refuses a file that is none before anything is written beside it
-    try:
-        return Blocks(folder, plan, sink)
-    except FileFormatError:
-        raise
-    except InputError as error:
-        raise InputError(
-            f"{out} holds another study (other pairs, model, options or version of vesalius), and nothing of it was "
-            f"changed; choose another folder, or delete {out} to start afresh. {error}"
-        ) from error
 
 
 def test_family(
@@ -280,19 +263,7 @@ def test_family(
     measured = _circuit_runs(circuit, runs, draws)
     # All of them, also those that are done: what this finds is kept, and its cost must not depend on interruptions.
     prepare(family.claims, runs)
-    todo = [claim for claim in family.claims if not any(e.measured for e in ledger.evidence(claim))]
-    for claim in track(todo, "test claims", sink=runs.sink):
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        evidence = check(
-            claim,
-            runs=runs,
-            data_hash=runs.pairs.content_hash,
-            plan_hash=plan_hash,
-            version=__version__,
-            created_at=now,
-            allow_other_model=other_model,
-        )
-        ledger.append(evidence)
+    append_evidence(ledger, family.claims, runs, plan_hash, runs.pairs.content_hash, other_model=other_model)
     runs.forget()
     return Tested(runs, passed, *measured, {claim.id: ledger.evidence(claim)[-1] for claim in family.claims})
 
@@ -311,12 +282,3 @@ def _circuit_runs(circuit: Circuit, runs: Runs, draws: int) -> tuple[dict[str, F
         lost[ablation] = stored(runs, "without", [parts[0], runs.components, *parts[1:]], ablation)
     smaller: list[PartSet] = [tuple(m for m in members if m != part) for part in members]
     return alone, lost, stored(runs, "with only", smaller, "resample")
-
-
-def json_array(data: Any) -> dict[str, NDArray[Any]]:
-    """JSON data as an array of bytes, every digit of its numbers included."""
-    return {"json": np.frombuffer(canonical_json(data).encode("ascii"), dtype=np.uint8)}
-
-
-def from_array(arrays: Mapping[str, NDArray[Any]]) -> Any:
-    return parse_json(arrays["json"].tobytes().decode("utf-8"), finite=False, values=None)

@@ -18,7 +18,7 @@ from test_cli import run as run
 from tiny_folder import tiny_folder
 from vesalius.errors import InputError
 from vesalius.quantities import SEPARATES, Runs
-from vesalius.quantities.separates import auroc, pseudo_values
+from vesalius.quantities.pseudo_values import auroc, scored, share_below
 
 ABOUT = [f"the fox number {n} ran from {n * 3} hens and sat on the mat for {n} days. " for n in range(64)]
 OTHERS = [f"the cat number {n} went on {n * 3} mats and the hens sat there at {n} again. " for n in range(64)]
@@ -46,14 +46,19 @@ def parts(model: vs.Model) -> list[Any]:
     return [*(vs.neuron(0, number) for number in range(8)), vs.Direction("layers.0.resid_pre", weight[token], "x")]
 
 
+def of_texts(values: torch.Tensor, some: torch.Tensor) -> torch.Tensor:
+    """Pseudo-values of the AUROC less one half, each text a group of its own."""
+    return scored(range(len(values)), values, some, ~some, auroc)
+
+
 def test_the_auroc_is_that_of_scikit_learn_and_its_pseudo_values_have_delongs_variance() -> None:
     draw = np.random.default_rng(0)
     some = torch.from_numpy(draw.random(90) < 0.3)
     values = torch.from_numpy(np.round(draw.normal(size=(5, 90)) + some.numpy(), 1))  # with ties
     expected = [roc_auc_score(some.numpy(), row.numpy()) for row in values]
-    assert auroc(values, some).tolist() == pytest.approx(expected)
+    assert share_below(values[:, ~some], values[:, some]).mean(1).tolist() == pytest.approx(expected)
     for row, mean in zip(values, expected, strict=True):
-        found = pseudo_values(row, some)
+        found = of_texts(row, some) + 0.5
         assert float(found.mean()) == pytest.approx(mean)
         here, there = row[some], row[~some]
         psi = (here[:, None] > there).double() + 0.5 * (here[:, None] == there).double()
@@ -66,10 +71,10 @@ def test_a_test_of_pseudo_values_keeps_its_level_where_there_is_nothing_and_find
     draw, rejected = np.random.default_rng(1), 0
     some = torch.arange(80) < 30
     for _ in range(400):
-        found = pseudo_values(torch.from_numpy(draw.normal(size=80)), some).numpy() - 0.5
+        found = of_texts(torch.from_numpy(draw.normal(size=80)), some).numpy()
         rejected += abs(found.mean()) > 1.99 * found.std(ddof=1) / np.sqrt(80)
     assert rejected <= 0.09 * 400
-    planted = pseudo_values(torch.from_numpy(draw.normal(size=80) + 1.5 * some.numpy()), some).numpy() - 0.5
+    planted = of_texts(torch.from_numpy(draw.normal(size=80) + 1.5 * some.numpy()), some).numpy()
     assert planted.mean() > 3 * planted.std(ddof=1) / np.sqrt(80)
 
 

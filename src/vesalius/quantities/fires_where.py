@@ -25,8 +25,8 @@ class FiresWhere(Quantity):
 
     The standard deviation is the part's over all tokens of these texts, so that parts of different sizes compare. A
     text in which the rule picks nothing, or everything, says nothing, and counts as 0. A text's first token is left out
-    (see `activation.counted`). Null `shuffled`: the same with
-    the picked tokens moved elsewhere in the text. Parameter `rule`: see `quantities.rules`.
+    (see `activation.counted`). Null `shuffled`: the same with the picked tokens moved elsewhere in the text. Parameter
+    `rule`: see `quantities.rules`.
     """
 
     name = "fires_where"
@@ -40,16 +40,14 @@ class FiresWhere(Quantity):
         return f"fires more {in_words(parameters['rule'])} than elsewhere"
 
     def refuses(self, runs: Runs, part: Part) -> str:
-        return "" if runs.model.tokenizer is not None else f"{runs.model.name} has no tokenizer; rules are about text"
+        return without_tokenizer(runs)
 
     def measure(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample:
         return _difference(_standard(runs, part), picked(runs, parameters["rule"]), counted(runs))
 
     def prepare(self, runs: Runs, wanted: Sequence[tuple[Part, Parameters]]) -> None:
         """All parts in one pass over the texts."""
-        token_values(
-            runs, [one for part, given in wanted for one in (part, *control_parts(given.get("control", {}), part))]
-        )
+        read_all(runs, wanted)
 
     def control(self, runs: Runs, part: Part, parameters: Parameters, control: Mapping[str, Any]) -> PerExample | None:
         """As of any quantity, with the values of all control parts from one pass."""
@@ -68,6 +66,18 @@ class FiresWhere(Quantity):
         """Share of the tokens that the rule picks, and of the texts in which it picks any."""
         found = picked(runs, parameters["rule"])
         return {"picked": float(found.sum()) / int(counted(runs).sum()), "texts": float(found.any(1).double().mean())}
+
+
+def without_tokenizer(runs: Runs) -> str:
+    """Why rules do not apply to a model, in words; empty when they do."""
+    return "" if runs.model.tokenizer is not None else f"{runs.model.name} has no tokenizer; rules are about text"
+
+
+def read_all(runs: Runs, wanted: Sequence[tuple[Part, Parameters]]) -> None:
+    """The values of parts and of their controls in one pass over the texts."""
+    token_values(
+        runs, [one for part, given in wanted for one in (part, *control_parts(given.get("control", {}), part))]
+    )
 
 
 def picked(runs: Runs, rule: Rule) -> Bool[Tensor, "example pos"]:

@@ -20,7 +20,7 @@ from vesalius.parts import Part
 from vesalius.protocol import canonical_json
 from vesalius.quantities.activation import counted, token_values, tokens_of
 from vesalius.quantities.base import PROBABILITY, Parameters, PerExample, Quantity, control_parts
-from vesalius.quantities.fires_where import FiresWhere, moved, picked
+from vesalius.quantities.fires_where import moved, picked, without_tokenizer
 from vesalius.quantities.matching import Matched, matched_controls
 from vesalius.quantities.rules import in_words
 from vesalius.quantities.runs import Runs
@@ -54,7 +54,7 @@ class StandsIn(Quantity):
         return f"does in the model what a part would do that fires {in_words(parameters['rule'])}"
 
     def refuses(self, runs: Runs, part: Part) -> str:
-        return FiresWhere().refuses(runs, part)
+        return without_tokenizer(runs)
 
     def measure(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample:
         return self._gained(runs, part, parameters, picked(runs, parameters["rule"]))
@@ -64,7 +64,7 @@ class StandsIn(Quantity):
 
     def scale_values(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample | None:
         """What ablation to the mean costs."""
-        mean = _constant(runs, parameters.get("mean", self._levels(runs, part, parameters)[2]))
+        mean = _constant(runs, self._levels(runs, part, parameters)[2])
         return loss(runs, part, mean) - loss(runs, part, None)
 
     def matched(self, runs: Runs, part: Part, members: Sequence[Part], parameters: Parameters) -> Matched:
@@ -118,7 +118,7 @@ class Promotes(Quantity):
         return f"makes {listed} likelier as the next token {in_words(parameters['rule'])}"
 
     def refuses(self, runs: Runs, part: Part) -> str:
-        return FiresWhere().refuses(runs, part)
+        return without_tokenizer(runs)
 
     def measure(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample:
         return self._change(runs, part, parameters, [int(token) for token in parameters["tokens"]])

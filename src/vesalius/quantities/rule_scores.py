@@ -1,15 +1,9 @@
-"""Scores of a rule: how well it and a part's activations on fresh texts predict each other.
-
-A score is a number of all texts together. What stands for one text, so that intervals and tests apply, is its
-*pseudo-value*: the score, and what the texts of its group move it by (its influence) times the number of groups. The
-mean of pseudo-values over groups is the score, and their spread gives its standard error (Hampel 1974; for areas under
-curves Obuchowski 1997, Biometrics 53:567).
-"""
+"""Scores of a rule: how well it and a part's activations on fresh texts predict each other."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,14 +14,14 @@ from vesalius.intervention import derangement
 from vesalius.parts import Part
 from vesalius.quantities.activation import counted, token_values
 from vesalius.quantities.base import PROBABILITY, Parameters, PerExample, Quantity
-from vesalius.quantities.fires_where import FiresWhere, moved, picked
+from vesalius.quantities.fires_where import moved, picked, read_all, without_tokenizer
 from vesalius.quantities.matching import Matched
+from vesalius.quantities.pseudo_values import Score, auprc, auroc, groups_of, pseudo_values, scored
 from vesalius.quantities.rules import in_words
 from vesalius.quantities.runs import Runs
 from vesalius.refs import resolve
 
 Picked = Bool[Tensor, "example pos"]
-Score = Callable[[Tensor, Tensor], tuple[float, Tensor, Tensor]]
 
 
 class RuleScore(Quantity):
@@ -41,7 +35,7 @@ class RuleScore(Quantity):
         return "score"
 
     def refuses(self, runs: Runs, part: Part) -> str:
-        return FiresWhere().refuses(runs, part)
+        return without_tokenizer(runs)
 
     def measure(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample:
         return self._score(runs, part, parameters, picked(runs, parameters["rule"]))
@@ -50,7 +44,7 @@ class RuleScore(Quantity):
         return {"shuffled": self._score(runs, part, parameters, moved(runs, parameters["rule"]))}
 
     def prepare(self, runs: Runs, wanted: Sequence[tuple[Part, Parameters]]) -> None:
-        FiresWhere().prepare(runs, wanted)
+        read_all(runs, wanted)
 
     def scale_of(self, runs: Runs, part: Part, parameters: Parameters) -> float | None:
         """1: a score is at most that."""
@@ -75,7 +69,7 @@ class Auroc(RuleScore):
         return f"is higher {in_words(parameters['rule'])} than on other tokens"
 
     def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample:
-        return _of_two(runs, part, some, _auroc)
+        return _areas(runs, part, some, auroc)
 
 
 class Auprc(RuleScore):
@@ -91,7 +85,7 @@ class Auprc(RuleScore):
         return f"is highest {in_words(parameters['rule'])}"
 
     def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample:
-        return _of_two(runs, part, some, _auprc)
+        return _areas(runs, part, some, auprc)
 
 
 class Simulation(RuleScore):
@@ -115,7 +109,7 @@ class Simulation(RuleScore):
             return torch.zeros(runs.n).double()
         r = float((one * other)[real].mean())
         influence = (one * other - r / 2 * (one**2 + other**2)) * real / int(real.sum())
-        return pseudo_values(runs, r, influence.sum(1))
+        return pseudo_values(groups_of(runs), r, influence.sum(1))
 
 
 class Detection(RuleScore):
@@ -199,57 +193,10 @@ def _neighbour(part: Part, parameters: Parameters) -> Part:
     return resolve(parameters["neighbour"], part)
 
 
-def pseudo_values(runs: Runs, score: float, influence: Float[Tensor, " example"]) -> PerExample:
-    """For each text the score and what its group moves it by, times the number of groups.
-
-    influence: what each text moves the score by; sums to 0.
-    """
-    labels = runs.groups[runs.clusters[0]] if runs.clusters else tuple(map(str, range(runs.n)))
-    known = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-    group = torch.tensor([known[label] for label in labels])
-    moves = torch.zeros(len(known)).double().index_add(0, group, influence.double())
-    return score + len(known) * moves[group]
-
-
-def _of_two(runs: Runs, part: Part, some: Picked, score: Score) -> PerExample:
-    """A score of values on picked tokens and on the others; 0 where either is empty."""
-    real, values = counted(runs), token_values(runs, [part])[0].double()
-    both = values[real & some], values[real & ~some]
-    if not all(map(len, both)):
-        return torch.zeros(runs.n).double()
-    found, *moved_by = score(*both)
-    influence = torch.zeros(values.shape).double()
-    influence[real & some], influence[real & ~some] = moved_by
-    return pseudo_values(runs, found, influence.sum(1))
-
-
-def _auroc(positive: Tensor, negative: Tensor) -> tuple[float, Tensor, Tensor]:
-    """AUROC less ½, and what each value moves it by."""
-    below, above = _share_below(negative, positive), 1 - _share_below(positive, negative)
-    area = float(below.mean())
-    return area - 0.5, (below - area) / len(positive), (above - area) / len(negative)
-
-
-def _auprc(positive: Tensor, negative: Tensor) -> tuple[float, Tensor, Tensor]:
-    """Average precision less the share of positives, and what each value moves that by: derivatives to its weight."""
-    m, n = len(positive), len(negative)
-    ordered = positive.sort().values
-    hits = m - torch.searchsorted(ordered, ordered).double()
-    wrong = n - torch.searchsorted(negative.sort().values, ordered).double()
-    precision, share = hits / (hits + wrong), m / (m + n)
-    mean = float(precision.mean())
-    up, down = (torch.nn.functional.pad((x / (hits + wrong) ** 2 / m).cumsum(0), (1, 0)) for x in (wrong, hits))
-    at = torch.searchsorted(ordered, positive, right=True)
-    own = (precision[torch.searchsorted(ordered, positive)] - mean) / m + up[at] - (1 - share) / (m + n)
-    others = share / (m + n) - down[torch.searchsorted(ordered, negative, right=True)]
-    return mean - share, own, others
-
-
-def _share_below(others: Float[Tensor, " m"], values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Of the others, how many are smaller than each value; equal ones count half."""
-    ordered = others.sort().values
-    both = torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
-    return both.double() / (2 * len(others))
+def _areas(runs: Runs, part: Part, some: Picked, score: Score) -> PerExample:
+    """A score of the part's values on picked tokens and on the others."""
+    there = counted(runs)
+    return scored(groups_of(runs), token_values(runs, [part])[0], there & some, there & ~some, score)
 
 
 def _standard(values: Float[Tensor, "example pos"], real: Picked) -> Tensor | None:
@@ -267,4 +214,4 @@ def _difference(runs: Runs, hits: Tensor, among: tuple[Tensor, Tensor]) -> PerEx
         return torch.zeros(runs.n).double()
     shares = [float((hits & some).sum()) / count for some, count in zip(among, counts, strict=True)]
     parts = [some * (hits.double() - share) / count for some, share, count in zip(among, shares, counts, strict=True)]
-    return pseudo_values(runs, shares[0] - shares[1], (parts[0] - parts[1]).reshape(runs.n, -1).sum(1))
+    return pseudo_values(groups_of(runs), shares[0] - shares[1], (parts[0] - parts[1]).reshape(runs.n, -1).sum(1))

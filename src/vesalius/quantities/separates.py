@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from vesalius.errors import InputError
@@ -13,6 +13,7 @@ from vesalius.inputs import Corpus
 from vesalius.parts import Part
 from vesalius.quantities.activation import ACTIVATION
 from vesalius.quantities.base import PROBABILITY, Parameters, PerExample, Quantity
+from vesalius.quantities.pseudo_values import auroc, groups_of, scored
 from vesalius.quantities.runs import Runs
 from vesalius.seeds import generator_for
 
@@ -24,10 +25,8 @@ class Separates(Quantity):
     """AUROC less one half: how much likelier than a coin it is that the part is larger in one of these texts.
 
     Parameters: `texts`, the first 16 digits of the hashes of the texts that it should fire on (those of a corpus,
-    `example_hashes`; others of the claim may be missing here), and `what` they are about, in words. Per text: the share
-    of the other side's texts that it stands on the right side of, as pseudo-values whose mean is the AUROC and whose
-    variance is that of DeLong et al. (1988), so that a t-test of them is a test of the AUROC. Null `shuffled`: the same
-    with labels that were dealt out anew.
+    `example_hashes`; others of the claim may be missing here), and `what` they are about, in words. Per text: its
+    pseudo-value. Null `shuffled`: the same with labels that were dealt out anew.
     """
 
     name = "separates"
@@ -41,7 +40,7 @@ class Separates(Quantity):
         return f"tells texts about {parameters.get('what', 'something')} from others by its largest activation"
 
     def measure(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample:
-        return pseudo_values(ACTIVATION.measure(runs, part, {"at": "max"}).double(), named(runs, parameters)) - 0.5
+        return self._score(runs, part, named(runs, parameters))
 
     def prepare(self, runs: Runs, wanted: Sequence[tuple[Part, Parameters]]) -> None:
         """All parts in one pass over the texts."""
@@ -54,8 +53,10 @@ class Separates(Quantity):
     def nulls(self, runs: Runs, part: Part, parameters: Parameters) -> Mapping[str, PerExample]:
         some = named(runs, parameters)
         dealt = some[torch.randperm(len(some), generator=generator_for("separates", runs.seed))]
-        values = ACTIVATION.measure(runs, part, {"at": "max"}).double()
-        return {"shuffled": pseudo_values(values, dealt) - 0.5}
+        return {"shuffled": self._score(runs, part, dealt)}
+
+    def _score(self, runs: Runs, part: Part, some: Bool[Tensor, " example"]) -> PerExample:
+        return scored(groups_of(runs), ACTIVATION.measure(runs, part, {"at": "max"}), some, ~some, auroc)
 
 
 def named(runs: Runs, parameters: Parameters) -> Bool[Tensor, " example"]:
@@ -67,26 +68,3 @@ def named(runs: Runs, parameters: Parameters) -> Bool[Tensor, " example"]:
     if not bool(found.any()) or bool(found.all()):
         raise InputError(f"{int(found.sum())} of {len(found)} texts are among those named; both kinds are needed")
     return found
-
-
-def placements(values: Float[Tensor, "*any example"], some: Bool[Tensor, " example"]) -> Float[Tensor, "*any example"]:
-    """Of each text the share of the other side's that it stands on the right side of; a tie counts half."""
-    found = torch.zeros_like(values)
-    for own, sign in ((some, 1.0), (~some, -1.0)):
-        here, there = (sign * values[..., own]).contiguous(), (sign * values[..., ~own]).sort(-1).values.contiguous()
-        below = torch.searchsorted(there, here) + torch.searchsorted(there, here, right=True)
-        found[..., own] = below.to(found) / (2 * there.shape[-1])
-    return found
-
-
-def auroc(values: Float[Tensor, "*any example"], some: Bool[Tensor, " example"]) -> Float[Tensor, "*any"]:
-    """That one of some texts has a larger value than one of the others."""
-    return placements(values, some)[..., some].mean(-1)
-
-
-def pseudo_values(values: Float[Tensor, " example"], some: Bool[Tensor, " example"]) -> PerExample:
-    """Numbers whose mean is the AUROC, and the variance of whose mean is DeLong's."""
-    each = placements(values, some)
-    mean = each[some].mean()
-    weight = torch.where(some, len(some) / some.sum(), len(some) / (~some).sum())
-    return mean + weight * (each - mean)

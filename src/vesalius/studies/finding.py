@@ -31,7 +31,8 @@ from vesalius.model import Model
 from vesalius.parts import Part
 from vesalius.protocol import Family, content_hash
 from vesalius.quantities import ACTIVATION, SEPARATES, Runs
-from vesalius.quantities.separates import DIGITS, auroc, named
+from vesalius.quantities.pseudo_values import share_below
+from vesalius.quantities.separates import DIGITS, named
 from vesalius.studies.explaining import SHORTEST, check_parts, documents_needed
 from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, append_evidence, run_in, untested
 from vesalius.studies.summary import claim_row
@@ -185,7 +186,7 @@ def _rank(work: Work[Finding]) -> Ranking:
             fresh = Runs(work.model, runs.data, seed=asked.seed, sink=work.sink)
             ACTIVATION.prepare(fresh, [(part, {"at": "max"}) for part in chunk])
             values = torch.stack([ACTIVATION.measure(fresh, part, {"at": "max"}) for part in chunk])
-            return {"auroc": auroc(values.double(), some).numpy()}
+            return {"auroc": share_below(values[:, ~some], values[:, some]).mean(1).numpy()}
 
         found.append(torch.from_numpy(work.blocks.get(f"aurocs {first}", measured)["auroc"]))
     return Ranking(torch.cat(found))

@@ -122,7 +122,6 @@ def quality(
 
 def run(request: Request) -> None:
     """Measure with progress bars, write page and figures, and say the answer."""
-    request.check()
     device = checks.chosen_device(request.device)
     coder, *others = (request.said.load(path, device) for path in (request.dictionary, *request.others))
     store = vs.data.ActivationStore.open(request.store)

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +15,9 @@ import vesalius as vs
 from vesalius.cli import checks, foreign
 from vesalius.cli.foreign import Said
 from vesalius.cli.options import DeviceOption, ModelOption, command_line
-from vesalius.cli.screen import Screen, bars, note, say
+from vesalius.cli.screen import KEEP_HEAD, Screen, bars, note, say
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs.paths import check_writable
-from vesalius.jobs.progress import most_resident
 from vesalius.jobs.untrusted import read_json
 from vesalius.model.loading import DEMO, look_up
 from vesalius.site import Site
@@ -161,18 +159,13 @@ def run(request: Request) -> None:
         say(sentence)
     say(str(path))
     if done.ledger_head:
-        note(f"Ledger head, to keep elsewhere for vesalius ledger verify --head: {done.ledger_head}")
+        note(KEEP_HEAD.format(done.ledger_head))
 
 
 def written(found: Any, out: Path, command: str, screen: Screen) -> Path:
     """The pages and the summary."""
     pages = vs.report.page_names([str(part) for part in found.asked.parts])
-    timings = {
-        "seconds": round(screen.elapsed, 3),
-        "peak_memory_bytes": most_resident(),
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    summary = vs.studies.summarise_explained(found, command=command, timings=timings, pages=pages)
+    summary = vs.studies.summarise_explained(found, command=command, timings=screen.timings(), pages=pages)
     return vs.report.write_explained(summary, (one._repr_html_() for one in found), out)
 
 

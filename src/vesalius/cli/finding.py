@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +15,10 @@ from vesalius.cli import checks, foreign
 from vesalius.cli.explaining import chosen_parts, sites_named
 from vesalius.cli.foreign import Said
 from vesalius.cli.options import DeviceOption, ModelOption, command_line
-from vesalius.cli.screen import Screen, bars, note, say
+from vesalius.cli.screen import KEEP_HEAD, Screen, bars, note, say
 from vesalius.errors import InputError
 from vesalius.jobs import write_atomic
 from vesalius.jobs.paths import check_file, check_writable
-from vesalius.jobs.progress import most_resident
 from vesalius.model.loading import DEMO, look_up
 
 SUMMARY = "summary.json"
@@ -150,12 +148,7 @@ def run(request: Request) -> None:
             seed=request.seed,
         )
         done = vs.studies.find(model, asked, out=request.out, sink=screen)
-    timings = {
-        "seconds": round(screen.elapsed, 3),
-        "peak_memory_bytes": most_resident(),
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    summary = vs.studies.summarise_found(done, command=request.command, timings=timings)
+    summary = vs.studies.summarise_found(done, command=request.command, timings=screen.timings())
     content = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     path = write_atomic(request.out / SUMMARY, content)
     for row in summary["claims"]:
@@ -164,7 +157,7 @@ def run(request: Request) -> None:
         say(sentence)
     say(str(path))
     if done.ledger_head:
-        note(f"Ledger head, to keep elsewhere for vesalius ledger verify --head: {done.ledger_head}")
+        note(KEEP_HEAD.format(done.ledger_head))
 
 
 def line(row: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,9 @@ from rich.progress import Progress
 
 from vesalius.jobs import Event
 from vesalius.jobs import progress as drawing
+from vesalius.jobs.progress import most_resident
+
+KEEP_HEAD = "Ledger head, to keep elsewhere for vesalius ledger verify --head: {}"
 
 console = Console(stderr=True)
 output = Console()
@@ -53,6 +57,14 @@ class Screen:
         if event.kind == "note":
             self._marks.append((event.task, time.monotonic()))
         self._draw(event)
+
+    def timings(self) -> dict[str, Any]:
+        """Of a summary, what differs between two runs with the same seed."""
+        return {
+            "seconds": round(self.elapsed, 3),
+            "peak_memory_bytes": most_resident(),
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
 
     def seconds(self, steps: tuple[str, ...]) -> list[dict[str, Any]]:
         """Wall seconds of each step of a study, in order; of the last study when several were run."""

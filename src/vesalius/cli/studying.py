@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vesalius as vs
 from vesalius.cli import checks
-from vesalius.cli.screen import Screen, bars, note, say
+from vesalius.cli.screen import KEEP_HEAD, Screen, bars, note, say
 from vesalius.errors import InputError
 from vesalius.jobs.paths import check_writable
-from vesalius.jobs.progress import most_resident
 from vesalius.model.loading import look_up
 
 if TYPE_CHECKING:
@@ -86,7 +84,7 @@ def study(request: Request) -> int:
         say(sentence)
     say(str(report))
     if summary["timings"]["ledger_head"]:
-        note(f"Ledger head, to keep elsewhere for vesalius ledger verify --head: {summary['timings']['ledger_head']}")
+        note(KEEP_HEAD.format(summary["timings"]["ledger_head"]))
     return 1 if summary["stopped"] else 0
 
 
@@ -134,10 +132,4 @@ def _summary(
 
 def timings(screen: Screen, done: Study) -> Mapping[str, Any]:
     """The part of the summary that differs between two runs with the same seed."""
-    return {
-        "steps": screen.seconds(STEPS),
-        "seconds": round(screen.elapsed, 3),
-        "peak_memory_bytes": most_resident(),
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "sealed_at": done.sealed_at,
-    }
+    return {**screen.timings(), "steps": screen.seconds(STEPS), "sealed_at": done.sealed_at}

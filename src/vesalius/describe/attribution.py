@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from vesalius.describe.embedded import (
 from vesalius.describe.token_shares import Attribution
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Tokens
+from vesalius.inputs.beginning import speller
 from vesalius.intervention import Patch, off_distribution
 from vesalius.jobs import Estimate, Event, Sink
 from vesalius.jobs.progress import shown
@@ -189,9 +191,17 @@ class _Task:
         """Numbers of rows that are run together."""
         yield from torch.arange(rows).split(max(1, self.batch_tokens // self.width)) if rows else ()
 
-    def values(self, absent: Tensor | None = None) -> Float[Tensor, " example"]:
-        """Of the inputs as they are, or with all tokens replaced."""
-        given = self.own if absent is None else absent
+    @cached_property
+    def value(self) -> Float[Tensor, " example"]:
+        """Of the inputs as they are."""
+        return self._values(self.own)
+
+    @cached_property
+    def at_baseline(self) -> Float[Tensor, " example"]:
+        """With all tokens replaced."""
+        return self._values(self.absent)
+
+    def _values(self, given: Tensor) -> Float[Tensor, " example"]:
         return torch.cat([self.read(rows, given[rows]) for rows in self.batches(len(self.own))]).double().cpu()
 
     def track(self, task: str, rows: int) -> Iterator[Tensor]:
@@ -218,7 +228,7 @@ def _attributed(
         values, cost = _by_change(task, method, options, pool)
     read, name = task.read, target.name if isinstance(target, Metric) else str(target)
     model, ids = task.model, read.tokens
-    spell = str if model.tokenizer is None else lambda token: str(model.tokenizer.decode([token]))
+    spell = speller(model.tokenizer)
     lengths = ids.lengths.tolist()
     found = Attribution(
         values=values,
@@ -229,8 +239,8 @@ def _attributed(
         baseline=baseline,
         at=read.at if isinstance(read, PartRead) else None,
         ends=torch.minimum(read.ends, ids.lengths),
-        value=task.values(),
-        at_baseline=task.values(task.absent),
+        value=task.value,
+        at_baseline=task.at_baseline,
         cost=cost + Cost(2 * len(ids) * read.depth, 2.0 * len(ids)),
         off_distribution=off_distribution(task.own, task.absent, task.real, EMBED),
     )
@@ -294,7 +304,7 @@ def _run(task: _Task, instead: Tensor, size: int, method: str) -> tuple[Float[Te
     # A window starts at its first token and lies inside the text; a text that is shorter has one.
     inside = torch.minimum(task.read.tokens.lengths, task.read.ends)[cells[:, 0]]
     starts = cells[(cells[:, 1] + size <= inside) | ((cells[:, 1] == first) & (inside - first < size))]
-    plain, changed = task.values(), []
+    plain, changed = task.value, []
     for rows in task.track(method, len(starts)):
         example, begins = starts[rows].T
         back = torch.arange(width) - begins[:, None]

@@ -26,8 +26,8 @@ ROWS_OF_TOKEN = 4
 """Rows of each of these tokens that are looked at in a group."""
 NOTHING = -1
 _TENSORS = ("threshold", "active", "histogram", "total", "background_values")
-_COUNTS = ("groups", "tokens", "contexts")
-_KEPT = ("top", "sample", "near", "background")
+COUNTS = ("groups", "tokens", "contexts")
+KEPT = ("top", "sample", "near", "background")
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class Collector:
 
     def absorb(self, other: Collector) -> None:
         """Take in what was found on other parts of the same text; as one pass, but for which near misses are kept."""
-        for name in (*_COUNTS, "active", "histogram", "total"):
+        for name in (*COUNTS, "active", "histogram", "total"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("top", "sample", "near"):
             part, new = getattr(other, name).filled()
@@ -269,19 +269,19 @@ class Collector:
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything, to be stored."""
-        counts = {name: getattr(self, name) for name in _COUNTS}
+        counts = {name: getattr(self, name) for name in COUNTS}
         found = {name: getattr(self, name) for name in _TENSORS}
-        for name in _KEPT:
+        for name in KEPT:
             found |= {f"{name}.{column}": tensor for column, tensor in vars(getattr(self, name)).items()}
         return {name: np.array(n) for name, n in counts.items()} | {name: t.numpy() for name, t in found.items()}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Go on from what `state` gave."""
-        for name in _COUNTS:
+        for name in COUNTS:
             setattr(self, name, int(state[name]))
         for name in _TENSORS:
             setattr(self, name, torch.from_numpy(state[name].copy()))
-        for name in _KEPT:
+        for name in KEPT:
             kept = getattr(self, name)
             for column in vars(kept):
                 setattr(kept, column, torch.from_numpy(state[f"{name}.{column}"].copy()))

@@ -24,6 +24,7 @@ from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Pairs, Tokens
 from vesalius.intervention import Patch, off_distribution
 from vesalius.jobs import Sink
+from vesalius.jobs.frames import data_frame
 from vesalius.metric import Metric, logit_diff
 from vesalius.model import Model
 from vesalius.model.readout import logits_after, norm_frozen, unembedded
@@ -107,11 +108,7 @@ class EffectSplit:
 
         Raises InputError where pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise InputError("to_frame() needs pandas: pip install pandas") from error
-        return pandas.DataFrame([
+        return data_frame([
             {"part": str(part), "example": example,
              **{kind: float(getattr(self, kind)[number, example]) for kind in KINDS}, **self.off_distribution[number]}
             for number, part in enumerate(self.parts) for example in range(len(self.base))
@@ -152,7 +149,7 @@ def split_effects(
     listed = [as_part(part) for part in parts]
     _check(model, pairs, metric, base, listed)
     scores = sweep(model, pairs, sites=listed, metric=metric, base=base, sink=sink)
-    own = [*places(listed), last_site(model)]
+    own = [*places(listed), *(_added(site) for part in listed for site in part.writes), last_site(model)]
     first, other = (model.run(pairs.tokens(one), own).activations for one in (base, PROMPTS[1 - PROMPTS.index(base)]))
     made = _Direct(model, pairs, metric, freeze_norm, pairs.tokens(base), first, other)
     found = [made.of(part) for part in listed]
@@ -233,7 +230,13 @@ class _Direct:
             moved = self._read(after) - self._read(self.base[site])
             return self.model.head_writes(site.layer, moved).sum(-2)
         # What the layer's own modules make of it (an output projection, a down projection, a norm) a run shows.
-        own = Site("attn_out" if site.kind in _ATTENTION else "mlp_out", site.layer)
+        own = _added(site)
         patched = Patch(Unit(site), source=Activations({site: after}, self.tokens))
-        runs = [self.model.run(self.tokens, own, edits)[own] for edits in ([], [patched])]
-        return self._read(runs[1]) - self._read(runs[0])
+        return self._read(self.model.run(self.tokens, own, [patched])[own]) - self._read(self.base[own])
+
+
+def _added(site: Site) -> Site:
+    """Where what is written at a site is added to the residual stream."""
+    if site.kind in _ATTENTION:
+        return Site("attn_out", site.layer)
+    return Site("mlp_out", site.layer) if site.kind in _MLP else site.whole

@@ -64,8 +64,7 @@ class PartRead:
 
     @property
     def depth(self) -> float:
-        layers = [site.layer for site in self.part.reads if site.layer is not None]
-        return (max(layers) + 1) / self.model.architecture[1].n_layers if layers else 0.0
+        return depth_of(self.model, self.part)
 
     @property
     def ends(self) -> Int[Tensor, " example"]:
@@ -118,6 +117,12 @@ class MetricRead:
         tokens, edit = self.tokens.take(rows, width), Patch(EMBED, source=embeddings[:, :width])
         logits = self.model.run(tokens, interventions=[edit], grad=grad).logits
         return self.metric(logits, self.pairs.subset(rows.tolist()))
+
+
+def depth_of(model: Model, part: Part) -> float:
+    """Share of the layers that are run up to where a part is read."""
+    layers = [site.layer for site in part.reads if site.layer is not None]
+    return (max(layers) + 1) / model.architecture[1].n_layers if layers else 0.0
 
 
 def check_embedded(model: Model) -> None:

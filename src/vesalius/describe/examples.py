@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,12 @@ from torch import Tensor
 from vesalius.data.packing import Tally
 from vesalius.describe.collecting import NOTHING, Collector, Kept, Sizes
 from vesalius.describe.example import Example, PartExamples
-from vesalius.describe.read_parts import InputReading, Reading, TextReading, speller
+from vesalius.describe.read_parts import InputReading, Reading, TextReading, tokenizer_for
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Raw
+from vesalius.inputs.beginning import speller
 from vesalius.jobs import Blocks, Event, Sink, write_atomic
+from vesalius.jobs.frames import data_frame
 from vesalius.jobs.progress import shown
 from vesalius.jobs.untrusted import read_npz
 from vesalius.model import Model
@@ -104,10 +106,6 @@ class ActivatingExamples(Sequence[PartExamples]):
 
         `save_examples` stores everything as Parquet. Raises InputError where pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise InputError("to_frame() needs pandas: pip install pandas") from error
         rows = []
         for one in self:
             for kind in ("top", "sample", "near"):
@@ -115,7 +113,7 @@ class ActivatingExamples(Sequence[PartExamples]):
                     own = {name: getattr(example, name) for name in ("value", "token", "document", "offset", "at")}
                     around = {"tokens": list(example.tokens), "values": list(example.values)}
                     rows.append({"part": str(one.part), "kind": kind, "rank": rank, **own, **around})
-        return pandas.DataFrame(rows)
+        return data_frame(rows)
 
     def _of(self, number: int) -> PartExamples:
         state = self.collector
@@ -167,7 +165,7 @@ class ActivatingExamples(Sequence[PartExamples]):
     @cached_property
     def spelled(self) -> Callable[[int], str]:
         """A token as text, decoded once."""
-        return cache(lambda token: str(token) if self.tokenizer is None else str(self.tokenizer.decode([token])))
+        return speller(self.tokenizer)
 
 
 def _shared(known: set[int], example: Example) -> float:
@@ -224,7 +222,7 @@ def collect_examples(
         whole = "the texts give no tokens" if shard[1] == 1 else f"shard {shard} of the texts has no tokens"
         raise InputError(f"{whole}; give longer ones, or others")
     about = dict(reading.described)
-    return ActivatingExamples(values.parts, model.content_hash, about, collector, speller(model, about), shard)
+    return ActivatingExamples(values.parts, model.content_hash, about, collector, tokenizer_for(model, about), shard)
 
 
 def _plan(reading: Reading, values: PartValues, sizes: Sizes, seed: int, shard: tuple[int, int]) -> str:

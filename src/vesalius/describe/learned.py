@@ -24,6 +24,7 @@ from vesalius.describe.output import promoted_ids
 from vesalius.describe.predictions import above
 from vesalius.directions import Direction
 from vesalius.errors import UnknownNameError
+from vesalius.inputs.beginning import speller
 from vesalius.parts import Part
 from vesalius.quantities import (
     AUPRC,
@@ -38,6 +39,7 @@ from vesalius.quantities import (
     Runs,
     quantity,
 )
+from vesalius.quantities.activation import token_values
 from vesalius.quantities.fires_where import picked
 from vesalius.quantities.rule_effects import levels
 from vesalius.quantities.rules import CLASSES, Rule, Text, matches, word_of
@@ -119,9 +121,10 @@ class LearnedRules:
             raise UnknownNameError("quantity that a rule predicts", str(unknown), LEAST)
 
     def prepare(self, discovery: Discovery, parts: Sequence[Part]) -> None:
-        """Values of all parts with a rule, in one pass over the discovery texts."""
-        known = [(part, {"rule": found.rule}) for part in parts if (found := self.rule(part)) is not None]
-        FIRES_WHERE.prepare(discovery.runs, known)
+        """Values of all parts with a rule, and of their neighbours, in one pass over the discovery texts."""
+        known = [part for part in parts if self.rule(part) is not None]
+        asked = [self.neighbour(part) for part in known] if TOLD_APART.name in self.predicts else []
+        token_values(discovery.runs, [*known, *(one for one in asked if one is not None)])
 
     def rule(self, part: Part) -> Learned | None:
         """The rule of a part; None where it fires too rarely, or no rule holds."""
@@ -177,7 +180,7 @@ class LearnedRules:
         if not tokens or model.tokenizer is None:
             return None
         rest = 0.0 if self.examples[part].threshold == 0 else levels(runs, part, picked(runs, found.rule))[2]
-        words = [model.tokenizer.decode([token]) for token in tokens]
+        words = list(map(speller(model.tokenizer), tokens))
         return {"rule": found.rule, "tokens": tokens, "words": words, "rest": rest}
 
     def neighbour(self, part: Part) -> Part | None:

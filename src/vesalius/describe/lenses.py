@@ -19,7 +19,9 @@ from torch import Tensor
 from vesalius.activations import Run
 from vesalius.errors import InputError, SelfCheckError, UnknownNameError
 from vesalius.inputs import Tokens
+from vesalius.inputs.beginning import speller
 from vesalius.intervention import Intervention, listed
+from vesalius.jobs.frames import data_frame
 from vesalius.model import Model
 from vesalius.model.readout import unembedded
 from vesalius.patching.heatmap import heatmap
@@ -153,12 +155,8 @@ class LensReading:
         Columns: site, layer, example, position, token, top (the likeliest), probability, kl, entropy, target, rank,
         target_probability. Raises InputError where pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise InputError("to_frame() needs pandas: pip install pandas") from error
         cells = [(n, *at) for n in range(len(self.sites)) for at in self.tokens.real.nonzero().tolist()]
-        return pandas.DataFrame([self._row(*cell) for cell in cells])
+        return data_frame([self._row(*cell) for cell in cells])
 
     def _row(self, site: int, example: int, position: int) -> dict[str, Any]:
         at, target = (site, example, position), int(self.target[example, position])
@@ -178,7 +176,7 @@ class LensReading:
         }
 
     def _word(self, token: int) -> str:
-        return self.text.get(token, str(token))
+        return self.text[token]
 
     def _repr_html_(self) -> str:
         """The first prompt: its tokens across, sites down; the likeliest token, tinted by its probability."""
@@ -320,8 +318,8 @@ class _Made:
 
     def reading(self, lens: Lens, diagnostics: tuple[Mapping[str, Any], ...]) -> LensReading:
         seen = torch.cat([self.top.flatten(), self.target.flatten(), self.tokens.ids.flatten()]).unique().tolist()
-        tokenizer = lens.model.tokenizer
-        text = {} if tokenizer is None else {token: str(tokenizer.decode([token])) for token in seen if token >= 0}
+        spell = speller(lens.model.tokenizer)
+        text = {token: spell(token) for token in seen if token >= 0}
         return LensReading(
             sites=lens.sites,
             tokens=self.tokens,

@@ -19,6 +19,7 @@ from torch import Tensor
 from vesalius.adapters import submodule
 from vesalius.directions import Direction
 from vesalius.errors import InputError
+from vesalius.inputs.beginning import speller
 from vesalius.model import Model
 from vesalius.model.direct import token_effects
 from vesalius.model.weights import dtype_of, linear_of
@@ -91,8 +92,8 @@ def promoted_ids(model: Model, part: Part, count: int = SHOWN) -> list[int]:
 
 
 def _named(model: Model, ids: Tensor, values: Tensor) -> tuple[tuple[str, float], ...]:
-    decode = (lambda token: str(token)) if model.tokenizer is None else (lambda token: model.tokenizer.decode([token]))
-    return tuple((decode(token), value) for token, value in zip(ids.tolist(), values.tolist(), strict=True))
+    spell = speller(model.tokenizer)
+    return tuple((spell(token), value) for token, value in zip(ids.tolist(), values.tolist(), strict=True))
 
 
 def _written(model: Model, part: Part) -> Float[Tensor, " d_model"] | str:

@@ -20,7 +20,9 @@ from torch import Tensor
 from vesalius.describe.lenses import RESIDUAL
 from vesalius.errors import InputError, NotFiniteError
 from vesalius.inputs import Tokens
+from vesalius.inputs.beginning import speller
 from vesalius.intervention import Interchange, Positions, mask_of
+from vesalius.jobs.frames import data_frame
 from vesalius.metric import wide
 from vesalius.model import Model
 from vesalius.site import Site
@@ -150,19 +152,15 @@ class Inspection:
         return (self.top[..., :k] == self.own.argmax(-1)[None, :, None].to(self.top.device)).any(-1)
 
     def to_frame(self) -> pandas.DataFrame:
-        """One row per layer and prompt: source, target, example, top, probability, own, text, norm_ratio, z_rms.
+        """One row per layer and prompt: source, target, example, top, probability, text, norm_ratio, z_rms.
 
         Raises InputError where pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise InputError("to_frame() needs pandas: pip install pandas") from error
         layers, examples = self.logits.shape[:2]
-        return pandas.DataFrame([self._row(layer, one) for layer in range(layers) for one in range(examples)])
+        return data_frame([self._row(layer, one) for layer in range(layers) for one in range(examples)])
 
     def _row(self, layer: int, example: int) -> dict[str, Any]:
-        off = self.diagnostics[layer][0] if self.diagnostics[layer] else {}
+        off = self.diagnostics[layer][0]
         return {
             "source": str(self.sources[layer]),
             "target": str(self.targets[layer]),
@@ -170,12 +168,12 @@ class Inspection:
             "top": self._word(int(self.top[layer, example, 0])),
             "probability": float(self.logits[layer, example].softmax(-1).max()),
             "text": self.texts[layer][example] if self.texts else "",
-            "norm_ratio": float(off.get("norm_ratio", 1.0)),
-            "z_rms": float(off.get("z_rms", 1.0)),
+            "norm_ratio": float(off["norm_ratio"]),
+            "z_rms": float(off["z_rms"]),
         }
 
     def _word(self, token: int) -> str:
-        return self.words.get(token, str(token))
+        return self.words[token]
 
     def __repr__(self) -> str:
         layers, examples = self.logits.shape[:2]
@@ -242,16 +240,16 @@ def patchscope(
             found.append(wide(after.logits[torch.arange(len(ends)), ends.to(after.logits.device)]))
             diagnostics.append(tuple(after.diagnostics))
             if new_tokens:
-                texts.append(_written(reader, inspection, new_tokens, edit))
+                texts.append(reader.generate(inspection, new_tokens, interventions=edit).written)
     logits = torch.stack(found)
-    top = logits.topk(k, -1).indices.cpu()
+    top, spell = logits.topk(k, -1).indices.cpu(), speller(reader.tokenizer)
     return Inspection(
         sources=tuple(taken),
         targets=tuple(put),
         logits=logits.cpu(),
         top=top,
         own=wide(run.logits[at.to(run.logits.device)]).cpu(),
-        words={} if reader.tokenizer is None else {t: str(reader.tokenizer.decode([t])) for t in top.unique().tolist()},
+        words={token: spell(token) for token in top.unique().tolist()},
         texts=tuple(texts),
         diagnostics=tuple(diagnostics),
         prompts=tuple(_shown(model, row, real) for row, real in zip(tokens.ids, tokens.real, strict=True)),
@@ -286,11 +284,6 @@ def _edit(
             "vs.describe.fit_map fits it"
         )
     return Interchange(site, source=states[:, None].to(reader.device), source_positions=0, positions=at)
-
-
-def _written(reader: Model, inspection: Tokens, new_tokens: int, edit: Interchange) -> tuple[str, ...]:
-    made = reader.generate(inspection, new_tokens, interventions=edit)
-    return tuple(made.texts) or tuple(" ".join(map(str, row)) for row in made.new)
 
 
 def _shown(model: Model, ids: Int[Tensor, " pos"], real: Bool[Tensor, " pos"]) -> str:

@@ -174,6 +174,6 @@ class Numbered:
         return f"[input {int(ids[0])}]"
 
 
-def speller(model: Model, described: Mapping[str, Any]) -> Any:
+def tokenizer_for(model: Model, described: Mapping[str, Any]) -> Any:
     """What spells the tokens of a reading: the tokenizer, or the numbers of inputs that are no text."""
     return Numbered() if INPUTS in described else model.tokenizer

@@ -21,6 +21,7 @@ import numpy as np
 
 from vesalius.errors import InputError, NotFiniteError, UnknownNameError
 from vesalius.jobs import Sink, silent
+from vesalius.jobs.frames import data_frame
 from vesalius.jobs.progress import track
 from vesalius.stats import Measurement, measure
 from vesalius.stats.arrays import Floats
@@ -175,10 +176,6 @@ class Faithfulness:
 
         Raises InputError where pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise InputError("to_frame() needs pandas: pip install pandas") from error
         rows: list[dict[str, Any]] = []
         for test, questions in self.same.items():
             for number, one in enumerate(questions):
@@ -187,7 +184,7 @@ class Faithfulness:
                     {"test": test, "question": number, "point": at, "of": len(self.items[number].steps),
                      "same": float(same), "probability": float(own[at])} for at, same in enumerate(one)
                 ]  # fmt: skip
-        return pandas.DataFrame(rows)
+        return data_frame(rows)
 
     def __repr__(self) -> str:
         found = ", ".join(f"{test} {np.nanmean(self.values(test)):.2f}" for test in self.same)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vesalius.errors import InputError, UnknownNameError
+from vesalius.jobs.frames import data_frame
 from vesalius.parts import Part
 from vesalius.stats import Measurement, measure, rank_p
 from vesalius.stats.arrays import Floats
@@ -98,12 +99,8 @@ class Steering:
 
         Raises InputError where pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise InputError("to_frame() needs pandas: pip install pandas") from error
         whole = np.concatenate([self.effects[None], self.random])
-        return pandas.DataFrame([
+        return data_frame([
             {"direction": "part" if who == 0 else f"random {who - 1}", "scale": self.scales[scale], "example": example,
              "effect": float(whole[who, scale, example])}
             for who, scale, example in np.ndindex(*whole.shape)
@@ -158,7 +155,7 @@ class Steering:
         interval = "" if found.low is None else f" [{found.low:.3g}, {found.high:.3g}]"
         ratio = f"x {self.perplexity_ratio(scale):.2f}" if priced else "not measured"
         others = np.exp(self.random_cost[:, number].mean(-1)) if priced else np.zeros(1)
-        norm = max((one["norm_ratio"] for one in self.diagnostics[number][0]), default=1.0)
+        norm = max(one["norm_ratio"] for one in self.diagnostics[number][0])
         cells = (
             f"{scale:g}", f"{found.estimate:.3g}{interval}", f"{means.min():.3g} to {means.max():.3g}",
             f"{self.p_value(scale):.2g}", ratio, f"x {others.min():.2f} to {others.max():.2f}" if priced else "",

@@ -26,6 +26,7 @@ from vesalius.describe.steered import LIKELIEST, Steering
 from vesalius.directions import Direction
 from vesalius.errors import InputError
 from vesalius.inputs import Pairs, Tokens
+from vesalius.inputs.beginning import speller
 from vesalius.intervention import Intervention, Positions, Steer, mask_of
 from vesalius.jobs import Blocks, Event, Sink
 from vesalius.jobs.blocks import Arrays
@@ -294,22 +295,22 @@ class _Work:
         return compute
 
     def _loss(self, edits: Sequence[Intervention]) -> tuple[Float[Tensor, " text"], Iterable[Any]]:
-        """Mean next-token loss of each plain text, and the diagnostics of the last batch."""
+        """Mean next-token loss of each plain text, and of each edit the batch in which it is least natural."""
         if self.texts is None:
             return torch.zeros(0, dtype=torch.float64), ()
         size, losses = max(1, BATCH // self.texts.ids.shape[1]), []
-        diagnostics: Iterable[Any] = ()
+        seen: list[Sequence[Any]] = []
         for rows in torch.arange(len(self.texts)).split(size):
             some = self.texts.take(rows)
             with torch.no_grad():
                 run = self.model.run(some, interventions=edits)
             losses.append(next_token_loss_of(run.logits, some).double().cpu())
-            diagnostics = run.diagnostics
-        return torch.cat(losses), diagnostics
+            seen.append(run.diagnostics)
+        worst = [max(edit, key=lambda one: float(one["z_rms"])) for edit in zip(*seen, strict=True)]
+        return torch.cat(losses), worst
 
     def _written(self, edits: Sequence[Intervention]) -> list[str]:
-        made = self.model.generate(self.prompts.tokens, self.new_tokens, interventions=edits)
-        return list(made.texts) or [" ".join(map(str, row)) for row in made.new]
+        return list(self.model.generate(self.prompts.tokens, self.new_tokens, interventions=edits).written)
 
     def _result(
         self,
@@ -322,7 +323,7 @@ class _Work:
         stacked = lambda name: np.stack([[found[who, s][name] for s in scales] for who in range(n)])  # noqa: E731
         effect, loss = stacked("effect"), stacked("loss")
         own = [found[0, scale] for scale in scales]
-        word = (lambda t: str(t)) if self.model.tokenizer is None else lambda t: str(self.model.tokenizer.decode([t]))
+        word = speller(self.model.tokenizer)
         return Steering(
             part=part,
             scales=scales,

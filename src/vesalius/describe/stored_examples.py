@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from vesalius.data.texts import parquet_library
-from vesalius.describe.collecting import BINS, NOTHING, Collector, Kept, Sizes
+from vesalius.describe.collecting import BINS, COUNTS, KEPT, NOTHING, Collector, Kept, Sizes
 from vesalius.describe.examples import ActivatingExamples
-from vesalius.describe.read_parts import speller
+from vesalius.describe.read_parts import tokenizer_for
 from vesalius.errors import FileFormatError, InputError
 from vesalius.jobs import write_atomic
 from vesalius.jobs.untrusted import parse_json
@@ -31,10 +31,7 @@ from vesalius.parts import HasLatents, Part
 from vesalius.refs import resolve
 
 PARTS, EXAMPLES = "parts.parquet", "examples.parquet"
-KINDS = ("top", "sample", "near", "background")
 _KEY = b"vesalius"
-_COUNTS = ("groups", "tokens", "contexts")
-_COLUMNS = ("key", "value", "document", "offset", "ids", "values")
 
 
 def merge_examples(shards: Sequence[ActivatingExamples]) -> ActivatingExamples:
@@ -83,7 +80,7 @@ def save_examples(examples: ActivatingExamples, folder: str | Path) -> Path:
         "shard": examples.shard,
         "sizes": asdict(state.sizes),
         "seed": state.seed,
-        **{name: getattr(state, name) for name in _COUNTS},
+        **{name: getattr(state, name) for name in COUNTS},
     }
     parts = {
         "part": [str(part) for part in examples.parts],
@@ -96,7 +93,7 @@ def save_examples(examples: ActivatingExamples, folder: str | Path) -> Path:
         "background": list(state.background_values.T.float().numpy()),
     }
     table = pyarrow.table(parts).replace_schema_metadata({_KEY: json.dumps(about, default=str).encode()})
-    kept = [_rows(examples, kind) for kind in KINDS]
+    kept = [_rows(examples, kind) for kind in KEPT]
     rows = pyarrow.concat_tables([pyarrow.table(some) for some in kept])
     for name, one in ((PARTS, table), (EXAMPLES, rows)):
         sink = pyarrow.BufferOutputStream()
@@ -107,8 +104,8 @@ def save_examples(examples: ActivatingExamples, folder: str | Path) -> Path:
 
 def _rows(examples: ActivatingExamples, kind: str) -> dict[str, Any]:
     kept: Kept = getattr(examples.collector, kind)
-    part, place = kept.key.isfinite().nonzero(as_tuple=True)
-    columns = {name: getattr(kept, name)[part, place] for name in _COLUMNS}
+    part, columns = kept.filled()
+    place = kept.key.isfinite().nonzero()[:, 1]
     before = examples.collector.sizes.before
     listed = columns["ids"].tolist()
     names = ["" if kind == "background" else str(one) for one in examples.parts]
@@ -149,13 +146,13 @@ def load_examples(folder: str | Path, model: Model, *given: HasLatents | Part | 
     parts = tuple(resolve(ref, *given) for ref in refs)
     number, count = about["shard"]
     texts = dict(about["texts"])
-    return ActivatingExamples(parts, about["model"], texts, collector, speller(model, texts), (number, count))
+    return ActivatingExamples(parts, about["model"], texts, collector, tokenizer_for(model, texts), (number, count))
 
 
 def _collector(about: Any, columns: Any, rows: Any) -> Collector:
     parts, sizes = len(columns["part"]), Sizes(**about["sizes"])
     collector = Collector(parts, torch.ones(parts, dtype=torch.bool), sizes, int(about["seed"]))
-    for name in _COUNTS:
+    for name in COUNTS:
         setattr(collector, name, int(about[name]))
     for name in ("threshold", "active", "total"):
         setattr(collector, name, torch.tensor(columns[name], dtype=getattr(collector, name).dtype))
@@ -164,12 +161,11 @@ def _collector(about: Any, columns: Any, rows: Any) -> Collector:
         torch.tensor(columns["background"]).view(parts, sizes.background).T.half().contiguous()
     )
     kinds = np.array(rows["kind"])
-    for kind in KINDS:
+    for kind in KEPT:
         kept: Kept = getattr(collector, kind)
         here = np.flatnonzero(kinds == kind)
         part = torch.tensor([max(rows["number"][row], 0) for row in here], dtype=torch.long)
         place = torch.tensor([rows["rank"][row] for row in here], dtype=torch.long)
-        for name in _COLUMNS if len(here) else ():
-            tensor = getattr(kept, name)
+        for name, tensor in vars(kept).items() if len(here) else ():
             tensor[part, place] = torch.tensor([rows[name][row] for row in here], dtype=torch.float64).to(tensor.dtype)
     return collector

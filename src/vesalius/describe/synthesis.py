@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vesalius.data.forward import captured
 from vesalius.data.packing import bos_for, special_ids
-from vesalius.describe.embedded import EMBED, check_embedded, vocabulary
+from vesalius.describe.embedded import EMBED, check_embedded, depth_of, vocabulary
 from vesalius.describe.examples import ActivatingExamples
 from vesalius.describe.synthetic import Synthesis, Synthetic
 from vesalius.errors import InputError, UnknownNameError
@@ -277,13 +277,8 @@ class _Search:
         survives = None if tokenizer is None else tuple(tokenizer.encode(text, add_special_tokens=False)) == ids
         return Synthetic(ids, text, float(found.value[row]), float(found.entropy[row]), survives)
 
-    @property
-    def _depth(self) -> float:
-        layers = [site.layer for site in self.part.reads if site.layer is not None]
-        return (max(layers) + 1) / self.model.architecture[1].n_layers if layers else 0.0
-
     def _count(self, passes: float, whole: bool) -> None:
-        self.spent += passes * (1.0 if whole else self._depth)
+        self.spent += passes * (1.0 if whole else depth_of(self.model, self.part))
         self.naive += passes
 
     def _announce(self, weights: list[float], steps: int, candidates: int) -> None:
@@ -297,6 +292,6 @@ class _Search:
             count = sum((weight > 0) == fluent for weight in weights)
             passes = count * ((1 if fluent else _CHEAP) * candidates + 1 + _BACKWARD) * steps
             seconds += (time.perf_counter() - began) / len(some) * passes
-            forwards += passes * (1.0 if fluent else self._depth)
+            forwards += passes * (1.0 if fluent else depth_of(self.model, self.part))
         self.spent, self.naive = spent, naive
         self.sink(Event("note", TASK, message=f"{TASK}: {Estimate(seconds, forwards).describe()}"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from vesalius.errors import InputError
+from vesalius.jobs.frames import data_frame
 from vesalius.parts import Part
 from vesalius.patching.plan import Cost
 
@@ -65,12 +65,8 @@ class Synthesis:
 
     def to_frame(self) -> pandas.DataFrame:
         """One row per text: text, value, cross_entropy, survives. Raises InputError where pandas is not installed."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise InputError("to_frame() needs pandas: pip install pandas") from error
         names = ("text", "value", "cross_entropy", "survives")
-        return pandas.DataFrame([{name: getattr(one, name) for name in names} for one in self.front])
+        return data_frame([{name: getattr(one, name) for name in names} for one in self.front])
 
     def _repr_html_(self) -> str:
         rows = "".join(

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vesalius.errors import InputError
+from vesalius.jobs.frames import data_frame
 from vesalius.patching.agreement import Agreement, agreement
 from vesalius.patching.plan import Cost
 
@@ -97,10 +98,6 @@ class Attribution:
 
     def to_frame(self) -> pandas.DataFrame:
         """One row per token: example, position, token, share, read. Raises InputError where pandas is not installed."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise InputError("to_frame() needs pandas: pip install pandas") from error
         rows = [
             {
                 "example": example,
@@ -112,7 +109,7 @@ class Attribution:
             for example, tokens in enumerate(self.tokens)
             for position, token in enumerate(tokens)
         ]
-        return pandas.DataFrame(rows)
+        return data_frame(rows)
 
     def _repr_html_(self) -> str:
         head = f"<h3>{escape(self.target)}</h3><p>{escape(self.method)}; {escape('; '.join(self._facts))}</p>"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -72,6 +73,11 @@ def encoded(tokenizer: Any, text: str, bos: str) -> list[int]:
     ids = [int(token) for token in tokenizer.encode(text, add_special_tokens=True)]
     # A text that begins with the token already would have it twice.
     return ids[1:] if first is not None and ids[:2] == [first, first] and plain[:1] == [first] else ids
+
+
+def speller(tokenizer: Any) -> Callable[[int], str]:
+    """From a token to its text, each decoded once; without a tokenizer to its number."""
+    return cache(lambda token: str(token) if tokenizer is None else str(tokenizer.decode([token])))
 
 
 def _own(tokenizer: Any) -> str:

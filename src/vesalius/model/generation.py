@@ -101,6 +101,11 @@ class Generation:
     texts: tuple[str, ...] = ()
     """The new tokens as text, when the model has a tokenizer."""
 
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The new tokens of each prompt as text; without a tokenizer their numbers."""
+        return self.texts or tuple(" ".join(map(str, row)) for row in self.new)
+
     def __repr__(self) -> str:
         texts = f": {', '.join(map(repr, self.texts))}" if self.texts else ""
         return f"Generation({len(self.new)} prompts, up to {max(map(len, self.new))} new tokens{texts})"

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from vesalius.inputs import Pairs
+from vesalius.inputs.beginning import speller
 from vesalius.model import Model
 
 # Prompts of one shape are equally long, are read at one position, name the same positions, and share these groups.
@@ -40,9 +41,8 @@ class Examples:
         texts: tuple[tuple[str, ...], ...] = ()
         if model.tokenizer is not None:
             ids = getattr(pairs, which)
-            text = {token: str(model.tokenizer.decode([token])) for token in ids.unique().tolist()}
-            rows = zip(ids.tolist(), pairs.size.tolist(), strict=True)
-            texts = tuple(tuple(text[token] for token in row[:size]) for row, size in rows)
+            rows, spell = zip(ids.tolist(), pairs.size.tolist(), strict=True), speller(model.tokenizer)
+            texts = tuple(tuple(map(spell, row[:size])) for row, size in rows)
         return cls(texts, named, pairs.groups, pairs.clusters, tuple(number[key] for key in keys))
 
     def take(self, rows: Sequence[int]) -> Examples:

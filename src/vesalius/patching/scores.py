@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vesalius.errors import InputError, UnknownNameError
+from vesalius.jobs.frames import data_frame
 from vesalius.parts import Edge, Part
 from vesalius.patching.agreement import Agreement, agreement
 from vesalius.patching.examples import Examples
@@ -240,10 +241,6 @@ class Scores:
 
         Raises InputError where pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise InputError("to_frame() needs pandas: pip install pandas") from error
         cells = self._item_mask.nonzero()
         item, example = cells[:, 0].tolist(), cells[:, -1].tolist()
         effect = self.per_item[tuple(cells.T)]
@@ -256,7 +253,7 @@ class Scores:
             columns["position"] = position
             columns["token"] = [texts[e][p] if texts else "" for e, p in zip(example, position, strict=True)]
         value = (effect + self.base[cells[:, -1]]).tolist()
-        return pandas.DataFrame({**columns, "example": example, "value": value, "effect": effect.tolist()})
+        return data_frame({**columns, "example": example, "value": value, "effect": effect.tolist()})
 
     def against(self, measured: Scores) -> Agreement:
         """How these effects (estimates, or rounded ones) agree with measured ones.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vesalius.data.tasks.base import tokenizer_of
+from vesalius.inputs.beginning import speller
 from vesalius.parts import Part
 from vesalius.protocol import canonical_json
 from vesalius.quantities.activation import counted, token_values, tokens_of
@@ -101,8 +101,8 @@ def moved(runs: Runs, rule: Rule) -> Bool[Tensor, "example pos"]:
 
 def _text(runs: Runs) -> Text:
     """The texts as rules see them; every token is decoded once."""
-    tokens, tokenizer = tokens_of(runs), tokenizer_of(runs.model)
-    return Text(tokens.ids.cpu(), tokens.real.cpu(), cache(lambda token: str(tokenizer.decode([token]))))
+    tokens = tokens_of(runs)
+    return Text(tokens.ids.cpu(), tokens.real.cpu(), speller(tokenizer_of(runs.model)))
 
 
 def _standard(runs: Runs, part: Part) -> Float[Tensor, "example pos"]:

@@ -27,6 +27,7 @@ from vesalius.describe import describe as best_descriptions
 from vesalius.describe.example import Example
 from vesalius.describe.learned import Learned
 from vesalius.inputs import Corpus
+from vesalius.inputs.beginning import speller
 from vesalius.jobs import Estimate, Event, Sink, track
 from vesalius.jobs.progress import resident
 from vesalius.model import Model
@@ -234,7 +235,7 @@ def _example(runs: Runs, values: Tensor, row: int, at: int) -> Example:
     ids = tokens.ids[row, first:last].tolist()
     return Example(
         value=float(values[row, at]),
-        tokens=tuple(str(runs.model.tokenizer.decode([token])) for token in ids),
+        tokens=tuple(map(speller(runs.model.tokenizer), ids)),
         ids=tuple(ids),
         values=tuple(values[row, first:last].tolist()),
         at=at - first,

@@ -20,13 +20,11 @@ from vesalius.protocol import Claim, Verdict
 from vesalius.studies.explain import EXAMPLES, TESTED_PARTS, outcome_of
 from vesalius.studies.explaining import Explaining
 from vesalius.studies.study import Study
-from vesalius.studies.summary import claim_row
+from vesalius.studies.summary import short_row
 from vesalius.studies.task_circuit import DESCRIPTIONS, FAMILY
 
 SCHEMA = "vesalius/explain/1"
 NO_RULE, NEVER = "no rule holds", "never fires on these texts"
-_LISTS = ("values", "control_values", "templates")
-"""Of a claim's row, what is one number per text: it is in the ledger."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,14 +163,10 @@ class Explanations(Sequence[Explained]):
         estimates = study[DESCRIPTIONS].estimates
         rows = [
             {
-                **{
-                    k: v
-                    for k, v in claim_row(c, v_, evidence.get(c.id), estimates.get(c.id)).items()
-                    if k not in _LISTS
-                },
-                "legs": [{"name": leg["name"], "theta": leg["theta"], "p": leg["p_greater"]} for leg in v_.legs],
+                **short_row(claim, verdict, evidence.get(claim.id), estimates.get(claim.id)),
+                "legs": [{"name": leg["name"], "theta": leg["theta"], "p": leg["p_greater"]} for leg in verdict.legs],
             }
-            for c, v_ in claimed
+            for claim, verdict in claimed
         ]
         return Explained(
             part=part,

@@ -104,8 +104,7 @@ def explaining(
     texts = texts_from(corpus, column)
     halves, counts = _documents(model, texts, tokens, context)
     _check_enough(halves, len(chosen), tokens, counts)
-    rows, splits, labels = _rows(halves, packing)
-    counts["repeated contexts"] = sum(len(_contexts(half, packing)) for half in halves) - len(rows)
+    rows, splits, labels, counts["repeated contexts"] = _rows(halves, packing)
     split = Corpus(Tokens.from_rows(rows), {"document": tuple(labels)}, tuple(splits))
     asked = Explaining(
         name="explain",
@@ -209,24 +208,23 @@ def _check_enough(halves: Sequence[Sequence[Any]], parts: int, tokens: int, coun
     )
 
 
-def _contexts(documents: Sequence[Any], packing: Packing) -> list[Any]:
-    return [context for group in groups(iter(documents), packing) for context in group.contexts]
-
-
-def _rows(halves: Sequence[Sequence[Any]], packing: Packing) -> tuple[list[list[int]], list[str], list[str]]:
-    """Contexts, each once, with their split and document."""
+def _rows(halves: Sequence[Sequence[Any]], packing: Packing) -> tuple[list[list[int]], list[str], list[str], int]:
+    """Contexts, each once, with their split and document; and how many came again."""
     rows: list[list[int]] = []
     splits, labels = [], []
     seen: set[bytes] = set()
+    again = 0
     for split, half in zip(("discovery", "validation"), halves, strict=True):
-        for context in _contexts(half, packing):
+        for context in (context for group in groups(iter(half), packing) for context in group.contexts):
             key = context.ids.tobytes()
-            if key not in seen:
-                seen.add(key)
-                rows.append(context.ids.tolist())
-                splits.append(split)
-                labels.append(f"{split} {context.document}")
-    return rows, splits, labels
+            if key in seen:
+                again += 1
+                continue
+            seen.add(key)
+            rows.append(context.ids.tolist())
+            splits.append(split)
+            labels.append(f"{split} {context.document}")
+    return rows, splits, labels, again
 
 
 def _in_their_place(parts: Sequence[Part], model: Model, seed: int) -> tuple[Part, ...]:

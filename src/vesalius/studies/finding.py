@@ -35,7 +35,7 @@ from vesalius.quantities.pseudo_values import share_below
 from vesalius.quantities.separates import DIGITS, named
 from vesalius.studies.explaining import SHORTEST, check_parts, documents_needed
 from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, append_evidence, run_in, untested
-from vesalius.studies.summary import claim_row
+from vesalius.studies.summary import short_row
 from vesalius.studies.task_circuit import FAMILY
 from vesalius.validate import prepare
 
@@ -251,9 +251,8 @@ def summarise_found(study: Study, *, command: str, timings: Mapping[str, Any]) -
     numbers = {str(part): number for number, part in enumerate(asked.parts)}
     rows = []
     for claim, verdict in zip(study.claims, study.verdicts, strict=True):
-        row = claim_row(claim, verdict, evidence.get(claim.id))
-        kept = {k: v for k, v in row.items() if k not in ("values", "control_values", "templates")}
-        rows.append({**kept, "discovery": float(ranking[numbers[str(claim.subject["name"])]]) - 0.5})
+        row = short_row(claim, verdict, evidence.get(claim.id))
+        rows.append({**row, "discovery": float(ranking[numbers[str(claim.subject["name"])]]) - 0.5})
     return {
         "schema": SCHEMA,
         "what": asked.what,

@@ -14,6 +14,7 @@ import torch
 from vesalius import __version__
 from vesalius.circuits import Circuit, edges_to_json, share
 from vesalius.describe import NO_ROLE, Description
+from vesalius.inputs.beginning import speller
 from vesalius.parts import Part
 from vesalius.patching.plan import Cost
 from vesalius.protocol import Claim, Evidence, Verdict
@@ -253,6 +254,14 @@ def _would_decide(verdict: Verdict) -> str:
     return f" About {groups} groups like these would decide."
 
 
+def short_row(
+    claim: Claim, verdict: Verdict, evidence: Evidence | None, discovery: float | None = None
+) -> dict[str, Any]:
+    """`claim_row` without what is one number per text: that is in the ledger."""
+    row = claim_row(claim, verdict, evidence, discovery)
+    return {name: value for name, value in row.items() if name not in ("values", "control_values", "templates")}
+
+
 def _control_text(claim: Claim) -> str | None:
     if not claim.control:
         return None
@@ -285,8 +294,7 @@ def _attention(study: Study) -> list[dict[str, Any]]:
 
 
 def _token_texts(study: Study, ids: list[int]) -> list[str]:
-    tokenizer = study.model.tokenizer
-    return [str(i) for i in ids] if tokenizer is None else [str(tokenizer.decode([i])) for i in ids]
+    return list(map(speller(study.model.tokenizer), ids))
 
 
 def _cost(costs: Sequence[tuple[str, Cost]]) -> dict[str, Any]:

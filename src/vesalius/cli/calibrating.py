@@ -35,8 +35,12 @@ def run(*, seeds: int, quick: bool, json: Path | None, device: str | None) -> No
         at_delta.add_row(row.data, str(row.m), *map(str, row.rates.values()))
     output.print(at_delta)
     units = Table(title="Units planted in text, one claim each", title_justify="left")
-    for heading in ("setting", "quantity", "supported", "refuted", "inconclusive"):
+    for heading in ("quantity", "supported", "upper bound", "refuted", "inconclusive"):
         units.add_column(heading)
-    for unit in found.units:
-        units.add_row(unit.setting, unit.quantity, str(unit.supported), str(unit.refuted), str(unit.inconclusive))
+    for number, unit in enumerate(found.units):
+        if number == 0 or unit.setting != found.units[number - 1].setting:
+            units.add_section()
+            units.add_row(f"[bold]{unit.setting}[/]")
+        shares = (unit.supported.share, unit.supported.upper, unit.refuted.share, unit.inconclusive.share)
+        units.add_row(unit.quantity, *(f"{share:.3f}" for share in shares))
     output.print(units)

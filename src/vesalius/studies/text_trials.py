@@ -123,7 +123,8 @@ class UnitTrials:
 
 def text_trials(trials: int, blocks: Blocks, sink: Sink) -> tuple[UnitTrials, ...]:
     """All settings, null and true. The ways without a test are not held to anything: they are there to compare."""
-    sizes = blocks.get(f"sizes {PILOTS}", lambda: {"sizes": np.array(_sizes())})["sizes"]
+    pilots = min(PILOTS, trials)
+    sizes = blocks.get(f"sizes {pilots}", lambda: {"sizes": np.array(_sizes(pilots))})["sizes"]
     true = dict(zip([one.name for one in QUANTITIES], sizes.tolist(), strict=True))
     found = []
     for setting in (*NULLS, TRUE):
@@ -198,10 +199,10 @@ def _claim(of: Quantity, runs: Runs, delta: float) -> Claim:
     )
 
 
-def _sizes() -> list[float]:
+def _sizes(pilots: int) -> list[float]:
     """What is true of the planted unit: the mean over many draws of texts."""
     setting = Setting("pilot", PLANTED, 1.0)
-    every = [_runs(setting, _PILOT + number, 2 * TEXTS) for number in range(PILOTS)]
+    every = [_runs(setting, _PILOT + number, 2 * TEXTS) for number in range(pilots)]
     return [
         float(np.mean([runs.mean(of.measure(runs, SUBJECT, _parameters())) for runs in every])) for of in QUANTITIES
     ]

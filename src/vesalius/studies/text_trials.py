@@ -44,7 +44,7 @@ from vesalius.studies.simulated import Rate
 from vesalius.toys.text import PlantedText, PlantedUnit, text_network
 from vesalius.validate import check
 
-TRIALS, QUICK_TRIALS, PILOTS = 760, 20, 60
+TRIALS, QUICK_TRIALS, PILOTS = 760, 16, 60
 TEXTS, LENGTH, AREA = 200, 64, 0.85
 STRONGEST = 20
 """Tokens that are looked at where only the strongest are."""

@@ -13,7 +13,18 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score, ro
 
 import vesalius as vs
 from vesalius.errors import InputError
-from vesalius.quantities import AUPRC, AUROC, DETECTION, FUZZING, PROMOTES, SIMULATION, STANDS_IN, TOLD_APART, Quantity
+from vesalius.quantities import (
+    AUPRC,
+    AUPRC_BALANCED,
+    AUROC,
+    DETECTION,
+    FUZZING,
+    PROMOTES,
+    SIMULATION,
+    STANDS_IN,
+    TOLD_APART,
+    Quantity,
+)
 from vesalius.quantities.fires_where import picked
 from vesalius.quantities.rule_effects import levels
 from vesalius.toys.text import PlantedText, PlantedUnit, text_network
@@ -24,7 +35,7 @@ UNITS = [PlantedUnit((2, 3), 1.5, writes=0.5), PlantedUnit((5, 6), 1.5), Planted
 GIVEN = {
     "rule": RULE, "threshold": 1.5, "neighbour": OTHER.ref, "neighbour_threshold": 1.5, "tokens": [1], "rest": 0.0,
 }  # fmt: skip
-SCORES = (AUROC, AUPRC, SIMULATION, DETECTION, FUZZING, TOLD_APART)
+SCORES = (AUROC, AUPRC, AUPRC_BALANCED, SIMULATION, DETECTION, FUZZING, TOLD_APART)
 
 
 def runs_of(seed: int = 0, texts: int = 60, documents: int | None = None, frequency: float = 0.05) -> vs.Runs:
@@ -58,15 +69,22 @@ def shares(a: Any, b: Any) -> float:
     return float(hits[0] - hits[1])
 
 
+def balanced(chosen: Any, values: Any) -> float:
+    """Average precision with tokens weighted so that both kinds weigh the same."""
+    weight = np.where(chosen, 0.5 / chosen.mean(), 0.5 / (1 - chosen.mean()))
+    return float(average_precision_score(chosen, values, sample_weight=weight))
+
+
 EXPECTED: dict[str, Callable[[vs.Runs], float]] = {
     "auroc": lambda runs: roc_auc_score(*flat(runs)) - 0.5,
     "auprc": lambda runs: average_precision_score(*flat(runs)) - flat(runs)[0].mean(),
+    "auprc_balanced": lambda runs: balanced(*flat(runs)) - 0.5,
     "simulation": lambda runs: pearsonr(*map(np.asarray, flat(runs)))[0],
     "fuzzing": lambda runs: shares(flat(runs)[0], flat(runs)[1] > 1.5),
 }
 
 
-@pytest.mark.parametrize("of", [AUROC, AUPRC, SIMULATION, FUZZING], ids=lambda of: of.name)
+@pytest.mark.parametrize("of", [AUROC, AUPRC, AUPRC_BALANCED, SIMULATION, FUZZING], ids=lambda of: of.name)
 @pytest.mark.parametrize("documents", [None, 7])
 def test_a_score_is_what_other_implementations_give_and_pseudo_values_average_to_it(
     of: Quantity, documents: int | None

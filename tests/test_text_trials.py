@@ -67,12 +67,12 @@ def few() -> tuple[UnitTrials, ...]:
 def test_noise_and_decoys_are_not_supported_and_what_is_planted_is(few: tuple[UnitTrials, ...]) -> None:
     tested = [row for row in few if row.quantity not in trials.WITHOUT_A_TEST]
     for row in tested:
-        if row.setting in ("nothing", "decoy: fires on a topic"):
+        if row.setting in ("nothing", "decoy: fires on a topic", "copy", "reads, does not act"):
             assert row.supported.k == 0, row
         elif row.true and row.quantity != DRAWN:
             assert row.supported.k >= 3, row
     assert {row.quantity for row in tested} == {one.name for one in QUANTITIES} | {DRAWN}
-    assert {row.setting for row in few} == {setting.name for setting in (*NULLS, TRUE)} | {tested[-1].setting}
+    assert {row.setting for row in few} == {setting.name for setting in (*NULLS, *TRUE)} | {tested[-1].setting}
 
 
 def test_a_score_above_nothing_is_no_test(few: tuple[UnitTrials, ...]) -> None:
@@ -80,6 +80,12 @@ def test_a_score_above_nothing_is_no_test(few: tuple[UnitTrials, ...]) -> None:
     noisy = next(row for row in few if row.quantity == PLAIN_DETECTION and row.setting == "nothing")
     assert noisy.supported.k > 0
     assert noisy.holds(0.08, 0.8)  # it is there to compare, and held to nothing
+
+
+def test_the_strongest_tokens_do_not_show_what_a_unit_does_elsewhere(few: tuple[UnitTrials, ...]) -> None:
+    hidden = {row.quantity: row for row in few if row.setting == "not at the top"}
+    assert hidden["strongest tokens"].supported.k == 0
+    assert hidden["promotes"].supported.k >= 3
 
 
 def test_bounds_are_of_false_claims_and_power_of_true_ones() -> None:

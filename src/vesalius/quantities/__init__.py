@@ -16,7 +16,7 @@ from vesalius.quantities.fires_where import FiresWhere
 from vesalius.quantities.matching import Matched, matched_controls
 from vesalius.quantities.moves_attention import MovesAttention
 from vesalius.quantities.rule_effects import Promotes, StandsIn
-from vesalius.quantities.rule_scores import Auprc, Auroc, Detection, Fuzzing, Simulation, ToldApart
+from vesalius.quantities.rule_scores import Auprc, Auroc, BalancedAuprc, Detection, Fuzzing, Simulation, ToldApart
 from vesalius.quantities.runs import Runs
 from vesalius.quantities.separates import Separates
 from vesalius.quantities.total_effect import TotalEffect
@@ -24,7 +24,7 @@ from vesalius.quantities.total_effect import TotalEffect
 FIRES_WHERE, SEPARATES, ATTENDS, COPIES = FiresWhere(), Separates(), Attends(), Copies()
 DIRECT_EFFECT, TOTAL_EFFECT, MOVES_ATTENTION = DirectEffect(), TotalEffect(), MovesAttention()
 FAITHFULNESS, COMPLETENESS = Faithfulness(), Completeness()
-AUROC, AUPRC, SIMULATION = Auroc(), Auprc(), Simulation()
+AUROC, AUPRC, AUPRC_BALANCED, SIMULATION = Auroc(), Auprc(), BalancedAuprc(), Simulation()
 DETECTION, FUZZING, TOLD_APART = Detection(), Fuzzing(), ToldApart()
 STANDS_IN, PROMOTES = StandsIn(), Promotes()
 
@@ -41,6 +41,7 @@ QUANTITIES: dict[str, Quantity] = {
         SEPARATES,
         AUROC,
         AUPRC,
+        AUPRC_BALANCED,
         SIMULATION,
         DETECTION,
         FUZZING,
@@ -65,6 +66,7 @@ __all__ = [
     "ACTIVATION",
     "ATTENDS",
     "AUPRC",
+    "AUPRC_BALANCED",
     "AUROC",
     "COMPLETENESS",
     "COPIES",

@@ -76,6 +76,25 @@ def auprc(positive: Float[Tensor, " m"], negative: Float[Tensor, " n"]) -> tuple
     return mean - share, own, others
 
 
+def auprc_balanced(positive: Float[Tensor, " m"], negative: Float[Tensor, " n"]) -> tuple[float, Tensor, Tensor]:
+    """Average precision, less ½, where all positives together weigh as much as all negatives; and what each value moves
+    it by."""
+    m, n = len(positive), len(negative)
+    ordered = positive.sort().values
+    hits = 1 - torch.searchsorted(ordered, ordered).double() / m
+    wrong = 1 - torch.searchsorted(negative.sort().values, ordered).double() / n
+    precision = hits / (hits + wrong)
+    mean = float(precision.mean())
+    slopes = [x / (hits + wrong) ** 2 / m for x in (wrong, hits)]
+    up, down = (torch.nn.functional.pad(slope.cumsum(0), (1, 0)) for slope in slopes)
+    # What a value at or above each threshold adds to its share, less what all shares lose by one more value.
+    lost = float((slopes[0] * hits).sum())
+    above = torch.searchsorted(ordered, positive, right=True)
+    own = (precision[torch.searchsorted(ordered, positive)] - mean + up[above] - lost) / m
+    others = (lost - down[torch.searchsorted(ordered, negative, right=True)]) / n
+    return mean - 0.5, own, others
+
+
 def share_below(others: Float[Tensor, "*any m"], values: Float[Tensor, "*any n"]) -> Float[Tensor, "*any n"]:
     """Of the others, how many are smaller than each value; equal ones count half."""
     ordered, asked = others.sort(-1).values.contiguous(), values.contiguous()

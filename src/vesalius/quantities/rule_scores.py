@@ -16,7 +16,7 @@ from vesalius.quantities.activation import counted, token_values
 from vesalius.quantities.base import PROBABILITY, Parameters, PerExample, Quantity
 from vesalius.quantities.fires_where import moved, picked, read_all, without_tokenizer
 from vesalius.quantities.matching import Matched
-from vesalius.quantities.pseudo_values import Score, auprc, auroc, groups_of, pseudo_values, scored
+from vesalius.quantities.pseudo_values import Score, auprc, auprc_balanced, auroc, groups_of, pseudo_values, scored
 from vesalius.quantities.rules import in_words
 from vesalius.quantities.runs import Runs
 from vesalius.refs import resolve
@@ -86,6 +86,21 @@ class Auprc(RuleScore):
 
     def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample:
         return _areas(runs, part, some, auprc)
+
+
+class BalancedAuprc(RuleScore):
+    """Area under the precision-recall curve, less ½, as it would be if the rule picked every second token."""
+
+    name = "auprc_balanced"
+
+    def unit(self, runs: Runs) -> str:
+        return "balanced AUPRC above ½"
+
+    def phrase(self, parameters: Parameters) -> str:
+        return f"is highest {in_words(parameters['rule'])}, where those are as many as the other tokens"
+
+    def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample:
+        return _areas(runs, part, some, auprc_balanced)
 
 
 class Simulation(RuleScore):

@@ -4,7 +4,9 @@ Every trial is one unit, on texts that were never drawn before, and one claim of
 its own. `nothing`: the unit is noise. `exactly at the threshold`: the claim's delta is what is true of the unit, so
 that neither SUPPORTED nor REFUTED is right; with one text a document, and with documents of uneven size. `planted`: the
 unit fires on words that are 1 % of the text with an AUROC of .85, and half of what is true of it is claimed. `decoy`:
-the unit fires on a topic, and the words are three times as frequent there.
+the unit fires on a topic, and the words are three times as frequent there. `copy`: what it is to be told apart from is
+its copy. `reads, does not act`: nothing reads the unit. `not at the top`: it fires on other words four times as
+strongly, so that its strongest tokens never show the ones that are spoken of, and acts on those all the same.
 
 Two ways to do without a test are tried on the same units: a label that the strongest tokens suggest, and a detection
 score that is above 0.
@@ -13,7 +15,7 @@ score that is above 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from vesalius.protocol import Claim, Evidence
 from vesalius.protocol.verdict import decide
 from vesalius.quantities import (
     AUPRC,
+    AUPRC_BALANCED,
     AUROC,
     DETECTION,
     FIRES_WHERE,
@@ -50,13 +53,16 @@ STRONGEST = 20
 """Tokens that are looked at where only the strongest are."""
 RULE = {"word": ["w2", "w3"], "at": 0}
 SUBJECT, NEIGHBOUR, NOTHING = neuron(0, 0), neuron(0, 1), (neuron(0, 10), neuron(0, 11))
-QUANTITIES: tuple[Quantity, ...] = (FIRES_WHERE, AUROC, AUPRC, SIMULATION, FUZZING, TOLD_APART, STANDS_IN, PROMOTES)
+QUANTITIES: tuple[Quantity, ...] = (
+    FIRES_WHERE, AUROC, AUPRC, AUPRC_BALANCED, SIMULATION, FUZZING, TOLD_APART, STANDS_IN, PROMOTES,
+)  # fmt: skip
 STRONGEST_TOKENS, PLAIN_DETECTION, DRAWN = "strongest tokens", "detection above 0", "a causal effect"
 WITHOUT_A_TEST = (STRONGEST_TOKENS, PLAIN_DETECTION)
 WEAK = (AUPRC.name,)
 """Held to the bound of false claims only: at 1 % of the text, 200 texts are too few to decide half of its claims."""
 STRENGTH = 2**0.5 * float(norm.ppf(AREA))
 PLANTED, NOISE = PlantedUnit((2, 3), STRENGTH, writes=0.5), PlantedUnit(writes=0.5)
+TWIN = PlantedUnit((5, 6), STRENGTH)
 TEXT = PlantedText()
 # Trials that are kept together, and seeds of the texts from which the true sizes are taken.
 _BLOCK, _PILOT = 20, 10_000_000
@@ -73,6 +79,8 @@ class Setting:
     uneven: bool = False
     only: tuple[str, ...] = ()
     """Quantities of which the claim is false (or true) here; default all."""
+    neighbour: PlantedUnit = TWIN
+    true: bool = False
 
     @property
     def quantities(self) -> tuple[Quantity, ...]:
@@ -90,8 +98,13 @@ NULLS = (
         PlantedText(on_topic=3.0),
         only=("fires_where",),
     ),
+    Setting("copy", PLANTED, 0.5, only=("told_apart",), neighbour=PlantedUnit(copy_of=0)),
+    Setting("reads, does not act", replace(PLANTED, writes=0.0), 0.5, only=("promotes",)),
 )
-TRUE = Setting("planted, AUROC .85 at 1 %", PLANTED, 0.5)
+TRUE = (
+    Setting("planted, AUROC .85 at 1 %", PLANTED, 0.5, true=True),
+    Setting("not at the top", replace(PLANTED, loud=(9, 10)), 0.5, only=("promotes",), true=True),
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +140,7 @@ def text_trials(trials: int, blocks: Blocks, sink: Sink) -> tuple[UnitTrials, ..
     sizes = blocks.get(f"sizes {pilots}", lambda: {"sizes": np.array(_sizes(pilots))})["sizes"]
     true = dict(zip([one.name for one in QUANTITIES], sizes.tolist(), strict=True))
     found = []
-    for setting in (*NULLS, TRUE):
+    for setting in (*NULLS, *TRUE):
         names, outcomes = _names(setting), []
         for first in track(range(0, trials, _BLOCK), f"calibrate: units, {setting.name}", None, sink):
             some = range(first, min(first + _BLOCK, trials))
@@ -148,7 +161,7 @@ def _names(setting: Setting) -> list[str]:
 
 def _counted(name: str, setting: Setting, outcomes: Sequence[str]) -> UnitTrials:
     rates = [Rate(sum(one in kinds for one in outcomes), len(outcomes)) for kinds in _KINDS]
-    return UnitTrials(name, setting.name, setting is TRUE, *rates)
+    return UnitTrials(name, setting.name, setting.true, *rates)
 
 
 _KINDS = (("SUPPORTED",), ("REFUTED", "NOT SPECIFIC"), ("INCONCLUSIVE",))
@@ -165,9 +178,8 @@ def _trial(setting: Setting, true: Mapping[str, float], seed: int) -> list[str]:
 
 
 def _runs(setting: Setting, seed: int, texts: int = TEXTS) -> Runs:
-    """One unit beside a copy of what it fires on, and texts of one trial. Documents are numbered from 0."""
-    twin = PlantedUnit((5, 6), STRENGTH)
-    model = text_network([setting.unit, twin], seed)
+    """One unit beside its neighbour, and texts of one trial. Documents are numbered from 0."""
+    model = text_network([setting.unit, setting.neighbour], seed)
     ids = setting.text.draw(texts, LENGTH, seed)
     # Sizes of documents fall as 1 / rank, from 10 texts to 1.
     sizes = [max(1, round(10 / rank)) for rank in range(1, texts + 1)] if setting.uneven else [1] * texts

@@ -4,7 +4,8 @@ A unit's value is what its words, its topic and its habits make of a token, plus
 fixed function of the last tokens and the unit, so that a run can be repeated. A word after which the next token is
 likelier to be a certain one gives the units something to do: what they write is what the logits know of it.
 
-    value  = strength * (the token is one of the unit's words) + topic * (the text is on the topic) + noise
+    value  = strength * (the token is one of the unit's words, or LOUD where it is one of its loud words)
+           + topic * (the text is on the topic) + noise
     logits = log frequencies of words + sum over units of writes * value, on the unit's target word
 """
 
@@ -27,6 +28,8 @@ WORDS, UNITS = 64, 12
 """Words of the vocabulary, and units of the network; those that are not given fire on nothing."""
 TOPIC = 0
 """The word that texts on the topic begin with."""
+LOUD = 4.0
+"""How much more strongly a unit fires on its loud words: they fill its top examples, and hide the others."""
 LOOKS_BACK = 4
 """Tokens that the noise depends on."""
 FOLLOWS = 0.5
@@ -35,12 +38,13 @@ FOLLOWS = 0.5
 
 @dataclass(frozen=True)
 class PlantedUnit:
-    """What a unit does. words: token ids that it fires on, by `strength` standard deviations of its noise. topic: what
-    it adds on every token of texts on the topic. writes: what a value of 1 adds to the logit of `target`. copy_of: the
-    number of a unit whose value it has, noise and all."""
+    """What a unit does. words: token ids that it fires on, by `strength` standard deviations of its noise. loud: others
+    that it fires on `LOUD` times as strongly. topic: what it adds on every token of texts on the topic. writes: what a
+    value of 1 adds to the logit of `target`. copy_of: the number of a unit whose value it has, noise and all."""
 
     words: tuple[int, ...] = ()
     strength: float = 0.0
+    loud: tuple[int, ...] = ()
     topic: float = 0.0
     writes: float = 0.0
     target: int = 1
@@ -113,6 +117,7 @@ class _Units(nn.Module):
         table = torch.zeros(WORDS, len(units))
         for number, unit in enumerate(units):
             table[list(unit.words), number] = unit.strength
+            table[list(unit.loud), number] = LOUD * unit.strength
         self.register_buffer("table", table)
         self.register_buffer("topic", torch.tensor([unit.topic for unit in units]))
         same = [number if unit.copy_of is None else unit.copy_of for number, unit in enumerate(units)]

@@ -225,8 +225,40 @@ def test_a_random_network_has_the_same_parts_and_other_weights(model: vs.Model, 
     other, asked = vs.studies.explaining(model, parts[1:], TEXTS, context=64, baseline="random-network")
     assert other.content_hash != model.content_hash
     assert asked.parts == tuple(parts[1:])
-    with pytest.raises(UnknownNameError, match="unknown baseline 'noise'; known: random-directions, random-network"):
+    with pytest.raises(
+        UnknownNameError, match="unknown baseline 'noise'; known: random-directions, random-network, unt"
+    ):
         vs.studies.explaining(model, parts, TEXTS, baseline="noise")
+
+
+def test_latents_of_an_untrained_dictionary_take_the_place_of_those_of_a_trained_one(
+    model: vs.Model, parts: list[Any], given: Path
+) -> None:
+    trained = vs.dictionaries.load(given / "sae")
+    same, asked = vs.studies.explaining(
+        model, [trained.latent(n) for n in (3, 5)], TEXTS, context=64, baseline="untrained-dictionary"
+    )
+    assert same is model
+    assert [str(part) for part in asked.parts] == [str(trained.latent(n)) for n in (3, 5)]
+    assert asked.parts[0].dictionary.content_hash != trained.content_hash
+    with pytest.raises(InputError, match="is for latents of one dictionary"):
+        vs.studies.explaining(model, parts, TEXTS, context=64, baseline="untrained-dictionary")
+
+
+# --- made inputs
+
+
+def test_units_of_a_toy_network_are_explained_and_their_rules_challenged() -> None:
+    model = vs.toys.text_network([vs.toys.PlantedUnit((2, 3), 8.0), vs.toys.PlantedUnit((5,), 8.0)])
+    texts = [model.tokenizer.decode(row) for row in vs.toys.PlantedText(frequency=0.1).draw(80, 48, 0).tolist()]
+    units = [vs.neuron(0, 0), vs.neuron(0, 1), vs.neuron(0, 7)]
+    _, asked = vs.studies.explaining(model, units, texts, context=64, challenged=True)
+    found = vs.studies.Explanations(vs.studies.explain(model, asked, sink=vs.silent))
+    assert [one.verdict for one in found] == ["SUPPORTED", "SUPPORTED", None]
+    assert 'on "w2", "w3"' in found[0].sentence
+    rows = summary_of(found)["parts"]
+    assert all(row["given_up"] == [] for row in rows)
+    assert explain_schema.check(summary_of(found)) is None
 
 
 # --- the output side
@@ -325,7 +357,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_latents_are_explained_from_the_command_line(run: Callable[..., Done], given: Path, tmp_path: Path) -> None:
     words = ("--corpus", given / "texts.jsonl", "--context", 64, "--model", given / "tiny", "--out", tmp_path / "out")
-    done = run("explain", "--dictionary", given / "sae", "--latents", "0:5", *words)
+    done = run("explain", "--dictionary", given / "sae", "--latents", "0:5", "--challenge", *words)
     assert done.code == 0, done.err
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     explain_schema.check(summary)

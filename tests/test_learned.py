@@ -18,7 +18,8 @@ from vesalius.data.packing import Context, Group
 from vesalius.describe import Discovery, claims_of
 from vesalius.describe.collecting import Collector, Sizes
 from vesalius.describe.examples import ActivatingExamples
-from vesalius.describe.learned import LearnedRules, learn
+from vesalius.describe.learned import LearnedRules
+from vesalius.describe.learning import learn
 from vesalius.errors import InputError, UnknownNameError, VesaliusError
 from vesalius.quantities import FIRES_WHERE, Runs
 from vesalius.quantities.rules import Text, in_words, matches, word_of

@@ -625,10 +625,11 @@ def test_fifty_kills_lose_no_record_whose_append_returned(path: Path, processes:
     rng, returned, kills, mid_work = random.Random(1), set(), 0, 0
     for kills in range(1, 51):
         child, replies = start(processes, append_claims, path, 3 * (kills - 1), total - 3 * kills)
-        first = replies.recv()
+        # By what it has said and not by the clock alone: on a busy machine some milliseconds are nothing.
+        first = [replies.recv() for _ in range(2)]
         time.sleep(rng.random() * 0.03)
         child.kill()
-        heard = [first, *said(replies)]
+        heard = [*first, *said(replies)]
         child.join()
         mid_work += child.exitcode == -9
         returned.update(heard)
@@ -636,4 +637,4 @@ def test_fifty_kills_lose_no_record_whose_append_returned(path: Path, processes:
         stored = {kept.id for made in ledger.claims() for kept in ledger.evidence(made)}
         assert returned <= stored
         assert ledger.verify().evidence == len(stored)
-    assert kills == 50 and mid_work >= 40 and len(returned) >= 100
+    assert kills == 50 and mid_work >= 40 and len(returned) >= 100  # two of its own each

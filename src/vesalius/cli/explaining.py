@@ -45,6 +45,7 @@ class Request:
     bos: str
     column: str
     baseline: str | None
+    challenge: bool
     seed: int
     device: str | None
     said: Said
@@ -95,9 +96,13 @@ def explain(
         str | None,
         typer.Option(
             help="random-directions: one in the place of each part; random-network: the same parts of the model with "
-            "random weights. What is supported there is what descriptions of nothing reach."
+            "random weights; untrained-dictionary: latents of one that was never trained. What is supported there is "
+            "what descriptions of nothing reach."
         ),
     ] = None,
+    challenge: Annotated[
+        bool, typer.Option("--challenge", help="Make inputs that break a rule, and revise it, before it is claimed.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: DeviceOption = None,
     site: foreign.SiteOption = None,
@@ -122,6 +127,7 @@ def explain(
         bos=bos,
         column=column,
         baseline=baseline,
+        challenge=challenge,
         seed=seed,
         device=device,
         said=Said(site, out_site, layer, unpickle, in_scale, k, row_norm, ignore),
@@ -148,6 +154,7 @@ def run(request: Request) -> None:
             column=request.column,
             seed=request.seed,
             baseline=request.baseline,
+            challenged=request.challenge,
             about=about(coder, request.dictionary, request.out) if coder and request.dictionary else None,
         )
         done = vs.studies.explain(changed, asked, out=request.out, sink=screen)

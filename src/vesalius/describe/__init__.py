@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vesalius.describe.asked import Asked, ask_rules
 from vesalius.describe.attribution import attribute, integrated_gradients
+from vesalius.describe.challenge import Challenge, challenge, revise
 from vesalius.describe.circuit import describe_circuit
 from vesalius.describe.client import Chat, ModelChat, ServerChat, Usage
 from vesalius.describe.description import (
@@ -23,7 +24,8 @@ from vesalius.describe.effect_split import EffectSplit, split_effects
 from vesalius.describe.example import Example, PartExamples
 from vesalius.describe.examples import ActivatingExamples, collect_examples
 from vesalius.describe.illusion import Illusion, across_corpora
-from vesalius.describe.learned import Learned, LearnedRules, learn
+from vesalius.describe.learned import LearnedRules
+from vesalius.describe.learning import Learned, learn
 from vesalius.describe.lenses import Lens, LensReading, LogitLens, read_lens
 from vesalius.describe.model_answers import ModelAnswerer
 from vesalius.describe.patchscopes import (
@@ -70,6 +72,7 @@ __all__ = [
     "Answerer",
     "Asked",
     "Attribution",
+    "Challenge",
     "Chat",
     "ContrastVector",
     "Describer",
@@ -110,6 +113,7 @@ __all__ = [
     "attribute",
     "best_of",
     "causal",
+    "challenge",
     "claim_about",
     "claim_of",
     "claims_of",
@@ -127,6 +131,7 @@ __all__ = [
     "patchscope",
     "read_lens",
     "reasoning_faithfulness",
+    "revise",
     "save_examples",
     "short_name",
     "split_effects",

@@ -17,7 +17,8 @@ import torch
 from vesalius.describe.client import Chat
 from vesalius.describe.example import Example, PartExamples
 from vesalius.describe.examples import ActivatingExamples
-from vesalius.describe.learned import Learned, LearnedRules, halves_of
+from vesalius.describe.learned import LearnedRules
+from vesalius.describe.learning import Learned, halves_of
 from vesalius.errors import InputError
 from vesalius.jobs import Sink, track
 from vesalius.jobs.progress import shown

@@ -61,6 +61,10 @@ class Description:
     """What was seen beside the predictions, and decides nothing."""
     name: str = ""
     """What to call the part in a sentence; default a short name."""
+    history: tuple[Mapping[str, Any], ...] = ()
+    """What was said before and given up on discovery data, the oldest first; it goes into the claims' `origin`."""
+    rivals: tuple[Mapping[str, Any], ...] = ()
+    """Parameters that would do as well in the first prediction, as far as discovery tells."""
 
     @property
     def score(self) -> float:
@@ -84,7 +88,8 @@ class Description:
 
     def to_json(self) -> dict[str, Any]:
         predictions = [dict(vars(prediction)) for prediction in self.predictions]
-        own = {name: getattr(self, name) for name in ("label", "note", "name")}
+        own: dict[str, Any] = {name: getattr(self, name) for name in ("label", "note", "name")}
+        own |= {name: [dict(one) for one in getattr(self, name)] for name in ("history", "rivals")}
         return {"part": self.part.ref, "predictions": predictions, **own}
 
     @classmethod
@@ -94,7 +99,8 @@ class Description:
             Prediction(**{**one, "nulls": tuple((name, margin) for name, margin in one["nulls"])})
             for one in data["predictions"]
         )
-        return cls(resolve(data["part"], *given), data["label"], predictions, data["note"], data["name"])
+        part, more = resolve(data["part"], *given), [tuple(data[name]) for name in ("history", "rivals")]
+        return cls(part, data["label"], predictions, data["note"], data["name"], *more)
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(self.sentence)}</p>"
@@ -261,15 +267,19 @@ def claim_of(description: Description, prediction: Prediction, discovery: Discov
         parents=discovery.parents,
         study=discovery.study,
         role=description.label or None,
-        origin=_origin(of, runs, part, prediction),
+        origin=_origin(of, runs, description, prediction),
     )
 
 
-def _origin(of: Quantity, runs: Runs, part: Part, prediction: Prediction) -> dict[str, Any]:
-    """What discovery showed: the quantity itself, and the scale that its threshold is measured against."""
-    found = {"effect": _measured(runs, prediction.mean, of.measure(runs, part, prediction.parameters))}
+def _origin(of: Quantity, runs: Runs, description: Description, prediction: Prediction) -> dict[str, Any]:
+    """What discovery showed: the quantity itself, the scale that its threshold is measured against, and what was said
+    before and given up."""
+    part = description.part
+    found: dict[str, Any] = {"effect": _measured(runs, prediction.mean, of.measure(runs, part, prediction.parameters))}
     if prediction.scale is not None:
         found["scale"] = _measured(runs, prediction.scale, of.scale_values(runs, part, prediction.parameters))
+    if description.history:
+        found["given_up"] = [dict(one) for one in description.history]
     return found
 
 

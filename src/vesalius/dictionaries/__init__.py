@@ -31,6 +31,7 @@ from vesalius.dictionaries.stored_layer import StoredLayer
 from vesalius.dictionaries.training.fitter import Fitter
 from vesalius.dictionaries.training.loop import estimate, train
 from vesalius.dictionaries.training.several import train_all
+from vesalius.dictionaries.untrained import untrained
 
 __all__ = [
     "ACTIVATIONS",
@@ -64,5 +65,6 @@ __all__ = [
     "superposition",
     "train",
     "train_all",
+    "untrained",
     "verify",
 ]

@@ -19,7 +19,8 @@ TOTAL_EFFECT = "total effect"
 DIRECTIONS = ("noising", "denoising")
 EFFECTS = ("total", "direct")
 RESERVED_LEGS = ("effect", "control")
-ORIGINS = ("effect", "scale")
+GIVEN_UP = "given_up"
+ORIGINS = ("effect", "scale", GIVEN_UP)
 MEASURED = ("estimate", "low", "high", "n", "data_hash")
 DEFAULT_SHARE, SMALLEST_SHARE = 0.05, 0.02
 
@@ -133,6 +134,10 @@ class Claim:
     def _check_origin(self) -> None:
         for name, measured in self.origin.items():
             _known("origin", name, ORIGINS)
+            if name == GIVEN_UP:
+                if not isinstance(measured, list) or not all(isinstance(one, dict) for one in measured):
+                    raise InputError(f"origin {name!r} lists what was said before, as objects; got {measured!r}")
+                continue
             if not isinstance(measured, dict) or set(measured) != set(MEASURED):
                 raise InputError(f"origin {name!r} must have {', '.join(MEASURED)}; got {measured!r}")
             number(measured["estimate"], f"origin.{name}.estimate")

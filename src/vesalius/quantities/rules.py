@@ -132,6 +132,16 @@ def check_rule(rule: Any, depth: int = 0) -> None:
         check_rule(part, depth + 1)
 
 
+def reach(rule: Rule) -> int:
+    """How many tokens before the one in question a rule looks at, at most."""
+    kind = _kind(rule)
+    if kind in ("word", "class"):
+        return -int(rule.get("at", 0))
+    if kind == "seen":
+        return int(rule["within"])
+    return max(map(reach, [rule["not"]] if kind == "not" else rule[kind]))
+
+
 def in_words(rule: Rule) -> str:
     """A rule as a phrase, such as `on "king" after "the"`."""
     kind = _kind(rule)

@@ -27,6 +27,8 @@ PART = Object(
         "rule_on_validation": Named(
             whole(""), "tokens; those that it fires on, that the rule picks, and both; null without a rule", null=True
         ),
+        "rivals": Items(text("in words"), "rules that the documents for validation do not tell from the one above"),
+        "given_up": Items(text("in words"), "what was said before, until inputs that were made to break it did"),
         "promoted": Items(Object({"token": text("token"), "effect": number("direct effect")}), "largest first"),
         "suppressed": Items(Object({"token": text("token"), "effect": number("direct effect")}), "smallest first"),
     }
@@ -36,7 +38,9 @@ EXPLAINED = Object(
     {
         "schema": text("name of this schema", one_of=(NAME,)),
         "model": Object({"name": text("name"), "hash": text("hash of the weights"), "note": text("what to know")}),
-        "baseline": text("random-directions, random-network; null: the parts themselves", null=True),
+        "baseline": text(
+            "random-directions, random-network, untrained-dictionary; null: the parts themselves", null=True
+        ),
         "dictionary": Object(
             {
                 "name": text("what it is"),

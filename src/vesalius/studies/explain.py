@@ -22,10 +22,19 @@ from torch import Tensor
 
 from vesalius import __version__
 from vesalius.data.forward import captured
-from vesalius.describe import ActivatingExamples, Descriptions, Discovery, LearnedRules, claims_of, collect_examples
+from vesalius.describe import (
+    ActivatingExamples,
+    Descriptions,
+    Discovery,
+    LearnedRules,
+    challenge,
+    claims_of,
+    collect_examples,
+    revise,
+)
 from vesalius.describe import describe as best_descriptions
 from vesalius.describe.example import Example
-from vesalius.describe.learned import Learned
+from vesalius.describe.learning import Learned
 from vesalius.inputs import Corpus
 from vesalius.inputs.beginning import speller
 from vesalius.jobs import Estimate, Event, Sink, track
@@ -33,10 +42,11 @@ from vesalius.jobs.progress import resident
 from vesalius.model import Model
 from vesalius.parts import Part, places
 from vesalius.protocol import Claim, Evidence, Family, Verdict, content_hash
-from vesalius.quantities import Runs
+from vesalius.quantities import FIRES_WHERE, Runs
 from vesalius.quantities.activation import counted, forget_values, token_values
 from vesalius.quantities.fires_where import picked
-from vesalius.quantities.rules import Rule
+from vesalius.quantities.rules import Rule, in_words
+from vesalius.stats import measure
 from vesalius.studies.explaining import Explaining, discovery_texts
 from vesalius.studies.study import (
     Artefact,
@@ -128,16 +138,31 @@ def _describe(work: Asking) -> Descriptions:
     for number, chunk in enumerate(track(chunks, "learn rules", sink=work.sink)):
         kept = work.blocks.get(f"rules {number}", lambda some=chunk: _learned(rules, some))  # type: ignore[misc]
         for part, one in zip(chunk, from_array(kept), strict=True):
-            rules.recall(part, None if one is None else Learned(**one))
+            rules.recall(part, None if one is None else Learned.from_json(one))
     opened = work.ledger.open(asked.corpus, "discovery")
     runs = Runs(work.model, _spread(opened), seed=asked.seed, sink=work.sink, name="discovery")
+    for number, chunk in enumerate(track(chunks, "challenge rules", sink=work.sink) if asked.challenged else ()):
+        kept = work.blocks.get(f"challenged {number}", lambda some=chunk: _challenged(rules, runs, some))  # type: ignore[misc]
+        for part, one in zip(chunk, from_array(kept), strict=True):
+            rules.recall(part, None if one is None else Learned.from_json(one))
     made = work.blocks.get("descriptions and claims", lambda: json_array(_claimed(work, runs, rules).to_json()))
     return Descriptions.from_json(from_array(made))
 
 
 def _learned(rules: LearnedRules, parts: Sequence[Part]) -> Any:
     found = [rules.learned(part) for part in parts]
-    return json_array([None if one is None else asdict(one) for one in found])
+    return json_array([None if one is None else one.to_json() for one in found])
+
+
+def _challenged(rules: LearnedRules, runs: Runs, parts: Sequence[Part]) -> Any:
+    """What is left of the rules, revised where made inputs broke them; those of other parts are as they were."""
+    token_values(runs, [part for part in parts if rules.rule(part) is not None] or parts[:1])
+    for part in parts:
+        found = rules.rule(part)
+        if found is not None:
+            against = challenge(runs, part, found.rule, rules.examples[part].threshold, seed=rules.seed)
+            rules.recall(part, revise(rules.examples[part], found, against, rules.seed) or found)
+    return _learned(rules, parts)
 
 
 def _spread(corpus: Corpus) -> Corpus:
@@ -201,7 +226,26 @@ def _validate(work: Asking) -> TestedParts:
 def _against(work: Asking, runs: Runs, part: Part) -> dict[str, Any]:
     fit = work[DESCRIPTIONS][part]
     rules = [one.parameters["rule"] for one in fit.predictions if "rule" in one.parameters] if fit else []
-    return counterexamples(runs, part, rules[0], float(work[EXAMPLES][part].threshold)) if rules else {}
+    if fit is None or not rules:
+        return {}
+    broken = counterexamples(runs, part, rules[0], float(work[EXAMPLES][part].threshold))
+    return {**broken, "rivals": rivals(runs, part, rules[0], [one["rule"] for one in fit.rivals])}
+
+
+def rivals(runs: Runs, part: Part, rule: Rule, others: Sequence[Rule]) -> list[dict[str, Any]]:
+    """How much more a part fires where a rule picks than where each of some others does, on the same texts.
+
+    Differences of `fires_where` text by text, with a 95 % interval; told_apart: whether the other is worse. Those that
+    are not belong to the description as a set: nothing says which of them is the right one.
+    """
+    own = FIRES_WHERE.measure(runs, part, {"rule": rule})
+    found = []
+    for other in others:
+        less = own - FIRES_WHERE.measure(runs, part, {"rule": other})
+        difference = measure("difference", less.double().numpy(), groups=runs.groups, clusters=runs.clusters)
+        interval = {"difference": difference.estimate, "low": difference.low, "high": difference.high}
+        found.append({"rule": other, "words": in_words(other), **interval, "told_apart": (difference.low or 0.0) > 0})
+    return found
 
 
 def counterexamples(runs: Runs, part: Part, rule: Rule, threshold: float) -> dict[str, Any]:

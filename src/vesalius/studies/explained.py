@@ -17,6 +17,7 @@ from vesalius.describe.output import Promoted, promoted_tokens
 from vesalius.errors import UnknownNameError
 from vesalius.parts import Part
 from vesalius.protocol import Claim, Verdict
+from vesalius.quantities.rules import in_words
 from vesalius.studies.explain import EXAMPLES, TESTED_PARTS, outcome_of
 from vesalius.studies.explaining import Explaining
 from vesalius.studies.study import Study
@@ -107,6 +108,8 @@ def _against(counter: Mapping[str, Any], top: float) -> str:
     right = f"{both / picked:.0%} of the {picked:,} tokens that the rule picks" if picked else "(the rule picks none)"
     found = f"{both / fires:.0%} of the {fires:,} tokens that it fires on" if fires else "(it never fires there)"
     said = f"<p>On {counter['tokens']:,} fresh tokens it fires on {right}, and the rule picks {found}.</p>"
+    as_good = [escape(one["words"]) for one in counter.get("rivals", ()) if not one["told_apart"]]
+    said += f"<p>As good on these texts, and not to be told apart: {'; '.join(as_good)}.</p>" if as_good else ""
     kinds = (("picked by the rule, and silent", "silent"), ("fires, and the rule does not pick it", "unexplained"))
     return said + "".join(
         f"<h4>{words}</h4>{''.join(Example(**one).html(top) for one in counter[kind])}"
@@ -245,6 +248,8 @@ def _row(one: Explained, page: str) -> dict[str, Any]:
         "verdict": one.verdict,
         "claims": [dict(row) for row in one.claims],
         "rule_on_validation": counter or None,
+        "rivals": [rival["words"] for rival in one.counter.get("rivals", ()) if not rival["told_apart"]],
+        "given_up": [] if one.description is None else [in_words(was["rule"]) for was in one.description.history],
         "promoted": [{"token": token, "effect": effect} for token, effect in one.output.promoted],
         "suppressed": [{"token": token, "effect": effect} for token, effect in one.output.suppressed],
     }

@@ -20,6 +20,7 @@ from vesalius.coder import Coder
 from vesalius.data.forward import captured
 from vesalius.data.packing import Packing, Tally, bos_for, groups, special_ids, tokenized
 from vesalius.data.texts import Texts, texts_from
+from vesalius.dictionaries import Dictionary, Latent, untrained
 from vesalius.directions import Direction
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Corpus, Tokens
@@ -32,11 +33,11 @@ from vesalius.quantities.values import PartValues
 from vesalius.seeds import generator_for
 from vesalius.validate import reinitialised
 
-RANDOM_DIRECTIONS, RANDOM_NETWORK = "random-directions", "random-network"
-BASELINES = (RANDOM_DIRECTIONS, RANDOM_NETWORK)
+RANDOM_DIRECTIONS, RANDOM_NETWORK, UNTRAINED = "random-directions", "random-network", "untrained-dictionary"
+BASELINES = (RANDOM_DIRECTIONS, RANDOM_NETWORK, UNTRAINED)
 SHORTEST, MOST = 16, 8
 """Tokens that a document has at least, and contexts that are taken of one at most: verdicts count documents."""
-_ALL = 2**62
+_ALL, _TRIED = 2**62, 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,7 @@ class Explaining:
 
     documents: token ids of those for discovery. corpus: contexts of all documents, with both splits. counts: documents
     that were left out, by why. about: what else a summary says of the parts (the dictionary they are latents of).
+    challenged: whether rules are revised by inputs that are made to break them before they are claimed.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Explaining:
     baseline: str | None = None
     seed: int = 0
     about: Mapping[str, Any] = field(default_factory=dict)
+    challenged: bool = False
 
     @property
     def text(self) -> str:
@@ -71,7 +74,7 @@ class Explaining:
 
     def plan(self) -> dict[str, Any]:
         """What the question is, for hashing."""
-        own = {name: getattr(self, name) for name in ("name", "bos", "context", "baseline", "seed")}
+        own = {name: getattr(self, name) for name in ("name", "bos", "context", "baseline", "seed", "challenged")}
         return {**own, "parts": [part.ref for part in self.parts], "corpus": self.corpus.content_hash}
 
 
@@ -87,12 +90,15 @@ def explaining(
     seed: int = 0,
     baseline: str | None = None,
     about: Mapping[str, Any] | None = None,
+    challenged: bool = False,
 ) -> tuple[Model, Explaining]:
     """The question, and the model that it is about: another than the given one for the baseline `random-network`.
 
     corpus: texts as for `data.harvest`. tokens: of both halves together, at most. Documents go in turns to discovery
     and to validation. baseline: `random-directions`, one at the site of each part in its place; or `random-network`,
-    the same parts of the model with random weights.
+    the same parts of the model with random weights; or `untrained-dictionary`, the latents of the same numbers of one
+    that was never trained (`dictionaries.untrained`). challenged: see `describe.challenge`; costs about as
+    much again as learning the rules.
 
     Raises InputError for parts that the model does not have or that have no single number at each position, and for a
     corpus of too few documents, saying how many tokens would do.
@@ -108,7 +114,7 @@ def explaining(
     split = Corpus(Tokens.from_rows(rows), {"document": tuple(labels)}, tuple(splits))
     asked = Explaining(
         name="explain",
-        parts=_in_their_place(chosen, model, seed) if baseline == RANDOM_DIRECTIONS else chosen,
+        parts=_compared(chosen, model, split, baseline, seed),
         documents=tuple(halves[0]),
         corpus=split,
         bos=packing.bos.token,
@@ -118,6 +124,7 @@ def explaining(
         baseline=baseline,
         seed=seed,
         about=dict(about or {}),
+        challenged=challenged,
     )
     return (reinitialised(model, seed) if baseline == RANDOM_NETWORK else model), asked
 
@@ -225,6 +232,24 @@ def _rows(halves: Sequence[Sequence[Any]], packing: Packing) -> tuple[list[list[
             splits.append(split)
             labels.append(f"{split} {context.document}")
     return rows, splits, labels, again
+
+
+def _compared(parts: Sequence[Part], model: Model, corpus: Corpus, baseline: str | None, seed: int) -> tuple[Part, ...]:
+    """The parts that a baseline explains."""
+    if baseline == RANDOM_DIRECTIONS:
+        return _in_their_place(parts, model, seed)
+    if baseline != UNTRAINED:
+        return tuple(parts)
+    known = {id(part): part.coder for part in parts if isinstance(part, Latent)}
+    coders = {id(coder): coder for coder in known.values() if isinstance(coder, Dictionary)}
+    if len(known) < len(parts) or len(coders) != 1 or not all(isinstance(c, Dictionary) for c in known.values()):
+        raise InputError(f"the baseline {UNTRAINED} is for latents of one dictionary; for other parts take another one")
+    (coder,) = coders.values()
+    few = corpus.split("discovery").tokens.take(torch.arange(min(_TRIED, len(corpus.split("discovery")))))
+    at, real = captured(model, few, [site.whole for site in coder.in_sites]), few.real.clone()
+    real[:, 0] = False
+    twin = untrained(coder, [Unit(site).read(at[site.whole])[real].flatten(1) for site in coder.in_sites], seed)
+    return tuple(twin.latent(part.index) for part in parts if isinstance(part, Latent))
 
 
 def _in_their_place(parts: Sequence[Part], model: Model, seed: int) -> tuple[Part, ...]:

@@ -94,6 +94,9 @@ class WordTokenizer:
     all_special_tokens: tuple[str, ...] = ()
     bos_token = eos_token = None
 
+    def __call__(self, texts: Sequence[str], **_options: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [self.encode(text) for text in texts]}
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(f" w{int(token)}" for token in ids)
 

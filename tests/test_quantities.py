@@ -16,11 +16,21 @@ import tiny
 import vesalius as vs
 from handmade import PARTS
 from vesalius.circuits import component_effects, find_circuit
-from vesalius.describe import Discovery, causal, claim_about, claims_of, describe_circuit
+from vesalius.describe import (
+    ROLES,
+    WHERE_IT_ACTS,
+    Discovery,
+    causal,
+    claim_about,
+    claims_of,
+    describe,
+    describe_circuit,
+)
 from vesalius.errors import InputError, PairsError, UnknownNameError
 from vesalius.quantities import (
     ACTIVATION,
     DIRECT_EFFECT,
+    EFFECT_AT,
     QUANTITIES,
     TOTAL_EFFECT,
     Contrast,
@@ -31,6 +41,7 @@ from vesalius.quantities import (
 )
 from vesalius.quantities.base import PROBABILITY
 from vesalius.quantities.contrast import EMBED
+from vesalius.quantities.places import positions
 from vesalius.validate import check, prepare
 
 FAMILIES = sorted(tiny.FAMILIES)
@@ -170,6 +181,40 @@ def test_effects_are_on_the_metric_of_the_contrast(model: vs.Model, metric: vs.M
     torch.testing.assert_close(
         runs.effects([EMBED], "corrupted", "noising")[0], runs.total("corrupted"), atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize("place", ["end", "changed_last", "first"])
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_the_effect_at_a_place_is_that_of_plain_runs_with_one_edit(model: vs.Model, place: str, direction: str) -> None:
+    """Prompts of unequal lengths, whose places lie at different positions."""
+    runs = Runs(model, Contrast.of(tiny.pairs(8), vs.answer_logprob), seed=1)
+    at, pairs = positions(runs, place), runs.pairs
+    sides = [pairs.tokens("clean"), pairs.tokens("corrupted")]
+    base, other = sides if direction == "noising" else sides[::-1]
+    for part in (vs.head(0, 1), vs.Unit(vs.Site("mlp_out", 1))):
+        given = model.run(other, capture=[part.writes[0].whole])
+        edit = vs.Patch(part, source=given.activations, positions=at)
+        metric = [plainly(vs.answer_logprob, model.run(base, interventions=e).logits, pairs) for e in ([], [edit])]
+        expected = (metric[0] - metric[1]) * (1 if direction == "noising" else -1)
+        parameters = {"place": place, "direction": direction}
+        found = EFFECT_AT.measure(runs, part, parameters)
+        assert torch.allclose(found.double(), expected.double(), atol=1e-5)
+        whole = TOTAL_EFFECT.measure(runs, part, {"direction": direction})
+        assert torch.allclose(EFFECT_AT.nulls(runs, part, parameters)["elsewhere"], whole - found, atol=1e-6)
+
+
+def test_members_without_a_role_are_said_to_act_where_they_act() -> None:
+    runs = handmade.runs(handmade.network())
+    members = (PARTS["previous"], PARTS["inhibition"], PARTS["mover"])
+    discovery = Discovery.of(runs, members)
+    bare = describe(discovery, [], otherwise=WHERE_IT_ACTS)
+    assert bare[PARTS["mover"]] is not None and bare[PARTS["mover"]].label == "acts at the last position"
+    role = describe(discovery, ROLES, otherwise=WHERE_IT_ACTS)[PARTS["mover"]]
+    assert role is not None and role.label == "name mover"  # a role that fits goes before
+    (both,) = claims_of(bare[PARTS["mover"]], discovery)
+    fresh = handmade.runs(handmade.network(), "validation")
+    evidence = check(both[0], runs=fresh)
+    assert vs.decide([both[0]], {both[0].id: evidence})[0].outcome == "SUPPORTED"
 
 
 def test_a_circuit_is_found_described_and_checked_on_another_metric() -> None:

@@ -49,7 +49,7 @@ from vesalius.describe.reasoning import (
     reasoning_faithfulness,
     wrong_number,
 )
-from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, Role, causal
+from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, WHERE_IT_ACTS, Role, causal
 from vesalius.describe.steered import Steering
 from vesalius.describe.steering import ContrastVector, contrast_vector, steer
 from vesalius.describe.stored_examples import load_examples, merge_examples, save_examples
@@ -66,6 +66,7 @@ __all__ = [
     "NO_ROLE",
     "ROLES",
     "TOKEN_IDENTITY",
+    "WHERE_IT_ACTS",
     "ActivatingExamples",
     "AffineFitter",
     "AffineMap",

@@ -202,11 +202,24 @@ class Descriptions:
         )
 
 
-def describe(discovery: Discovery, describers: Sequence[Describer], first: str = "") -> Descriptions:
+def describe(
+    discovery: Discovery, describers: Sequence[Describer], first: str = "", otherwise: Sequence[Describer] = ()
+) -> Descriptions:
     """The best fitting description of every member, on discovery.
 
     Describers that need others' descriptions go last. first: a label that goes before all others where it fits.
+    otherwise: describers that are asked about the members that none of the others fits.
     """
+    found = _described(discovery, describers, first)
+    bare = tuple(member for member in discovery.members if found.fits[str(member)] is None)
+    if not otherwise or not bare:
+        return found
+    more = _described(replace(discovery, members=bare, found=discovery.found), otherwise, first)
+    scores = {name: {**of, **more.scores.get(name, {})} for name, of in found.scores.items()}
+    return replace(found, fits={**found.fits, **more.fits}, scores=scores)
+
+
+def _described(discovery: Discovery, describers: Sequence[Describer], first: str) -> Descriptions:
     tried: dict[Part, list[Description]] = {member: [] for member in discovery.members}
     for some in ([one for one in describers if not one.needs], [one for one in describers if one.needs]):
         best = tuple(one for found in tried.values() if (one := best_of(found, first)) is not None)

@@ -15,7 +15,17 @@ from vesalius.parts import Part, as_part
 from vesalius.protocol import Claim
 from vesalius.protocol.claim import DEFAULT_SHARE
 from vesalius.protocol.claim import TOTAL_EFFECT as TOTAL_EFFECT_SCALE
-from vesalius.quantities import ATTENDS, COPIES, DIRECT_EFFECT, MOVES_ATTENTION, TOTAL_EFFECT, Quantity, Runs, quantity
+from vesalius.quantities import (
+    ATTENDS,
+    COPIES,
+    DIRECT_EFFECT,
+    EFFECT_AT,
+    MOVES_ATTENTION,
+    TOTAL_EFFECT,
+    Quantity,
+    Runs,
+    quantity,
+)
 from vesalius.quantities.moves_attention import later
 from vesalius.quantities.places import in_words
 from vesalius.site import Site
@@ -135,6 +145,27 @@ def matters(discovery: Discovery, part: Part, sign: int = 0) -> Prediction:
         discovery.delta,
         discovery.total,
         (("shuffled labels", discovery.delta / 2),),
+    )
+
+
+def acts_at(discovery: Discovery, part: Part, place: str) -> Prediction:
+    """Its effect arises at one place: there its corrupted value changes the metric, and more than everywhere else."""
+    mean = mean_of(discovery, EFFECT_AT, part, place=place)
+    elsewhere = mean_of(discovery, TOTAL_EFFECT, part) - mean
+    sign = 1 if mean >= 0 else -1
+    what, claimed = ("lowers" if one > 0 else "raises" for one in (mean, sign))
+    where, metric = in_words(place), metric_in_words(discovery)
+    return Prediction(
+        EFFECT_AT.name,
+        {"place": place},
+        mean,
+        min(above(sign * mean, discovery.delta), above(sign * mean, abs(elsewhere))),
+        f"its corrupted value at {where} alone {what} {metric} by {abs(mean):.2f} ({elsewhere:+.2f} elsewhere)",
+        f"acts at {where}: its corrupted value there alone {claimed} {metric}, and more than elsewhere",
+        sign,
+        discovery.delta,
+        discovery.total,
+        (("elsewhere", discovery.delta / 2),),
     )
 
 

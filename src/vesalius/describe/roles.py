@@ -11,9 +11,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from vesalius.describe.description import FITS, Description, Discovery, Prediction
-from vesalius.describe.predictions import NotMeasuredError, copies, looks, matters, mean_of, quiet, turns, writes
+from vesalius.describe.predictions import (
+    NotMeasuredError,
+    acts_at,
+    copies,
+    looks,
+    matters,
+    mean_of,
+    quiet,
+    turns,
+    writes,
+)
 from vesalius.parts import Part, Unit
-from vesalius.quantities import ATTENDS, MOVES_ATTENTION
+from vesalius.quantities import ATTENDS, EFFECT_AT, MOVES_ATTENTION
 from vesalius.quantities.attends import FIRST_QUERY
 from vesalius.quantities.contrast import EMBED
 from vesalius.quantities.moves_attention import later
@@ -202,6 +212,25 @@ def _writer(sign: int) -> Callable[[Discovery, Part], Predicted]:
     return lambda discovery, part: [writes(discovery, part, sign)]
 
 
+def _acting(place: str) -> Callable[[Discovery, Part], Predicted]:
+    def predict(discovery: Discovery, part: Part) -> Predicted:
+        # Only what matters at all is worth patching place by place.
+        if matters(discovery, part).strength < FITS or not present(discovery.runs, place):
+            return None
+        return [acts_at(discovery, part, place)]
+
+    return predict
+
+
+def _patched_at(place: str) -> Callable[[Discovery, Sequence[Part]], None]:
+    def together(discovery: Discovery, parts: Sequence[Part]) -> None:
+        if present(discovery.runs, place):
+            some = [part for part in parts if matters(discovery, part).strength >= FITS]
+            EFFECT_AT.prepare(discovery.runs, [(part, {"place": place}) for part in some])
+
+    return together
+
+
 # Of equal scores the first counts.
 ROLES: tuple[Role, ...] = (
     Role(NAME_MOVER, is_head, _name_mover),
@@ -217,6 +246,12 @@ ROLES: tuple[Role, ...] = (
     Role("MLP writes toward the answer", is_mlp, _writer(1)),
     Role("MLP writes toward the distractor", is_mlp, _writer(-1)),
 )
+WHERE_IT_ACTS: tuple[Role, ...] = tuple(
+    Role(f"acts at {in_words(place)}", lambda part: part != EMBED, _acting(place), together=_patched_at(place))
+    for place in ("end", "changed_last", "changed", "distractor_last", "earlier_end+1")
+)
+"""For members that no role fits: at which place of the prompt they act. Subject enrichment (Geva et al. 2023) is an MLP
+that acts at the subject of a recall prompt."""
 GOES_FIRST = NEGATIVE_MOVER
 """What works against the answer is not named by where it looks."""
 

@@ -12,6 +12,7 @@ from vesalius.quantities.circuit import Completeness, Faithfulness
 from vesalius.quantities.contrast import Contrast, heads_and_mlps
 from vesalius.quantities.copies import Copies
 from vesalius.quantities.direct_effect import DirectEffect
+from vesalius.quantities.effect_at import EffectAt
 from vesalius.quantities.fires_where import FiresWhere
 from vesalius.quantities.matching import Matched, matched_controls
 from vesalius.quantities.moves_attention import MovesAttention
@@ -22,7 +23,7 @@ from vesalius.quantities.separates import Separates
 from vesalius.quantities.total_effect import TotalEffect
 
 FIRES_WHERE, SEPARATES, ATTENDS, COPIES = FiresWhere(), Separates(), Attends(), Copies()
-DIRECT_EFFECT, TOTAL_EFFECT, MOVES_ATTENTION = DirectEffect(), TotalEffect(), MovesAttention()
+DIRECT_EFFECT, TOTAL_EFFECT, EFFECT_AT, MOVES_ATTENTION = DirectEffect(), TotalEffect(), EffectAt(), MovesAttention()
 FAITHFULNESS, COMPLETENESS = Faithfulness(), Completeness()
 AUROC, AUPRC, AUPRC_BALANCED, SIMULATION = Auroc(), Auprc(), BalancedAuprc(), Simulation()
 DETECTION, FUZZING, TOLD_APART = Detection(), Fuzzing(), ToldApart()
@@ -35,6 +36,7 @@ QUANTITIES: dict[str, Quantity] = {
         COPIES,
         DIRECT_EFFECT,
         TOTAL_EFFECT,
+        EFFECT_AT,
         MOVES_ATTENTION,
         ACTIVATION,
         FIRES_WHERE,
@@ -72,6 +74,7 @@ __all__ = [
     "COPIES",
     "DETECTION",
     "DIRECT_EFFECT",
+    "EFFECT_AT",
     "FAITHFULNESS",
     "FIRES_WHERE",
     "FUZZING",

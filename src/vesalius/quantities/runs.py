@@ -279,7 +279,7 @@ class Runs:
         missing = [part for part in dict.fromkeys(parts) if (corruption, direction, part) not in self._effects]
         for first in range(0, len(missing), BLOCK):
             some = missing[first : first + BLOCK]
-            key = f"effects {corruption} {direction} {' '.join(map(_named, some))}"
+            key = f"effects {corruption} {direction} {' '.join(map(name_of, some))}"
             found = self.stored(key, lambda some=some: self._patched(some, corruption, direction))  # type: ignore[misc]
             for number, part in enumerate(some):
                 both = (torch.from_numpy(found["true"][number]), torch.from_numpy(found["shuffled"][number]))
@@ -336,6 +336,6 @@ class Runs:
         self._recorded.clear()
 
 
-def _named(part: Part) -> str:
+def name_of(part: Part) -> str:
     """What tells it from every other part: its name, or its reference where that says more."""
     return str(part) if isinstance(part, Unit) else str(part.ref)

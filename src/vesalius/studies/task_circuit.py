@@ -32,6 +32,7 @@ from vesalius.circuits import (
 from vesalius.describe import (
     GOES_FIRST,
     ROLES,
+    WHERE_IT_ACTS,
     Descriptions,
     Discovery,
     causal,
@@ -169,7 +170,7 @@ def _describe(work: Work[Question]) -> Descriptions:
             Discovery.of(runs, members, study=work.question.name, n=work.question.sizes["validation"]),
             seed=work.options.seed,
         )
-        found = describe(setting, ROLES, GOES_FIRST)
+        found = describe(setting, ROLES, GOES_FIRST, WHERE_IT_ACTS)
         whole = describe_circuit(setting, members, work.options.random_sets)
         claims = [*_of_members(setting, found), *claims_of(whole, setting)]
         estimates = {claim.id: mean for claim, mean in claims}

@@ -101,6 +101,22 @@ def test_the_planted_part_is_found_and_supported_and_noise_is_not(
     assert noise.stopped or not any(verdict.outcome == "SUPPORTED" for verdict in noise.verdicts)
 
 
+def test_a_concept_is_tested_in_another_wording(model: vs.Model, parts: list[Any]) -> None:
+    """The letter is in both wordings; of another concept that shares nothing with the first, the claim fails."""
+    same = [f"every box that number {n} saw was an extra box of {n * 3} hens, and sat there. " for n in range(40)]
+    other = [f"every hat that number {n} saw was a second hat of {n * 3} hens, and sat there. " for n in range(40)]
+    asked = vs.studies.finding(model, parts, "x", ABOUT, OTHERS, fresh=(same, other), best=1, context=64)
+    assert len(asked.corpus.split("validation")) == 80
+    done = vs.studies.find(model, asked, sink=vs.silent)
+    assert [verdict.outcome for verdict in done.verdicts] == ["SUPPORTED"]
+    turned = vs.studies.finding(model, parts, "x", ABOUT, OTHERS, fresh=(other, same), best=1, context=64)
+    assert [v.outcome for v in vs.studies.find(model, turned, sink=vs.silent).verdicts] == ["REFUTED"]
+    with pytest.raises(InputError, match="texts to test on are among those to discover on"):
+        vs.studies.finding(model, parts, "x", ABOUT, OTHERS, fresh=(ABOUT[:20], other))
+    with pytest.raises(InputError, match="texts of 16 tokens or more to test on are about it"):
+        vs.studies.finding(model, parts, "x", ABOUT, OTHERS, fresh=(same[:3], other))
+
+
 def test_words_divide_a_corpus_and_only_whole_words_count() -> None:
     texts = ["I like Madrid.", "madridista!", "New York, new world", "yorkshire", "in MADRID"]
     assert vs.studies.texts_with(texts, ["madrid", " new york "]) == (

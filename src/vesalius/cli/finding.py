@@ -35,6 +35,8 @@ class Request:
     text: str
     label: str
     value: str | None
+    test: Path | None
+    test_value: str | None
     dictionary: Path | None
     parts: Sequence[str]
     model: str
@@ -63,6 +65,10 @@ class Request:
             check_file(self.table, checks.TABLES, "labelled texts")
             if self.value is None:
                 raise InputError("--value is needed: the label in --table that is looked for")
+        if self.test is not None:
+            check_file(self.test, checks.TABLES, "labelled texts")
+            if self.value is None and self.test_value is None:
+                raise InputError("--test-value is needed: the label in --test that is looked for")
         if self.corpus is not None:
             checks.texts(self.corpus)
         for name in self.parts:
@@ -82,12 +88,19 @@ class Request:
         """Texts about it, and others."""
         if self.table is None:
             return vs.studies.texts_with(self.corpus, str(self.words).split(","), column=self.column)
-        found = vs.data.load_labelled(self.table, text=self.text, label=self.label)
-        if self.value not in found.classes:
-            raise InputError(f"no text in {self.table} has the label {self.value!r}; there are {list(found.classes)}")
+        return self._labelled(self.table, str(self.value))
+
+    def fresh(self) -> tuple[list[str], list[str]] | None:
+        """The same, of the table to test on; None without one."""
+        return None if self.test is None else self._labelled(self.test, str(self.test_value or self.value))
+
+    def _labelled(self, table: Path, value: str) -> tuple[list[str], list[str]]:
+        found = vs.data.load_labelled(table, text=self.text, label=self.label)
+        if value not in found.classes:
+            raise InputError(f"no text in {table} has the label {value!r}; there are {list(found.classes)}")
         sides: tuple[list[str], list[str]] = ([], [])
         for text, label in zip(found.texts, found.labels, strict=True):
-            sides[0 if label == self.value else 1].append(text)
+            sides[0 if label == value else 1].append(text)
         return sides
 
 
@@ -106,6 +119,11 @@ def find(
     text: Annotated[str, typer.Option(help="Column of --table that holds the text.")] = "text",
     label: Annotated[str, typer.Option(help="Column of --table that holds the label.")] = "label",
     value: Annotated[str | None, typer.Option(help="The label that is looked for.")] = None,
+    test: Annotated[
+        Path | None,
+        typer.Option(help="Labelled texts to test on, in another wording or language; all others are to discover on."),
+    ] = None,
+    test_value: Annotated[str | None, typer.Option(help="The label in --test, if it is another word there.")] = None,
     dictionary: Annotated[Path | None, typer.Option(help="Folder of a dictionary, whose latents are ranked.")] = None,
     part: Annotated[list[str] | None, typer.Option(help="Or parts, layers.2.mlp_post[0:1536]; repeatable.")] = None,
     model: ModelOption = DEMO,
@@ -122,8 +140,8 @@ def find(
     said = Said(site=site, layer=layer, unpickle=unpickle, k=k)
     run(
         Request(
-            words, corpus, column, table, text, label, value, dictionary, part or [], model, out, best, context, seed,
-            device, said, command_line(),
+            words, corpus, column, table, text, label, value, test, test_value, dictionary, part or [], model, out,
+            best, context, seed, device, said, command_line(),
         )
     )  # fmt: skip
 
@@ -143,6 +161,7 @@ def run(request: Request) -> None:
             request.what,
             positive,
             negative,
+            fresh=request.fresh(),
             best=request.best,
             context=request.context,
             seed=request.seed,

@@ -80,6 +80,7 @@ def finding(
     positive: Sequence[str],
     negative: Sequence[str],
     *,
+    fresh: tuple[Sequence[str], Sequence[str]] | None = None,
     best: int = 10,
     context: int = 256,
     bos: str = "auto",
@@ -87,23 +88,26 @@ def finding(
 ) -> Finding:
     """The question, from texts about the concept and others; of each the first `context` tokens.
 
-    Texts go in turns to discovery and to validation. Raises InputError for too few of one kind, saying how many are
-    needed, for a text that is on both sides, and for parts that the model does not have.
+    Texts go in turns to discovery and to validation; with `fresh`, all of them to discovery, and those to validation:
+    the same concept in another wording or language, so that a part that only knows the wording fails. Raises InputError
+    for too few of one kind, saying how many are needed, for a text that is on both sides, or in both halves, and for
+    parts that the model does not have.
     """
-    both = set(positive) & set(negative)
+    given = [(positive, negative), *([fresh] if fresh is not None else [])]
+    both = {text for yes, _ in given for text in yes} & {text for _, no in given for text in no}
     if both:
         raise InputError(f"{len(both)} texts are on both sides, such as {min(both)[:60]!r}")
     chosen = check_parts(model, parts)
     packing = Packing(context, bos_for(model.tokenizer, bos, False), special_ids(model.tokenizer), 2**62)
-    sides = [_first_contexts(model, side, packing) for side in (positive, negative)]
-    least = 2 * documents_needed(best)
-    for name, side in zip(("about it", "of the other kind"), sides, strict=True):
-        if len(side) < least:
-            raise InputError(
-                f"{len(side)} different texts of {SHORTEST} tokens or more are {name}; a test of {best} parts takes "
-                f"{least} of each kind, half of them to test on"
-            )
-    rows = [(ids, ("discovery", "validation")[n % 2], side) for side in (0, 1) for n, ids in enumerate(sides[side])]
+    found = [[_first_contexts(model, side, packing) for side in sides] for sides in given]
+    halves = found if fresh is not None else [[side[half::2] for side in found[0]] for half in (0, 1)]
+    _check_enough(halves, best)
+    rows = [
+        (ids, split, number)
+        for split, sides in zip(("discovery", "validation"), halves, strict=True)
+        for number, side in enumerate(sides)
+        for ids in side
+    ]
     corpus = Corpus(
         Tokens.from_rows([list(ids) for ids, _, _ in rows]),
         {"document": tuple(str(number) for number in range(len(rows)))},
@@ -111,6 +115,21 @@ def finding(
     )
     about = tuple(h[:DIGITS] for h, (_, _, side) in zip(corpus.example_hashes, rows, strict=True) if side == 0)
     return Finding(what, chosen, corpus, about, best, seed)
+
+
+def _check_enough(halves: Sequence[Sequence[Sequence[tuple[int, ...]]]], best: int) -> None:
+    """Raises InputError for too few texts of a kind, and for one that is in both halves."""
+    again = {ids for side in halves[0] for ids in side} & {ids for side in halves[1] for ids in side}
+    if again:
+        raise InputError(f"{len(again)} texts to test on are among those to discover on; give others")
+    least = documents_needed(best)
+    for half, sides in zip(("to discover on", "to test on"), halves, strict=True):
+        for name, side in zip(("about it", "of the other kind"), sides, strict=True):
+            if len(side) < least:
+                raise InputError(
+                    f"{len(side)} different texts of {SHORTEST} tokens or more {half} are {name}; a test of {best} "
+                    f"parts takes {least} of each kind {half}, and as many for the other half"
+                )
 
 
 def texts_with(

@@ -17,7 +17,7 @@ GEMMA := .gemma/gemma-3-270m-q4_k_m.gguf
 # PyTorch that newer releases of it deprecate.
 COMPAT := 5.1.0 5.8.0 5.17.0
 COMPAT_TESTS := tests/test_adapters.py tests/test_sweep_families.py tests/test_encoder_decoder.py \
-	-W ignore::DeprecationWarning
+	-m 'not gpu' -W ignore::DeprecationWarning
 # Tiny models are faster on one thread than on several.
 test slow fuzz calibrate compat: export OMP_NUM_THREADS = 1
 

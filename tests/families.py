@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -23,6 +24,18 @@ COMMON = {
 GROUPED = {**COMMON, "num_key_value_heads": 2}
 EXPERTS = {**GROUPED, "num_experts": 5, "num_experts_per_tok": 2}
 WINDOW = {"sliding_window": 3, "use_sliding_window": True}
+
+
+# One of every kind of layer: what is tested edit by edit or dtype by dtype is tested on these; `make slow` tests all.
+DISTINCT = (
+    "albert", "bert", "bloom", "deepseek_v3", "gemma2", "gemma3 (images)", "gpt_neox", "gpt_oss", "gptj", "llama",
+    "mixtral", "modernbert", "phi3", "qwen3", "stablelm (parallel)",
+)  # fmt: skip
+
+
+def distinct(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test: those of the other families are slow."""
+    return [name if name in DISTINCT else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import vesalius as vs
-from vesalius.describe import Challenge, Learned, challenge, learn, revise
+from vesalius.describe import Challenge, Learned, challenge, learn, revise, rivals
 from vesalius.errors import InputError
 from vesalius.quantities.rules import matches, reach
-from vesalius.studies.explain import rivals
 from vesalius.toys import PlantedText, PlantedUnit, text_network
 
 UNIT, THRESHOLD = vs.neuron(0, 0), 4.0

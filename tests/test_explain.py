@@ -256,6 +256,7 @@ def test_units_of_a_toy_network_are_explained_and_their_rules_challenged() -> No
     found = vs.studies.Explanations(vs.studies.explain(model, asked, sink=vs.silent))
     assert [one.verdict for one in found] == ["SUPPORTED", "SUPPORTED", None]
     assert 'on "w2", "w3"' in found[0].sentence
+    assert "overlooked" in found.study
     rows = summary_of(found)["parts"]
     assert all(row["given_up"] == [] for row in rows)
     assert explain_schema.check(summary_of(found)) is None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import families
 import tiny
 import vesalius as vs
-from families import FAMILIES
+from families import FAMILIES, distinct
 from patching import edited
 from vesalius.adapters import submodule
 from vesalius.patching.edits import Edits, Rows, Table
@@ -61,7 +61,7 @@ class Table4:
         return max(found) / float(out.values.max() - out.values.min())
 
 
-@pytest.fixture(scope="module", params=REPLAYED)
+@pytest.fixture(scope="module", params=distinct(REPLAYED))
 def table(request: pytest.FixtureRequest) -> Table4:
     return Table4(request.param)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import families
 import tiny
 import vesalius as vs
-from families import FAMILIES
+from families import FAMILIES, distinct
 from patching import edited
 from vesalius.errors import SelfCheckError
 from vesalius.patching.plain import self_check
@@ -34,7 +34,7 @@ def worst(found: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
-@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("name", distinct(SMOOTH))
 def test_captures_and_edits_equal_those_in_float64(name: str, dtype: torch.dtype) -> None:
     tokens = tiny.pairs(n=4).tokens("clean")
     exact, here = model(name, torch.float64), model(name, dtype)
@@ -53,7 +53,7 @@ def test_captures_and_edits_equal_those_in_float64(name: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", distinct(sorted(FAMILIES)))
 def test_sweeps_pass_their_check_and_equal_those_in_float64(name: str, dtype: torch.dtype) -> None:
     pairs = tiny.pairs(n=4)
     sites = ["layers.0.mlp_out", "layers.1.resid_post"]
@@ -67,7 +67,7 @@ def test_sweeps_pass_their_check_and_equal_those_in_float64(name: str, dtype: to
         assert worst(found.values, exact.values.double()) < DTYPES[dtype]
 
 
-@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("name", distinct(SMOOTH))
 def test_captures_and_edits_under_autocast_equal_those_in_float64(name: str) -> None:
     tokens = tiny.pairs(n=4).tokens("clean")
     exact, here = model(name, torch.float64), model(name, torch.float32)

@@ -12,7 +12,7 @@ from torch import Tensor
 import families
 import tiny
 import vesalius as vs
-from families import FAMILIES
+from families import FAMILIES, distinct
 from patching import edited
 from vesalius.adapters import submodule
 from vesalius.errors import InputError, NotFiniteError
@@ -64,7 +64,7 @@ def bench(name: str, **changes: Any) -> Bench:
     return Bench(model, pairs, *runs, [*indexed, *whole, vs.Site("embed")])
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=distinct(sorted(FAMILIES)))
 def table(request: pytest.FixtureRequest) -> Bench:
     return bench(request.param)
 

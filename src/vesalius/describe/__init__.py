@@ -7,6 +7,7 @@ from vesalius.describe.attribution import attribute, integrated_gradients
 from vesalius.describe.challenge import Challenge, challenge, revise
 from vesalius.describe.circuit import describe_circuit
 from vesalius.describe.client import Chat, ModelChat, ServerChat, Usage
+from vesalius.describe.counterexamples import counterexamples, rivals
 from vesalius.describe.description import (
     FITS,
     Describer,
@@ -28,6 +29,7 @@ from vesalius.describe.learned import LearnedRules
 from vesalius.describe.learning import Learned, learn
 from vesalius.describe.lenses import Lens, LensReading, LogitLens, read_lens
 from vesalius.describe.model_answers import ModelAnswerer
+from vesalius.describe.overlooked import Overlooked, overlooked
 from vesalius.describe.patchscopes import (
     FEW_SHOT,
     TOKEN_IDENTITY,
@@ -95,6 +97,7 @@ __all__ = [
     "LogitLens",
     "ModelAnswerer",
     "ModelChat",
+    "Overlooked",
     "PartExamples",
     "Prediction",
     "Question",
@@ -120,6 +123,7 @@ __all__ = [
     "claims_of",
     "collect_examples",
     "contrast_vector",
+    "counterexamples",
     "describe",
     "describe_circuit",
     "direct_effects",
@@ -129,10 +133,12 @@ __all__ = [
     "learn",
     "load_examples",
     "merge_examples",
+    "overlooked",
     "patchscope",
     "read_lens",
     "reasoning_faithfulness",
     "revise",
+    "rivals",
     "save_examples",
     "short_name",
     "split_effects",

@@ -13,12 +13,11 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vesalius import __version__
 from vesalius.data.forward import captured
@@ -27,26 +26,26 @@ from vesalius.describe import (
     Descriptions,
     Discovery,
     LearnedRules,
+    Overlooked,
     challenge,
     claims_of,
     collect_examples,
+    counterexamples,
+    overlooked,
     revise,
+    rivals,
 )
 from vesalius.describe import describe as best_descriptions
-from vesalius.describe.example import Example
 from vesalius.describe.learning import Learned
 from vesalius.inputs import Corpus
-from vesalius.inputs.beginning import speller
 from vesalius.jobs import Estimate, Event, Sink, track
 from vesalius.jobs.progress import resident
 from vesalius.model import Model
 from vesalius.parts import Part, places
 from vesalius.protocol import Claim, Evidence, Family, Verdict, content_hash
-from vesalius.quantities import FIRES_WHERE, Runs
-from vesalius.quantities.activation import counted, forget_values, token_values
-from vesalius.quantities.fires_where import picked
-from vesalius.quantities.rules import Rule, in_words
-from vesalius.stats import measure
+from vesalius.quantities import Runs
+from vesalius.quantities.activation import forget_values, token_values
+from vesalius.stats import Measurement
 from vesalius.studies.explaining import Explaining, discovery_texts
 from vesalius.studies.study import (
     Artefact,
@@ -66,13 +65,13 @@ from vesalius.validate import all_supported, prepare
 
 MEASURED = 64
 """Contexts for discovery that the size of an effect is measured on; examples come from all of them."""
+FEW, ABLATED = 16, 5
+"""Contexts on which it is seen which parts matter; and how many are ablated, of those without a description."""
 TOGETHER = 64
 """Parts whose rules are learned, and kept, together."""
 VALUES = 2**28
 """Values of parts at tokens that are kept at once, at most: a gibibyte."""
 PARTS_OF_CLAIM = 9
-SHOWN, BEFORE, AFTER = 6, 24, 7
-"""Counterexamples of each kind that are kept, and tokens around them."""
 LEARNING = 0.15
 """Seconds for the rule of one part, about."""
 
@@ -89,6 +88,7 @@ class TestedParts:
 Asking = Work[Explaining]
 EXAMPLES = Artefact("examples", ActivatingExamples)
 TESTED_PARTS = Artefact("tested", TestedParts)
+OVERLOOKED = Artefact("overlooked", Overlooked)
 
 
 def _examples(work: Asking) -> ActivatingExamples:
@@ -165,14 +165,14 @@ def _challenged(rules: LearnedRules, runs: Runs, parts: Sequence[Part]) -> Any:
     return _learned(rules, parts)
 
 
-def _spread(corpus: Corpus) -> Corpus:
+def _spread(corpus: Corpus, most: int = MEASURED) -> Corpus:
     """Some contexts, from as many documents as there are."""
     nth: Counter[str] = Counter()
     order = []
     for row, document in enumerate(corpus.groups["document"]):
         order.append((nth[document], row))
         nth[document] += 1
-    return corpus.subset(sorted(row for _, row in sorted(order)[:MEASURED]))
+    return corpus.subset(sorted(row for _, row in sorted(order)[:most]))
 
 
 def _claimed(work: Asking, runs: Runs, rules: LearnedRules) -> Descriptions:
@@ -232,60 +232,17 @@ def _against(work: Asking, runs: Runs, part: Part) -> dict[str, Any]:
     return {**broken, "rivals": rivals(runs, part, rules[0], [one["rule"] for one in fit.rivals])}
 
 
-def rivals(runs: Runs, part: Part, rule: Rule, others: Sequence[Rule]) -> list[dict[str, Any]]:
-    """How much more a part fires where a rule picks than where each of some others does, on the same texts.
-
-    Differences of `fires_where` text by text, with a 95 % interval; told_apart: whether the other is worse. Those that
-    are not belong to the description as a set: nothing says which of them is the right one.
-    """
-    own = FIRES_WHERE.measure(runs, part, {"rule": rule})
-    found = []
-    for other in others:
-        less = own - FIRES_WHERE.measure(runs, part, {"rule": other})
-        difference = measure("difference", less.double().numpy(), groups=runs.groups, clusters=runs.clusters)
-        interval = {"difference": difference.estimate, "low": difference.low, "high": difference.high}
-        found.append({"rule": other, "words": in_words(other), **interval, "told_apart": (difference.low or 0.0) > 0})
-    return found
-
-
-def counterexamples(runs: Runs, part: Part, rule: Rule, threshold: float) -> dict[str, Any]:
-    """Tokens of a corpus that break a rule about a part, and how many there are.
-
-    fires: tokens where the part is above the threshold; picked: those that the rule picks; both. silent: examples that
-    are picked where the part is lowest; unexplained: those that are not, where it is highest; one of each context.
-    """
-    values, here = token_values(runs, [part])[0], picked(runs, rule)
-    fires = (values > threshold) & counted(runs)
-    return {
-        "tokens": int(counted(runs).sum()),
-        "fires": int(fires.sum()),
-        "picked": int(here.sum()),
-        "both": int((fires & here).sum()),
-        "silent": [asdict(one) for one in _worst(runs, -values, values, here & ~fires)],
-        "unexplained": [asdict(one) for one in _worst(runs, values, values, fires & ~here)],
-    }
-
-
-def _worst(runs: Runs, key: Tensor, values: Tensor, among: Tensor) -> list[Example]:
-    most, at = key.masked_fill(~among, -torch.inf).max(1)
-    rows = [row for row in most.argsort(descending=True).tolist()[:SHOWN] if bool(among[row].any())]
-    return [_example(runs, values, row, int(at[row])) for row in rows]
-
-
-def _example(runs: Runs, values: Tensor, row: int, at: int) -> Example:
-    assert isinstance(runs.data, Corpus)
-    tokens = runs.data.tokens
-    first, last = max(1, at - BEFORE), min(int(tokens.lengths[row]), at + AFTER + 1)
-    ids = tokens.ids[row, first:last].tolist()
-    return Example(
-        value=float(values[row, at]),
-        tokens=tuple(map(speller(runs.model.tokenizer), ids)),
-        ids=tuple(ids),
-        values=tuple(values[row, first:last].tolist()),
-        at=at - first,
-        document=int(runs.data.groups["document"][row].rpartition(" ")[2]),
-        offset=at,
-    )
+def _overlooked(work: Asking) -> Overlooked:
+    """Parts that matter, of those about which nothing was supported."""
+    asked = work.question
+    tested = work[TESTED_PARTS].runs.data
+    assert isinstance(tested, Corpus)
+    runs = Runs(work.model, _spread(tested, FEW), seed=asked.seed, sink=work.sink)
+    by_part: dict[str, list[Verdict]] = {}
+    for claim in work[FAMILY].claims:
+        by_part.setdefault(str(claim.subject["name"]), []).append(work.ledger.verdict(claim))
+    explained = [part for part in asked.parts if outcome_of(by_part.get(str(part), [])) == "SUPPORTED"]
+    return overlooked(runs, asked.parts, explained, most=ABLATED)
 
 
 EXPLAIN: tuple[Step[Any], ...] = (
@@ -293,6 +250,7 @@ EXPLAIN: tuple[Step[Any], ...] = (
     Step("describe", DESCRIPTIONS, _describe),
     Step("seal", FAMILY, _seal),
     Step("validate", TESTED_PARTS, _validate),
+    Step("overlooked", OVERLOOKED, _overlooked),
 )
 
 
@@ -321,8 +279,16 @@ def _answer(asked: Explaining, made: Mapping[str, Any]) -> tuple[str, ...]:
     count = Counter(outcome_of(verdicts) for verdicts in by_part.values())
     bare, never = len(asked.parts) - len(by_part), int((made["examples"].collector.active == 0).sum())
     silent = f" ({never:,} of them never fired)" if never else ""
+    missed = [f"{part} ({cost.estimate:+.2g} nats a token without it)" for part, cost in _largest(made["overlooked"])]
     return (
         f"Of {len(asked.parts):,} parts, {len(by_part):,} have a description: {count['SUPPORTED']:,} supported on "
         f"fresh documents, {count['REFUTED']:,} refuted, {count['NOT SPECIFIC']:,} true but not specific, "
         f"{count['INCONCLUSIVE']:,} inconclusive. For {bare:,} no rule holds, and nothing is said{silent}.",
+        *([f"What matters most of those that are not explained: {', '.join(missed)}."] if missed else []),
     )
+
+
+def _largest(found: Overlooked) -> list[tuple[Part, Measurement]]:
+    """Those whose cost stands out of its noise."""
+    both = zip(found.parts, found.costs, strict=True)
+    return [(part, cost) for part, cost in both if cost.low is not None and cost.low > 0][:3]

@@ -33,7 +33,7 @@ class Explained:
     """One part: what makes it fire, what is said of it, and how that stood the test.
 
     claims: rows as in the summary. verdict: SUPPORTED when all claims are, else the worst; None without any. counter:
-    tokens that break its rule on the documents for validation, see `explain.counterexamples`; {} without a rule.
+    tokens that break its rule on the documents for validation, see `describe.counterexamples`; {} without a rule.
     """
 
     part: Part

@@ -130,11 +130,68 @@ def quantities(model: vs.Model) -> Found:
     return found
 
 
+def lenses(model: vs.Model) -> Found:
+    tokens, sites = tiny.pairs().tokens("clean"), ["layers.1.resid_post", "layers.2.resid_post"]
+    texts = [row.tolist() for row in torch.randint(2, tiny.VOCAB, (40, 16), generator=torch.Generator().manual_seed(0))]
+    lens = vs.describe.fit_tuned_lens(model, texts, sites=sites, steps=3, batch_size=32, context=20, sink=quiet)
+    found = {}
+    for name, one in (("logit", vs.describe.LogitLens(model, sites)), ("tuned", lens)):
+        read = one.read(tokens)
+        found |= {f"{name} kl": read.kl.nan_to_num(), f"{name} rank": read.rank}
+    return found
+
+
+def split_effects(model: vs.Model) -> Found:
+    parts = ["embed", "layers.1.z[2]", "layers.1.mlp_out", "layers.1.mlp_post[3]", "layers.0.resid_post"]
+    found = vs.describe.split_effects(model, tiny.pairs(), parts, sink=quiet)
+    return {"total": found.total, "direct": found.direct}
+
+
+def steering(model: vs.Model) -> Found:
+    pairs = tiny.pairs()
+    vector = vs.describe.contrast_vector(model, "layers.1.resid_post", pairs.tokens("clean"), pairs.tokens("corrupted"))
+    found = vs.describe.steer(model, vector.direction, pairs, scales=[2.0], plain=pairs.tokens("corrupted"), random=2,
+                              sink=quiet)  # fmt: skip
+    neuron = vs.describe.steer(model, vs.neuron(1, 3), pairs.tokens("clean"), scales=[9.0], towards=[5], random=2,
+                               sink=quiet)  # fmt: skip
+    return {"effects": found.effects, "random": found.random, "cost": found.cost, "neuron": neuron.effects}
+
+
+def patchscopes(model: vs.Model) -> Found:
+    one, other = (tiny.pairs().tokens(which) for which in ("clean", "corrupted"))
+    mapping = vs.describe.AffineMap(torch.eye(48).flip(0), torch.ones(48))
+    found = {"within": vs.describe.patchscope(model, one, sites="layers.*.resid_post", into=other).logits}
+    found["mapped"] = vs.describe.patchscope(
+        model, one, sites="layers.1.resid_post", into=other, target=model, mapping=mapping
+    ).logits
+    return found
+
+
+def overlooked(model: vs.Model) -> Found:
+    runs, parts = Runs(model, vs.Corpus(tiny.pairs().tokens("clean")), sink=quiet), [vs.neuron(1, n) for n in range(5)]
+    found = vs.describe.overlooked(runs, parts, most=5)
+    costs = {str(part): cost.estimate for part, cost in zip(found.parts, found.costs, strict=True)}
+    return {"estimates": found.estimates, "costs": torch.tensor([costs[str(part)] for part in parts])}
+
+
+def input_attribution(model: vs.Model) -> Found:
+    tokens = tiny.pairs().tokens("clean")
+    return {
+        method: vs.describe.attribute(model, tokens, vs.neuron(1, 3), method=method, sink=quiet).values
+        for method in ("gradient_x_input", "ablate")
+    }
+
+
 ENTRIES: dict[str, Callable[[vs.Model], Found]] = {
     "run": runs, "edits": edits, "generate": generation, "sweep": sweeps, "path patching": paths, "tracing": tracing,
-    "attribution": attribution, "direct effects": direct, "quantities": quantities,
+    "attribution": attribution, "direct effects": direct, "quantities": quantities, "lenses": lenses,
+    "split effects": split_effects, "steering": steering, "patchscopes": patchscopes, "overlooked": overlooked,
+    "input attribution": input_attribution,
 }  # fmt: skip
-ON_THE_CPU = {"quantities", "sweep", "path patching", "tracing", "attribution"}
+ON_THE_CPU = {
+    "quantities", "sweep", "path patching", "tracing", "attribution", "lenses", "split effects", "steering",
+    "patchscopes", "overlooked", "input attribution",
+}  # fmt: skip
 """Entry points whose results are results, and on the CPU wherever the model is."""
 
 

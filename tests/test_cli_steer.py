@@ -57,6 +57,8 @@ def test_a_contrastive_vector_gives_a_page_figures_and_sentences(
     assert lines[-1] == str(out / "steering.html")
     found = json.loads((out / "steering.json").read_text())
     assert [one["scale"] > 0 for one in found["scales"]] == [True, False]
+    assert [one["multiple"] for one in found["scales"]] == [1.0, -2.0]
+    assert lines[-3].startswith("x 1: ") and found["prompts"]
     assert found["scales"][1]["scale"] == pytest.approx(-2 * found["scales"][0]["scale"])
     assert len(found["scales"][0]["random_means"]) == 19
     assert len(found["scales"][0]["effect"]["values"]) == 3

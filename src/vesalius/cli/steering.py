@@ -153,12 +153,13 @@ def _run(request: Request) -> None:
     with bars() as progress:
         screen = Screen(progress)
         model = vs.load(request.model, device=checks.chosen_device(request.device), sink=screen)
-        part, scales = _part(request, model)
+        part, size = _part(request, model)
+        prompts = _prompts(request, model)
         found = vs.describe.steer(
             model,
             part,
-            _prompts(request, model),
-            scales=scales,
+            prompts,
+            scales=[size * scale for scale in request.scales],
             towards=request.towards,
             plain=_plain(request, model),
             random=request.random,
@@ -168,27 +169,30 @@ def _run(request: Request) -> None:
             sink=screen,
         ).to_json()
     about = {"part": str(part), "model": model.name, "weights": model.content_hash, "prompts": request.prompts,
-             "random directions": str(request.random), "seed": str(request.seed)}  # fmt: skip
+             "random directions": str(request.random), "seed": str(request.seed),
+             **({} if request.positive is None else {"size of the vector": f"{size:.4g}"})}  # fmt: skip
+    scales = [{**one, "multiple": given} for one, given in zip(found["scales"], request.scales, strict=True)]
+    found |= {"scales": scales, "prompts": prompts if isinstance(prompts, list) else []}
     path = vs.report.write_steering(found, about, request.out, request.command)
     for sentence in vs.report.steering_answer(found):
         say(sentence)
     say(str(path))
 
 
-def _part(request: Request, model: Any) -> tuple[Any, tuple[float, ...]]:
-    """What is steered by, and the scales in its own unit: of a contrastive vector multiples of its size."""
+def _part(request: Request, model: Any) -> tuple[Any, float]:
+    """What is steered by, and what one unit of --scale is: of a contrastive vector its size."""
     if request.part is not None:
         site = Site.parse(request.part)
         model.check_site(site)
-        return vs.Unit(site), tuple(request.scales)
+        return vs.Unit(site), 1.0
     if request.dictionary is not None:
         coder = vs.dictionaries.load(request.dictionary)
-        return vs.latent(coder, request.latent or 0), tuple(request.scales)
+        return vs.latent(coder, request.latent or 0), 1.0
     assert request.positive is not None and request.negative is not None
     sides = [_lines(path) for path in (request.positive, request.negative)]
     label = f"{request.positive.stem} - {request.negative.stem}"
     vector = vs.describe.contrast_vector(model, str(request.site), *sides, label=label)
-    return vector.direction, vector.scales(request.scales)
+    return vector.direction, vector.size
 
 
 def _lines(path: Path) -> list[str]:

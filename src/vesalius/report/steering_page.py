@@ -36,7 +36,11 @@ class Chart:
 
 
 def render_steering(found: Mapping[str, Any], about: Mapping[str, str], command: str = "") -> str:
-    """One self-contained HTML page. found: `Steering.to_json()`; about: name -> what was steered, where, in words."""
+    """One self-contained HTML page. about: name -> what was steered, where, in words.
+
+    found: `Steering.to_json()`; with `multiple` beside a `scale`, that is what is shown (a multiple of a vector); with
+    `prompts`, they stand before what was written after them.
+    """
     view = {"s": found, "about": about, "answer": steering_answer(found), "chart": chart(found["scales"]),
             "command": command, "version": __version__}  # fmt: skip
     return environment().get_template("steering.html.j2").render(view)
@@ -61,25 +65,30 @@ def _sentence(one: Mapping[str, Any], metric: str, unit: str) -> str:
     beside = f"random directions {number(min(one['random_means']))} to {number(max(one['random_means']))}"
     price = "" if one["perplexity_ratio"] is None else f"; perplexity on plain text x {one['perplexity_ratio']:.2f}"
     said = f"{metric} {number(effect['estimate'])}{interval} {unit}, {beside}, p {one['p_value']:.2g}{price}"
-    return f"x {one['scale']:g}: {said}."
+    return f"x {_shown(one):g}: {said}."
+
+
+def _shown(one: Mapping[str, Any]) -> float:
+    found: float = one.get("multiple", one["scale"])
+    return found
 
 
 def chart(scales: Sequence[Mapping[str, Any]]) -> Chart:
     """Mean effects over scale, with intervals and the random directions' means."""
-    ordered = sorted(scales, key=lambda one: one["scale"])
-    x = around([one["scale"] for one in ordered], LEFT, WIDTH - RIGHT)
+    ordered = sorted(scales, key=_shown)
+    x = around([_shown(one) for one in ordered], LEFT, WIDTH - RIGHT)
     effects = [one["effect"] for one in ordered]
     ends = [effect[name] for effect in effects for name in ("estimate", "low", "high")]
     y = around([*ends, *(value for one in ordered for value in one["random_means"])], BASE, TOP)
     place = lambda value: None if value is None else y(value)  # noqa: E731
     points = tuple(
-        (x(one["scale"]), y(effect["estimate"]), place(effect["low"]), place(effect["high"]),
-         f"x {one['scale']:g}: {number(effect['estimate'])}") for one, effect in zip(ordered, effects, strict=True)
+        (x(_shown(one)), y(effect["estimate"]), place(effect["low"]), place(effect["high"]),
+         f"x {_shown(one):g}: {number(effect['estimate'])}") for one, effect in zip(ordered, effects, strict=True)
     )  # fmt: skip
     return Chart(
         line="M" + " L".join(f"{px} {py}" for px, py, *_ in points),
         points=points,
-        dots=tuple((x(one["scale"]), y(value)) for one in ordered for value in one["random_means"]),
+        dots=tuple((x(_shown(one)), y(value)) for one in ordered for value in one["random_means"]),
         x_ticks=tuple((pixel, f"{value:g}") for pixel, value in x.ticks(6)),
         y_ticks=tuple((pixel, f"{value:.3g}".replace("-", "−")) for pixel, value in y.ticks(5)),
         zero=y(0.0),

@@ -24,6 +24,7 @@ from vesalius.describe.description import (
 from vesalius.describe.effect_split import EffectSplit, split_effects
 from vesalius.describe.example import Example, PartExamples
 from vesalius.describe.examples import ActivatingExamples, collect_examples
+from vesalius.describe.foretold import foretold
 from vesalius.describe.illusion import Illusion, across_corpora
 from vesalius.describe.learned import LearnedRules
 from vesalius.describe.learning import Learned, learn
@@ -129,6 +130,7 @@ __all__ = [
     "direct_effects",
     "fit_map",
     "fit_tuned_lens",
+    "foretold",
     "integrated_gradients",
     "learn",
     "load_examples",

@@ -13,6 +13,7 @@ from vesalius.quantities.contrast import Contrast, heads_and_mlps
 from vesalius.quantities.copies import Copies
 from vesalius.quantities.direct_effect import DirectEffect
 from vesalius.quantities.effect_at import EffectAt
+from vesalius.quantities.fails_where import FailsWhere
 from vesalius.quantities.fires_where import FiresWhere
 from vesalius.quantities.matching import Matched, matched_controls
 from vesalius.quantities.moves_attention import MovesAttention
@@ -27,7 +28,7 @@ DIRECT_EFFECT, TOTAL_EFFECT, EFFECT_AT, MOVES_ATTENTION = DirectEffect(), TotalE
 FAITHFULNESS, COMPLETENESS = Faithfulness(), Completeness()
 AUROC, AUPRC, AUPRC_BALANCED, SIMULATION = Auroc(), Auprc(), BalancedAuprc(), Simulation()
 DETECTION, FUZZING, TOLD_APART = Detection(), Fuzzing(), ToldApart()
-STANDS_IN, PROMOTES = StandsIn(), Promotes()
+STANDS_IN, PROMOTES, FAILS_WHERE = StandsIn(), Promotes(), FailsWhere()
 
 QUANTITIES: dict[str, Quantity] = {
     one.name: one
@@ -50,6 +51,7 @@ QUANTITIES: dict[str, Quantity] = {
         TOLD_APART,
         STANDS_IN,
         PROMOTES,
+        FAILS_WHERE,
         FAITHFULNESS,
         COMPLETENESS,
     )
@@ -75,6 +77,7 @@ __all__ = [
     "DETECTION",
     "DIRECT_EFFECT",
     "EFFECT_AT",
+    "FAILS_WHERE",
     "FAITHFULNESS",
     "FIRES_WHERE",
     "FUZZING",

@@ -100,3 +100,14 @@ def share_below(others: Float[Tensor, "*any m"], values: Float[Tensor, "*any n"]
     ordered, asked = others.sort(-1).values.contiguous(), values.contiguous()
     both = torch.searchsorted(ordered, asked) + torch.searchsorted(ordered, asked, right=True)
     return both.double() / (2 * others.shape[-1])
+
+
+def difference_of_shares(groups: Sequence[Hashable], hits: Tensor, among: tuple[Tensor, Tensor]) -> PerExample:
+    """Share of hits among the first, less that among the second; 0 where either is empty. All [example] or
+    [example, pos]."""
+    counts = [int(some.sum()) for some in among]
+    if not all(counts):
+        return torch.zeros(len(hits)).double()
+    shares = [float((hits & some).sum()) / count for some, count in zip(among, counts, strict=True)]
+    parts = [some * (hits.double() - share) / count for some, share, count in zip(among, shares, counts, strict=True)]
+    return pseudo_values(groups, shares[0] - shares[1], (parts[0] - parts[1]).reshape(len(hits), -1).sum(1))

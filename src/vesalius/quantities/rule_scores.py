@@ -16,7 +16,16 @@ from vesalius.quantities.activation import counted, token_values
 from vesalius.quantities.base import PROBABILITY, Parameters, PerExample, Quantity
 from vesalius.quantities.fires_where import moved, picked, read_all, without_tokenizer
 from vesalius.quantities.matching import Matched
-from vesalius.quantities.pseudo_values import Score, auprc, auprc_balanced, auroc, groups_of, pseudo_values, scored
+from vesalius.quantities.pseudo_values import (
+    Score,
+    auprc,
+    auprc_balanced,
+    auroc,
+    difference_of_shares,
+    groups_of,
+    pseudo_values,
+    scored,
+)
 from vesalius.quantities.rules import in_words
 from vesalius.quantities.runs import Runs
 from vesalius.refs import resolve
@@ -148,7 +157,7 @@ class Detection(RuleScore):
 
     def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample:
         here = _fires(runs, part, parameters["threshold"]).any(1)
-        return _difference(runs, some.any(1), (here, ~here))
+        return difference_of_shares(groups_of(runs), some.any(1), (here, ~here))
 
 
 class Fuzzing(RuleScore):
@@ -168,7 +177,7 @@ class Fuzzing(RuleScore):
 
     def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample:
         fires = _fires(runs, part, parameters["threshold"])
-        return _difference(runs, some, (fires, counted(runs) & ~fires))
+        return difference_of_shares(groups_of(runs), some, (fires, counted(runs) & ~fires))
 
 
 class ToldApart(RuleScore):
@@ -197,7 +206,7 @@ class ToldApart(RuleScore):
     def _score(self, runs: Runs, part: Part, parameters: Parameters, some: Picked) -> PerExample:
         fires = _fires(runs, part, parameters["threshold"])
         other = _fires(runs, _neighbour(part, parameters), parameters["neighbour_threshold"])
-        return _difference(runs, some, (fires, other & ~fires))
+        return difference_of_shares(groups_of(runs), some, (fires, other & ~fires))
 
 
 def _fires(runs: Runs, part: Part, threshold: Any) -> Picked:
@@ -219,14 +228,3 @@ def _standard(values: Float[Tensor, "example pos"], real: Picked) -> Tensor | No
     centred = values - values[real].mean()
     spread = float(centred[real].square().mean().sqrt())
     return centred / spread if spread > 0 else None
-
-
-def _difference(runs: Runs, hits: Tensor, among: tuple[Tensor, Tensor]) -> PerExample:
-    """Share of hits among the first, less that among the second; 0 where either is empty. All [example] or
-    [example, pos]."""
-    counts = [int(some.sum()) for some in among]
-    if not all(counts):
-        return torch.zeros(runs.n).double()
-    shares = [float((hits & some).sum()) / count for some, count in zip(among, counts, strict=True)]
-    parts = [some * (hits.double() - share) / count for some, share, count in zip(among, shares, counts, strict=True)]
-    return pseudo_values(groups_of(runs), shares[0] - shares[1], (parts[0] - parts[1]).reshape(runs.n, -1).sum(1))

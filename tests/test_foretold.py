@@ -59,7 +59,7 @@ def test_a_model_that_is_wrong_behind_the_words_is_found_and_one_that_is_not_is_
         values = FAILS_WHERE.measure(runs, UNIT, GIVEN)
         shares = [float(wrong[kind == one].mean()) for one in (1, 0)]
         assert float(values.mean()) == pytest.approx(shares[0] - shares[1], abs=1e-6)
-        claim = claim_about(runs, UNIT, FAILS_WHERE, GIVEN, size=0.2)
+        claim = claim_about(runs, UNIT, FAILS_WHERE, GIVEN, size=0.4)
         evidence = vs.validate.check(replace(claim, sign=1), runs=runs)
         return vs.decide([replace(claim, sign=1)], {replace(claim, sign=1).id: evidence})[0].outcome
 

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 from vesalius.circuits.effects import Effects, Floats
+from vesalius.circuits.graph import LOGITS
 from vesalius.errors import InputError
 from vesalius.parts import Edge, HasLatents, Part, Unit, as_part
 from vesalius.quantities import Runs
 from vesalius.quantities.circuit import metric_with_only
 from vesalius.quantities.contrast import EMBED
 from vesalius.refs import resolve
-from vesalius.site import Site
 from vesalius.stats import Measurement, measure
 
 START, KEEP = 0.9, 0.8
@@ -39,9 +39,6 @@ RULE = (
     f"that keeps {START:.0%} of the effect while all others get corrupted values; then members dropped, least needed "
     f"first, as long as {KEEP:.0%} is kept. Discovery prompts only."
 )
-
-
-LOGITS = Unit(Site("logits"))
 
 
 @dataclass(frozen=True)

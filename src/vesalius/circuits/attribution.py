@@ -23,12 +23,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from vesalius.circuits.ablation import TOKENS_PER_BATCH, Ablation, ablation
+from vesalius.circuits.cutting import TOKENS_PER_BATCH, Ablation, ablation
 from vesalius.circuits.gradients import Gradients, differentiated, products
 from vesalius.circuits.graph import Graph
 from vesalius.circuits.masked import masked_stream
 from vesalius.circuits.relevance import atp_star, relp
-from vesalius.circuits.wiring import Wiring
+from vesalius.circuits.wired import Wiring
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Pairs
 from vesalius.intervention import Patch
@@ -139,7 +139,7 @@ def edge_attribution(
 ) -> Scores:
     """The estimated metric of every run with one edge cut, per example.
 
-    method: see the module. kind: the ablation, see `circuits.ablation`. steps: of an integral. each: "position" keeps
+    method: see the module. kind: the ablation, see `circuits.cutting`. steps: of an integral. each: "position" keeps
     the position at which the reader reads, and then `Scores.at` takes a named position of prompts of any length.
     prompts: whose run is edited. budget: tokens per batch; memory grows with it, by about 5 MB a token for SmolLM2.
 
@@ -202,6 +202,6 @@ def _cost(method: str, steps: int, graph: Graph) -> float:
         "eap_ig_activations": 1.0 + (1 + _PASS) * steps * len(graph.groups),
         "mask_ig": 1.0 + 2 * (1 + _PASS) * steps,
         "relp": 1.0 + _PASS,
-        "atp_star": 1.0 + _PASS * graph.n_layers,
+        "atp_star": (1.0 + _PASS) * (1 + graph.n_layers),
     }
     return 2.0 + passes[method]

@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vesalius.circuits.ablation import Ablation, ablation
+from vesalius.circuits.cutting import Ablation, ablation
 from vesalius.circuits.masked import with_cut
-from vesalius.circuits.wiring import Wiring
+from vesalius.circuits.wired import Wiring
 from vesalius.errors import InputError, SelfCheckError
 from vesalius.inputs import Pairs
 from vesalius.jobs import Blocks, Event, Sink, silent
@@ -61,7 +61,7 @@ def edge_patching(
 ) -> Scores:
     """The metric of runs with one edge cut, for each of the edges (default: all), per example.
 
-    kind: the ablation, see `circuits.ablation`. check: make two random edges again by ordinary runs. out: a folder in
+    kind: the ablation, see `circuits.cutting`. check: make two random edges again by ordinary runs. out: a folder in
     which finished edges are kept, so that a killed job goes on. Returns Scores [edge, example].
 
     Raises what `ablation` does, UnknownNameError or InputError for edges that are not in the graph, SelfCheckError when
@@ -118,7 +118,8 @@ def exact_values(
     for some in order.split(EDGES_PER_BLOCK):
         name = f"{len(some)} edges {content_hash(some.tolist())[:16]}"
         block: Mapping[str, NDArray[Any]] = blocks.get(
-            name, lambda some=some: {"values": work.values(some).numpy()}  # type: ignore[misc]
+            name,
+            lambda some=some: {"values": work.values(some).numpy()},  # type: ignore[misc]
         )
         found.append(torch.from_numpy(np.array(block["values"])))
         sink(Event("advance", "edges", sum(map(len, found)), len(numbers)))
@@ -129,6 +130,22 @@ def exact_values(
     if check and len(numbers) and not work.base.reason:
         work.check(numbers, values, seed)
     return values, Cost(forwards, float(len(numbers) * len(cut.pairs)))
+
+
+def reader_values(
+    cut: Ablation, *, budget: int = TOKENS_PER_BATCH, sink: Sink = silent
+) -> Float[Tensor, "reader example"]:
+    """The metric of runs in which all edges into one reader are cut, for each reader, exactly."""
+    work, count = _Work.of(cut, budget), len(cut.wired.graph.readers)
+    sink(Event("start", "readers", 0, count))
+    if work.base.reason:
+        return with_cut(cut, cut.wired.graph.reader_of[None] == torch.arange(count)[:, None])
+    found = torch.zeros(count, len(cut.pairs))
+    for at, example in work.batches(torch.arange(count)):
+        found[at, example] = work.replayed(at, example, None)
+        sink(Event("advance", "readers", int(at.max()) + 1, count))
+    sink(Event("end", "readers", count, count))
+    return found
 
 
 def plan_hash(cut: Ablation, what: str) -> str:
@@ -168,25 +185,32 @@ class _Work:
             masks = torch.zeros(len(numbers), len(self.cut.wired.graph), dtype=torch.bool)
             masks[torch.arange(len(numbers)), numbers] = True
             return with_cut(self.cut, masks)
-        found = torch.zeros(len(numbers), len(self.cut.pairs))
-        for at, example in self._batches(numbers):
-            found[at, example] = self._replayed(numbers[at], example)
+        graph, found = self.cut.wired.graph, torch.zeros(len(numbers), len(self.cut.pairs))
+        for at, example in self.batches(graph.reader_of[numbers]):
+            found[at, example] = self.replayed(graph.reader_of[numbers[at]], example, graph.writer_of[numbers[at]])
         return found
 
-    def _batches(self, numbers: Int[Tensor, " edge"]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(place in `numbers`, example) of rows that have a reader's site and about `budget` tokens together."""
+    def batches(self, readers: Int[Tensor, " edge"]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(place in `readers`, example) of rows that have a reader's site and about `budget` tokens together."""
         graph, examples = self.cut.wired.graph, len(self.cut.pairs)
-        site_of = [graph.readers[number].site.whole for number in graph.reader_of[numbers].tolist()]
+        site_of = [graph.readers[number].site.whole for number in readers.tolist()]
         each = max(1, self.budget // max(1, int((self.cut.pairs.ends - self.first).sum())))
         for site in dict.fromkeys(site_of):
             own = torch.tensor([place for place, other in enumerate(site_of) if other == site])
             for some in own.split(each):
                 yield some.repeat_interleave(examples), torch.arange(examples).repeat(len(some))
 
-    def _replayed(self, numbers: Int[Tensor, " row"], example: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+    def replayed(
+        self, reader: Int[Tensor, " row"], example: Int[Tensor, " row"], writer: Int[Tensor, " row"] | None
+    ) -> Float[Tensor, " row"]:
+        """The metric of rows whose reader goes without one writer's change, or without that of all before it."""
         cut, graph = self.cut, self.cut.wired.graph
-        reader, writer = graph.reader_of[numbers], graph.writer_of[numbers]
-        change = cut.base.writes[example, :, writer] - cut.cut.expand_as(cut.base.writes)[example, :, writer]
+        carried = cut.cut.expand_as(cut.base.writes)
+        if writer is None:
+            before = int(graph.counts[int(reader[0])])
+            change = (cut.base.writes[:, :, :before] - carried[:, :, :before]).sum(2)[example]
+        else:
+            change = cut.base.writes[example, :, writer] - carried[example, :, writer]
         site, end = graph.readers[int(reader[0])].site.whole, at_reads(self.base, cut.pairs)
         if site.layer is None:
             hidden = end[example] - change[torch.arange(len(example))[:, None], cut.pairs.reads[example]]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from vesalius.activations import Run
 from vesalius.adapters.base import Norm, frozen_scale, gain
-from vesalius.circuits.ablation import Ablation, Seen
+from vesalius.circuits.cutting import Ablation, Seen
 from vesalius.circuits.graph import ATTENTION, Graph
-from vesalius.circuits.wiring import Wiring
+from vesalius.circuits.wired import Wiring
 from vesalius.inputs import Tokens
 from vesalius.intervention import Intervention, Replace
 from vesalius.site import Site

@@ -1,7 +1,7 @@
 """Run a model with any set of edges cut, exactly.
 
 Every reader takes the residual stream of the run less the changes of its cut edges: for each of them what its writer
-says in this very run minus what the cut edge carries (see `circuits.ablation`). Writers further up are recomputed from
+says in this very run minus what the cut edge carries (see `circuits.cutting`). Writers further up are recomputed from
 what they read, so that cutting all edges under resample ablation gives the other prompts' run, and cutting none the
 run itself. The reader's own norm and weights are the model's.
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vesalius.adapters import submodule
 from vesalius.adapters.base import join_heads, split_heads
-from vesalius.circuits.ablation import TOKENS_PER_BATCH, Ablation
+from vesalius.circuits.cutting import TOKENS_PER_BATCH, Ablation
 from vesalius.circuits.graph import ATTENTION
 from vesalius.errors import InputError
 from vesalius.inputs import Tokens

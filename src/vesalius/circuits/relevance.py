@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vesalius.adapters import submodule
-from vesalius.circuits.ablation import Ablation
+from vesalius.circuits.cutting import Ablation
 from vesalius.circuits.gradients import Differentiated, differentiated, held, products, stream_of
 from vesalius.errors import InputError
 from vesalius.intervention import Replace
@@ -130,12 +130,9 @@ def atp_star(cut: Ablation, _steps: int, positions: bool) -> Tensor:
     plain, total = _effects(run, change, moved), torch.zeros(())
     for layer in range(graph.n_layers):
         outputs = [site for site in cut.wired.captured if site.layer == layer]
-        handles = [run.run[site].register_hook(torch.zeros_like) for site in outputs]
-        try:
-            total = total.to(change) + _effects(run, change, moved).abs() / max(1, graph.n_layers - 1)
-        finally:
-            for handle in handles:
-                handle.remove()
+        dropped = [Replace(site, site, Tensor.detach, "dropped") for site in outputs]
+        without = differentiated(cut, cut.tokens, dropped, also=patterns)
+        total = total.to(change) + _effects(without, change, moved).abs() / max(1, graph.n_layers - 1)
     return torch.where(plain < 0, -total, total)
 
 

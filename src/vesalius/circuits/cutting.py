@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vesalius.circuits.wiring import Wiring, wiring
+from vesalius.circuits.wired import Wiring, wiring
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Pairs, Tokens
 from vesalius.metric import Metric

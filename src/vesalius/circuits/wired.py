@@ -22,6 +22,7 @@ from vesalius.errors import InputError
 from vesalius.inputs import Tokens
 from vesalius.model import Model
 from vesalius.model.hooks import Tap, tapped
+from vesalius.model.parity import probe_tokens
 from vesalius.model.weights import dtype_of, linear_of
 from vesalius.site import Site
 
@@ -102,9 +103,9 @@ def wiring(model: Model) -> Wiring:
     Raises InputError for a model without one residual stream, or with more than a norm between stream and readers.
     """
     model.check_evaluating()
-    adapter, layout = model.architecture
+    adapter = model.architecture[0]
     graph = graph_of(model, parallel=False)
-    tokens = Tokens(torch.arange(8).remainder(max(layout.vocab - 1, 1))[None] + (layout.vocab > 1))
+    tokens = probe_tokens(model) or Tokens(torch.zeros(1, 1, dtype=torch.long))
     kinds = [kind for kind in ("resid_pre", "attn_out", "mlp_in", "resid_post") if kind in adapter.sites]
     asked = [Site(kind, layer) for layer in range(graph.n_layers) for kind in kinds]
     attention: list[nn.Module | None] = []

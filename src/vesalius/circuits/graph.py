@@ -152,6 +152,15 @@ class Graph:
         group = self.n_heads // self.n_kv_heads
         return tuple(range(first + site.index * group, first + (site.index + 1) * group))
 
+    @cached_property
+    def readers_of(self) -> tuple[tuple[int, ...], ...]:
+        """Readers that are a part of each writer; () for embeddings."""
+        found: list[list[int]] = [[] for _ in self.writers]
+        for reader in range(len(self.readers)):
+            for writer in self.node_of(reader):
+                found[writer].append(reader)
+        return tuple(map(tuple, found))
+
     def connected(self, mask: Bool[Tensor, " edge"], *, from_inputs: bool = True) -> Bool[Tensor, " edge"]:
         """The edges of a mask that lie on a path to the logits, and from the embeddings.
 

@@ -2,19 +2,85 @@
 
 from __future__ import annotations
 
+from vesalius.circuits.attribution import edge_attribution
 from vesalius.circuits.circuit import RULE, Circuit, edges_from_json, edges_to_json, find_circuit, share
+from vesalius.circuits.cutting import ABLATIONS, Ablation, ablation
 from vesalius.circuits.edges import find_edges
 from vesalius.circuits.effects import Condition, Effects, component_effects
+from vesalius.circuits.exact import edge_patching
+from vesalius.circuits.graph import Graph
+from vesalius.circuits.greedy import acdc
+from vesalius.circuits.hypotheses import (
+    Counted,
+    equivalence,
+    independence,
+    minimality,
+    prompt_clusters,
+    random_circuits,
+    stability,
+    sufficiency,
+)
+from vesalius.circuits.masked import with_cut, with_only
+from vesalius.circuits.pruning import prune_edges
+from vesalius.circuits.quality import (
+    Curve,
+    areas,
+    between,
+    coablation,
+    completeness,
+    curve,
+    edges_of,
+    faithfulness,
+    scrubbing,
+)
+from vesalius.circuits.search import METHODS, discover, load_circuit, members_of, save_circuit
+from vesalius.circuits.verified import Check
+from vesalius.circuits.wired import Wiring, wiring
 
 __all__ = [
+    "ABLATIONS",
+    "METHODS",
     "RULE",
+    "Ablation",
+    "Check",
     "Circuit",
     "Condition",
+    "Counted",
+    "Curve",
     "Effects",
+    "Graph",
+    "Wiring",
+    "ablation",
+    "acdc",
+    "areas",
+    "between",
+    "coablation",
+    "completeness",
     "component_effects",
+    "curve",
+    "discover",
+    "edge_attribution",
+    "edge_patching",
     "edges_from_json",
+    "edges_of",
     "edges_to_json",
+    "equivalence",
+    "faithfulness",
     "find_circuit",
     "find_edges",
+    "independence",
+    "load_circuit",
+    "members_of",
+    "minimality",
+    "prompt_clusters",
+    "prune_edges",
+    "random_circuits",
+    "save_circuit",
+    "scrubbing",
     "share",
+    "stability",
+    "sufficiency",
+    "wiring",
+    "with_cut",
+    "with_only",
 ]

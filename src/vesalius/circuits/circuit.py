@@ -22,13 +22,15 @@ import numpy as np
 import torch
 
 from vesalius.circuits.effects import Effects, Floats
+from vesalius.circuits.graph import LOGITS
+from vesalius.circuits.verified import Check
 from vesalius.errors import InputError
 from vesalius.parts import Edge, HasLatents, Part, Unit, as_part
+from vesalius.patching.scores import Scores
 from vesalius.quantities import Runs
 from vesalius.quantities.circuit import metric_with_only
 from vesalius.quantities.contrast import EMBED
 from vesalius.refs import resolve
-from vesalius.site import Site
 from vesalius.stats import Measurement, measure
 
 START, KEEP = 0.9, 0.8
@@ -41,9 +43,6 @@ RULE = (
 )
 
 
-LOGITS = Unit(Site("logits"))
-
-
 @dataclass(frozen=True)
 class Circuit:
     """Components found by `rule`, with their edges.
@@ -52,6 +51,10 @@ class Circuit:
     False when no tried prefix kept `KEEP` of the effect; then it is the best of them. edges: weight of each, the share
     of the target's change, clean to corrupted, that patching the source alone brings about. history: (size, kept) of
     every set accepted on the way.
+
+    A circuit that `discover` found has edges from writers to readers (see `Graph`), each with the mean effect of
+    cutting it as weight. scores: what each edge's effect was measured or estimated to be, per example. check:
+    how far estimates can be trusted. setting: what was asked, and of which model.
     """
 
     members: tuple[Part, ...]
@@ -60,6 +63,9 @@ class Circuit:
     edges: Mapping[Edge, float] = field(default_factory=dict)
     rule: str = RULE
     history: tuple[tuple[int, float], ...] = ()
+    scores: Scores | None = None
+    check: Check | None = None
+    setting: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -72,6 +78,8 @@ class Circuit:
             "edges": edges_to_json(self.edges),
             "rule": self.rule,
             "history": [list(step) for step in self.history],
+            **({"setting": dict(self.setting)} if self.setting else {}),
+            **({"check": self.check.to_json()} if self.check else {}),
         }
 
     @classmethod
@@ -85,12 +93,14 @@ class Circuit:
             edges=edges_from_json(data["edges"], members),
             rule=data["rule"],
             history=tuple((int(size), float(share)) for size, share in data["history"]),
+            setting=data.get("setting", {}),
         )
 
     def _repr_html_(self) -> str:
         names = ", ".join(escape(str(part)) for part in self.members)
         title = f"<b>Circuit of {len(self)} components</b>, keeps {self.kept:.0%} of the effect (discovery)"
-        return f"<p>{title}</p><p>{names}</p>"
+        told = f"<p>{escape(self.check.describe())}</p>" if self.check else ""
+        return f"<p>{title}</p><p>{names}</p>{told}"
 
 
 def edges_to_json(edges: Mapping[Edge, float]) -> list[dict[str, Any]]:
@@ -101,7 +111,8 @@ def edges_to_json(edges: Mapping[Edge, float]) -> list[dict[str, Any]]:
 def edges_from_json(rows: Sequence[Mapping[str, Any]], members: Sequence[Part]) -> dict[Edge, float]:
     """The edges that `edges_to_json` gave, between these members and the logits."""
     named = {str(part): part for part in (*members, LOGITS)}
-    return {Edge(named[row["source"]], named[row["target"]]): float(row["weight"]) for row in rows}
+    part = lambda name: named[name] if name in named else as_part(name)  # noqa: E731
+    return {Edge(part(row["source"]), part(row["target"])): float(row["weight"]) for row in rows}
 
 
 def share(runs: Runs, values: Floats, empty: Floats, name: str) -> Measurement:

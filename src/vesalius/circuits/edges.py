@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vesalius.activations import Activations
-from vesalius.circuits.circuit import LOGITS
+from vesalius.circuits.graph import LOGITS
 from vesalius.intervention import Patch
 from vesalius.model.products import computing
 from vesalius.parts import Edge, Part, places

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from vesalius.toys.compiled import EDGES, PROGRAMS, compiled, compiled_checks, compiled_pairs
+from vesalius.toys.mechanisms import MECHANISMS, Mechanism, mechanism
 from vesalius.toys.planted import PLANTED, VOCAB, planted_induction, random_model
 from vesalius.toys.sparse import SparseRows, recovered, sparse_rows, unit_rows
 from vesalius.toys.superposition import ToyModels, toy_models
@@ -10,12 +12,20 @@ from vesalius.toys.text import PlantedText, PlantedUnit, text_network
 
 __all__ = [
     "CORRUPTIONS",
+    "EDGES",
+    "MECHANISMS",
     "PLANTED",
+    "PROGRAMS",
     "VOCAB",
+    "Mechanism",
     "PlantedText",
     "PlantedUnit",
     "SparseRows",
     "ToyModels",
+    "compiled",
+    "compiled_checks",
+    "compiled_pairs",
+    "mechanism",
     "planted_induction",
     "planted_pairs",
     "random_model",

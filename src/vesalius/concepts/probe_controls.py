@@ -185,7 +185,7 @@ def _online(
 
 
 def _tempered(scores: Floats, classes: Numbers) -> float:
-    """The smallest factor on the scores whose code is no longer than the best one's by more than two standard errors."""
+    """The smallest factor on the scores whose code is longer than the best's by two standard errors at most."""
     cost = np.array([-np.log(_mixed(one * scores)[np.arange(len(classes)), classes]) for one in _TEMPERATURES])
     beyond = cost - cost[int(cost.sum(1).argmin())]
     error = beyond.std(1) / np.sqrt(len(classes))

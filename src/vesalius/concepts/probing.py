@@ -119,6 +119,11 @@ def targets_of(concept: Concept) -> Any:
     return concept.numbers if concept.continuous else concept.numbers.astype(np.intp)
 
 
+def selected_of(probe: Probe, rows: Rows, seed: int = 0) -> float:
+    """Cross-validated score on discovery: by this, and nothing else, a site is chosen."""
+    return _cross_validated(rows, probe, seed, DISCOVERY).estimate
+
+
 def scored_on(probe: Probe, rows: Rows, split: str) -> Floats:
     """[example of the split] whose mean is the score."""
     some, place, examples = of_split(rows, split)
@@ -166,7 +171,7 @@ def _report(probe: Probe, rows: Rows, found: Mapping[str, Control], seed: int) -
     shifted = {name: measured_on(probe, rows, name) for name in rows.concept.shifted}
     report = ProbeReport(
         train=float(scored_on(probe, rows, DISCOVERY).mean()),
-        selected=_cross_validated(rows, probe, seed, DISCOVERY).estimate,
+        selected=selected_of(probe, rows, seed),
         validation=measured_on(probe, rows, VALIDATION),
         shifted=shifted,
         calibration_error=calibration_error(probe, rows, VALIDATION) if probe.classes else None,

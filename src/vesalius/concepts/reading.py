@@ -112,6 +112,12 @@ def read_sites(
     return _gathered(model, concept, found, torch.cat(owners), at, _of_examples(ids, of_text))
 
 
+def tokens_of_concept(model: Model, concept: Concept, bos: str = "auto", context: int = 512) -> Tokens:
+    """The texts as `read_sites` runs them, an example each. Raises as that."""
+    ids, _, of_text = _distinct(model, concept, "last", bos, context)
+    return Tokens.from_rows(_of_examples(ids, of_text))
+
+
 def sites_named(model: Model, sites: Sequence[Site | str] | Site | str) -> list[Site]:
     """Sites by name or glob, in the order of the pass; heads and neurons by their number. Raises UnknownNameError."""
     found: dict[Site, None] = {}

@@ -9,6 +9,7 @@ from vesalius.quantities.activation import ACTIVATION
 from vesalius.quantities.attends import Attends
 from vesalius.quantities.base import Parameters, PerExample, Quantity
 from vesalius.quantities.circuit import Completeness, Faithfulness
+from vesalius.quantities.concept import Carries, Moves
 from vesalius.quantities.contrast import Contrast, heads_and_mlps
 from vesalius.quantities.copies import Copies
 from vesalius.quantities.direct_effect import DirectEffect
@@ -27,6 +28,7 @@ FAITHFULNESS, COMPLETENESS = Faithfulness(), Completeness()
 AUROC, AUPRC, SIMULATION = Auroc(), Auprc(), Simulation()
 DETECTION, FUZZING, TOLD_APART = Detection(), Fuzzing(), ToldApart()
 STANDS_IN, PROMOTES = StandsIn(), Promotes()
+CARRIES, MOVES = Carries(), Moves()
 
 QUANTITIES: dict[str, Quantity] = {
     one.name: one
@@ -47,6 +49,8 @@ QUANTITIES: dict[str, Quantity] = {
         TOLD_APART,
         STANDS_IN,
         PROMOTES,
+        CARRIES,
+        MOVES,
         FAITHFULNESS,
         COMPLETENESS,
     )
@@ -66,6 +70,7 @@ __all__ = [
     "ATTENDS",
     "AUPRC",
     "AUROC",
+    "CARRIES",
     "COMPLETENESS",
     "COPIES",
     "DETECTION",
@@ -73,6 +78,7 @@ __all__ = [
     "FAITHFULNESS",
     "FIRES_WHERE",
     "FUZZING",
+    "MOVES",
     "MOVES_ATTENTION",
     "PROMOTES",
     "QUANTITIES",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vesalius.toys.carrier import Carrier, CarrierNetwork, carrier
 from vesalius.toys.planted import PLANTED, VOCAB, planted_induction, random_model
 from vesalius.toys.sparse import SparseRows, recovered, sparse_rows, unit_rows
 from vesalius.toys.superposition import ToyModels, toy_models
@@ -12,10 +13,13 @@ __all__ = [
     "CORRUPTIONS",
     "PLANTED",
     "VOCAB",
+    "Carrier",
+    "CarrierNetwork",
     "PlantedText",
     "PlantedUnit",
     "SparseRows",
     "ToyModels",
+    "carrier",
     "planted_induction",
     "planted_pairs",
     "random_model",

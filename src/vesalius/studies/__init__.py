@@ -10,7 +10,18 @@ from vesalius.studies.explained import Explained, Explanations, summarise_explai
 from vesalius.studies.explaining import BASELINES, Explaining, explaining
 from vesalius.studies.finding import FIND, Finding, find, finding, summarise_found, texts_with
 from vesalius.studies.gate import Gate, gate
-from vesalius.studies.probing import ABSENT, OPEN, PROBE, UNUSED, USED, Probing, probe, probing, said_of
+from vesalius.studies.probed import summarise_probed
+from vesalius.studies.probing import (
+    ABSENT,
+    OPEN,
+    PROBE,
+    UNUSED,
+    USED,
+    Probing,
+    probe,
+    probing,
+    said_of,
+)
 from vesalius.studies.question import Question, check_question, question_for
 from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, run_steps
 from vesalius.studies.summary import claim_row, summarise
@@ -62,6 +73,7 @@ __all__ = [
     "summarise",
     "summarise_explained",
     "summarise_found",
+    "summarise_probed",
     "supported_roles",
     "texts_with",
 ]

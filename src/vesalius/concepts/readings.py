@@ -115,7 +115,7 @@ def read_concept(
     rows: Floats | None = None
     latents = tuple(np.zeros((len(ids), coder.n_latents), dtype=np.float32) for coder in listed)
     with computing(), shown(sink) as progress:
-        for texts in track(_batches(ids, batch_tokens), "read texts", sink=progress):
+        for texts in track(batches(ids, batch_tokens), "read texts", sink=progress):
             x, owner = _tokens_read(model, site, [ids[text] for text in texts], at)
             rows = np.zeros((len(ids), x.shape[1])) if rows is None else rows
             rows[texts] = _means(x.double(), owner, len(texts)).numpy()
@@ -159,7 +159,7 @@ def _ids(model: Model, concept: Labelled, bos: str, context: int, cut: bool) -> 
     return found
 
 
-def _batches(ids: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
+def batches(ids: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
     """Numbers of texts that are run together, by length."""
     # Texts of like length together, so that little is padding.
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]))

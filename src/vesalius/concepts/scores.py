@@ -135,21 +135,25 @@ def line_of_texts(
     """
     each = np.mean(values, axis=0)
     own = tuple(float(np.mean(of)) for of in values)
-    low, high = _interval(each, groups, share)
     names = list(dict.fromkeys(labels))
     of_label = np.array(labels)
     parts = {name: float(each[of_label == name].mean()) for name in names} if len(names) > 1 else None
-    measurement = Measurement(
-        name=method,
+    return ScoreLine(method, words, own, share_of(method, each, groups, share=share), k, parts)
+
+
+def share_of(name: str, each: Floats, groups: Sequence[str], *, share: bool = True) -> Measurement:
+    """The mean of values [text], such as whether each was predicted rightly, with an interval over groups."""
+    low, high = _interval(each, groups, share)
+    return Measurement(
+        name=name,
         values=tuple(each.tolist()),
-        estimate=float(np.mean(own)),
+        estimate=float(np.mean(each)),
         low=low,
         high=high,
         n=len(each),
         n_groups=len(set(groups)),
         groups={"group": tuple(groups)},
     )
-    return ScoreLine(method, words, own, measurement, k, parts)
 
 
 def line_of_dictionaries(

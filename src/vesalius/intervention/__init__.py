@@ -2,6 +2,7 @@
 
 Patch, Freeze, Interchange   the value of another run, of a recorded run of the same prompts, of a source example
 Ablate, Project, Steer       take information away, keep or remove a subspace, add a vector
+Erase                        take out what some directions read and others write, such as a concept (LEACE)
 Noise                        Gaussian, independent for every example and token
 Replace                      what a function makes of another site of the same run
 
@@ -33,7 +34,7 @@ from vesalius.intervention.basic import (
     is_number,
     long_enough,
 )
-from vesalius.intervention.edits import Noise, Project, Replace
+from vesalius.intervention.edits import Erase, Noise, Project, Replace
 from vesalius.intervention.form import Recorded, Source
 from vesalius.intervention.place import NamedPositions, Place, Positions, mask_of, place_of, token_axis
 from vesalius.intervention.stored import from_json, load, save, tensors_of
@@ -41,6 +42,7 @@ from vesalius.intervention.stored import from_json, load, save, tensors_of
 __all__ = [
     "Ablate",
     "Edits",
+    "Erase",
     "Freeze",
     "Interchange",
     "Intervention",

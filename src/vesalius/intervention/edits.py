@@ -1,4 +1,4 @@
-"""Project, Noise and Replace: edits whose new value is computed from the run itself."""
+"""Project, Erase, Noise and Replace: edits whose new value is computed from the run itself."""
 
 from __future__ import annotations
 
@@ -58,6 +58,45 @@ def _basis(part: Part) -> Tensor:
     """Orthonormal rows [rank, width]."""
     assert isinstance(part, Direction | Subspace)
     return part.vector[None] if isinstance(part, Direction) else part.basis
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Erase(Edit):
+    """Take out what some directions read: x - ((x - centre) reads^T) writes, an oblique projection.
+
+    reads, writes: [rank, width], with reads writes^T the identity where it is a projection. centre: [width], whose
+    coordinates the result has; default zero. Erasers of concepts make it (`vs.concepts.fit_eraser`).
+
+    Raises InputError for a part that is not a whole site or a head, and for shapes that do not fit each other.
+    """
+
+    reads: Tensor = field(kw_only=True)
+    writes: Tensor = field(kw_only=True)
+    centre: Tensor | None = None
+    positions: Positions = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.part, Unit):
+            raise InputError(f"Erase at {self.place} needs a site, or a head of it; got {type(self.part).__name__}")
+        width = self.reads.shape[-1]
+        if self.reads.ndim != 2 or self.reads.shape != self.writes.shape:
+            raise InputError(
+                f"Erase at {self.place}: reads and writes are [rank, width] alike; got {tuple(self.reads.shape)} and "
+                f"{tuple(self.writes.shape)}"
+            )
+        if self.centre is not None and self.centre.shape != (width,):
+            raise InputError(f"Erase at {self.place}: centre is [{width}]; got {tuple(self.centre.shape)}")
+
+    def value(self, present: Tensor, _place: Place) -> Tensor:
+        if present.shape[-1] != self.reads.shape[-1]:
+            raise InterventionError(
+                f"Erase of width {self.reads.shape[-1]} at {self.place}, whose width is {present.shape[-1]}: it was "
+                "fitted at another site, or in another model"
+            )
+        wide = present.to(torch.promote_types(present.dtype, torch.float32))
+        away = wide if self.centre is None else wide - self.centre.to(wide)
+        return wide - away @ self.reads.T.to(wide) @ self.writes.to(wide)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -15,7 +15,7 @@ from vesalius.errors import FileFormatError, InputError, UnknownNameError
 from vesalius.inputs import Tokens
 from vesalius.intervention.apply import Intervention
 from vesalius.intervention.basic import Ablate, Freeze, Interchange, Patch, Steer
-from vesalius.intervention.edits import Noise, Project, Replace
+from vesalius.intervention.edits import Erase, Noise, Project, Replace
 from vesalius.intervention.form import Recorded, by_hash
 from vesalius.jobs import write_atomic
 from vesalius.jobs.untrusted import read_json, read_safetensors, understood
@@ -25,7 +25,7 @@ from vesalius.refs import resolve, stored_part
 from vesalius.site import Site
 
 KINDS: Mapping[str, type[Any]] = {
-    cls.__name__.lower(): cls for cls in (Ablate, Freeze, Interchange, Noise, Patch, Project, Replace, Steer)
+    cls.__name__.lower(): cls for cls in (Ablate, Erase, Freeze, Interchange, Noise, Patch, Project, Replace, Steer)
 }
 Functions = Mapping[str, Callable[..., Tensor]]
 

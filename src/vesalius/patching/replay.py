@@ -153,12 +153,13 @@ class Replay:
         patterns: bool = False,
         compute: str = "float32",
         tapped_sites: Sequence[Site] = (),
+        grad: bool = False,
     ) -> None:
         """read: positions whose final residual vector is returned, default each row's last one. patterns: attention
         patterns are the base run's. compute: see `products.computing`. tapped_sites: sites that taps of the caller
-        look at, so that they must be computed."""
+        look at, so that they must be computed. grad: keep the graph, from the edits' values on."""
         self._base, self._model = base, base.model
-        self._patterns, self._compute = patterns, compute
+        self._patterns, self._compute, self._grad = patterns, compute, grad
         self._flat = Flat(rows)
         self._edits = edits
         self._seen: dict[Site, list[Tensor]] = {site.whole: [] for site in watch}
@@ -177,7 +178,7 @@ class Replay:
         step = self._token[:, 0] - self._flat.offset
         attend = _Attention(self._base, self._flat, step, self._seen, self._patterns, self._needed)
         taps, compute = tapped([*self._needed.taps(), *self._taps()]), computing(self._compute)
-        with torch.no_grad(), taps, attending(self._model.module, attend), compute:
+        with torch.set_grad_enabled(self._grad), taps, attending(self._model.module, attend), compute:
             for layer in range(int(self._flat.rows.layer.min()), self._layout.n_layers):
                 hidden = self._step(layer, hidden)
         hidden = self._join(self._layout.n_layers, hidden)

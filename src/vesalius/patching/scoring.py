@@ -41,25 +41,27 @@ def score_normed(
     """As `score`, from vectors after the final norm; base_normed: the base run's, of the same rows."""
     tokens = metric.tokens(pairs)
     wanted = None if tokens is None else tokens[example].to(normed.device)
-    found = [_logits(base, some, wanted) for some in (normed, *([base_normed] if metric.needs.base else []))]
+    found = [logits_of(base, some, wanted) for some in (normed, *([base_normed] if metric.needs.base else []))]
     with torch.no_grad():
         return metric.of(found[0], found[1] if metric.needs.base else None, pairs.subset(example.tolist())).cpu()
 
 
-def final_norm(base: Recording, hidden: Tensor) -> Tensor:
-    """The model's own final norm of residual vectors."""
-    with torch.no_grad():
+def final_norm(base: Recording, hidden: Tensor, grad: bool = False) -> Tensor:
+    """The model's own final norm of residual vectors. grad: keep the graph."""
+    with torch.set_grad_enabled(grad):
         normed: Tensor = submodule(base.model.module, base.model.architecture[0].final_norm)(hidden)
         return normed
 
 
-def _logits(base: Recording, normed: Float[Tensor, "row read d_model"], tokens: Tensor | None) -> Tensor:
-    """[row, token] of one read position, [row, read, token] of several."""
+def logits_of(
+    base: Recording, normed: Float[Tensor, "row read d_model"], tokens: Tensor | None, grad: bool = False
+) -> Tensor:
+    """[row, token] of one read position, [row, read, token] of several; all tokens where none are named."""
     model = base.model
     unembed = submodule(model.module, model.architecture[0].unembed)
     if normed.shape[1] == 1:
         normed = normed[:, 0]
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         if tokens is None:
             logits = unembed(normed)
         elif not is_plain(unembed):
@@ -100,7 +102,7 @@ def logit_range(base: Recording, pairs: Pairs) -> float:
     """Spread of the first example's logits at its read position: what rounding is measured against."""
     end = pairs.read_at()[0]
     if base.logits is None:
-        logits = _logits(base, final_norm(base, base.resid[-1][:1, end][:, None]), None)
+        logits = logits_of(base, final_norm(base, base.resid[-1][:1, end][:, None]), None)
     else:
         logits = base.logits[0] if base.logits.ndim == 2 else base.logits[0, end]
     return float(logits.max() - logits.min())

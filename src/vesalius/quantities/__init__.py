@@ -9,6 +9,7 @@ from vesalius.quantities.activation import ACTIVATION
 from vesalius.quantities.attends import Attends
 from vesalius.quantities.base import Parameters, PerExample, Quantity
 from vesalius.quantities.circuit import Completeness, Faithfulness
+from vesalius.quantities.concept import Carries, Moves
 from vesalius.quantities.contrast import Contrast, heads_and_mlps
 from vesalius.quantities.copies import Copies
 from vesalius.quantities.direct_effect import DirectEffect
@@ -29,6 +30,7 @@ FAITHFULNESS, COMPLETENESS = Faithfulness(), Completeness()
 AUROC, AUPRC, AUPRC_BALANCED, SIMULATION = Auroc(), Auprc(), BalancedAuprc(), Simulation()
 DETECTION, FUZZING, TOLD_APART = Detection(), Fuzzing(), ToldApart()
 STANDS_IN, PROMOTES, FAILS_WHERE = StandsIn(), Promotes(), FailsWhere()
+CARRIES, MOVES = Carries(), Moves()
 
 QUANTITIES: dict[str, Quantity] = {
     one.name: one
@@ -52,6 +54,8 @@ QUANTITIES: dict[str, Quantity] = {
         STANDS_IN,
         PROMOTES,
         FAILS_WHERE,
+        CARRIES,
+        MOVES,
         FAITHFULNESS,
         COMPLETENESS,
     )
@@ -72,6 +76,7 @@ __all__ = [
     "AUPRC",
     "AUPRC_BALANCED",
     "AUROC",
+    "CARRIES",
     "COMPLETENESS",
     "COPIES",
     "DETECTION",
@@ -81,6 +86,7 @@ __all__ = [
     "FAITHFULNESS",
     "FIRES_WHERE",
     "FUZZING",
+    "MOVES",
     "MOVES_ATTENTION",
     "PROMOTES",
     "QUANTITIES",

@@ -1,10 +1,11 @@
-"""Self-contained HTML pages of studies, dictionaries, explained parts and steering, and the schemas behind them."""
+"""Self-contained HTML pages of studies, concepts, dictionaries, explained parts and steering, and their schemas."""
 
 from __future__ import annotations
 
 from vesalius.report import explain_schema, fragments, quality_schema, schema
 from vesalius.report.explain_page import page_names, write_explained
 from vesalius.report.html import render, write
+from vesalius.report.probe_page import render_probed, write_probed
 from vesalius.report.quality_page import link_explained, quality_answer, render_quality, write_quality
 from vesalius.report.steering_page import render_steering, steering_answer, write_steering
 
@@ -16,12 +17,14 @@ __all__ = [
     "quality_answer",
     "quality_schema",
     "render",
+    "render_probed",
     "render_quality",
     "render_steering",
     "schema",
     "steering_answer",
     "write",
     "write_explained",
+    "write_probed",
     "write_quality",
     "write_steering",
 ]

@@ -10,17 +10,34 @@ from vesalius.studies.explained import Explained, Explanations, summarise_explai
 from vesalius.studies.explaining import BASELINES, Explaining, explaining
 from vesalius.studies.finding import FIND, Finding, find, finding, summarise_found, texts_with
 from vesalius.studies.gate import Gate, gate
+from vesalius.studies.probed import summarise_probed
+from vesalius.studies.probing import (
+    ABSENT,
+    OPEN,
+    PROBE,
+    UNUSED,
+    USED,
+    Probing,
+    probe,
+    probing,
+    said_of,
+)
 from vesalius.studies.question import Question, check_question, question_for
 from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, run_steps
 from vesalius.studies.summary import claim_row, summarise
 from vesalius.studies.task_circuit import TASK_CIRCUIT, run_study
 
 __all__ = [
+    "ABSENT",
     "BASELINES",
     "EXPLAIN",
     "FIND",
+    "OPEN",
+    "PROBE",
     "RANDOM_WEIGHTS",
     "TASK_CIRCUIT",
+    "UNUSED",
+    "USED",
     "Artefact",
     "Calibration",
     "Controlled",
@@ -30,6 +47,7 @@ __all__ = [
     "Finding",
     "Gate",
     "Options",
+    "Probing",
     "Question",
     "Step",
     "StoppedError",
@@ -44,14 +62,18 @@ __all__ = [
     "find",
     "finding",
     "gate",
+    "probe",
+    "probing",
     "question_for",
     "random_weights_control",
     "run_steps",
     "run_study",
+    "said_of",
     "sentences",
     "summarise",
     "summarise_explained",
     "summarise_found",
+    "summarise_probed",
     "supported_roles",
     "texts_with",
 ]

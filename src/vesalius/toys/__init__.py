@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vesalius.toys.carrier import Carrier, CarrierNetwork, carrier
 from vesalius.toys.compiled import EDGES, PROGRAMS, compiled, compiled_checks, compiled_pairs
 from vesalius.toys.mechanisms import MECHANISMS, Mechanism, mechanism
 from vesalius.toys.planted import PLANTED, VOCAB, planted_induction, random_model
@@ -17,11 +18,14 @@ __all__ = [
     "PLANTED",
     "PROGRAMS",
     "VOCAB",
+    "Carrier",
+    "CarrierNetwork",
     "Mechanism",
     "PlantedText",
     "PlantedUnit",
     "SparseRows",
     "ToyModels",
+    "carrier",
     "compiled",
     "compiled_checks",
     "compiled_pairs",

@@ -1,0 +1,30 @@
+"""The Python on the page about concepts runs, and says what the page says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vesalius as vs
+
+PAGE = (Path(__file__).parents[1] / "docs" / "concepts.md").read_text()
+
+
+@pytest.mark.demo_model
+def test_the_page_runs_and_its_figures_are_what_comes_out(
+    demo: vs.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(vs, "load", lambda _: demo)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+    names: dict[str, Any] = {}
+    exec(compile(code, "concepts.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert "['present, not used']" in said
+    linear = next(leak for leak in vs.concepts.leaks(names["eraser"][names["site"]], names["rows"], names["site"]))
+    counts = names["concept"].balance()["discovery"]
+    majority = max(counts["true"], counts["false"]) / (counts["true"] + counts["false"])
+    assert linear.fitted_before > 0.95 and linear.fitted_after <= majority + 1e-9
+    assert {"majority", "bag_of_words", "shuffled"} <= set(names["probes"].best.report.controls)

@@ -42,6 +42,7 @@ from vesalius.quantities import (
 from vesalius.quantities.base import PROBABILITY
 from vesalius.quantities.contrast import EMBED
 from vesalius.quantities.places import positions
+from vesalius.studies.answer import _named
 from vesalius.validate import check, prepare
 
 FAMILIES = sorted(tiny.FAMILIES)
@@ -320,3 +321,15 @@ def test_a_quantity_of_ones_own_is_claimed_and_checked_by_its_entry_alone(
         claim_about(runs, "layers.0.mlp_out", "end_norm")
     with pytest.raises(InputError, match=r"end_norm of layers.0.mlp_out cannot be measured: .* is no head"):
         check(replace(claim, subject=vs.Unit(vs.Site("mlp_out", 0)).ref), runs=fresh)
+
+
+@pytest.mark.parametrize(
+    ("role", "members", "expected"),
+    [
+        ("name mover", ["layers.17.z[3]"], "1 name mover (17.3)"),
+        ("MLP writes toward the answer", ["layers.2.mlp_out", "layers.3.mlp_out"], "2 MLPs writing toward the answer (2, 3)"),
+        ("acts at the last position", ["layers.2.z[1]", "layers.3.mlp_out"], "2 parts acting at the last position (2.1, 3)"),
+    ],
+)  # fmt: skip
+def test_roles_are_counted_in_plain_english(role: str, members: list[str], expected: str) -> None:
+    assert _named(role, members) == expected

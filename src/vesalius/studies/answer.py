@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -101,9 +102,11 @@ def _no_effect(made: Made) -> str:
 
 def _named(role: str, members: list[str]) -> str:
     """ "3 name movers (17.3, 18.1, 20.2)"."""
-    first, space, rest = _NOUNS.get(role, role).partition(" writing")
+    noun = _NOUNS.get(role, role.replace("acts at", "part acting at", 1))
+    # What the plural is of: the word before the participle.
+    first, participle, rest = re.match(r"(.*?)( writing| acting|$)(.*)", noun).groups()  # type: ignore[union-attr]
     many = "s" if len(members) > 1 else ""
-    return f"{len(members)} {first}{many}{space}{rest} ({', '.join(map(_short, members))})"
+    return f"{len(members)} {first}{many}{participle}{rest} ({', '.join(map(_short, members))})"
 
 
 def _stood(made: Made) -> str:

@@ -327,9 +327,9 @@ def test_a_quantity_of_ones_own_is_claimed_and_checked_by_its_entry_alone(
     ("role", "members", "expected"),
     [
         ("name mover", ["layers.17.z[3]"], "1 name mover (17.3)"),
-        ("MLP writes toward the answer", ["layers.2.mlp_out", "layers.3.mlp_out"], "2 MLPs writing toward the answer (2, 3)"),
-        ("acts at the last position", ["layers.2.z[1]", "layers.3.mlp_out"], "2 parts acting at the last position (2.1, 3)"),
+        ("MLP writes toward the answer", ["layers.2.mlp_out"] * 2, "2 MLPs writing toward the answer (2, 2)"),
+        ("acts at the last position", ["layers.2.z[1]"], "1 part acting at the last position (2.1)"),
     ],
-)  # fmt: skip
+)
 def test_roles_are_counted_in_plain_english(role: str, members: list[str], expected: str) -> None:
     assert _named(role, members) == expected

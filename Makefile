@@ -19,10 +19,10 @@ COMPAT := 5.1.0 5.8.0 5.17.0
 COMPAT_TESTS := tests/test_adapters.py tests/test_sweep_families.py tests/test_encoder_decoder.py \
 	-m 'not gpu' -W ignore::DeprecationWarning
 # Tiny models are faster on one thread than on several.
-test slow fuzz calibrate compat concept-verdicts: export OMP_NUM_THREADS = 1
+test slow fuzz calibrate compat verdicts: export OMP_NUM_THREADS = 1
 
 
-.PHONY: help demo gemma test check lint types format fuzz slow calibrate setup compat gpu bench-engine bench-wide bench-dictionaries bench-describe check-formats concept-verdicts bench-concepts
+.PHONY: help demo gemma test check lint types format fuzz slow calibrate setup compat gpu bench-engine bench-wide bench-dictionaries bench-describe check-formats verdicts bench-concepts
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -59,7 +59,7 @@ slow: $(STAMP) ## the tests that take minutes each
 calibrate: $(STAMP) ## false positive rate and power of every validator
 	$(BIN)/vesalius calibrate
 
-concept-verdicts: $(STAMP) ## how often the verdict on a concept is wrong, on 300 planted networks (a quarter of an hour)
+verdicts: $(STAMP) ## how often the verdict on a concept is wrong, on 300 planted networks (a quarter of an hour)
 	$(BIN)/python tools/concept_verdicts.py
 
 setup: $(STAMP) ## only make .venv

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,27 @@ def test_images_and_token_ids_are_read_too(model: vs.Model) -> None:
         read_sites(model, concept(), "layers.0.resid_post", at="first", sink=vs.silent)
     with pytest.raises(InputError, match="context"):
         read_sites(model, concept(), "layers.0.resid_post", context=4, sink=vs.silent)
+
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="public data sets are not beside the project")
+
+
+@needs_shared
+def test_statements_about_cities_and_their_negations_share_no_city() -> None:
+    folder = SHARED / "geometry-of-truth"
+    given = {"text": "statement", "label": "label", "group": "city"}
+    cities = load_concept(folder / "cities.csv", **given).divided(seed=0)
+    both = cities.with_shifted({"negated": load_concept(folder / "neg_cities.csv", **given)})
+    assert both.balance()["negated"] == {"0": 374, "1": 374, "groups": 374}
+    with pytest.raises(InputError, match="is in"):
+        texts = (*cities.texts, cities.texts[0])
+        vs.Concept("leak", texts, (*cities.labels, cities.labels[0]), splits=(*cities.splits, "other"))
+
+
+@needs_shared
+def test_minimal_pairs_and_tagged_words_of_public_data() -> None:
+    with gzip.open(SHARED / "blimp" / "blimp.jsonl.gz", "rt") as lines:
+        rows = [json.loads(next(lines)) for _ in range(40)]
+    pairs = minimal_pairs([row["sentence_good"] for row in rows], [row["sentence_bad"] for row in rows])
+    assert pairs.balance()["all"] == {"bad": 40, "good": 40, "groups": 40}

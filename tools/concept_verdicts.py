@@ -1,4 +1,4 @@
-"""How often the verdict on a concept is wrong, or left open, on networks whose answer is known (make concept-verdicts).
+"""How often the verdict on a concept is wrong, or left open, on networks whose answer is known (make verdicts).
 
 Three planted networks a seed: one that uses the concept, one that carries and ignores it, one with random weights. The
 figures stand in docs/concepts.md.

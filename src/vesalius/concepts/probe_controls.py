@@ -7,7 +7,7 @@ and Titov 2020 (arXiv:2003.12298, section 3.2). Random weights: Zhang and Bowman
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -136,24 +136,31 @@ def _classes(scores: Floats) -> Numbers:
 def compression(rows: Rows, site: Site, kind: str = "logistic", seed: int = 0, *, targets: Any = None) -> Control:
     """How many times shorter the labels of discovery become when each block is sent by a probe of those before it.
 
-    The first block is sent at log2(classes) bits a label, which is what all would take: 1 is no compression. targets:
-    other numbers of classes, [example].
+    The first block is sent at log2(classes) bits a label, which is what all would take: 1 is no compression, and labels
+    that cannot be foretold take a few bits more. targets: other numbers of classes, [example].
     """
     concept, (some, _, examples) = rows.concept, of_split(rows, DISCOVERY)
     classes = (_targets(concept) if targets is None else targets)[examples]
     groups = [concept.groups[example] for example in examples]
     order = np.array(_by_group(groups, seed))
-    bits, each = 0.0, np.log2(len(concept.classes))
+    count = len(concept.classes)
+    lengths = np.zeros(len(_TEMPERATURES))
     ends = sorted({max(4, round(share * len(order))) for share in BLOCKS})
     values = rows[site][some]
     for start, end in zip([0, *ends], ends, strict=False):
-        if start == 0 or len(set(classes[order[:start]].tolist())) < len(concept.classes):
-            bits += (end - start) * each
-            continue
         seen, block = order[:start], order[start:end]
-        probabilities = _online(kind, values, classes, groups, seen, block, seed)
-        bits -= float(np.log2(probabilities[np.arange(len(block)), classes[block]]).sum())
-    return Control("how many times shorter a code of the labels is", len(order) * each / bits)
+        scores = None
+        if len(set(classes[seen].tolist())) == count:
+            scores = _probed(kind, values, classes, [groups[one] for one in seen], seen, block, seed)
+        if scores is None:
+            lengths += (end - start) * np.log2(count)
+            continue
+        lengths += [
+            -np.log2(_mixed(one * scores)[np.arange(len(block)), classes[block]]).sum() for one in _TEMPERATURES
+        ]
+    # A mixture of the temperatures: it is longer than the best of them by log2 of their number at most.
+    bits = float(lengths.min() - np.log2(np.mean(2.0 ** (lengths.min() - lengths))))
+    return Control("how many times shorter a code of the labels is", len(order) * float(np.log2(count)) / bits)
 
 
 def _by_group(groups: Sequence[str], seed: int) -> list[int]:
@@ -163,44 +170,18 @@ def _by_group(groups: Sequence[str], seed: int) -> list[int]:
     return sorted(range(len(groups)), key=lambda number: (rank[groups[number]], number))
 
 
-def _online(
+def _probed(
     kind: str, values: Any, classes: Numbers, groups: Sequence[str], seen: Numbers, block: Numbers, seed: int
-) -> Floats:
-    """Probabilities [example, class] of a block, from a probe of what was seen before."""
-
-    def fit(some: Numbers) -> Readout:
-        return fit_readout(kind, values[some], classes[some], [groups[one] for one in some], None, seed)
-
-    # Scores are tempered on a part that is held out, so that being too sure is not paid for in bits.
-    held = max(2, len(seen) // 4)
-    first, last = seen[:-held], seen[-held:]
-    factor = 0.0
-    if len(set(classes[first].tolist())) == len(set(classes.tolist())):
-        scores, own = _probed(fit, first, values[last]), classes[last]
-        if scores is not None:
-            factor = _tempered(scores, own)
-    scores = _probed(fit, seen, values[block])
-    outputs = 1 if len(set(classes.tolist())) == 2 else int(classes.max()) + 1
-    return _mixed(np.zeros((len(block), outputs)) if scores is None else factor * scores)
-
-
-def _tempered(scores: Floats, classes: Numbers) -> float:
-    """The smallest factor on the scores whose code is longer than the best's by two standard errors at most."""
-    cost = np.array([-np.log(_mixed(one * scores)[np.arange(len(classes)), classes]) for one in _TEMPERATURES])
-    beyond = cost - cost[int(cost.sum(1).argmin())]
-    error = beyond.std(1) / np.sqrt(len(classes))
-    return _TEMPERATURES[int(np.argmax(beyond.mean(1) <= 2 * error))]
-
-
-def _probed(fit: Callable[[Numbers], Readout], some: Numbers, rows: Any) -> Floats | None:
-    """Scores of a probe of some examples; None where they are too few to fit one."""
+) -> Floats | None:
+    """Scores of a block by a probe of what was seen before; None where that is too little to fit one."""
     try:
-        return fit(some).scores(rows)
+        return fit_readout(kind, values[seen], classes[seen], groups, None, seed).scores(values[block])
     except InputError:
         return None
 
 
 _TEMPERATURES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Factors on a probe's scores: it may be too sure, or not sure enough."""
 
 
 def _mixed(scores: Floats) -> Floats:

@@ -183,11 +183,11 @@ def estimated(
             screen(Event("advance", method, rows[-1] + 1, count))
         screen(Event("end", method, count, count))
     base, source = torch.cat(plain, 1)
-    estimates = torch.cat(found, -1)
+    estimates = torch.cat(found, -1) if len(found) > 1 else found[0]
     real = cut.tokens.real.T[None] if each else torch.ones((), dtype=torch.bool)
     passes = _cost(method, steps, graph) * count
     return Scores(
-        values=base + torch.where(real, estimates, 0.0),
+        values=estimates.masked_fill_(~real, 0.0).add_(base),
         base=base,
         source=source,
         mask=real.expand_as(estimates),

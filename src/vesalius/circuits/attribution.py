@@ -53,11 +53,11 @@ def _eap(cut: Ablation, _steps: int, positions: bool) -> Tensor:
     run = differentiated(cut, cut.tokens)
     # So that the run without edits is not made again.
     vars(cut)["base"] = run.seen
-    return products(cut.wired.graph, cut.cut - run.seen.writes, run.gradients(), positions)
+    return products(cut.wired.graph, cut.change, run.gradients(), positions)
 
 
 def _inputs(cut: Ablation, steps: int, positions: bool) -> Tensor:
-    change, total = cut.cut - cut.base.writes, None
+    change, total = cut.change, None
     outside = range(cut.wired.graph.outside)
     for step in range(steps):
         total = _moved(cut, change, outside, (step + 0.5) / steps).plus(total)
@@ -67,24 +67,32 @@ def _inputs(cut: Ablation, steps: int, positions: bool) -> Tensor:
 
 def _moved(cut: Ablation, change: Tensor, writers: range, share: float) -> Gradients:
     """Gradients with these writers on the way to what their cut edges carry."""
-    graph, moved = cut.wired.graph, cut.base.writes + share * change
+    graph, some = cut.wired.graph, slice(writers.start, writers.stop)
+    moved = _base_writes(cut, writers) + share * change[:, :, some]
     edits = []
     for number in writers:
         site = graph.writers[number].site
         if site.kind != "z":
-            edits.append(Patch(site, source=moved[:, :, number]))
+            edits.append(Patch(site, source=moved[:, :, number - writers.start]))
     heads = [number for number in writers if graph.writers[number].site.kind == "z"]
     if heads:
         layer = graph.writers[heads[0]].site.layer
         assert layer is not None
         bias = cut.wired.outputs[layer][1]
-        added = moved[:, :, heads].sum(2)
+        added = moved.sum(2)
         edits.append(Patch(f"layers.{layer}.attn_out", source=added if bias is None else added + bias))
     return differentiated(cut, cut.tokens, edits).gradients()
 
 
+def _base_writes(cut: Ablation, writers: range) -> Tensor:
+    """What some writers add in the run without edits; embeddings need no heads to be multiplied out."""
+    if writers.stop > cut.wired.graph.outside:
+        return cut.base.writes[:, :, writers.start : writers.stop]
+    return torch.stack([cut.base.sites[cut.wired.graph.writers[number].site] for number in writers], 2)
+
+
 def _activations(cut: Ablation, steps: int, positions: bool) -> Tensor:
-    graph, change = cut.wired.graph, cut.cut - cut.base.writes
+    graph, change = cut.wired.graph, cut.change
     found = None
     for writers in graph.groups:
         total = None
@@ -105,7 +113,7 @@ def _mask(cut: Ablation, steps: int, positions: bool) -> Tensor:
     for step in range(steps):
         share = (step + 0.5) / steps
         # One copy of the mask for each example and position, so that each has its own gradient.
-        cuts = torch.full((1, edges, *shape), share, device=cut.cut.device, requires_grad=True)
+        cuts = torch.full((1, edges, *shape), share, device=cut.wired.model.device, requires_grad=True)
         with torch.enable_grad():
             value = cut.score(cut.logits(masked_stream(cut, cuts, grad=True))).sum()
         total = total.to(cuts) + torch.autograd.grad(value, cuts)[0][0] / steps
@@ -175,11 +183,11 @@ def estimated(
             screen(Event("advance", method, rows[-1] + 1, count))
         screen(Event("end", method, count, count))
     base, source = torch.cat(plain, 1)
-    estimates = torch.cat(found, -1)
+    estimates = torch.cat(found, -1) if len(found) > 1 else found[0]
     real = cut.tokens.real.T[None] if each else torch.ones((), dtype=torch.bool)
     passes = _cost(method, steps, graph) * count
     return Scores(
-        values=base + torch.where(real, estimates, 0.0),
+        values=estimates.masked_fill_(~real, 0.0).add_(base),
         base=base,
         source=source,
         mask=real.expand_as(estimates),

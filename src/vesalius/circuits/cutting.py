@@ -24,7 +24,9 @@ from vesalius.inputs import Pairs, Tokens
 from vesalius.metric import Metric
 from vesalius.model import Model
 from vesalius.model.readout import unembedded
+from vesalius.parts import At
 from vesalius.patching.targets import PROMPTS
+from vesalius.site import Site
 
 ABLATIONS = ("resample", "mean", "zero")
 TOKENS_PER_BATCH = 256
@@ -70,11 +72,12 @@ class Ablation:
             yield rows, self.of(rows)
 
     def seen(self, tokens: Tokens) -> Seen:
-        """What every writer adds in a run of these prompts, and the metric."""
+        """A run of these prompts."""
+        wired, attended = self.wired, [Site("attn_out", layer) for layer in range(self.wired.graph.n_layers)]
+        asked = [*wired.captured, *(attended if wired.graph.n_heads else []), wired.last]
         with torch.no_grad():
-            run = self.wired.model.run(tokens, capture=[*self.wired.captured, self.wired.last], last_logits=True)
-            logits = self.logits(run[self.wired.last])
-            return Seen(self.wired.writes(run.activations), logits)
+            run = wired.model.run(tokens, capture=asked, last_logits=True)
+            return Seen(wired, run.activations, self.logits(run[wired.last]))
 
     @cached_property
     def base(self) -> Seen:
@@ -96,6 +99,22 @@ class Ablation:
         layout, weight = self.wired.model.architecture[1], next(self.wired.model.module.parameters())
         return weight.new_zeros(1, 1, len(self.wired.graph.writers), layout.d_model)
 
+    @property
+    def by_difference(self) -> bool:
+        """What cutting changes is linear in how two runs differ at heads and MLPs, so that heads' writes are made once.
+
+        Not where a norm follows attention, whose scale is another one in each run.
+        """
+        return self.kind == "resample" and not self.wired.model.architecture[0].attn_norm
+
+    @cached_property
+    def change(self) -> Float[Tensor, "example pos writer d_model"]:
+        """What cutting every edge of a writer changes for its readers, in the run without edits."""
+        if not self.by_difference:
+            return self.cut - self.base.writes
+        one, other = self.base.sites, self.source.sites
+        return self.wired.writes({site: other[site] - one[site] for site in self.wired.captured})
+
     def logits(self, stream: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row vocab"]:
         """Logits where the metric reads, of rows of the last stream: these pairs, again and again."""
         at = self.pairs.at.repeat(len(stream) // len(self.pairs)).to(stream.device)
@@ -113,10 +132,17 @@ class Ablation:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Of one run: what every writer adds, and the logits where the metric reads."""
+    """One run. sites: what it wrote, by site; logits: where the metric reads."""
 
-    writes: Float[Tensor, "example pos writer d_model"]
+    wired: Wiring
+    sites: At
     logits: Float[Tensor, "example vocab"]
+
+    @cached_property
+    def writes(self) -> Float[Tensor, "example pos writer d_model"]:
+        """What every writer added to the stream."""
+        with torch.no_grad():
+            return self.wired.writes(self.sites)
 
 
 def ablation(

@@ -205,12 +205,11 @@ class _Work:
     ) -> Float[Tensor, " row"]:
         """The metric of rows whose reader goes without one writer's change, or without that of all before it."""
         cut, graph = self.cut, self.cut.wired.graph
-        carried = cut.cut.expand_as(cut.base.writes)
         if writer is None:
             before = int(graph.counts[int(reader[0])])
-            change = (cut.base.writes[:, :, :before] - carried[:, :, :before]).sum(2)[example]
+            change = -cut.change[:, :, :before].sum(2)[example]
         else:
-            change = cut.base.writes[example, :, writer] - carried[example, :, writer]
+            change = -cut.change[example, :, writer]
         site, end = graph.readers[int(reader[0])].site.whole, at_reads(self.base, cut.pairs)
         if site.layer is None:
             hidden = end[example] - change[torch.arange(len(example))[:, None], cut.pairs.reads[example]]
@@ -228,8 +227,7 @@ class _Work:
         assert layer is not None
         if site.kind != "mlp_in" or graph.parallel or not graph.n_heads:
             return self.base.resid[layer]
-        own = graph.outside + layer * (graph.n_heads + 1) + graph.n_heads
-        return self.base.resid[layer + 1] - self.cut.base.writes[:, :, own]
+        return self.base.resid[layer + 1] - self.cut.base.sites[Site("mlp_out", layer)]
 
     def _read(self, site: Site, reader: Int[Tensor, " row"], stream: Tensor) -> tuple[Tensor, Int[Tensor, " row"]]:
         """What readers at a site make of a stream, as the whole site's tensor, and their index there."""

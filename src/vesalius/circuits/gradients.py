@@ -66,9 +66,9 @@ class Differentiated:
 
     @property
     def seen(self) -> Seen:
-        """What the writers add, and the logits, without graph."""
-        with torch.no_grad():
-            return Seen(self.cut.wired.writes(self.run.activations), self.logits.detach())
+        """The run without graph."""
+        sites = {site: self.run[site].detach() for site in self.cut.wired.captured}
+        return Seen(self.cut.wired, sites, self.logits.detach())
 
     @property
     def read(self) -> list[Site]:

@@ -46,7 +46,7 @@ def shortlisted(
     large = exact.abs().mean(1) >= smallest
     saturated = large & (summed.abs().mean(1) < SATURATED * exact.abs().mean(1))
     sink(Event("note", "hybrid", message=f"{int(saturated.sum())} of {int(large.sum())} readers are saturated"))
-    change = (cut.cut - cut.base.writes).norm(dim=-1).mean((0, 1)).cpu()[graph.writer_of]
+    change = cut.change.norm(dim=-1).mean((0, 1)).cpu()[graph.writer_of]
     change = change * (saturated[graph.reader_of] & ~found)
     extra = change.argsort(descending=True)[: most // 4]
     found[extra[change[extra] > 0]] = True

@@ -26,7 +26,7 @@ from vesalius.errors import InputError
 from vesalius.inputs import Tokens
 from vesalius.jobs import Event, Sink, silent
 from vesalius.model.hooks import Tap, tapped
-from vesalius.model.weights import is_plain
+from vesalius.model.weights import dtype_of, is_plain
 from vesalius.site import Site
 
 Cuts = Float[Tensor, "variant edge *pos example"]
@@ -80,6 +80,8 @@ def masked_stream(cut: Ablation, cuts: Tensor, *, grad: bool = False) -> Float[T
     ids = cut.tokens.ids.repeat(count, 1)
     real = None if bool(cut.tokens.real.all()) else cut.tokens.real.repeat(count, 1)
     arguments, call, _ = model.called_with(Tokens(ids, real))
+    # Before the run that is tapped, which is no place for another one.
+    _ = cut.source if cut.by_difference else cut.cut
     run = _Run(cut, cuts, len(ids))
     with torch.set_grad_enabled(grad), tapped(run.taps()):
         model.module(*arguments, **call, **({"logits_to_keep": 1} if model.takes("logits_to_keep") else {}))
@@ -103,18 +105,19 @@ class _Changes:
         self.total: Tensor | None = None
         """Their sum [row, pos, d_model]."""
 
-    def add(self, says: Tensor, carried: Tensor) -> None:
-        """Pieces of a run with gradients are kept apart, because autograd forbids writing over what it needs."""
-        end = self.filled + says.shape[2]
+    def add(self, change: Tensor) -> Tensor:
+        """Their sum [row, pos, d_model]. Changes of a run with gradients are kept apart, because autograd forbids
+        writing over what it needs."""
+        end = self.filled + change.shape[2]
         if torch.is_grad_enabled():
-            piece = says - carried
-            self._pieces.append(piece)
+            self._pieces.append(change)
         else:
             if self._whole is None:
-                self._whole = says.new_empty(*says.shape[:2], self._room, says.shape[-1])
-            piece = torch.sub(says, carried, out=self._whole[:, :, self.filled : end])
-        self.filled, summed = end, piece.sum(2)
+                self._whole = change.new_empty(*change.shape[:2], self._room, change.shape[-1])
+            self._whole[:, :, self.filled : end] = change
+        self.filled, summed = end, change.sum(2)
         self.total = summed if self.total is None else self.total + summed
+        return summed
 
     def first(self, count: int) -> Tensor:
         found = torch.cat(self._pieces, 2) if self._whole is None else self._whole
@@ -126,7 +129,7 @@ class _Run:
 
     def __init__(self, cut: Ablation, cuts: Tensor, rows: int) -> None:
         self._cut, self._wired, self._graph = cut, cut.wired, cut.wired.graph
-        self._cuts = cuts.to(cut.cut.device, cut.cut.dtype)
+        self._cuts = cuts.to(cut.wired.model.device, dtype_of(cut.wired.model.module))
         self._changes = _Changes(len(self._graph.writers))
         self._rows = rows
         self._given: dict[str, Tensor] = {}
@@ -135,14 +138,15 @@ class _Run:
         """The residual stream where the run has got to."""
 
     def taps(self) -> list[Tap]:
-        found = [self._look(Site("embed"), self._outside)]
-        found += [self._look(Site("pos_embed"), self._outside)] if self._graph.positions else []
+        outside = self._wired.captured[: self._graph.outside]
+        found = [self._look(site, partial(self._outside, site)) for site in outside]
         for layer in range(self._graph.n_layers):
             found.append(Tap(self._wired.model.layer(layer), "in", self._follow))
             found += self._attention_taps(layer) if self._graph.n_heads else []
             if self._graph.mlps:
                 found.append(self._look(Site("mlp_in", layer), partial(self._mlp, layer)))
-                found.append(self._look(Site("mlp_out", layer), lambda made: self._add(made[:, :, None])))
+                out = Site("mlp_out", layer)
+                found.append(self._look(out, partial(self._writer, out)))
         return [*found, self._look(self._wired.last, self._follow)]
 
     def _attention_taps(self, layer: int) -> list[Tap]:
@@ -156,7 +160,7 @@ class _Run:
         found.append(self._look(Site("z", layer), partial(self._heads, layer)))
         projection = submodule(root, adapter.o_proj)
         if is_plain(projection) and not adapter.attn_norm:
-            found += [Tap(projection, "in", _nothing), Tap(projection, "out", partial(self._attended, layer))]
+            found += [Tap(projection, "in", _nothing), Tap(projection, "out", self._attended)]
         if not self._graph.parallel:
             found.append(self._look(Site("attn_out", layer), self._onto_stream))
         return found
@@ -173,8 +177,23 @@ class _Run:
 
         return Tap(submodule(root, access.path), access.side, on)
 
-    def _outside(self, made: Tensor) -> None:
-        self._add(made.expand(self._rows, *made.shape[1:])[:, :, None])
+    def _outside(self, site: Site, made: Tensor) -> None:
+        self._writer(site, made.expand(self._rows, *made.shape[1:]))
+
+    def _writer(self, site: Site, made: Float[Tensor, "row pos d_model"]) -> None:
+        """What an embedding or an MLP says."""
+        if self._cut.by_difference:
+            self._changes.add(self._less(made, self._cut.source.sites[site])[:, :, None])
+        else:
+            self._less_carried(made[:, :, None])
+
+    def _less(self, made: Tensor, other: Tensor) -> Tensor:
+        """Rows less what each variant has of every example."""
+        return (made.unflatten(0, (len(self._cuts), -1)) - other).flatten(0, 1)
+
+    def _less_carried(self, says: Float[Tensor, "row pos writer d_model"]) -> None:
+        first = self._changes.filled
+        self._changes.add(self._less(says, self._cut.cut[:, :, first : first + says.shape[2]]))
 
     def _follow(self, stream: Tensor) -> None:
         self.stream = stream
@@ -183,22 +202,22 @@ class _Run:
         self.stream = self.stream + made
 
     def _heads(self, layer: int, z: Tensor) -> None:
-        self._written = self._wired.head_writes(layer, z)
-        self._add(self._written)
+        scale = self._wired.model.architecture[1].residual_scale
+        if self._cut.by_difference:
+            other = self._cut.source.sites
+            summed = self._changes.add(self._wired.head_writes(layer, self._less(z, other[Site("z", layer)])))
+            self._written = self._less(summed, -other[Site("attn_out", layer)]) / scale
+            return
+        says, bias = self._wired.head_writes(layer, z), self._wired.outputs[layer][1]
+        self._less_carried(says)
+        self._written = says.sum(2) / scale
+        if bias is not None:
+            self._written = self._written + bias
 
-    def _attended(self, layer: int, _nothing: Tensor) -> Tensor:
+    def _attended(self, _own: Tensor) -> Tensor:
         """The output projection's output, which is known from what the heads write."""
         assert self._written is not None
-        made = self._written.sum(2) / self._wired.model.architecture[1].residual_scale
-        bias = self._wired.outputs[layer][1]
-        return made if bias is None else made + bias
-
-    def _add(self, says: Float[Tensor, "row pos writer d_model"]) -> None:
-        first = self._changes.filled
-        carried = self._cut.cut[:, :, first : first + says.shape[2]]
-        if len(self._cuts) > 1 and len(carried) > 1:
-            carried = carried.repeat(len(self._cuts), 1, 1, 1)
-        self._changes.add(says, carried)
+        return self._written
 
     def read(self, stream: Tensor, first: int, count: int) -> Float[Tensor, "row pos reader d_model"]:
         """The stream of `count` readers, from the first one's number on."""

@@ -43,11 +43,13 @@ def prune_edges(
     if steps < 1:
         raise InputError(f"steps must be at least 1; got {steps}")
     generator, edges = generator_for("edge pruning", seed), len(cut.wired.graph)
-    location = torch.full((edges,), 3.0, device=cut.cut.device, requires_grad=True)
+    location = torch.full((edges,), 3.0, device=cut.wired.model.device, requires_grad=True)
     optimiser = torch.optim.Adam([location], lr=rate)
     base = cut.score(cut.base.logits)[0].detach()
     with torch.no_grad():
-        total = (masked(cut, torch.ones(1, edges, device=cut.cut.device))[0] - base).abs().mean().clamp_min(1e-6)
+        total = (
+            (masked(cut, torch.ones(1, edges, device=cut.wired.model.device))[0] - base).abs().mean().clamp_min(1e-6)
+        )
     sink(Event("note", "pruning", message=f"{steps} steps, each a forward and a backward pass of all pairs"))
     sink(Event("start", "pruning", 0, steps))
     for step in range(steps):

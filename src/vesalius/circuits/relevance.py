@@ -37,8 +37,7 @@ def relp(cut: Ablation, _steps: int, positions: bool) -> Tensor:
     held = [Replace(site, site, Tensor.detach, "held") for site in _queries_and_keys(cut)]
     with tapped(_Rules(cut).taps()):
         run = replace(differentiated(cut, cut.tokens, held), norms_held=True)
-    change = cut.cut - run.seen.writes
-    return products(cut.wired.graph, change, run.gradients(without=("q", "k")), positions)
+    return products(cut.wired.graph, cut.change, run.gradients(without=("q", "k")), positions)
 
 
 def _queries_and_keys(cut: Ablation) -> list[Site]:
@@ -125,7 +124,7 @@ def atp_star(cut: Ablation, _steps: int, positions: bool) -> Tensor:
     layers = range(graph.n_layers if graph.n_heads else 0)
     patterns = [Site(kind, layer) for layer in layers for kind in ("scores", "pattern")]
     run = differentiated(cut, cut.tokens, also=patterns)
-    change = cut.cut - run.seen.writes
+    change = cut.change
     moved = [_pattern_changes(run, layer, change) for layer in layers]
     plain, total = _effects(run, change, moved), torch.zeros(())
     for layer in range(graph.n_layers):

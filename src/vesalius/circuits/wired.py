@@ -24,6 +24,7 @@ from vesalius.model import Model
 from vesalius.model.hooks import Tap, tapped
 from vesalius.model.parity import probe_tokens
 from vesalius.model.weights import dtype_of, linear_of
+from vesalius.parts import At
 from vesalius.site import Site
 
 _CLOSE = 1e-4
@@ -60,7 +61,7 @@ class Wiring:
         """The stream that the logits are read from."""
         return Site("resid_post", self.graph.n_layers - 1)
 
-    def writes(self, run: Activations) -> Float[Tensor, "example pos writer d_model"]:
+    def writes(self, run: At) -> Float[Tensor, "example pos writer d_model"]:
         """What every writer adds to the stream. run: holds `captured`."""
         first = run[Site("embed")]
         made = first.new_empty(*first.shape[:2], len(self.graph.writers), first.shape[-1])

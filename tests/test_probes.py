@@ -24,6 +24,7 @@ from vesalius.concepts import (
 )
 from vesalius.concepts.classifier import folds, ridge
 from vesalius.concepts.probe_controls import compression
+from vesalius.concepts.probing import fitted
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
 from vesalius.site import Site
 
@@ -169,7 +170,7 @@ def test_folds_hold_whole_groups_out() -> None:
 def test_a_probe_keeps_its_numbers_in_a_file_and_refuses_what_is_not_its_own(tmp_path: Path) -> None:
     rows = planted()
     for kind in ("logistic", "mlp"):
-        probe = probes_of(rows, kind=kind, sink=vs.silent)[SITE]
+        probe = fitted(rows, SITE, kind)
         probe.save(tmp_path / "probe.json")
         again = load_probe(tmp_path / "probe.json")
         assert np.array_equal(again.scores(rows[SITE]), probe.scores(rows[SITE]))
@@ -178,7 +179,7 @@ def test_a_probe_keeps_its_numbers_in_a_file_and_refuses_what_is_not_its_own(tmp
             again.predict(np.zeros((2, 5)))
     with pytest.raises(InputError, match="has no direction"):
         again.direction()
-    probe = probes_of(rows, sink=vs.silent)[SITE]
+    probe = fitted(rows, SITE, "logistic")
     assert probe.direction("class 0").angle(probe.direction()) == pytest.approx(-1.0, abs=1e-6)
     with pytest.raises(UnknownNameError, match="class 7"):
         probe.direction("class 7")

@@ -32,7 +32,7 @@ Matrix = NDArray[Any]
 Numbers = NDArray[np.intp]
 Floats = NDArray[np.float64]
 Groups = Sequence[str]
-HIDDEN, STEPS = 32, 200
+HIDDEN, STEPS = 32, 120
 
 
 class Readout(Protocol):

@@ -22,7 +22,7 @@ from vesalius.stats import Measurement, clopper_pearson
 
 Matrix = NDArray[np.float64]
 Flags = NDArray[np.bool_]
-RESTARTS, STEPS = 10, 300
+RESTARTS, STEPS = 10, 200
 SIDES = ("positive", "negative")
 
 

@@ -117,6 +117,8 @@ def test_the_names_are_those_of_the_rooms() -> None:
     assert tuple(config.KINDS) == checks.KINDS
     assert (checks.CODERS, checks.PRECISIONS) == (config.CODERS, config.PRECISIONS)
     assert checks.FEWEST_SETS == FEWEST_SETS
+    assert (tuple(vs.circuits.METHODS), vs.circuits.ABLATIONS) == (checks.CIRCUIT_METHODS, checks.ABLATIONS)
+    assert checks.BASELINES == vs.studies.BASELINES
     assert (tuple(DTYPES), COMPUTE, NAME) == (checks.DTYPES, checks.COMPUTE, checks.MANIFEST)
 
 
@@ -223,5 +225,11 @@ def test_answers_of_several_tokens_are_studied(run: Callable[..., Done], model: 
     found = summary(tmp_path / "out")
     report.schema.check(found)
     # A write onto one token's logit is no part of such a claim.
-    assert {row["quantity"] for row in found["claims"]} <= {"attends", "total_effect", "faithfulness", "completeness"}
+    assert {row["quantity"] for row in found["claims"]} <= {
+        "attends",
+        "total_effect",
+        "effect_at",
+        "faithfulness",
+        "completeness",
+    }
     assert found["question"]["prompts"]["distractor"].endswith("z")

@@ -430,5 +430,6 @@ def test_fragments_refuse_what_they_cannot_show() -> None:
 def test_public_names_are_explicit() -> None:
     pages = ["quality_answer", "render", "render_quality", "write", "write_quality"]
     pages += ["render_steering", "steering_answer", "write_steering", "link_explained", "page_names", "write_explained"]
+    pages += ["render_edges", "write_edges", "render_probed", "write_probed"]
     assert report.__all__ == sorted(["explain_schema", "fragments", "quality_schema", "schema", *pages])
     assert all(hasattr(report, name) for name in report.__all__)

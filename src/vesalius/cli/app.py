@@ -17,6 +17,7 @@ import typer
 from vesalius.cli import (
     calibrating,
     checks,
+    circuiting,
     evaluating,
     explaining,
     finding,
@@ -273,6 +274,7 @@ def train(
     training.train(training.Request(store, out, where, fields, harvest, jobs, tensorboard, command))
 
 
+app.command()(circuiting.circuit)
 app.command()(evaluating.quality)
 app.command()(explaining.explain)
 app.command()(finding.find)

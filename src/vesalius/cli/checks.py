@@ -24,6 +24,10 @@ CODERS = ("auto", "sae", "transcoder", "crosscoder", "cross_layer")
 PRECISIONS = ("fp32", "bf16-screen", "bf16")
 DTYPES = ("float32", "bfloat16", "float16")
 COMPUTE = ("float32", "bfloat16")
+CIRCUIT_METHODS = (
+    "hybrid", "exact", "acdc", "pruning", "eap", "eap_ig_inputs", "eap_ig_activations", "mask_ig", "relp", "atp_star",
+)  # fmt: skip
+ABLATIONS = ("resample", "mean", "zero")
 BASELINES = ("random-directions", "random-network", "untrained-dictionary")
 NULLS = ("skip", "error")
 MANIFEST = "manifest.json"

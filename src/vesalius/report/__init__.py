@@ -1,8 +1,9 @@
-"""Self-contained HTML pages of studies, concepts, dictionaries, explained parts and steering, and their schemas."""
+"""Self-contained HTML pages of studies, circuits, concepts, dictionaries, parts and steering, and their schemas."""
 
 from __future__ import annotations
 
 from vesalius.report import explain_schema, fragments, quality_schema, schema
+from vesalius.report.edges_page import render_edges, write_edges
 from vesalius.report.explain_page import page_names, write_explained
 from vesalius.report.html import render, write
 from vesalius.report.probe_page import render_probed, write_probed
@@ -17,12 +18,14 @@ __all__ = [
     "quality_answer",
     "quality_schema",
     "render",
+    "render_edges",
     "render_probed",
     "render_quality",
     "render_steering",
     "schema",
     "steering_answer",
     "write",
+    "write_edges",
     "write_explained",
     "write_probed",
     "write_quality",

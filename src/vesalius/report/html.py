@@ -26,7 +26,7 @@ from vesalius.report.view import view
 
 TEMPLATES = Path(__file__).parent / "templates"
 HTML_NAME, JSON_NAME = "report.html", "summary.json"
-SCRIPTS = ("page.js", "tables.js", "heatmap.js", "circuit.js", "attention.js")
+SCRIPTS = ("select.js", "page.js", "tables.js", "heatmap.js", "circuit.js", "attention.js")
 FILTERS = (
     "component",
     "condition",
@@ -83,9 +83,9 @@ def environment() -> Environment:
 
 
 @cache
-def page_script() -> str:
-    """The page's script: one file for each thing that it does, in one scope of its own."""
-    parts = "".join((TEMPLATES / name).read_text("utf-8") for name in SCRIPTS)
+def page_script(names: tuple[str, ...] = SCRIPTS) -> str:
+    """A page's script: one file for each thing that it does, in one scope of its own."""
+    parts = "".join((TEMPLATES / name).read_text("utf-8") for name in names)
     return f'"use strict";(() => {{\n{parts}}})();'
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from vesalius.studies.answer import sentences, supported_roles
 from vesalius.studies.calibrate import Calibration, calibrate
 from vesalius.studies.control import RANDOM_WEIGHTS, Controlled, claims_on, random_weights_control
+from vesalius.studies.edge_circuit import summarise_edges
 from vesalius.studies.explain import EXPLAIN, explain
 from vesalius.studies.explained import Explained, Explanations, summarise_explained
 from vesalius.studies.explaining import BASELINES, Explaining, explaining
@@ -71,6 +72,7 @@ __all__ = [
     "said_of",
     "sentences",
     "summarise",
+    "summarise_edges",
     "summarise_explained",
     "summarise_found",
     "summarise_probed",

@@ -1,8 +1,3 @@
-// What a pointer and a keyboard can do on this page. Without it everything can still be read and printed.
-const $ = (selector, root = document) => root.querySelector(selector);
-const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
-document.documentElement.classList.add("js");
-
 // A link may lead into something folded: browsers open it for a fragment, but not all of them, and not for focus.
 const reveal = (target) => {
   for (let at = target; at; at = at.parentElement) if (at.tagName === "DETAILS") at.open = true;

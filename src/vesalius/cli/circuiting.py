@@ -1,0 +1,84 @@
+"""`vesalius circuit`: a circuit of edges, by a method of choice, and what it does alone on fresh prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import vesalius as vs
+from vesalius.cli import checks
+from vesalius.cli.options import DeviceOption, ModelOption, command_line
+from vesalius.cli.screen import Screen, bars, note, say
+from vesalius.errors import InputError
+from vesalius.jobs.paths import check_writable
+from vesalius.model.loading import DEMO, look_up
+
+CIRCUIT = "circuit.json"
+FEW = 8
+"""Prompt pairs of a built-in question: every edge on the shortlist is a run for each of them."""
+
+
+def circuit(
+    question: Annotated[
+        str, typer.Argument(help="ioi, sva, capitals, induction, gendered_pronoun, or your own pairs.")
+    ],
+    method: Annotated[str, typer.Option(help=f"How edges are found: {', '.join(checks.CIRCUIT_METHODS)}.")] = "hybrid",
+    ablation: Annotated[
+        str, typer.Option(help="What cut edges carry in the search: resample, mean or zero.")
+    ] = "resample",
+    model: ModelOption = DEMO,
+    n: Annotated[
+        int | None, typer.Option("--n", help=f"Prompt pairs to search on; default {FEW}, or all of your own.")
+    ] = None,
+    n_validation: Annotated[
+        int | None, typer.Option("--n-validation", help="Prompt pairs of a built-in question to test on; default 24.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Edges to keep; default all that have an effect.")] = None,
+    smallest: Annotated[
+        float, typer.Option(help="Smallest effect of an edge, as a share of the whole effect.")
+    ] = 0.005,
+    shortlist: Annotated[int, typer.Option(help="Of hybrid: edges that are cut exactly, one by one.")] = 1000,
+    drawn: Annotated[int, typer.Option(help="Random edges that are cut exactly, to check the estimates.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for circuit.html, circuit.json, summary.json; default runs/<question>-circuit."),
+    ] = None,
+    device: DeviceOption = None,
+) -> None:
+    """A circuit of edges found on discovery prompts, and what it does alone on others."""
+    checks.one_of("method", [method], checks.CIRCUIT_METHODS)
+    checks.one_of("ablation", [ablation], checks.ABLATIONS)
+    for name, value in (("--n", n), ("--n-validation", n_validation), ("--size", size), ("--shortlist", shortlist),
+                        ("--drawn", drawn)):  # fmt: skip
+        checks.at_least(name, value, 1)
+    if not 0 < smallest < 1:
+        raise InputError(f"--smallest is a share between 0 and 1; got {smallest}")
+    checks.device(device)
+    checks.question(question)
+    folder = out or Path("runs") / f"{Path(question).stem}-circuit"
+    check_writable(folder)
+    look_up(model)
+    with bars() as progress:
+        screen = Screen(progress)
+        loaded = vs.load(model, device=checks.chosen_device(device), sink=screen)
+        sizes = {"n": n or FEW, "n_validation": n_validation or 3 * FEW} if question in checks.QUESTIONS else {}
+        asked = vs.studies.question_for(question, loaded, seed=seed, bos="auto", **sizes)
+        discovery, fresh = (asked.corruptions[asked.main].split(name) for name in ("discovery", "validation"))
+        if n is not None and n < len(discovery):
+            discovery = discovery.subset(range(n))
+        note(f"{loaded.name}: {asked.text} {len(discovery)} + {len(fresh)} prompt pairs, bos {asked.bos}")
+        found = vs.circuits.discover(
+            loaded, discovery, method, kind=ablation, size=size, smallest=smallest, shortlist=shortlist, drawn=drawn,
+            seed=seed, out=folder / "runs", sink=screen,
+        )  # fmt: skip
+        summary = vs.studies.summarise_edges(
+            asked.text, loaded, found, discovery, fresh, command=command_line(), timings=screen.timings()
+        )
+    vs.circuits.save_circuit(found, folder / CIRCUIT)
+    path = vs.report.write_edges(summary, folder)
+    for sentence in summary["answer"]:
+        say(sentence)
+    say(str(path))

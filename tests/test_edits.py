@@ -441,7 +441,7 @@ def test_a_changed_tensor_file_is_found_and_missing_pieces_are_named(tmp_path: P
     splice = vs.Replace(SITE, SITE, torch.tanh, "tanh").to_json()
     with pytest.raises(InputError, match=r"needs its function: pass functions=\{'tanh'"):
         from_json(splice)
-    with pytest.raises(UnknownNameError, match="unknown edit 'melt'; known: ablate, freeze, interchange"):
+    with pytest.raises(UnknownNameError, match="unknown edit 'melt'; known: ablate, erase, freeze, interchange"):
         from_json({**data, "edit": "melt"})
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(FileFormatError, match="holds no stored interventions"):

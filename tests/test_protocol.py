@@ -263,7 +263,7 @@ def test_a_scale_is_what_was_measured() -> None:
         claim(0, total_effect=1e-9, delta=1e-9, origin={"scale": measured})
     with pytest.raises(InputError, match="origin 'scale' must have estimate, low, high, n, data_hash"):
         claim(0, origin={"scale": {"estimate": 10.0}})
-    with pytest.raises(UnknownNameError, match="unknown origin 'delta'; known: effect, scale"):
+    with pytest.raises(UnknownNameError, match="unknown origin 'delta'; known: effect, given_up, scale"):
         claim(0, origin={"delta": measured})
 
 

@@ -533,10 +533,10 @@ def test_a_plan_is_claimed_where_there_are_no_hard_links(tmp_path: Path, monkeyp
 def test_a_config_that_promises_what_the_weights_lack_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     folder = tiny_folder(tmp_path)
     change_config(folder, **changes)
-    before, begun = fuzz._status("VmHWM"), time.monotonic()
+    before, begun = fuzz._status("VmHWM"), time.process_time()
     with pytest.raises(VesaliusError):
         vs.load(folder, sink=vs.silent)
-    assert time.monotonic() - begun < 10
+    assert time.process_time() - begun < 10
     assert fuzz._status("VmHWM") - before < 60 * 2**20
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vesalius.concepts.effect import Behaviour, Edit, exchange, moved_as_far, partners, run_edits
 from vesalius.directions import Direction
+from vesalius.errors import InputError
 from vesalius.inputs import Corpus
 from vesalius.intervention import off_distribution
 from vesalius.parts import Part
@@ -113,7 +114,7 @@ class Moves(Quantity):
         return self._kept(runs, part, parameters)[1]
 
     def matched(self, runs: Runs, part: Part, members: Sequence[Part], parameters: Parameters) -> Matched:
-        assert isinstance(part, Direction)
+        _ = _direction(part)
         return Matched(f"moved as far in {DRAWS} random directions", (part,), {RANDOM: DRAWS})
 
     def control(self, runs: Runs, part: Part, parameters: Parameters, control: Mapping[str, Any]) -> PerExample | None:
@@ -122,17 +123,15 @@ class Moves(Quantity):
 
     def diagnostics(self, runs: Runs, part: Part, parameters: Parameters) -> Mapping[str, Any]:
         """How far the exchanged values lie from natural ones."""
-        assert isinstance(part, Direction)
-        tail = tail_of(runs, part)
-        new = exchange(part.vector[None], _partner(runs, parameters))(tail.values)
-        return {"off_distribution": off_distribution(tail.values[:, None], new[:, None], None, part.site)}
+        tail = tail_of(runs, _direction(part))
+        new = exchange(_direction(part).vector[None], _partner(runs, parameters))(tail.values)
+        return {"off_distribution": off_distribution(tail.values[:, None], new[:, None], None, _direction(part).site)}
 
     def _kept(self, runs: Runs, part: Part, parameters: Parameters) -> Tensor:
         """[edit, example]: the exchange, that of everything, and the random moves."""
-        assert isinstance(part, Direction)
-        answers = parameters.get("answers")
+        direction, answers = _direction(part), parameters.get("answers")
         key = ("moves", part, str(answers), str(parameters["texts"]))
-        return runs.once(key, lambda: _exchanged(runs, part, parameters))
+        return runs.once(key, lambda: _exchanged(runs, direction, parameters))
 
 
 def _exchanged(runs: Runs, part: Direction, parameters: Parameters) -> Tensor:
@@ -153,9 +152,16 @@ def _partner(runs: Runs, parameters: Parameters) -> Int[Tensor, " example"]:
     return partners([str(bool(one)) for one in named(runs, parameters)], runs.seed)
 
 
+def _direction(part: Part) -> Direction:
+    """Raises InputError for another part."""
+    if not isinstance(part, Direction):
+        raise InputError(f"{part} is no direction, and this quantity is of vs.Direction only")
+    return part
+
+
 def _score(runs: Runs, part: Part, some: Bool[Tensor, " example"]) -> PerExample:
-    assert isinstance(part, Direction)
-    values = tail_of(runs, part).values.float().cpu() @ part.vector.float().cpu()
+    direction = _direction(part)
+    values = tail_of(runs, direction).values.float().cpu() @ direction.vector.float().cpu()
     return scored(groups_of(runs), values, some, ~some, auroc)
 
 

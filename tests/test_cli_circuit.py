@@ -43,6 +43,13 @@ def test_a_circuit_is_found_tested_and_drawn(
     assert summary["answer"][0] in " ".join(done.out.split())
     circuit = vs.circuits.load_circuit(out / "circuit.json", vs.load(model))
     assert len(circuit.edges) == 20
+    # What lowers the metric when it is cut helps.
+    effects = {(str(e.source), str(e.target)): effect for e, effect in circuit.edges.items()}
+    drawn = {(e["source"], e["target"]): e["weight"] for e in summary["circuit"]["edges"]}
+    straight = [pair for pair in drawn if pair[1] == "logits"]
+    total = summary["circuit"]["total_effect"]
+    assert straight
+    assert all(drawn[pair] == pytest.approx(-effects[pair] / total, abs=1e-9) for pair in straight)
     # The same figures by hand, on the prompts that the search did not see.
     loaded = vs.load(model)
     fresh = vs.data.load_pairs(pairs, loaded).split("validation")

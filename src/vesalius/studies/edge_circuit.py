@@ -29,8 +29,8 @@ def summarise_edges(
 ) -> dict[str, Any]:
     """The summary as a dict: `circuit` (members and edges between them), `faithfulness` on fresh prompts, `check`.
 
-    Effects are shares of the effect of cutting every edge on the discovery prompts. Edges into queries, keys and values
-    of a head are one here, the strongest of them; `circuits.save_circuit` keeps them apart.
+    Effects are shares of the effect of cutting every edge on the discovery prompts, positive for what helps. Edges into
+    queries, keys and values of a head are one here, the strongest of them; `circuits.save_circuit` keeps them apart.
     """
     wired = wiring(model)
     cut = ablation(wired, discovery, metric, str(circuit.setting["ablation"]))
@@ -64,7 +64,8 @@ def _drawn(circuit: Circuit, graph: Graph, total: float) -> dict[str, Any]:
     strongest: dict[tuple[str, str], float] = {}
     names = [str(part) for part in circuit.members]
     for number in edges_of(graph, circuit).nonzero()[:, 0].tolist():
-        source, weight = str(graph.writers[int(graph.writer_of[number])]), circuit.edges[graph.edges[number]] / total
+        # A cut that lowers the metric takes a help away.
+        source, weight = str(graph.writers[int(graph.writer_of[number])]), -circuit.edges[graph.edges[number]] / total
         nodes = graph.node_of(int(graph.reader_of[number]))
         targets = [str(graph.writers[node]) for node in nodes] if nodes else ["logits"]
         for target in targets:

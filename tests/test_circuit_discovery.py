@@ -241,3 +241,22 @@ def test_what_cannot_be_searched_is_refused() -> None:
         discover(known.model, split, sink=silent)
     with pytest.raises(InputError, match="takes a threshold"):
         discover(known.model, known.pairs, "acdc", size=3, sink=silent)
+
+
+def test_what_a_gradient_method_found_is_not_counted_as_missed() -> None:
+    """All edges are drawn: those with an effect that the circuit lacks are missed, and no others."""
+    known = mechanism("saturated", n=8)
+    found = discover(known.model, known.pairs, "eap", drawn=10**6, sink=silent)
+    truth = discover(known.model, known.pairs, "exact", sink=silent)
+    assert found.check is not None
+    assert found.check.missed == found.check.most_missed == len(named(truth) - named(found)) > 0
+
+
+@pytest.mark.parametrize("method", ["acdc", "hybrid"])
+def test_an_edges_weight_is_what_cutting_it_alone_does(method: str) -> None:
+    known = mechanism("induction", n=8)
+    found = discover(known.model, known.pairs, method, sink=silent)
+    alone = edge_patching(known.model, known.pairs, edges=list(found.edges), sink=silent)
+    assert len(found.edges) > 2
+    assert list(found.edges.values()) == pytest.approx(alone.effects.mean(1).tolist(), abs=1e-5)
+    assert all(found.edges.values())

@@ -47,7 +47,8 @@ def test_a_circuit_is_found_tested_and_drawn(
     effects = {(str(e.source), str(e.target)): effect for e, effect in circuit.edges.items()}
     drawn = {(e["source"], e["target"]): e["weight"] for e in summary["circuit"]["edges"]}
     straight = [pair for pair in drawn if pair[1] == "logits"]
-    total = summary["circuit"]["total_effect"]
+    total = circuit.setting["total"]
+    assert summary["circuit"]["total_effect"] == total
     assert straight
     assert all(drawn[pair] == pytest.approx(-effects[pair] / total, abs=1e-9) for pair in straight)
     # The same figures by hand, on the prompts that the search did not see.

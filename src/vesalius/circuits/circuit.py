@@ -53,8 +53,8 @@ class Circuit:
     every set accepted on the way.
 
     A circuit that `discover` found has edges from writers to readers (see `Graph`), each with the mean effect of
-    cutting it as weight. scores: what each edge's effect was measured or estimated to be, per example. check:
-    how far estimates can be trusted. setting: what was asked, and of which model.
+    cutting it alone as weight. scores: what edges' effects were measured or estimated to be, per example. check: how
+    far estimates can be trusted. setting: what was asked, of which model, and the mean effect of cutting everything.
     """
 
     members: tuple[Part, ...]

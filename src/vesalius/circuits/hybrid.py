@@ -87,7 +87,8 @@ def _rankings(
     estimated, measured = estimates.mean(1).abs(), exact.mean(1).abs()
     checked = torch.zeros(len(estimated), dtype=torch.bool)
     checked[found.numbers] = True
-    lowest = torch.where(checked, 1 + measured / measured.max().clamp_min(1e-12), estimated / estimated.max())
+    shares = [values / values.max().clamp_min(1e-12) for values in (measured, estimated)]
+    lowest = torch.where(checked, 1 + shares[0], shares[1])
     both = torch.where(checked, torch.maximum(measured, estimated), estimated)
     return [estimated, lowest, both]
 

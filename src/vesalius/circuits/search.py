@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vesalius.circuits import attribution
@@ -88,6 +88,16 @@ def discover(
 
 
 @dataclass(frozen=True, eq=False)
+class _Found:
+    """The edges of a circuit. effects: mean effect of cutting each one alone, measured where it was, else estimated."""
+
+    mask: Bool[Tensor, " edge"]
+    effects: Float[Tensor, " edge"]
+    scores: Scores | None = None
+    check: Check | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class _Search:
     cut: Ablation
     method: str
@@ -108,10 +118,11 @@ class _Search:
         total = float((base - empty).abs().mean())
         if total <= 1e-6 * max(1.0, float(base.abs().mean())):
             self.sink(Event("note", self.method, message="cutting all edges changes nothing: the circuit is empty"))
-            return self._made(torch.zeros(len(graph), dtype=torch.bool), None, None, 1.0)
-        mask, scores, check = self._edges(self.smallest * total)
-        kept = float(with_only(self.cut, mask[None])[0].mean() - empty.mean()) / float(base.mean() - empty.mean())
-        return self._made(mask, scores, check, kept)
+            return self._made(_Found(torch.zeros(len(graph), dtype=torch.bool), torch.zeros(len(graph))), 1.0, 0.0)
+        found = self._edges(self.smallest * total)
+        alone = with_only(self.cut, found.mask[None])[0]
+        kept = float(alone.mean() - empty.mean()) / float(base.mean() - empty.mean())
+        return self._made(found, kept, float((base - empty).mean()))
 
     def _refuse_what_is_not_done(self, base: Float[Tensor, " example"]) -> None:
         right = int((base > 0).sum())
@@ -121,20 +132,18 @@ class _Search:
                 "do this task, so there is no circuit to find. Use another task or model"
             )
 
-    def _edges(self, smallest: float) -> tuple[Bool[Tensor, " edge"], Scores | None, Check | None]:
+    def _edges(self, smallest: float) -> _Found:
         """The circuit's edges. smallest: in the metric's unit."""
         if self.method == "acdc":
             self._refuse_size("threshold (smallest=)")
-            return acdc(self.cut, smallest, out=self.out, sink=self.sink), None, None
+            return self._measured(acdc(self.cut, smallest, out=self.out, sink=self.sink))
         if self.method == "pruning":
-            return prune_edges(self.cut, size=self.size, seed=self.seed, sink=self.sink), None, None
+            return self._measured(prune_edges(self.cut, size=self.size, seed=self.seed, sink=self.sink))
         if self.method == "exact":
-            numbers = torch.arange(len(self.cut.wired.graph))
-            values, cost = exact_values(self.cut, numbers, seed=self.seed, out=self.out, sink=self.sink)
-            scores = exact_scores(self.cut, numbers, values, cost)
-            return self._largest(scores, smallest), scores, None
+            scores = self._exact(torch.arange(len(self.cut.wired.graph)))
+            return _Found(self._largest(scores, smallest), scores.effects.mean(1), scores)
         if self.method == "hybrid":
-            mask, _, found = hybrid(
+            mask, estimates, found = hybrid(
                 self.cut,
                 smallest,
                 size=self.size,
@@ -145,12 +154,26 @@ class _Search:
                 out=self.out,
                 sink=self.sink,
             )
-            return mask, found.measured, found.check
+            effects = estimates.effects.mean(1)
+            effects[found.numbers] = found.measured.effects.mean(1)
+            return _Found(mask, effects, found.measured, found.check)
         scores = estimated(self.cut, self.method, self.steps, sink=self.sink)
         mask = self._largest(scores, smallest)
-        nothing = torch.zeros_like(mask)
-        some = verified(self.cut, scores, nothing, self.drawn, smallest, seed=self.seed, out=self.out, sink=self.sink)
-        return mask, scores, some.check
+        some = verified(
+            self.cut, scores, mask, self.drawn, smallest, all_chosen=False, seed=self.seed, out=self.out, sink=self.sink
+        )
+        return _Found(mask, scores.effects.mean(1), scores, some.check)
+
+    def _measured(self, mask: Bool[Tensor, " edge"]) -> _Found:
+        """Edges that were chosen by what they do together, and what cutting each of them alone does."""
+        numbers, effects = mask.nonzero()[:, 0], torch.zeros(len(mask))
+        scores = self._exact(numbers)
+        effects[numbers] = scores.effects.mean(1)
+        return _Found(mask, effects, scores)
+
+    def _exact(self, numbers: Int[Tensor, " edge"]) -> Scores:
+        values, cost = exact_values(self.cut, numbers, seed=self.seed, out=self.out, sink=self.sink)
+        return exact_scores(self.cut, numbers, values, cost)
 
     def _largest(self, scores: Scores, smallest: float) -> Bool[Tensor, " edge"]:
         if self.size is None:
@@ -163,19 +186,18 @@ class _Search:
         if self.size is not None:
             raise InputError(f"{self.method} takes a {what} and no size=")
 
-    def _made(self, mask: Bool[Tensor, " edge"], scores: Scores | None, check: Check | None, kept: float) -> Circuit:
+    def _made(self, found: _Found, kept: float, total: float) -> Circuit:
         cut, graph = self.cut, self.cut.wired.graph
-        weights = {} if scores is None else dict(zip(scores.items, scores.effects.mean(1).tolist(), strict=True))
-        edges = [graph.edges[number] for number in mask.nonzero()[:, 0].tolist()]
+        edges = {graph.edges[number]: float(found.effects[number]) for number in found.mask.nonzero()[:, 0].tolist()}
         return Circuit(
-            members=members_of(graph, mask),
+            members=members_of(graph, found.mask),
             kept=kept,
             reached=kept >= KEEP,
-            edges={edge: weights.get(edge, 0.0) for edge in edges},
+            edges=edges,
             rule=f"{self.method}: {METHODS[self.method]}. Discovery prompts only.",
             history=((len(edges), kept),),
-            scores=scores,
-            check=check,
+            scores=found.scores,
+            check=found.check,
             setting={
                 "method": self.method,
                 "ablation": cut.kind,
@@ -183,6 +205,7 @@ class _Search:
                 "smallest": self.smallest,
                 "size": self.size,
                 "seed": self.seed,
+                "total": total,
                 "model": cut.wired.model.content_hash,
                 "pairs": cut.pairs.content_hash,
             },

@@ -1,8 +1,8 @@
 """Estimates of edges held to exact effects: agreement, saturation, and how many edges a shortlist missed.
 
 A shortlist of edges is checked exactly, and so is a random sample of all edges, with whatever the estimates say of
-them. Those of the sample that are not on the shortlist tell how many of the rest have an effect nevertheless: an exact
-binomial bound (Clopper and Pearson 1934).
+them. Those of the sample that were not chosen tell how many of the rest have an effect nevertheless: an exact binomial
+bound (Clopper and Pearson 1934).
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class Check:
     """What exact effects say about estimates.
 
     sampled: edges drawn at random from all. agreement: of the estimates with them. saturated: checked edges with an
-    effect whose estimate is zero. drawn: those of the sample that were not on the shortlist; missed: how many of them
-    have an effect; most_missed: how many of all edges off the shortlist have one at most, with 95 % confidence.
+    effect whose estimate is zero. drawn: those of the sample that were not chosen, for a shortlist or for the circuit;
+    missed: how many of them have an effect; most_missed: how many of all edges that were not chosen have one at most,
+    with 95 % confidence.
     """
 
     sampled: int
@@ -49,7 +50,7 @@ class Check:
         """As text."""
         told = (
             f"{self.sampled} random edges cut exactly: correlation with the estimates {self.agreement.pearson:.2f}; "
-            f"{self.missed} of {self.drawn} that are not on the shortlist have an effect, so at most "
+            f"{self.missed} of {self.drawn} that were not chosen have an effect, so at most "
             f"{self.most_missed:,} edges were missed (95 %)"
         )
         if not self.saturated:
@@ -86,29 +87,31 @@ class Verified:
 def verified(
     cut: Ablation,
     estimates: Scores,
-    shortlist: Bool[Tensor, " edge"],
+    chosen: Bool[Tensor, " edge"],
     drawn: int,
     smallest: float,
     *,
+    all_chosen: bool = True,
     seed: int = 0,
     out: str | Path | None = None,
     sink: Sink = silent,
 ) -> Verified:
-    """Exact effects of a shortlist and of random edges.
+    """Exact effects of the chosen edges and of random ones.
 
-    drawn: random edges. smallest: the mean absolute effect, in the metric's unit, from which on an edge has one.
+    drawn: random edges, of all. all_chosen: False measures the random ones alone. smallest: the mean absolute effect,
+    in the metric's unit, from which on an edge has one.
     """
     graph = cut.wired.graph
     random = torch.zeros(len(graph), dtype=torch.bool)
     random[sample(len(graph), drawn, seed)] = True
-    numbers = (shortlist | random).nonzero()[:, 0]
+    numbers = (chosen | random if all_chosen else random).nonzero()[:, 0]
     values, cost = exact_values(cut, numbers, seed=seed, out=out, sink=sink)
     measured = exact_scores(cut, numbers, values, cost)
     found = measured.effects.abs().mean(1) >= smallest
     zero = zeros(estimates.effects)[numbers]
-    rest = random[numbers] & ~shortlist[numbers]
+    rest = random[numbers] & ~chosen[numbers]
     missed, looked = int((found & rest).sum()), int(rest.sum())
-    others = len(graph) - int(shortlist.sum())
+    others = len(graph) - int(chosen.sum())
     bound = clopper_pearson(missed, looked, one_sided="upper").high if looked else float(others > 0)
     check = Check(
         sampled=int(random.sum()),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,24 +62,32 @@ def circuit(
     folder = out or Path("runs") / f"{Path(question).stem}-circuit"
     check_writable(folder)
     look_up(model)
+    sizes = {"n": n or FEW, "n_validation": n_validation or 3 * FEW} if question in checks.QUESTIONS else {}
+    how: dict[str, Any] = {
+        "kind": ablation, "size": size, "smallest": smallest, "shortlist": shortlist, "drawn": drawn, "seed": seed,
+    }  # fmt: skip
     with bars() as progress:
         screen = Screen(progress)
         loaded = vs.load(model, device=checks.chosen_device(device), sink=screen)
-        sizes = {"n": n or FEW, "n_validation": n_validation or 3 * FEW} if question in checks.QUESTIONS else {}
         asked = vs.studies.question_for(question, loaded, seed=seed, bos="auto", **sizes)
-        discovery, fresh = (asked.corruptions[asked.main].split(name) for name in ("discovery", "validation"))
-        if n is not None and n < len(discovery):
-            discovery = discovery.subset(range(n))
-        note(f"{loaded.name}: {asked.text} {len(discovery)} + {len(fresh)} prompt pairs, bos {asked.bos}")
-        found = vs.circuits.discover(
-            loaded, discovery, method, kind=ablation, size=size, smallest=smallest, shortlist=shortlist, drawn=drawn,
-            seed=seed, out=folder / "runs", sink=screen,
-        )  # fmt: skip
-        summary = vs.studies.summarise_edges(
-            asked.text, loaded, found, discovery, fresh, command=command_line(), timings=screen.timings()
-        )
-    vs.circuits.save_circuit(found, folder / CIRCUIT)
-    path = vs.report.write_edges(summary, folder)
+        summary, path = _searched(loaded, asked, method, n, how, folder, screen)
     for sentence in summary["answer"]:
         say(sentence)
     say(str(path))
+
+
+def _searched(
+    model: Any, asked: Any, method: str, n: int | None, how: Mapping[str, Any], folder: Path, screen: Screen
+) -> tuple[Mapping[str, Any], Path]:
+    """Search on discovery, try on validation, write the files."""
+    discovery, fresh = (asked.corruptions[asked.main].split(name) for name in ("discovery", "validation"))
+    if n is not None and n < len(discovery):
+        discovery = discovery.subset(range(n))
+    note(f"{model.name}: {asked.text} {len(discovery)} + {len(fresh)} prompt pairs, bos {asked.bos}")
+    wired = vs.circuits.wiring(model)
+    found = vs.circuits.discover(wired, discovery, method, **how, out=folder / "runs", sink=screen)
+    summary = vs.studies.summarise_edges(
+        asked.text, wired, found, fresh, searched=len(discovery), command=command_line(), timings=screen.timings()
+    )
+    vs.circuits.save_circuit(found, folder / CIRCUIT)
+    return summary, vs.report.write_edges(summary, folder)

@@ -68,7 +68,7 @@ def _found(made: Made) -> str:
     }
     # The demanding one first; all three, because they differ, and one alone would flatter or shame.
     order = ("resample", *(ablation for ablation in ABLATIONS if ablation != "resample"))
-    shares = ", ".join(f"{_percent(kept[ablation])} {_REST[ablation]}" for ablation in order)
+    shares = ", ".join(f"{percent(kept[ablation])} {_REST[ablation]}" for ablation in order)
     size = f"{len(circuit)} of {len(made['effects'].components)} components"
     keeps = f"{size} {'keep' if len(circuit) > 1 else 'keeps'}, of the effect on fresh prompts, {shares}"
     roles = supported_roles(made, made["verdicts"])
@@ -78,7 +78,8 @@ def _found(made: Made) -> str:
     return f"{keeps}; among them, with every claim supported: {_join(listed)}."
 
 
-def _percent(measured: Measurement) -> str:
+def percent(measured: Measurement) -> str:
+    """A share with its interval: "84% [71%, 97%]"."""
     interval = "" if measured.low is None or measured.high is None else f" [{measured.low:.0%}, {measured.high:.0%}]"
     return f"{measured.estimate:.0%}{interval}"
 

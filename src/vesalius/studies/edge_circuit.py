@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vesalius import __version__
-from vesalius.circuits import Circuit, Graph, Wiring, ablation, edges_of, faithfulness, wiring, with_only
+from vesalius.circuits import Circuit, Graph, Wiring, edges_of, faithfulness
 from vesalius.inputs import Pairs
 from vesalius.metric import Metric, logit_diff
-from vesalius.model import Model
 from vesalius.stats import Measurement
+from vesalius.studies.answer import percent
 
 SCHEMA = "vesalius/circuit/1"
 LANES = {"head": "heads", "mlp": "MLPs", "embed": "embeddings"}
@@ -18,24 +18,23 @@ LANES = {"head": "heads", "mlp": "MLPs", "embed": "embeddings"}
 
 def summarise_edges(
     question: str,
-    model: Model,
+    wired: Wiring,
     circuit: Circuit,
-    discovery: Pairs,
     fresh: Pairs,
     *,
+    searched: int,
     command: str,
     timings: Mapping[str, Any],
     metric: Metric = logit_diff,
 ) -> dict[str, Any]:
     """The summary as a dict: `circuit` (members and edges between them), `faithfulness` on fresh prompts, `check`.
 
+    searched: how many prompts the circuit was found on.
+
     Effects are shares of the effect of cutting every edge on the discovery prompts, positive for what helps. Edges into
     queries, keys and values of a head are one here, the strongest of them; `circuits.save_circuit` keeps them apart.
     """
-    wired = wiring(model)
-    cut = ablation(wired, discovery, metric, str(circuit.setting["ablation"]))
-    empty = edges_of(wired.graph, circuit) & False
-    total = float((cut.plain()[0] - with_only(cut, [empty])[0]).mean())
+    model, total = wired.model, float(circuit.setting["total"])
     grid = faithfulness(wired, circuit, fresh, metric=metric) if circuit.edges else {}
     drawn = _drawn(circuit, wired.graph, total or 1.0)
     return {
@@ -52,7 +51,7 @@ def summarise_edges(
         },
         "faithfulness": [_row(*key, measured) for key, measured in grid.items()],
         "check": None if circuit.check is None else circuit.check.to_json(),
-        "prompts": {"discovery": len(discovery), "validation": len(fresh)},
+        "prompts": {"discovery": searched, "validation": len(fresh)},
         "timings": dict(timings),
         "command": command,
         "version": __version__,
@@ -102,19 +101,13 @@ def _row(level: str, kind: str, measured: Measurement) -> dict[str, Any]:
             "highest": told["highest"]}  # fmt: skip
 
 
-def _interval(one: Measurement) -> str:
-    return "" if one.low is None or one.high is None else f" [{one.low:.0%}, {one.high:.0%}]"
-
-
 def _answer(circuit: Circuit, wired: Wiring, grid: Mapping[tuple[str, str], Measurement]) -> list[str]:
     size = f"{len(circuit.edges):,} of {len(wired.graph):,} edges, between {len(circuit):,} parts"
     if not circuit.edges:
         return ["Cutting all edges changes nothing, or no edge alone changes enough: the circuit is empty."]
     words = {"resample": "other prompts", "mean": "means", "zero": "zeros"}
     shares = [
-        f"{one.estimate:.0%}{_interval(one)} when the rest carries {words[kind]}"
-        for (level, kind), one in grid.items()
-        if level == "edge"
+        f"{percent(one)} when the rest carries {words[kind]}" for (level, kind), one in grid.items() if level == "edge"
     ]
     found = [f"{size}, keep on fresh prompts {', '.join(shares)}."]
     return [*found, *([f"{circuit.check.describe()}."] if circuit.check else [])]

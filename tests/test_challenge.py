@@ -69,6 +69,15 @@ def test_made_inputs_are_what_they_say(runs: vs.Runs) -> None:
             assert example.value == pytest.approx(float(plain), abs=1e-6)
 
 
+def test_made_inputs_stay_on_the_half_of_their_document() -> None:
+    """Or what a rule is learned from and what it is held to would share texts."""
+    runs = runs_of()
+    few = vs.Runs(runs.model, runs.data.subset([4, 9, 21, 33]))
+    found = challenge(few, UNIT, RIGHT, THRESHOLD)
+    assert {example.document for example in found.made} <= {4, 9, 21, 33}
+    assert {example.document % 2 for example in found.made} == {0, 1}
+
+
 def examples_of(runs: vs.Runs) -> vs.describe.PartExamples:
     texts = [runs.model.tokenizer.decode(row) for row in runs.data.tokens.ids.tolist()]
     return vs.describe.collect_examples(runs.model, texts, [UNIT], context=64, sink=vs.silent)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +65,13 @@ def test_a_transcoder_has_both_sides_drawn_and_no_skip() -> None:
     twin = untrained(skipping, torch.randn(50, WIDTH))
     assert twin.skip is None
     assert float(torch.cosine_similarity(twin.W_enc.T, twin.W_dec, dim=1).abs().mean()) < 0.4
+
+
+def test_many_latents_are_made_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, rows = made("jumprelu"), torch.randn(200, WIDTH)
+    whole = untrained(trained, rows)
+    monkeypatch.setattr(sys.modules[untrained.__module__], "TOGETHER", 7)
+    assert torch.equal(untrained(trained, rows).b_enc, whole.b_enc)
 
 
 def test_no_rows_are_refused() -> None:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from vesalius.describe.counterexamples import documents_of
 from vesalius.describe.embedded import EMBED, embeddings_of
 from vesalius.describe.example import Example, PartExamples
 from vesalius.describe.learning import Learned, halves_of, learn
@@ -229,7 +230,7 @@ def _read(runs: Runs, part: Part, rows: Sequence[tuple[int, list[int]]]) -> list
         return []
     made = Runs(runs.model, Corpus(Tokens.from_rows([ids for _, ids in rows])), seed=runs.seed, sink=runs.sink)
     values, spell = token_values(made, [part])[0], speller(runs.model.tokenizer)
-    documents = _documents(runs)
+    documents = documents_of(runs)
     return [
         Example(
             value=float(values[number, len(ids) - 1]),
@@ -242,10 +243,3 @@ def _read(runs: Runs, part: Part, rows: Sequence[tuple[int, list[int]]]) -> list
         )
         for number, (row, ids) in enumerate(rows)
     ]
-
-
-def _documents(runs: Runs) -> list[int]:
-    """A number for each text's document: in texts without groups each is its own."""
-    labels = runs.groups.get("document", tuple(map(str, range(runs.n))))
-    known = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-    return [known[label] for label in labels]

@@ -47,6 +47,17 @@ def _worst(runs: Runs, key: Tensor, values: Tensor, among: Tensor) -> list[Examp
     return [_example(runs, values, row, int(at[row])) for row in rows]
 
 
+def documents_of(runs: Runs) -> list[int]:
+    """The number of each text's document: the one that its label ends with ("discovery 17"), else a new one for each
+    label; texts without groups are documents of their own."""
+    labels = runs.groups.get("document", tuple(map(str, range(runs.n))))
+    ends = [label.rpartition(" ")[2] for label in labels]
+    if all(end.isdigit() for end in ends):
+        return list(map(int, ends))
+    known = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    return [known[label] for label in labels]
+
+
 def _example(runs: Runs, values: Tensor, row: int, at: int) -> Example:
     assert isinstance(runs.data, Corpus)
     tokens = runs.data.tokens
@@ -58,7 +69,7 @@ def _example(runs: Runs, values: Tensor, row: int, at: int) -> Example:
         ids=tuple(ids),
         values=tuple(values[row, first:last].tolist()),
         at=at - first,
-        document=int(runs.data.groups["document"][row].rpartition(" ")[2]),
+        document=documents_of(runs)[row],
         offset=at,
     )
 

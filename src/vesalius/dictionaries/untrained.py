@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from vesalius.coder import SiteTensors
@@ -12,6 +14,9 @@ from vesalius.dictionaries.dictionary import Dictionary
 from vesalius.dictionaries.kinds import ACTIVATIONS
 from vesalius.errors import InputError
 from vesalius.seeds import generator_for
+
+TOGETHER = 2048
+"""Latents whose values on all rows are held at once."""
 
 
 def untrained(dictionary: Dictionary, rows: SiteTensors, seed: int = 0) -> Dictionary:
@@ -47,24 +52,30 @@ def untrained(dictionary: Dictionary, rows: SiteTensors, seed: int = 0) -> Dicti
 
 def _as_dense(plain: Dictionary, like: Dictionary, rows: SiteTensors) -> Dictionary:
     """With the biases that make each latent fire as often as the other dictionary's."""
-    density = (like.encode(rows).flatten(0, -2) != 0).double().mean(0)
-    # What is read is the product alone: these rectify it with neither bias nor threshold.
-    pre = replace(plain, activation="relu", extras={})
-    values = pre.encode(rows).flatten(0, -2) - replace(pre, encoders=tuple(-e for e in pre.encoders)).encode(
-        rows
-    ).flatten(0, -2)
-    if not len(values):
-        raise InputError("no rows: an untrained dictionary is made on some activations, to fire as often on them")
-    ordered = values.sort(0, descending=True).values
-    # Between the last value that should be past the threshold and the next one; past all, for a latent that is silent.
-    count = (density * len(values)).round().long()
-    edge = [ordered.gather(0, at.clamp(0, len(values) - 1)[None])[0] for at in (count - 1, count)]
-    cut = torch.where(count == 0, edge[1] + 1, torch.where(count == len(values), edge[0] - 1, (edge[0] + edge[1]) / 2))
+    blocks = [block.tolist() for block in torch.arange(like.n_latents).split(TOGETHER)]
+    cut = torch.cat([_cuts(plain, like, rows, some) for some in blocks])
     bias = like.extras.get("threshold", torch.zeros(())).to(cut) - cut
     extras = dict(plain.extras)
     if "b_mag" in extras:
         extras["b_mag"] = (extras["r_mag"].exp() * bias).to(extras["b_mag"])
     return replace(plain, b_enc=bias.to(plain.b_enc), extras=extras)
+
+
+def _cuts(plain: Dictionary, like: Dictionary, rows: SiteTensors, latents: Sequence[int]) -> Float[Tensor, " latent"]:
+    """Values that some latents of a dictionary without biases pass as often as those of the other fire."""
+    density = (like.encode(rows, latents).flatten(0, -2) != 0).double().mean(0)
+    # What is read is the product alone: these rectify it with neither bias nor threshold.
+    up = replace(plain, activation="relu", extras={})
+    down = replace(up, encoders=tuple(-encoder for encoder in up.encoders))
+    values = (up.encode(rows, latents) - down.encode(rows, latents)).flatten(0, -2)
+    if not len(values):
+        raise InputError("no rows: an untrained dictionary is made on some activations, to fire as often on them")
+    ordered = values.sort(0, descending=True).values
+    # Between the last value that should be past it and the next one; past all, for a latent that is silent.
+    count = (density * len(values)).round().long()
+    last, following = (ordered.gather(0, at.clamp(0, len(values) - 1)[None])[0] for at in (count - 1, count))
+    between = torch.where(count == len(values), last - 1, (last + following) / 2)
+    return torch.where(count == 0, following + 1, between)
 
 
 def _random_like(tensor: Tensor, dim: int, draw: torch.Generator) -> Tensor:

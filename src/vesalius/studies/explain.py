@@ -156,12 +156,12 @@ def _learned(rules: LearnedRules, parts: Sequence[Part]) -> Any:
 
 def _challenged(rules: LearnedRules, runs: Runs, parts: Sequence[Part]) -> Any:
     """What is left of the rules, revised where made inputs broke them; those of other parts are as they were."""
-    token_values(runs, [part for part in parts if rules.rule(part) is not None] or parts[:1])
-    for part in parts:
-        found = rules.rule(part)
-        if found is not None:
-            against = challenge(runs, part, found.rule, rules.examples[part].threshold, seed=rules.seed)
-            rules.recall(part, revise(rules.examples[part], found, against, rules.seed) or found)
+    known = {part: found for part in parts if (found := rules.rule(part)) is not None}
+    # In one pass, where there is anything to read.
+    token_values(runs, list(known))
+    for part, found in known.items():
+        against = challenge(runs, part, found.rule, rules.examples[part].threshold, seed=rules.seed)
+        rules.recall(part, revise(rules.examples[part], found, against, rules.seed) or found)
     return _learned(rules, parts)
 
 
@@ -238,9 +238,8 @@ def _overlooked(work: Asking) -> Overlooked:
     tested = work[TESTED_PARTS].runs.data
     assert isinstance(tested, Corpus)
     runs = Runs(work.model, _spread(tested, FEW), seed=asked.seed, sink=work.sink)
-    by_part: dict[str, list[Verdict]] = {}
-    for claim in work[FAMILY].claims:
-        by_part.setdefault(str(claim.subject["name"]), []).append(work.ledger.verdict(claim))
+    claims = work[FAMILY].claims
+    by_part = verdicts_by_part(claims, [work.ledger.verdict(claim) for claim in claims])
     explained = [part for part in asked.parts if outcome_of(by_part.get(str(part), [])) == "SUPPORTED"]
     return overlooked(runs, asked.parts, explained, most=ABLATED)
 
@@ -264,6 +263,14 @@ def explain(model: Model, asked: Explaining, *, out: Path | None = None, sink: S
     return run_in(out, plan, asked, model, Options(seed=asked.seed), EXPLAIN, lambda made: _answer(asked, made), sink)
 
 
+def verdicts_by_part(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
+    """Name of a part -> the verdicts on its claims."""
+    found: dict[str, list[Verdict]] = {}
+    for claim, verdict in zip(claims, verdicts, strict=True):
+        found.setdefault(str(claim.subject["name"]), []).append(verdict)
+    return found
+
+
 def outcome_of(verdicts: Sequence[Verdict]) -> str | None:
     """One word for a part: SUPPORTED when all of its claims are, else the worst of them; None without any."""
     outcomes = {verdict.outcome for verdict in verdicts}
@@ -273,9 +280,7 @@ def outcome_of(verdicts: Sequence[Verdict]) -> str | None:
 
 
 def _answer(asked: Explaining, made: Mapping[str, Any]) -> tuple[str, ...]:
-    by_part: dict[str, list[Verdict]] = {}
-    for claim, verdict in zip(made["family"].claims, made["verdicts"], strict=True):
-        by_part.setdefault(str(claim.subject["name"]), []).append(verdict)
+    by_part = verdicts_by_part(made["family"].claims, made["verdicts"])
     count = Counter(outcome_of(verdicts) for verdicts in by_part.values())
     bare, never = len(asked.parts) - len(by_part), int((made["examples"].collector.active == 0).sum())
     silent = f" ({never:,} of them never fired)" if never else ""

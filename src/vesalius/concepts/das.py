@@ -27,7 +27,7 @@ from vesalius.model import Model
 from vesalius.patching.tail import Tail, in_batches
 from vesalius.seeds import generator_for
 from vesalius.site import Site
-from vesalius.stats import Measurement, clopper_pearson
+from vesalius.stats import Measurement, measure_share
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,20 +92,13 @@ class Exchange:
 
 def iia(exchange: Exchange, part: Subspace) -> Measurement:
     """Interchange intervention accuracy: share of pairs whose answer is the expected one, with the exact interval."""
-    return _share("interchange intervention accuracy", exchange.right(basis_of(part).to(exchange.source)))
-
-
-def _share(name: str, right: Tensor) -> Measurement:
-    n, count = len(right), int(right.sum())
-    ends = clopper_pearson(count, n)
-    return Measurement(name=name, values=tuple(right.tolist()), estimate=count / n, low=ends.low, high=ends.high, n=n,
-                       n_groups=n)  # fmt: skip
+    return measure_share("interchange intervention accuracy", exchange.right(basis_of(part).to(exchange.source)))
 
 
 def agreement(exchange: Exchange) -> Measurement:
     """Share of pairs that the unedited base run answers as expected: what an exchange of nothing scores."""
     none = torch.zeros(0, exchange.source.shape[1]).to(exchange.source)
-    return _share("expected answers without an edit", exchange.right(none))
+    return measure_share("expected answers without an edit", exchange.right(none))
 
 
 @dataclass(frozen=True)

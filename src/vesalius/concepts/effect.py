@@ -37,7 +37,7 @@ class Behaviour:
     """What is measured at the last token: by default KL(as it is || edited) in nats.
 
     answers: token ids or classes that speak for the concept and against it; the change of the log-odds between them is
-    measured, one number an example. sign: [example], +1 or -1, which way counts as more; default +1.
+    measured, one number an example.
     """
 
     answers: tuple[Sequence[int], Sequence[int]] | None = None

@@ -21,7 +21,7 @@ from vesalius.concepts.readings import random_order
 from vesalius.directions import Direction
 from vesalius.errors import InputError
 from vesalius.patching.tail import Tail, in_batches
-from vesalius.stats import Measurement, clopper_pearson, measure, rank_p
+from vesalius.stats import Measurement, measure, measure_share, rank_p
 from vesalius.stats.arrays import Floats
 
 
@@ -41,10 +41,7 @@ class Influence:
     @property
     def tcav(self) -> Measurement:
         """Share of examples whose derivative is positive, with the exact interval."""
-        positive = (self.derivatives > 0).astype(float)
-        ends = clopper_pearson(int(positive.sum()), len(positive))
-        return Measurement(name="TCAV", values=tuple(positive.tolist()), estimate=float(positive.mean()), low=ends.low,
-                           high=ends.high, n=len(positive), n_groups=len(positive))  # fmt: skip
+        return measure_share("TCAV", self.derivatives > 0)
 
     @property
     def p(self) -> float:

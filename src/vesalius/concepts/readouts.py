@@ -91,7 +91,7 @@ class Network:
 
     def scores(self, rows: Matrix, owner: Numbers | None = None) -> Floats:
         """[example, output]; where an example has several rows the mean over them."""
-        x = (torch.from_numpy(np.asarray(rows, dtype=np.float64)) - self.centre) / self.scale
+        x = _standard(rows, self.centre, self.scale)
         found = torch.relu(x @ self.hidden.T + self.hidden_bias) @ self.weights.T + self.bias
         return found.numpy() if owner is None else _averaged(found.numpy(), owner)
 
@@ -113,9 +113,13 @@ class Pooled:
 
     def scores(self, rows: Matrix, owner: Numbers | None = None) -> Floats:
         """[example, output]."""
-        x = (torch.from_numpy(np.asarray(rows, dtype=np.float64)) - self.centre) / self.scale
+        x = _standard(rows, self.centre, self.scale)
         place = torch.arange(len(x)) if owner is None else torch.from_numpy(np.unique(owner, return_inverse=True)[1])
         return (pool(x, place, self.query) @ self.weights.T + self.bias).numpy()
+
+
+def _standard(rows: Matrix, centre: Tensor, scale: Tensor) -> Float[Tensor, "row width"]:
+    return (torch.from_numpy(np.asarray(rows, dtype=np.float64)) - centre) / scale
 
 
 def pool(rows: Float[Tensor, "row width"], owner: Tensor, query: Tensor) -> Float[Tensor, "example width"]:
@@ -196,9 +200,10 @@ def _pooled(rows: Matrix, classes: Numbers, groups: Groups, owner: Numbers, *_: 
 
 
 def _scaled(rows: Matrix) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns of mean 0 and spread 1, and what makes them so."""
     x = torch.from_numpy(np.asarray(rows, dtype=np.float64))
     centre, scale = x.mean(0), x.std(0, correction=0).clamp_min(1e-12)
-    return (x - centre) / scale, centre, scale
+    return _standard(rows, centre, scale), centre, scale
 
 
 def _descended(start: list[Tensor], loss: Callable[..., Tensor], decay: float = 1e-3) -> list[Tensor]:

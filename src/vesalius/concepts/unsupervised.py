@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vesalius.concepts.readings import random_order
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.seeds import generator_for
-from vesalius.stats import Measurement, clopper_pearson
+from vesalius.stats import Measurement, measure_share
 
 Matrix = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -60,10 +60,7 @@ class ContrastProbe:
         right = (self.scores(positive, negative) > 0) == truth
         if not self.signed and right.mean() < 0.5:
             right = ~right
-        ends = clopper_pearson(int(right.sum()), len(right))
-        name = f"{self.method}{'' if self.signed else ', up to sign'}"
-        return Measurement(name=name, values=tuple(right.astype(float).tolist()), estimate=float(right.mean()),
-                           low=ends.low, high=ends.high, n=len(right), n_groups=len(right))  # fmt: skip
+        return measure_share(f"{self.method}{'' if self.signed else ', up to sign'}", right)
 
 
 def fit_contrast(

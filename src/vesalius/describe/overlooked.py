@@ -34,7 +34,8 @@ class Overlooked:
     """Parts without an explanation, the one that costs most first.
 
     estimates: [part] of all parts that were given, mean loss (nats a token) that ablation costs by the gradient. parts
-    and costs: the strongest without an explanation, measured; negative where the model does better without the part.
+    and costs: the strongest without an explanation, measured; negative where the model does better without the part. An
+    estimate is a straight line, and where the loss bends it may even have the other sign: only costs are results.
     agreement: correlation of estimate and measurement over these.
     """
 

@@ -16,7 +16,7 @@ from vesalius.stats.clustered import (
 )
 from vesalius.stats.dependence import IndependenceTest, hsic_test
 from vesalius.stats.exact import binomial_test, clopper_pearson, even_odds_test
-from vesalius.stats.measurement import Measurement, measure, measure_totals
+from vesalius.stats.measurement import Measurement, measure, measure_share, measure_totals
 from vesalius.stats.multiplicity import bh, by, holm
 from vesalius.stats.resampling import (
     ResamplingTest,
@@ -58,6 +58,7 @@ __all__ = [
     "intraclass_correlation",
     "max_t",
     "measure",
+    "measure_share",
     "measure_totals",
     "n_to_decide",
     "permutation_test",

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from vesalius.errors import InputError, NotFiniteError
 from vesalius.stats.arrays import Floats, finite, vector
 from vesalius.stats.clustered import clustered_t
+from vesalius.stats.exact import clopper_pearson
 from vesalius.stats.resampling import FEWEST_GROUPS, interval_of_sums
 
 _ROUNDING = 1e-9
@@ -136,6 +137,18 @@ def measure(
         diagnostics=diagnostics or {},
         effective_groups=test.effective_groups,
     )
+
+
+def measure_share(name: str, hits: ArrayLike) -> Measurement:
+    """Share of independent examples [example] that are hits, with the exact interval (Clopper and Pearson 1934).
+
+    Raises InputError for no examples.
+    """
+    each = np.asarray(hits, dtype=bool)
+    ends, n = clopper_pearson(int(each.sum()), len(each)), len(each)
+    share = float(each.mean())
+    values = tuple(each.astype(float).tolist())
+    return Measurement(name=name, values=values, estimate=share, low=ends.low, high=ends.high, n=n, n_groups=n)
 
 
 def measure_totals(

@@ -1,8 +1,13 @@
-"""Reading a page back: tags, attributes and text."""
+"""Reading a page back: tags, attributes and text; and running the Python on a page of the docs."""
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -61,3 +66,11 @@ def luminance(colour: str) -> float:
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def run_examples(page: str) -> dict[str, Any]:
+    """Run all Python on a page, in its order; returns the names that it leaves behind."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text("utf-8"), re.DOTALL))
+    names: dict[str, Any] = {}
+    exec(compile(code, page, "exec"), names)
+    return names

@@ -8,16 +8,14 @@ from pathlib import Path
 import pytest
 
 import vesalius as vs
+from pages import run_examples
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "circuits.md").read_text("utf-8")
 
 
 def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
-    code = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    names: dict[str, object] = {}
-    exec(compile("\n".join(code), "circuits.md", "exec"), names)
-    circuit = names["circuit"]
+    circuit = run_examples("circuits.md")["circuit"]
     assert isinstance(circuit, vs.circuits.Circuit) and len(circuit.edges) == 5
     printed = capsys.readouterr().out
     assert "layers.1.z[0] -> logits: -" in printed and "random edges cut exactly" in printed

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import vesalius as vs
+from pages import run_examples
 from vesalius.quantities import QUANTITIES
 
 PAGE = (Path(__file__).parents[1] / "docs" / "claims.md").read_text()
@@ -19,8 +20,7 @@ def test_every_kind_of_part_goes_from_a_sweep_to_a_verdict(
 ) -> None:
     monkeypatch.setattr(vs, "load", lambda _: demo)
     names: dict[str, object] = {}
-    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
-    exec(compile(code, "claims.md", "exec"), names)
+    names = run_examples("claims.md")
     parts = names["parts"]
     assert isinstance(parts, list)
     kinds = [type(part).__name__ for part in parts]

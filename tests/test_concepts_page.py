@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 import vesalius as vs
-
-PAGE = (Path(__file__).parents[1] / "docs" / "concepts.md").read_text()
+from pages import run_examples
 
 
 @pytest.mark.demo_model
@@ -18,9 +13,7 @@ def test_the_page_runs_and_its_figures_are_what_comes_out(
     demo: vs.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(vs, "load", lambda _: demo)
-    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
-    names: dict[str, Any] = {}
-    exec(compile(code, "concepts.md", "exec"), names)
+    names = run_examples("concepts.md")
     said = capsys.readouterr().out
     assert "['present, not used']" in said
     linear = next(leak for leak in vs.concepts.leaks(names["eraser"][names["site"]], names["rows"], names["site"]))

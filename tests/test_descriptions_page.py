@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 import vesalius as vs
-
-PAGE = (Path(__file__).parents[1] / "docs" / "descriptions.md").read_text()
+from pages import run_examples
 
 
 @pytest.mark.demo_model
@@ -17,8 +15,7 @@ def test_the_page_runs_and_a_rule_goes_from_examples_to_a_verdict(
     demo: vs.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(vs, "load", lambda _: demo)
-    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
-    exec(compile(code, "descriptions.md", "exec"), {})
+    run_examples("descriptions.md")
     said = capsys.readouterr().out
     assert re.search(
         r"Synthesis\(layers\.2\.mlp_post\[90\]: reaches \S+, which (beats|does not beat) the corpus's", said

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 import vesalius as vs
-
-PAGE = (Path(__file__).parents[1] / "docs" / "effects.md").read_text()
+from pages import run_examples
 
 
 @pytest.mark.demo_model
@@ -18,9 +15,7 @@ def test_the_page_runs_and_its_figures_are_what_comes_out(
     demo: vs.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(vs, "load", lambda _: demo)
-    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
-    names: dict[str, Any] = {}
-    exec(compile(code, "effects.md", "exec"), names)
+    names = run_examples("effects.md")
     said = capsys.readouterr().out
     assert re.search(r"at layers\.29\.resid_post: (0|\d\S*e-\d+) ", said), said
     kl = names["tuned"].metadata["kl_of_unseen_rows"]["layers.20.resid_post"]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 import vesalius as vs
-
-PAGE = (Path(__file__).parents[1] / "docs" / "explain.md").read_text()
+from pages import run_examples
 
 
 @pytest.mark.demo_model
@@ -17,8 +15,7 @@ def test_the_page_runs_and_neuron_90_is_found_to_fire_on_the(
     demo: vs.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(vs, "load", lambda _: demo)
-    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
-    exec(compile(code, "explain.md", "exec"), {})
+    run_examples("explain.md")
     said = capsys.readouterr().out
     assert re.search(r"Of 4 parts, \d have a description", said)
     assert re.search(r'layers\.2\.mlp_post\[90\] SUPPORTED neuron 2\.90 as rule: fires more on "the"', said), said

@@ -20,6 +20,8 @@ from test_cli import model as model
 from test_cli import pairs as pairs
 from test_cli import run as run
 from vesalius import report
+from vesalius.circuits.hybrid import SAMPLED, SHORTLIST
+from vesalius.circuits.search import SMALLEST
 from vesalius.cli import checks
 from vesalius.data import tables, texts
 from vesalius.data.manifest import DTYPES, NAME
@@ -119,6 +121,7 @@ def test_the_names_are_those_of_the_rooms() -> None:
     assert checks.FEWEST_SETS == FEWEST_SETS
     assert (tuple(vs.circuits.METHODS), vs.circuits.ABLATIONS) == (checks.CIRCUIT_METHODS, checks.ABLATIONS)
     assert checks.BASELINES == vs.studies.BASELINES
+    assert (checks.SHORTLIST, checks.SAMPLED, checks.SMALLEST) == (SHORTLIST, SAMPLED, SMALLEST)
     assert (tuple(DTYPES), COMPUTE, NAME) == (checks.DTYPES, checks.COMPUTE, checks.MANIFEST)
 
 

@@ -85,3 +85,15 @@ def test_what_cannot_be_searched_is_one_message(
     wrong = jsonl(tmp_path / "wrong.jsonl", rows_for(model, right=False))
     assert "does not do this task" in refused(wrong)
     assert not (tmp_path / "no" / "circuit.html").exists()
+
+
+def test_a_circuit_without_edges_has_a_page_that_says_so() -> None:
+    """`length`: under resampling no edge changes anything."""
+    model, pairs = vs.toys.compiled("length"), vs.toys.compiled_pairs("length", 8)
+    wired = vs.circuits.wiring(model)
+    found = vs.circuits.discover(wired, pairs, "exact", sink=vs.silent)
+    assert not found.edges
+    summary = vs.studies.summarise_edges("length", wired, found, pairs, searched=8, command="", timings={})
+    page = Page(vs.report.render_edges(summary))
+    assert (page.badly_closed, page.open) == ([], [])
+    assert "the circuit is empty" in page.text

@@ -28,6 +28,7 @@ CIRCUIT_METHODS = (
     "hybrid", "exact", "acdc", "pruning", "eap", "eap_ig_inputs", "eap_ig_activations", "mask_ig", "relp", "atp_star",
 )  # fmt: skip
 ABLATIONS = ("resample", "mean", "zero")
+SHORTLIST, SAMPLED, SMALLEST = 1500, 300, 0.005
 BASELINES = ("random-directions", "random-network", "untrained-dictionary")
 NULLS = ("skip", "error")
 MANIFEST = "manifest.json"

@@ -39,9 +39,13 @@ def circuit(
     size: Annotated[int | None, typer.Option(help="Edges to keep; default all that have an effect.")] = None,
     smallest: Annotated[
         float, typer.Option(help="Smallest effect of an edge, as a share of the whole effect.")
-    ] = 0.005,
-    shortlist: Annotated[int, typer.Option(help="Of hybrid: edges that are cut exactly, one by one.")] = 1000,
-    drawn: Annotated[int, typer.Option(help="Random edges that are cut exactly, to check the estimates.")] = 200,
+    ] = checks.SMALLEST,
+    shortlist: Annotated[
+        int, typer.Option(help="Of hybrid: edges that are cut exactly, one by one.")
+    ] = checks.SHORTLIST,
+    drawn: Annotated[
+        int, typer.Option(help="Random edges that are cut exactly, to check the estimates.")
+    ] = checks.SAMPLED,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     out: Annotated[
         Path | None,

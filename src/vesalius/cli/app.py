@@ -1,4 +1,5 @@
-"""`vesalius study | sites | harvest | train | quality | explain | find | probe | steer | calibrate | ledger`.
+"""`vesalius study | circuit | sites | harvest | train | quality | explain | heads | find | probe | steer | calibrate |
+ledger`.
 
 Exit codes: 0 done, 1 the study stopped at its gate, 2 something given cannot be used (the message says what, and what
 to do), 130 interrupted; finished work is kept, and the same command goes on from there.
@@ -22,6 +23,7 @@ from vesalius.cli import (
     explaining,
     finding,
     harvesting,
+    heads,
     ledgers,
     probing,
     sites,
@@ -277,6 +279,7 @@ def train(
 app.command()(circuiting.circuit)
 app.command()(evaluating.quality)
 app.command()(explaining.explain)
+app.command()(heads.heads)
 app.command()(finding.find)
 app.command()(probing.probe)
 app.command()(steering.steer)

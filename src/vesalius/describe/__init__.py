@@ -25,6 +25,7 @@ from vesalius.describe.effect_split import EffectSplit, split_effects
 from vesalius.describe.example import Example, PartExamples
 from vesalius.describe.examples import ActivatingExamples, collect_examples
 from vesalius.describe.foretold import foretold
+from vesalius.describe.heads import HEADS_IN_TEXT, OTHERWISE_IN_TEXT
 from vesalius.describe.illusion import Illusion, across_corpora
 from vesalius.describe.learned import LearnedRules
 from vesalius.describe.learning import Learned, learn
@@ -66,7 +67,9 @@ __all__ = [
     "FEW_SHOT",
     "FITS",
     "GOES_FIRST",
+    "HEADS_IN_TEXT",
     "NO_ROLE",
+    "OTHERWISE_IN_TEXT",
     "ROLES",
     "TOKEN_IDENTITY",
     "WHERE_IT_ACTS",

@@ -16,6 +16,7 @@ from vesalius.quantities.direct_effect import DirectEffect
 from vesalius.quantities.effect_at import EffectAt
 from vesalius.quantities.fails_where import FailsWhere
 from vesalius.quantities.fires_where import FiresWhere
+from vesalius.quantities.heads_in_text import TARGETS, LooksAt, WritesWhatItSees
 from vesalius.quantities.matching import Matched, matched_controls
 from vesalius.quantities.moves_attention import MovesAttention
 from vesalius.quantities.rule_effects import Promotes, StandsIn
@@ -31,6 +32,7 @@ AUROC, AUPRC, AUPRC_BALANCED, SIMULATION = Auroc(), Auprc(), BalancedAuprc(), Si
 DETECTION, FUZZING, TOLD_APART = Detection(), Fuzzing(), ToldApart()
 STANDS_IN, PROMOTES, FAILS_WHERE = StandsIn(), Promotes(), FailsWhere()
 CARRIES, MOVES = Carries(), Moves()
+LOOKS_AT, WRITES_WHAT_IT_SEES = LooksAt(), WritesWhatItSees()
 
 QUANTITIES: dict[str, Quantity] = {
     one.name: one
@@ -56,6 +58,8 @@ QUANTITIES: dict[str, Quantity] = {
         FAILS_WHERE,
         CARRIES,
         MOVES,
+        LOOKS_AT,
+        WRITES_WHAT_IT_SEES,
         FAITHFULNESS,
         COMPLETENESS,
     )
@@ -86,6 +90,7 @@ __all__ = [
     "FAITHFULNESS",
     "FIRES_WHERE",
     "FUZZING",
+    "LOOKS_AT",
     "MOVES",
     "MOVES_ATTENTION",
     "PROMOTES",
@@ -93,8 +98,10 @@ __all__ = [
     "SEPARATES",
     "SIMULATION",
     "STANDS_IN",
+    "TARGETS",
     "TOLD_APART",
     "TOTAL_EFFECT",
+    "WRITES_WHAT_IT_SEES",
     "Contrast",
     "Matched",
     "Parameters",

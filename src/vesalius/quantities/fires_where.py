@@ -84,7 +84,7 @@ def picked(runs: Runs, rule: Rule) -> Bool[Tensor, "example pos"]:
     """The tokens that a rule picks in the texts of these runs, of those that count; found once for each rule."""
 
     def compute() -> Tensor:
-        return matches(rule, runs.once("text", lambda: _text(runs))) & counted(runs)
+        return matches(rule, runs.once("text", lambda: text_of(runs))) & counted(runs)
 
     return runs.once(("picked", canonical_json(rule)), compute)
 
@@ -99,7 +99,7 @@ def moved(runs: Runs, rule: Rule) -> Bool[Tensor, "example pos"]:
     return runs.once("ranks", ranks) < picked(runs, rule).sum(1, keepdim=True)
 
 
-def _text(runs: Runs) -> Text:
+def text_of(runs: Runs) -> Text:
     """The texts as rules see them; every token is decoded once."""
     tokens = tokens_of(runs)
     return Text(tokens.ids.cpu(), tokens.real.cpu(), speller(tokenizer_of(runs.model)))

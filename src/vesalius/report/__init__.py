@@ -5,6 +5,7 @@ from __future__ import annotations
 from vesalius.report import explain_schema, fragments, quality_schema, schema
 from vesalius.report.edges_page import render_edges, write_edges
 from vesalius.report.explain_page import page_names, write_explained
+from vesalius.report.heads_page import render_heads, write_heads
 from vesalius.report.html import render, write
 from vesalius.report.probe_page import render_probed, write_probed
 from vesalius.report.quality_page import link_explained, quality_answer, render_quality, write_quality
@@ -19,6 +20,7 @@ __all__ = [
     "quality_schema",
     "render",
     "render_edges",
+    "render_heads",
     "render_probed",
     "render_quality",
     "render_steering",
@@ -27,6 +29,7 @@ __all__ = [
     "write",
     "write_edges",
     "write_explained",
+    "write_heads",
     "write_probed",
     "write_quality",
     "write_steering",

@@ -11,6 +11,7 @@ from vesalius.studies.explained import Explained, Explanations, summarise_explai
 from vesalius.studies.explaining import BASELINES, Explaining, explaining
 from vesalius.studies.finding import FIND, Finding, find, finding, summarise_found, texts_with
 from vesalius.studies.gate import Gate, gate
+from vesalius.studies.heads import HEADS, DescribingHeads, describe_heads, describing_heads, summarise_heads
 from vesalius.studies.probed import summarise_probed
 from vesalius.studies.probing import (
     ABSENT,
@@ -33,6 +34,7 @@ __all__ = [
     "BASELINES",
     "EXPLAIN",
     "FIND",
+    "HEADS",
     "OPEN",
     "PROBE",
     "RANDOM_WEIGHTS",
@@ -42,6 +44,7 @@ __all__ = [
     "Artefact",
     "Calibration",
     "Controlled",
+    "DescribingHeads",
     "Explained",
     "Explaining",
     "Explanations",
@@ -58,6 +61,8 @@ __all__ = [
     "check_question",
     "claim_row",
     "claims_on",
+    "describe_heads",
+    "describing_heads",
     "explain",
     "explaining",
     "find",
@@ -75,6 +80,7 @@ __all__ = [
     "summarise_edges",
     "summarise_explained",
     "summarise_found",
+    "summarise_heads",
     "summarise_probed",
     "supported_roles",
     "texts_with",

@@ -106,27 +106,59 @@ def explaining(
     if baseline is not None and baseline not in BASELINES:
         raise UnknownNameError("baseline", baseline, BASELINES)
     chosen = check_parts(model, parts)
-    packing = Packing(context, bos_for(model.tokenizer, bos, False), special_ids(model.tokenizer), _ALL)
-    texts = texts_from(corpus, column)
-    halves, counts = _documents(model, texts, tokens, context)
-    _check_enough(halves, len(chosen), tokens, counts)
-    rows, splits, labels, counts["repeated contexts"] = _rows(halves, packing)
-    split = Corpus(Tokens.from_rows(rows), {"document": tuple(labels)}, tuple(splits))
+    half = halved(model, corpus, len(chosen), tokens=tokens, context=context, bos=bos, column=column)
     asked = Explaining(
         name="explain",
-        parts=_compared(chosen, model, split, baseline, seed),
-        documents=tuple(halves[0]),
-        corpus=split,
-        bos=packing.bos.token,
+        parts=_compared(chosen, model, half.corpus, baseline, seed),
+        documents=half.discovery,
+        corpus=half.corpus,
+        bos=half.bos,
         context=context,
-        texts=dict(texts.description),
-        counts=counts,
+        texts=half.texts,
+        counts=half.counts,
         baseline=baseline,
         seed=seed,
         about=dict(about or {}),
         challenged=challenged,
     )
     return (reinitialised(model, seed) if baseline == RANDOM_NETWORK else model), asked
+
+
+@dataclass(frozen=True, eq=False)
+class Halves:
+    """Texts in two halves. discovery: token ids of its documents; corpus: contexts of both, with their splits; bos: the
+    token before every context; texts: what they are; counts: documents that were left out, by why."""
+
+    discovery: tuple[NDArray[Any], ...]
+    corpus: Corpus
+    bos: str
+    texts: Mapping[str, Any]
+    counts: Mapping[str, int]
+
+
+def halved(
+    model: Model,
+    corpus: Any,
+    parts: int,
+    *,
+    tokens: int,
+    context: int,
+    bos: str = "auto",
+    column: str = "text",
+    most: int = MOST,
+) -> Halves:
+    """Documents, in turns for discovery and for validation. parts: how many are to be tested; most: contexts that are
+    taken of one document.
+
+    Raises InputError for too few documents for so many parts, saying how many tokens would do.
+    """
+    packing = Packing(context, bos_for(model.tokenizer, bos, False), special_ids(model.tokenizer), _ALL)
+    texts = texts_from(corpus, column)
+    halves, counts = _documents(model, texts, tokens, most * context)
+    _check_enough(halves, parts, tokens, counts)
+    rows, splits, labels, counts["repeated contexts"] = _rows(halves, packing)
+    split = Corpus(Tokens.from_rows(rows), {"document": tuple(labels)}, tuple(splits))
+    return Halves(tuple(halves[0]), split, packing.bos.token, dict(texts.description), counts)
 
 
 def check_parts(model: Model, parts: Sequence[Part]) -> tuple[Part, ...]:
@@ -172,8 +204,9 @@ def check_made_for(coder: Coder, model: Model) -> None:
         model.check_site(site)
 
 
-def _documents(model: Model, texts: Texts, tokens: int, context: int) -> tuple[list[list[Any]], dict[str, int]]:
-    """Token ids of the documents, those of discovery and of validation; and how many were left out."""
+def _documents(model: Model, texts: Texts, tokens: int, longest: int) -> tuple[list[list[Any]], dict[str, int]]:
+    """Token ids of the documents, of each at most the `longest` first, those of discovery and of validation; and how
+    many were left out."""
     halves: list[list[Any]] = [[], []]
     seen: set[bytes] = set()
     taken, counts = 0, {"too short": 0, "repeated": 0}
@@ -185,9 +218,9 @@ def _documents(model: Model, texts: Texts, tokens: int, context: int) -> tuple[l
         if digest in seen:
             counts["repeated"] += 1
             continue
-        halves[len(seen) % 2].append(ids[: MOST * context])
+        halves[len(seen) % 2].append(ids[:longest])
         seen.add(digest)
-        taken += min(len(ids), MOST * context)
+        taken += min(len(ids), longest)
         if taken >= tokens:
             break
     return halves, counts

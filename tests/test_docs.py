@@ -59,6 +59,12 @@ def test_the_json_line_is_a_pair_that_can_be_loaded(demo: vs.Model, tmp_path: Pa
     assert len(vs.data.load_pairs(path, demo)) == 4
 
 
+def test_no_file_that_people_read_holds_the_marks_of_an_unfinished_merge() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
+    marked = [path.name for path in pages if re.search(r"^(<{7}|>{7}|={7}$)", path.read_text(), re.MULTILINE)]
+    assert not marked
+
+
 def test_every_command_on_the_pages_exists_with_the_options_it_shows() -> None:
     command = get_command(app)
     lines = [line for page in PAGES for line in re.findall(r"(?:\.venv/bin/)?vesalius ([a-z]+[^\n`|]*)", page)]

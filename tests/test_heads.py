@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 import tiny
 import vesalius as vs
-from pages import Page
+from pages import Page, run_examples
 from test_cli import Done
 from test_cli import run as run
 from tiny_folder import tiny_folder
@@ -240,3 +241,16 @@ def test_the_command_refuses_what_it_cannot_do(folder: Path, run: Callable[..., 
     short = run(*command, "--tokens", 200)
     assert short.code == 2 and "documents" in short.err
     assert not (folder / "no" / "report.html").exists()
+
+
+@pytest.mark.demo_model
+def test_the_page_runs_and_names_the_known_heads_of_the_demo_model(
+    demo: vs.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(vs, "load", lambda _: demo)
+    run_examples("heads.md")
+    said = capsys.readouterr().out
+    assert re.search(
+        r"layers\.17\.z\[3\] looks 0\.[1-9]\d after repetitions, 0\.0\d\d at as many other tokens", said
+    ), said
+    assert "head 16.0 as previous-token head: looks at the token before" in said

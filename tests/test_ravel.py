@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import vesalius as vs
 from test_concepts import coder
-from vesalius.concepts import Entities, load_ravel, ravel
+from vesalius.concepts import DasConfig, Entities, load_ravel, ravel, ravel_subspaces
 from vesalius.concepts.entities import prompt_pairs, says_after, slopes
 from vesalius.concepts.ravel import disentanglement
 from vesalius.errors import FileFormatError, InputError, UnknownNameError
@@ -174,6 +174,22 @@ def test_latents_that_mix_attributes_do_not_and_several_dictionaries_have_a_spre
     assert found["latents: disentanglement"].spread == pytest.approx((one - other) / 2**0.5)
     line = found["latents: disentanglement"]
     assert line.low is not None and line.high is not None and line.low <= line.value <= line.high
+
+
+def test_a_search_that_leaves_the_other_attribute_alone_finds_the_planted_subspace(
+    model: vs.Model, people: Entities
+) -> None:
+    config = DasConfig(rank=4, steps=80, batch_size=32, lr=0.05)
+    found = ravel_subspaces(model, SITE, people, ("colour", "size"), config=config, n=60)
+    scores = {line.method: line.value for line in found.lines}
+    assert scores["multi-task das: disentanglement"] == 1.0
+    # Means of the four colours differ along three directions, and in sizes only as far as pairs are uneven.
+    assert scores["probe: disentanglement"] > 0.9
+    assert scores["das: cause"] == 1.0
+    assert scores["multi-task das: isolation"] >= scores["das: isolation"]
+    assert scores["random subspace: disentanglement"] < 0.8
+    assert scores["everything: cause"] == 1.0
+    assert scores["everything: isolation"] < 0.5
 
 
 def test_what_cannot_be_asked_is_refused(model: vs.Model, people: Entities) -> None:

@@ -39,6 +39,7 @@ from vesalius.concepts.loading import concept_from_frame, load_concept, minimal_
 from vesalius.concepts.probe import Control, Probe, ProbeReport, load_probe
 from vesalius.concepts.probing import Probes, fit_probe, fit_probes, probes_of, transfer
 from vesalius.concepts.ravel import ravel
+from vesalius.concepts.ravel_subspaces import ravel_subspaces
 from vesalius.concepts.reading import Rows, read_sites, tokens_of_concept
 from vesalius.concepts.readings import Readings, read_concept
 from vesalius.concepts.scores import ConceptScores, ScoreLine
@@ -101,6 +102,7 @@ __all__ = [
     "push_effect",
     "random_eraser",
     "ravel",
+    "ravel_subspaces",
     "read_concept",
     "read_sites",
     "sparse_probing",

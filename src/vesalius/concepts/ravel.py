@@ -1,9 +1,10 @@
-"""RAVEL: do some latents hold one attribute of an entity and no other? (Huang et al. 2024, arXiv:2402.17700.)
+"""RAVEL: do some latents, or a subspace, hold one attribute of an entity and no other? (Huang et al. 2024,
+arXiv:2402.17700.)
 
-The latents chosen for an attribute are given, at the entity's last token, the values they have for another entity.
+What is chosen for an attribute is given, at the entity's last token, the values that it has for another entity.
 Cause: the model then gives the other entity's attribute. Isolation: asked for another attribute, it still gives the
 first entity's. Disentanglement is the mean of both, for both attributes. Changing nothing scores .5, and so does
-changing everything: only above that does a choice of latents say anything.
+changing everything: only above that does a choice say anything.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class AttributePairs:
 
 
 OfAttribute = Mapping[str, AttributePairs]
+Change = Callable[[AttributePairs], Rows]
+"""What is added to the base's activations of some pairs."""
 
 
 def disentanglement(cause: Sequence[float], isolation: Sequence[float]) -> float:
@@ -87,37 +90,50 @@ def ravel(
     listed = as_tuple(coders)
     site = _site_of(listed[0])
     with shown(sink) as progress:
-        splits = {
-            split: {
-                name: _pairs(model, site, prompt_pairs(model, entities, name, split, n, seed), split)
-                for name in attributes
-            }
+        train, test = (
+            pairs_of(model, site, entities, attributes, split, n, seed)
             for split in track(("train", "test"), "ravel", sink=progress)
-        }
-    train, test = splits["train"], splits["test"]
+        )
     found: dict[str, list[tuple[Hits, int]]] = {"latents": [], "random": []}
     for coder in listed:
         code = Code(coder.encode, coder.decoder_rows().cpu())
         found["latents"].append(_best(model, site, train, test, code, ks))
         # As many random latents as were found to be best, so that the two differ in the choice alone.
         k = found["latents"][-1][1]
-        drawn = dict.fromkeys(attributes, _active(train, code, seed)[:k])
-        found["random"].append((_hits(model, site, test, code, drawn), k))
+        drawn = _changes(code, dict.fromkeys(attributes, _active(train, code, seed)[:k]))
+        found["random"].append((hits_of(model, site, test, drawn), k))
     width = test[attributes[0]].base.shape[1]
     coordinates = Code(lambda x: x, torch.eye(width))
     found["coordinates"] = [_best(model, site, train, test, coordinates, ks)]
-    every = dict.fromkeys(attributes, torch.arange(width))
-    found["everything"] = [(_hits(model, site, test, coordinates, every), width)]
-    lines = [line for method, each in found.items() for line in _lines(method, each, test, seed)]
+    found["everything"] = [(hits_of(model, site, test, dict.fromkeys(attributes, apart_of)), width)]
+    note = "SAEBench trains a mask; here latents are ranked."
+    return scores_of(found, entities, attributes, train, test, seed, note)
+
+
+def scores_of(
+    found: Mapping[str, list[tuple[Hits, int]]],
+    entities: Entities,
+    attributes: tuple[str, str],
+    train: OfAttribute,
+    test: OfAttribute,
+    seed: int,
+    note: str,
+    words: Mapping[str, str] = WORDS,
+) -> ConceptScores:
+    """Of every method its lines. found: method -> what the test pairs say, and how many numbers were changed."""
+    lines = [line for method, each in found.items() for line in _lines(method, each, test, seed, words)]
     n_train, n_test = (sum(len(one.pairs) for one in split.values()) for split in (train, test))
-    return ConceptScores(
-        "RAVEL",
-        f"{entities.kind}: {' and '.join(attributes)}",
-        n_train,
-        n_test,
-        tuple(lines),
-        "Changing nothing scores .5, and so does changing everything. SAEBench trains a mask; here latents are ranked.",
-    )
+    said = f"{entities.kind}: {' and '.join(attributes)}"
+    same = "Changing nothing scores .5, and so does changing everything."
+    return ConceptScores("RAVEL", said, n_train, n_test, tuple(lines), f"{same} {note}")
+
+
+def pairs_of(
+    model: Model, site: Site, entities: Entities, attributes: tuple[str, str], split: str, n: int, seed: int
+) -> dict[str, AttributePairs]:
+    return {
+        name: _pairs(model, site, prompt_pairs(model, entities, name, split, n, seed), split) for name in attributes
+    }
 
 
 def _site_of(coder: Coder) -> Site:
@@ -160,9 +176,9 @@ def _best(
     ranks = _ranks(train, code)
     chosen = {k: {attribute: rank[:k] for attribute, rank in ranks.items()} for k in ks}
     # k is a choice too, so it is made on training entities.
-    trials = {k: _disentanglement(_hits(model, site, train, code, latents)) for k, latents in chosen.items()}
+    trials = {k: _disentanglement(hits_of(model, site, train, _changes(code, some))) for k, some in chosen.items()}
     k = max(trials, key=trials.__getitem__)
-    return _hits(model, site, test, code, chosen[k]), k
+    return hits_of(model, site, test, _changes(code, chosen[k])), k
 
 
 def _disentanglement(hits: Hits) -> float:
@@ -171,24 +187,33 @@ def _disentanglement(hits: Hits) -> float:
 
 
 @torch.no_grad()
-def _hits(model: Model, site: Site, split: OfAttribute, code: Code, chosen: Mapping[str, Tensor]) -> Hits:
+def hits_of(model: Model, site: Site, split: OfAttribute, changes: Mapping[str, Change]) -> Hits:
     """For every attribute's choice and every attribute asked for, whether the model says what it should."""
     found = {}
-    for changed, numbers in chosen.items():
+    for changed, change in changes.items():
         for asked, one in split.items():
-            said = says_after(model, site, one.pairs, _change(code, one, numbers))
+            said = says_after(model, site, one.pairs, change(one))
             right = one.pairs.source_says if changed == asked else one.pairs.base_says
             found[changed, asked] = (said == right).double().numpy()
     return found
 
 
-def _change(code: Code, one: AttributePairs, numbers: Tensor) -> Rows:
-    """What giving these latents the source's values adds to the base's activations."""
-    apart = (code.encode(one.source) - code.encode(one.base)).cpu()[:, numbers]
-    return apart @ code.rows[numbers]
+def _changes(code: Code, chosen: Mapping[str, Tensor]) -> dict[str, Change]:
+    """For each attribute, giving its latents the source's values."""
+
+    def of(numbers: Tensor) -> Change:
+        return lambda one: (code.encode(one.source) - code.encode(one.base)).cpu()[:, numbers] @ code.rows[numbers]
+
+    return {attribute: of(numbers) for attribute, numbers in chosen.items()}
 
 
-def _lines(method: str, each: Sequence[tuple[Hits, int]], test: OfAttribute, seed: int) -> list[ScoreLine]:
+def apart_of(one: AttributePairs) -> Rows:
+    return one.source - one.base
+
+
+def _lines(
+    method: str, each: Sequence[tuple[Hits, int]], test: OfAttribute, seed: int, words: Mapping[str, str]
+) -> list[ScoreLine]:
     """Disentanglement with its interval, cause and isolation, of one method."""
     k = each[0][1] if method != "everything" else None
     score = lambda own: [  # noqa: E731
@@ -199,9 +224,9 @@ def _lines(method: str, each: Sequence[tuple[Hits, int]], test: OfAttribute, see
     name = f"{method}: disentanglement"
     measurement = _measured(name, float(np.mean(values)), means, test, seed)
     return [
-        ScoreLine(name, WORDS[method], values, measurement, k),
-        line_of_dictionaries(f"{method}: cause", WORDS[method], score(True), k=k),
-        line_of_dictionaries(f"{method}: isolation", WORDS[method], score(False), k=k),
+        ScoreLine(name, words[method], values, measurement, k),
+        line_of_dictionaries(f"{method}: cause", words[method], score(True), k=k),
+        line_of_dictionaries(f"{method}: isolation", words[method], score(False), k=k),
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import vesalius as vs
 from pages import Page
@@ -72,9 +73,32 @@ def test_a_contrastive_vector_gives_a_page_figures_and_sentences(
     assert "up - down" in page.text
     assert page.count("circle", "random") == 2 * 19
     assert not page.scripts
+    assert found["instead"] is None
     kept = {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*.npz")}
     assert call(run, model, files, out, *contrast(files), "--scale", 1, "--scale", "-2", "--new-tokens", 3).code == 0
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*.npz")} == kept
+
+
+def test_asking_instead_stands_beside_steering(
+    run: Callable[..., Done], model: Path, files: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "asked"
+    asked = ("--scale", 1, "--new-tokens", 2, "--plain-texts", 0, "--instead", "the cat ")
+    done = call(run, model, files, out, *contrast(files), *asked)
+    assert done.code == 0, done.err
+    assert "Asked instead, “the cat” before the prompts: " in done.out
+    found = json.loads((out / "steering.json").read_text())
+    loaded = vs.load(model)
+    prompts = found["prompts"]
+    base, other = (loaded.run(texts) for texts in (prompts, ["the cat " + text for text in prompts]))
+    last = [run.logits[torch.arange(len(prompts)), run.tokens.lengths - 1].log_softmax(-1) for run in (base, other)]
+    expected = (last[0].exp() * (last[0] - last[1])).sum(-1)
+    assert found["instead"]["effect"]["values"] == pytest.approx(expected.tolist(), abs=1e-4)
+    page = Page((out / "steering.html").read_text())
+    assert (page.badly_closed, page.open) == ([], [])
+    assert page.count("line", "asked") == 1 and "asked instead" in page.text
+    refused = run("steer", "ioi", "--model", model, "--out", out, *contrast(files), "--instead", "x")
+    assert refused.code == 2 and "--instead is put before texts" in refused.err
 
 
 def test_a_neuron_towards_a_token_without_plain_text(

@@ -42,6 +42,7 @@ class Request:
     context: int
     random: int
     new_tokens: int
+    instead: str
     seed: int
     out: Path
     device: str | None
@@ -78,6 +79,8 @@ class Request:
             checks.texts(self.plain)
         if self.pairs and self.towards:
             raise InputError("--towards is for prompts without answers; pairs are measured by their logit difference")
+        if self.pairs and self.instead:
+            raise InputError("--instead is put before texts; pairs have prompts of their own")
 
     @property
     def pairs(self) -> bool:
@@ -114,6 +117,9 @@ def steer(
     context: Annotated[int, typer.Option(help="Tokens of each.")] = 64,
     random: Annotated[int, typer.Option(help="Random directions of the same norm to compare with.")] = 19,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Also write so many tokens after each prompt.")] = 0,
+    instead: Annotated[
+        str, typer.Option(help="Text to put before each prompt, unsteered, to compare with: does asking do as much?")
+    ] = "",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     out: Annotated[
         Path, typer.Option(help="Folder for steering.html and steering.json; an interrupted run goes on from there.")
@@ -137,6 +143,7 @@ def steer(
         context=context,
         random=random,
         new_tokens=new_tokens,
+        instead=instead,
         seed=seed,
         out=out,
         device=device,
@@ -165,6 +172,7 @@ def _run(request: Request) -> None:
             random=request.random,
             seed=request.seed,
             new_tokens=request.new_tokens,
+            instead=request.instead,
             out=request.out / "runs",
             sink=screen,
         ).to_json()

@@ -50,6 +50,18 @@ class Steering:
     diagnostics: tuple[list[list[dict[str, float]]], ...]
     groups: Mapping[str, tuple[str, ...]]
     clusters: tuple[str, ...]
+    instead: str = ""
+    """What was put before each prompt to compare with. instead_effects: [example], what that changes, unsteered."""
+    instead_effects: Floats | None = None
+    instead_texts: tuple[str, ...] = ()
+
+    @property
+    def prompting(self) -> Measurement | None:
+        """What asking does: change of the metric by `instead`; None where nothing was put there."""
+        if self.instead_effects is None:
+            return None
+        name = f"effect of {self.instead!r} before the prompt on {self.metric}"
+        return measure(name, self.instead_effects, groups=self.groups, clusters=self.clusters, unit=self.unit)
 
     def number(self, scale: float) -> int:
         """Where a scale is among `scales`. Raises UnknownNameError."""
@@ -115,8 +127,15 @@ class Steering:
             "base": self.base.tolist(),
             "unsteered": list(self.unsteered),
             "plain_loss": self.loss.tolist(),
+            "instead": self._instead_json(),
             "scales": [self._scale_json(number) for number in range(len(self.scales))],
         }
+
+    def _instead_json(self) -> dict[str, Any] | None:
+        asked = self.prompting
+        return (
+            None if asked is None else {"text": self.instead, "effect": asked.to_json(), "texts": [*self.instead_texts]}
+        )
 
     def _scale_json(self, number: int) -> dict[str, Any]:
         scale, priced = self.scales[number], bool(len(self.loss))

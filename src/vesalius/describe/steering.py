@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,7 @@ def steer(
     seed: int = 0,
     positions: Positions = None,
     new_tokens: int = 0,
+    instead: str = "",
     out: str | Path | None = None,
     sink: Sink | None = None,
 ) -> Steering:
@@ -127,6 +128,8 @@ def steer(
     the log-probability of the tokens `towards` together, or without any by KL(unsteered || steered). plain: texts, of
     which the loss is measured, steered at every token. random: directions of the same norm to compare with; p is at
     least 1 / (random + 1). positions: of the prompts, default all. new_tokens: write as many after each prompt, too.
+    instead: what is put before each text to compare with, unsteered: asking a model often does more than steering it
+    (AxBench, Wu et al. 2025). Of texts only.
     out: folder that keeps finished runs, so that an interrupted sweep goes on. sink: hears the cost, then progress.
 
     Raises InputError for prompts, parts or metrics that do not fit, and for fewer than 2 prompts.
@@ -136,15 +139,27 @@ def steer(
     if random < 1:
         raise InputError(f"random is the number of directions to compare with, at least 1; got {random}")
     measured, texts = _measured(model, prompts, metric, towards), _texts(model, plain)
+    asked = _asked(model, prompts, instead, metric, towards)
     controls = _controls(model, part, measured.tokens, random, seed)
     plan = content_hash({
         "model": model.content_hash, "part": part.ref, "prompts": measured.tokens.content_hash, "metric": measured.name,
         "at": measured.at.tolist(), "plain": None if texts is None else texts.content_hash, "seed": seed,
         "positions": positions.tolist() if isinstance(positions, Tensor) else positions, "new_tokens": new_tokens,
+        **({"instead": instead} if instead else {}),
     }) if out is not None else ""  # fmt: skip
     with shown(sink) as screen:
         work = _Work(model, measured, texts, positions, new_tokens, Blocks(out, plan, screen), screen)
-        return work.steering(part, tuple(map(float, scales)), controls)
+        found = work.steering(part, tuple(map(float, scales)), controls)
+        return found if asked is None else replace(found, instead=instead, **work.instead(asked))
+
+
+def _asked(model: Model, prompts: Any, instead: str, metric: Metric | None, towards: Sequence[str | int]) -> Any:
+    """The prompts with something before each; None without."""
+    if not instead:
+        return None
+    if isinstance(prompts, str | Pairs) or not all(isinstance(text, str) for text in prompts):
+        raise InputError("instead= is put before texts; these prompts are none (give a list of strings)")
+    return _measured(model, [instead + text for text in prompts], metric, towards)
 
 
 def _measured(model: Model, prompts: Any, metric: Metric | None, towards: Sequence[str | int]) -> _Prompts:
@@ -257,6 +272,14 @@ class _Work:
             self.sink(Event("advance", TASK, done, len(cells)))
         self.sink(Event("end", TASK, len(cells), len(cells)))
         return self._result(part, scales, len(directions), base, found)
+
+    def instead(self, asked: _Prompts) -> dict[str, Any]:
+        """What other prompts change without steering: `instead_effects` [example], and what is written after them."""
+        with torch.no_grad():
+            own, other = (one.logits(self.model.run(one.tokens).logits) for one in (self.prompts, asked))
+        change = self.prompts.of(other, own) - self.prompts.of(own, own)
+        made = self.model.generate(asked.tokens, self.new_tokens).written if self.new_tokens else ()
+        return {"instead_effects": change.double().cpu().numpy(), "instead_texts": tuple(made)}
 
     @property
     def _examples(self) -> int:

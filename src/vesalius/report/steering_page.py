@@ -28,6 +28,7 @@ class Chart:
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     zero: float
+    asked: float | None = None
     width: float = WIDTH
     height: float = HEIGHT
     start: float = LEFT
@@ -41,8 +42,9 @@ def render_steering(found: Mapping[str, Any], about: Mapping[str, str], command:
     found: `Steering.to_json()`; with `multiple` beside a `scale`, that is what is shown (a multiple of a vector); with
     `prompts`, they stand before what was written after them.
     """
-    view = {"s": found, "about": about, "answer": steering_answer(found), "chart": chart(found["scales"]),
-            "command": command, "version": __version__}  # fmt: skip
+    drawn = chart(found["scales"], found.get("instead"))
+    view = {"s": found, "about": about, "answer": steering_answer(found), "chart": drawn, "command": command,
+            "version": __version__}  # fmt: skip
     return environment().get_template("steering.html.j2").render(view)
 
 
@@ -55,8 +57,18 @@ def write_steering(found: Mapping[str, Any], about: Mapping[str, str], folder: s
 
 
 def steering_answer(found: Mapping[str, Any]) -> list[str]:
-    """What was found, in sentences: one for each scale."""
-    return [_sentence(one, found["metric"], found["unit"]) for one in found["scales"]]
+    """What was found, in sentences: one for each scale, and what asking does."""
+    return [*(_sentence(one, found["metric"], found["unit"]) for one in found["scales"]), *_asking(found)]
+
+
+def _asking(found: Mapping[str, Any]) -> list[str]:
+    asked = found.get("instead")
+    if asked is None:
+        return []
+    effect = asked["effect"]
+    interval = "" if effect["low"] is None else f" [{number(effect['low'])}, {number(effect['high'])}]"
+    words, change = asked["text"].strip(), number(effect["estimate"])
+    return [f"Asked instead, “{words}” before the prompts: {change}{interval} {found['unit']}."]
 
 
 def _sentence(one: Mapping[str, Any], metric: str, unit: str) -> str:
@@ -73,13 +85,14 @@ def _shown(one: Mapping[str, Any]) -> float:
     return found
 
 
-def chart(scales: Sequence[Mapping[str, Any]]) -> Chart:
-    """Mean effects over scale, with intervals and the random directions' means."""
+def chart(scales: Sequence[Mapping[str, Any]], instead: Mapping[str, Any] | None = None) -> Chart:
+    """Mean effects over scale, with intervals and the random directions' means; and what asking does instead."""
     ordered = sorted(scales, key=_shown)
     x = around([_shown(one) for one in ordered], LEFT, WIDTH - RIGHT)
     effects = [one["effect"] for one in ordered]
     ends = [effect[name] for effect in effects for name in ("estimate", "low", "high")]
-    y = around([*ends, *(value for one in ordered for value in one["random_means"])], BASE, TOP)
+    asked = [] if instead is None else [instead["effect"]["estimate"]]
+    y = around([*ends, *asked, *(value for one in ordered for value in one["random_means"])], BASE, TOP)
     place = lambda value: None if value is None else y(value)  # noqa: E731
     points = tuple(
         (x(_shown(one)), y(effect["estimate"]), place(effect["low"]), place(effect["high"]),
@@ -92,4 +105,5 @@ def chart(scales: Sequence[Mapping[str, Any]]) -> Chart:
         x_ticks=tuple((pixel, f"{value:g}") for pixel, value in x.ticks(6)),
         y_ticks=tuple((pixel, f"{value:.3g}".replace("-", "−")) for pixel, value in y.ticks(5)),
         zero=y(0.0),
+        asked=y(asked[0]) if asked else None,
     )

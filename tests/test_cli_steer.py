@@ -90,8 +90,8 @@ def test_asking_instead_stands_beside_steering(
     found = json.loads((out / "steering.json").read_text())
     loaded = vs.load(model)
     prompts = found["prompts"]
-    base, other = (loaded.run(texts) for texts in (prompts, ["the cat " + text for text in prompts]))
-    last = [run.logits[torch.arange(len(prompts)), run.tokens.lengths - 1].log_softmax(-1) for run in (base, other)]
+    both = [loaded.tokens(texts) for texts in (prompts, ["the cat " + text for text in prompts])]
+    last = [loaded.run(one).logits[torch.arange(len(one)), one.lengths - 1].log_softmax(-1) for one in both]
     expected = (last[0].exp() * (last[0] - last[1])).sum(-1)
     assert found["instead"]["effect"]["values"] == pytest.approx(expected.tolist(), abs=1e-4)
     page = Page((out / "steering.html").read_text())

@@ -7,6 +7,7 @@ from vesalius.describe.attribution import attribute, integrated_gradients
 from vesalius.describe.challenge import Challenge, challenge, revise
 from vesalius.describe.circuit import describe_circuit
 from vesalius.describe.client import Chat, ModelChat, ServerChat, Usage
+from vesalius.describe.contrast_vector import ContrastVector, contrast_vector
 from vesalius.describe.counterexamples import counterexamples, rivals
 from vesalius.describe.description import (
     FITS,
@@ -55,7 +56,7 @@ from vesalius.describe.reasoning import (
 )
 from vesalius.describe.roles import GOES_FIRST, NO_ROLE, ROLES, WHERE_IT_ACTS, Role, causal
 from vesalius.describe.steered import Steering
-from vesalius.describe.steering import ContrastVector, contrast_vector, steer
+from vesalius.describe.steering import steer
 from vesalius.describe.stored_examples import load_examples, merge_examples, save_examples
 from vesalius.describe.synthesis import synthesise
 from vesalius.describe.synthetic import Synthesis, Synthetic

@@ -2,8 +2,7 @@
 
 Every figure stands beside that of random directions of the same norm at the same place: a large enough push changes any
 model, and its text, whatever its direction. The price is the loss on plain text, and how far the edited values lie from
-natural ones is kept with each scale. A contrastive vector is the difference of the means of two sets of prompts
-(contrastive activation addition: Rimsky et al. 2024, section 3; difference in means: Marks & Tegmark 2023).
+natural ones is kept with each scale.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from vesalius.directions import Direction
 from vesalius.errors import InputError
 from vesalius.inputs import Pairs, Tokens
 from vesalius.inputs.beginning import speller
-from vesalius.intervention import Intervention, Positions, Steer, mask_of
+from vesalius.intervention import Intervention, Positions, Steer
 from vesalius.jobs import Blocks, Event, Sink
 from vesalius.jobs.blocks import Arrays
 from vesalius.jobs.progress import Estimate, shown
@@ -43,49 +42,6 @@ RANDOM = 19
 """Random directions, with which p can be .05."""
 BATCH = 1024
 """Tokens of plain text run together."""
-
-
-@dataclass(frozen=True)
-class ContrastVector:
-    """The difference of two means. size: its norm, so that `direction` times size is the difference itself."""
-
-    direction: Direction
-    size: float
-
-    def scales(self, multiples: Sequence[float]) -> tuple[float, ...]:
-        """Scales for `steer` that add these multiples of the difference."""
-        return tuple(self.size * multiple for multiple in multiples)
-
-
-def contrast_vector(
-    model: Model,
-    site: Site | str,
-    positive: Any,
-    negative: Any,
-    *,
-    position: int | str = "last",
-    label: str = "",
-) -> ContrastVector:
-    """Mean activation at a position of the positive prompts less that of the negative ones.
-
-    position: a number or a name, as for interventions. Raises InputError for means that are equal.
-    """
-    where, means = Site.parse(site), []
-    for prompts in (positive, negative):
-        tokens = model.called_with(prompts)[2]
-        if tokens is None:
-            raise InputError("contrastive prompts are texts or token ids")
-        with torch.no_grad():
-            seen = model.run(tokens, where, last_logits=True)[where]
-        chosen = mask_of(position, tokens.real, tokens.named_positions)
-        assert chosen is not None
-        means.append(seen[chosen.to(seen.device)].float().mean(0))
-    difference = means[0] - means[1]
-    if difference.ndim != 1:
-        raise InputError(f"{where} has {list(difference.shape)} values per token; name one head of it")
-    if float(difference.norm()) == 0.0:
-        raise InputError(f"both sets of prompts have the same mean at {where}: there is nothing to steer by")
-    return ContrastVector(Direction(where, difference, label), float(difference.norm()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,10 +30,11 @@ from vesalius.concepts import (
     partners,
     push_effect,
     random_eraser,
+    specificity,
 )
 from vesalius.concepts.erasure import inlp, leace, mean_projection, moved
 from vesalius.concepts.influence import gradients, influence
-from vesalius.errors import FileFormatError, InputError, InterventionError, NotFiniteError
+from vesalius.errors import FileFormatError, InputError, InterventionError, NotFiniteError, UnknownNameError
 from vesalius.inputs import Raw
 from vesalius.patching.tail import Tail
 from vesalius.seeds import generator_for
@@ -249,6 +250,18 @@ def test_effects_agree_with_plain_runs_and_stand_beside_random_ones(model: vs.Mo
     wanted = behaviour.level(plain) - behaviour.level(base)
     assert np.allclose(exchanged.values, wanted.numpy(), atol=1e-4)
     assert exchanged.random.shape == (4, 120) and 0 < exchanged.p <= 1
+    # Of the same exchange, what it does to answers that have nothing to do with it, each beside random directions.
+    other = Behaviour(answers=((11,), (12,)))
+    found = specificity(tail, direction, partner, behaviour, {"others": other}, random=4)
+    assert np.array_equal(found.wanted.values, exchanged.values)
+    beside = (other.level(plain) - other.level(base)).numpy()
+    assert np.allclose(found.unrelated["others"].values, beside, atol=1e-4)
+    gap = np.abs(found.wanted.values) - np.abs(found.unrelated["others"].values)
+    assert found.apart("others").estimate == pytest.approx(gap.mean())
+    with pytest.raises(UnknownNameError, match="unrelated behaviour"):
+        found.apart("weekdays")
+    with pytest.raises(InputError, match="specificity compares log-odds"):
+        specificity(tail, direction, partner, behaviour, {"everything": Behaviour()})
     pushed = push_effect(tail, direction, 2.0, behaviour=behaviour, random=2)
     patch = vs.Patch(direction, source=torch.full((120, 5), 2.0), positions="last")
     plain = model.run(concept.inputs, interventions=[patch]).logits[:, -1].detach()

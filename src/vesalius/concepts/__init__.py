@@ -30,7 +30,16 @@ from vesalius.concepts.das import (
     principal_components,
     train_das,
 )
-from vesalius.concepts.effect import Behaviour, Effect, erasure_effect, interchange_effect, partners, push_effect
+from vesalius.concepts.effect import (
+    Behaviour,
+    Effect,
+    Specificity,
+    erasure_effect,
+    interchange_effect,
+    partners,
+    push_effect,
+    specificity,
+)
 from vesalius.concepts.entities import Entities, load_ravel
 from vesalius.concepts.eraser import ConceptEraser, Leak, fit_eraser, leaks, load_eraser
 from vesalius.concepts.erasure import Eraser, GaussianEraser, LeaceFitter, OracleEraser, fit_rows, random_eraser
@@ -73,6 +82,7 @@ __all__ = [
     "Readings",
     "Rows",
     "ScoreLine",
+    "Specificity",
     "absorption",
     "agreement",
     "baselines",
@@ -106,6 +116,7 @@ __all__ = [
     "read_concept",
     "read_sites",
     "sparse_probing",
+    "specificity",
     "spurious_removal",
     "tagged_words",
     "targeted_perturbation",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vesalius.concepts.erasure import Eraser, random_eraser
 from vesalius.directions import Direction, Subspace
-from vesalius.errors import InputError
+from vesalius.errors import InputError, UnknownNameError
 from vesalius.intervention import off_distribution
 from vesalius.metric import wide
 from vesalius.patching.tail import Tail, in_batches
@@ -84,19 +84,20 @@ class Effect:
     @property
     def measurement(self) -> Measurement:
         """Mean over examples, with its interval."""
-        return self._measured(self.name, self.values)
+        return self.of_values(self.name, self.values)
 
     @property
     def over_random(self) -> Measurement:
         """The same less the mean of the random ones, example by example."""
-        return self._measured(f"{self.name}, over random ones", self.values - self.random.mean(0))
+        return self.of_values(f"{self.name}, over random ones", self.values - self.random.mean(0))
 
     @property
     def p(self) -> float:
         """Rank of the size of the mean effect among those of the random edits."""
         return rank_p(abs(float(self.values.mean())), np.abs(self.random.mean(1)))
 
-    def _measured(self, name: str, values: Floats) -> Measurement:
+    def of_values(self, name: str, values: Floats) -> Measurement:
+        """A measurement of the same examples."""
         off = {"off_distribution": dict(self.unnatural)}
         return measure(name, values, groups=self.groups, clusters=tuple(self.groups), unit=self.unit, diagnostics=off)
 
@@ -191,6 +192,50 @@ def push_effect(
     others = [random_unit(len(vector), seed, number) for number in range(random)]
     controls = [lambda values, along=along: edit(values, along) for along in others]
     return effect_of(tail, edit, controls, behaviour=behaviour or Behaviour(), name="push", groups=groups)
+
+
+@dataclass(frozen=True, eq=False)
+class Specificity:
+    """What exchanging a concept does to the answers that it should change, and to others that it should leave alone."""
+
+    wanted: Effect
+    unrelated: Mapping[str, Effect]
+
+    def apart(self, name: str) -> Measurement:
+        """How much larger the wanted change is than an unrelated one, in size, example by example.
+
+        Raises UnknownNameError for a name that there is not.
+        """
+        if name not in self.unrelated:
+            raise UnknownNameError("unrelated behaviour", name, self.unrelated)
+        sizes = np.abs(self.wanted.values) - np.abs(self.unrelated[name].values)
+        return self.wanted.of_values(f"change of the answers beyond that of {name}", sizes)
+
+
+def specificity(
+    tail: Tail,
+    part: Direction | Subspace,
+    partner: Int[Tensor, " example"],
+    wanted: Behaviour,
+    unrelated: Mapping[str, Behaviour],
+    *,
+    random: int = RANDOM,
+    seed: int = 0,
+    groups: Mapping[str, tuple[str, ...]] | None = None,
+) -> Specificity:
+    """Interchange (see `interchange_effect`), measured on the answers that it should change and on unrelated ones, such
+    as {"weekdays": Behaviour(answers=([monday], [friday]))}, each beside the same random directions.
+
+    Raises InputError for behaviours without answers: the change of everything is no answer to leave alone.
+    """
+    if not unrelated or any(one.answers is None for one in (wanted, *unrelated.values())):
+        raise InputError("specificity compares log-odds of answers: give Behaviour(answers=...) for what should change "
+                         "and for at least one thing that should not")  # fmt: skip
+    each = [
+        interchange_effect(tail, part, partner, behaviour=behaviour, random=random, seed=seed, groups=groups)
+        for behaviour in (wanted, *unrelated.values())
+    ]
+    return Specificity(each[0], dict(zip(unrelated, each[1:], strict=True)))
 
 
 def exchange(basis: Float[Tensor, "rank width"], partner: Int[Tensor, " example"]) -> Edit:

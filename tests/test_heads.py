@@ -20,6 +20,7 @@ from vesalius.describe import HEADS_IN_TEXT, OTHERWISE_IN_TEXT
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.quantities import LOOKS_AT, TARGETS, WRITES_WHAT_IT_SEES
 from vesalius.quantities.heads_in_text import seen_in
+from vesalius.report import study_schemas
 from vesalius.toys.mechanisms import mechanism
 from vesalius.toys.text import WordTokenizer
 
@@ -233,6 +234,17 @@ def test_the_command_writes_a_page_goes_on_where_it_was_and_says_what_it_found(
     assert json.loads((folder / "out" / "summary.json").read_text())["heads"] == summary["heads"], again.err
     other = run(*command, "--context", 32)
     assert other.code == 2 and "holds another study" in other.err
+
+
+def test_what_is_written_follows_its_schema_and_the_page_about_it_is_generated(folder: Path) -> None:
+    summary = json.loads((folder / "out" / "summary.json").read_text())
+    study_schemas.check(summary)
+    with pytest.raises(UnknownNameError, match="unknown key"):
+        study_schemas.check({**summary, "more": 1})
+    with pytest.raises(UnknownNameError, match="schema of a study's summary"):
+        study_schemas.check({"schema": "vesalius/other/1"})
+    page = Path(__file__).parents[1] / "docs" / "study-schemas.md"
+    assert page.read_text() == study_schemas.markdown()
 
 
 def test_the_command_refuses_what_it_cannot_do(folder: Path, run: Callable[..., Done]) -> None:

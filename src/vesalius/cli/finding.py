@@ -168,6 +168,7 @@ def run(request: Request) -> None:
         )
         done = vs.studies.find(model, asked, out=request.out, sink=screen)
     summary = vs.studies.summarise_found(done, command=request.command, timings=screen.timings())
+    vs.report.study_schemas.check(summary)
     content = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     path = write_atomic(request.out / SUMMARY, content)
     for row in summary["claims"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vesalius.report import explain_schema, fragments, quality_schema, schema
+from vesalius.report import explain_schema, fragments, quality_schema, schema, study_schemas
 from vesalius.report.edges_page import render_edges, write_edges
 from vesalius.report.explain_page import page_names, write_explained
 from vesalius.report.heads_page import render_heads, write_heads
@@ -26,6 +26,7 @@ __all__ = [
     "render_steering",
     "schema",
     "steering_answer",
+    "study_schemas",
     "write",
     "write_edges",
     "write_explained",

@@ -10,6 +10,7 @@ from typing import Any
 
 from vesalius import __version__
 from vesalius.jobs import write_atomic
+from vesalius.report import study_schemas
 from vesalius.report.html import HTML_NAME, JSON_NAME, environment
 from vesalius.report.scales import Scale, around
 
@@ -55,6 +56,7 @@ def render_probed(summary: Mapping[str, Any]) -> str:
 
 def write_probed(summary: Mapping[str, Any], folder: str | Path) -> Path:
     """Writes report.html and summary.json into the folder, each atomically; returns the path of the page."""
+    study_schemas.check(summary)
     page, target = render_probed(summary), Path(folder)
     write_atomic(target / JSON_NAME, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return write_atomic(target / HTML_NAME, page)

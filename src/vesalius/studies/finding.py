@@ -275,7 +275,7 @@ def summarise_found(study: Study, *, command: str, timings: Mapping[str, Any]) -
     return {
         "schema": SCHEMA,
         "what": asked.what,
-        "model": {"name": study.model.name, "hash": study.model.content_hash},
+        "model": {"name": study.model.name, "hash": study.model.content_hash, "note": study.model.note},
         "parts": len(asked.parts),
         "texts": {name: len(asked.corpus.split(name)) for name in asked.corpus.split_names},
         "answer": list(study.answer),

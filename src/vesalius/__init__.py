@@ -58,6 +58,7 @@ _HOME = {
     "causal_tracing": "patching.tracing",
     "check_adapter": "patching.adapter_check",
     "decide": "protocol.verdict",
+    "explain": "attribution",
     "head": "parts",
     "kl_divergence": "metric",
     "latent": "refs",
@@ -71,11 +72,13 @@ _HOME = {
     "sweep": "patching.sweep",
 }
 _ROOMS = (
+    "attribution",
     "circuits",
     "concepts",
     "data",
     "describe",
     "dictionaries",
+    "images",
     "quantities",
     "report",
     "stats",
@@ -105,6 +108,7 @@ if TYPE_CHECKING:
     from vesalius.activations import Activations as Activations
     from vesalius.activations import Run as Run
     from vesalius.adapters import Adapter as Adapter
+    from vesalius.attribution import explain as explain
     from vesalius.concepts import Concept as Concept
     from vesalius.describe import Description as Description
     from vesalius.dictionaries import TrainConfig as TrainConfig

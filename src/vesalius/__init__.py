@@ -16,6 +16,7 @@ _HOME = {
     "Adapter": "adapters",
     "AdapterCheck": "patching.adapter_check",
     "Agreement": "patching.agreement",
+    "Channel": "parts",
     "Claim": "protocol",
     "Concept": "concepts",
     "Contrast": "quantities",
@@ -136,6 +137,7 @@ if TYPE_CHECKING:
     from vesalius.model import Model as Model
     from vesalius.model.generation import Generation as Generation
     from vesalius.model.loading import load as load
+    from vesalius.parts import Channel as Channel
     from vesalius.parts import Edge as Edge
     from vesalius.parts import Group as Group
     from vesalius.parts import Part as Part

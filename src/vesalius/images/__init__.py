@@ -1,5 +1,29 @@
-"""IMAGES: networks that see."""
+"""IMAGES: networks that see: what their channels respond to, what they do, and descriptions that can be tested."""
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from vesalius.images.ablation import ChannelEffects, ablate_channels
+from vesalius.images.pictures import LITE0, Pictures, Scaling, picture, read_picture, read_pictures
+from vesalius.images.responses import Exciting, Responses, Seen, box_of, exciting, responses
+from vesalius.images.stimuli import ORIENTATIONS, RADII, curves, stimuli
+
+__all__ = [
+    "LITE0",
+    "ORIENTATIONS",
+    "RADII",
+    "ChannelEffects",
+    "Exciting",
+    "Pictures",
+    "Responses",
+    "Scaling",
+    "Seen",
+    "ablate_channels",
+    "box_of",
+    "curves",
+    "exciting",
+    "picture",
+    "read_picture",
+    "read_pictures",
+    "responses",
+    "stimuli",
+]

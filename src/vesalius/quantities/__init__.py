@@ -21,6 +21,7 @@ from vesalius.quantities.moves_attention import MovesAttention
 from vesalius.quantities.rule_effects import Promotes, StandsIn
 from vesalius.quantities.rule_scores import Auprc, Auroc, BalancedAuprc, Detection, Fuzzing, Simulation, ToldApart
 from vesalius.quantities.runs import Runs
+from vesalius.quantities.selects import Selects
 from vesalius.quantities.separates import Separates
 from vesalius.quantities.total_effect import TotalEffect
 
@@ -31,6 +32,7 @@ AUROC, AUPRC, AUPRC_BALANCED, SIMULATION = Auroc(), Auprc(), BalancedAuprc(), Si
 DETECTION, FUZZING, TOLD_APART = Detection(), Fuzzing(), ToldApart()
 STANDS_IN, PROMOTES, FAILS_WHERE = StandsIn(), Promotes(), FailsWhere()
 CARRIES, MOVES = Carries(), Moves()
+SELECTS = Selects()
 
 QUANTITIES: dict[str, Quantity] = {
     one.name: one
@@ -56,6 +58,7 @@ QUANTITIES: dict[str, Quantity] = {
         FAILS_WHERE,
         CARRIES,
         MOVES,
+        SELECTS,
         FAITHFULNESS,
         COMPLETENESS,
     )
@@ -90,6 +93,7 @@ __all__ = [
     "MOVES_ATTENTION",
     "PROMOTES",
     "QUANTITIES",
+    "SELECTS",
     "SEPARATES",
     "SIMULATION",
     "STANDS_IN",

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from vesalius.images.ablation import ChannelEffects, ablate_channels
+from vesalius.images.describing import Curves, Kinds, Tuning, tuning_of
 from vesalius.images.pictures import LITE0, Pictures, Scaling, picture, read_picture, read_pictures
 from vesalius.images.responses import Exciting, Responses, Seen, box_of, exciting, responses
 from vesalius.images.stimuli import ORIENTATIONS, RADII, curves, stimuli
+from vesalius.images.synthesis import Foretold, Made, foretells, synthesise_images
 
 __all__ = [
     "LITE0",
     "ORIENTATIONS",
     "RADII",
     "ChannelEffects",
+    "Curves",
     "Exciting",
+    "Foretold",
+    "Kinds",
+    "Made",
     "Pictures",
     "Responses",
     "Scaling",
     "Seen",
+    "Tuning",
     "ablate_channels",
     "box_of",
     "curves",
     "exciting",
+    "foretells",
     "picture",
     "read_picture",
     "read_pictures",
     "responses",
     "stimuli",
+    "synthesise_images",
+    "tuning_of",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -79,6 +79,7 @@ class _Call:
     parent: _Call | None
     output: Any = None
     over: bool = False
+    inner: list[_Call] = field(default_factory=list)
 
 
 def record_to(network: nn.Module, place: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Resumable:
@@ -92,14 +93,18 @@ def record_to(network: nn.Module, place: nn.Module, args: tuple[Any, ...], kwarg
 
     def enter(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         call = _Call(module, stack[-1] if stack else None)
+        if call.parent is not None:
+            call.parent.inner.append(call)
         stack.append(call)
         if not there:
             before.append(call)
 
     def leave(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         call = stack.pop()
-        # A copy: the network may go on in place.
-        call.output, call.over = _copied(output), True
+        # A copy: the network may go on in place. What was returned inside of it is of no use any more.
+        call.output, call.over = None if there else _copied(output), True
+        for inner in [] if there else call.inner:
+            inner.output = None
         if module is place:
             there.append(call)
 

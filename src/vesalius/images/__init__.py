@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from vesalius.images.ablation import ChannelEffects, ablate_channels
 from vesalius.images.describing import Curves, Kinds, Tuning, tuning_of
+from vesalius.images.networks import EFFICIENTNET, Seeing, open_network
 from vesalius.images.pictures import LITE0, Pictures, Scaling, picture, read_picture, read_pictures
 from vesalius.images.responses import Exciting, Responses, Seen, box_of, exciting, responses
 from vesalius.images.stimuli import ORIENTATIONS, RADII, curves, stimuli
 from vesalius.images.synthesis import Foretold, Made, foretells, synthesise_images
 
 __all__ = [
+    "EFFICIENTNET",
     "LITE0",
     "ORIENTATIONS",
     "RADII",
@@ -22,6 +24,7 @@ __all__ = [
     "Pictures",
     "Responses",
     "Scaling",
+    "Seeing",
     "Seen",
     "Tuning",
     "ablate_channels",
@@ -29,6 +32,7 @@ __all__ = [
     "curves",
     "exciting",
     "foretells",
+    "open_network",
     "picture",
     "read_picture",
     "read_pictures",

@@ -19,7 +19,7 @@ from vesalius.errors import InputError
 from vesalius.images.stimuli import LINE
 from vesalius.parts import Part
 from vesalius.quantities import SELECTS, Runs
-from vesalius.quantities.selects import image_values, in_words, picked
+from vesalius.quantities.selects import image_values, in_words, labels_of, picked
 
 LEAST = 0.15
 """AUROC over one half that is worth claiming."""
@@ -55,7 +55,7 @@ def predicted(runs: Runs, part: Part, some: Rule, others: Rule, words: str, stat
 class Kinds:
     """The kind of image that best tells where a channel is large: one label's value, or two together.
 
-    labels: those that may be named; default all but "template". pairs: whether two labels may be named together.
+    labels: those that may be named; default all. pairs: whether two labels may be named together.
     """
 
     labels: tuple[str, ...] = ()
@@ -73,7 +73,9 @@ class Kinds:
         rules = runs.once(("kinds", self), lambda: self.rules(runs))
         if not rules:
             return None
-        masks = runs.once(("masks of kinds", self), lambda: torch.stack([picked(runs.groups, rule) for rule in rules]))
+        masks = runs.once(
+            ("masks of kinds", self), lambda: torch.stack([picked(labels_of(runs), rule) for rule in rules])
+        )
         (values,) = image_values(runs, [part], "max")
         areas = areas_under(values, masks) - _PRICE * torch.tensor([len(rule) - 1 for rule in rules])
         order = areas.argsort(descending=True, stable=True)[:5].tolist()
@@ -84,11 +86,11 @@ class Kinds:
 
     def rules(self, runs: Runs) -> list[dict[str, list[str]]]:
         """Kinds with `FEWEST` images in and out."""
-        known = {key: some for key, some in runs.groups.items() if key != "template"}
+        known = labels_of(runs)
         labels = self.labels or tuple(known)
         single = [{label: [value]} for label in labels for value in dict.fromkeys(known[label]) if value != NONE]
         both = [{**one, **two} for one, two in itertools.combinations(single, 2) if set(one) != set(two)]
-        return [rule for rule in [*single, *(both if self.pairs else [])] if _enough(picked(runs.groups, rule))]
+        return [rule for rule in [*single, *(both if self.pairs else [])] if _enough(picked(labels_of(runs), rule))]
 
 
 def _enough(mask: Bool[Tensor, " image"]) -> bool:
@@ -129,7 +131,7 @@ class Tuning:
 
 def tuning_of(runs: Runs, part: Part) -> Tuning:
     """A channel's tuning on curves and lines (`stimuli.curves`). Raises InputError for other images."""
-    groups = runs.groups
+    groups = labels_of(runs)
     if not {"family", "radius", "orientation"} <= set(groups) or LINE not in groups["family"]:
         raise InputError("tuning is measured on curves and lines of every radius and orientation, images.curves(...)")
     (values,) = image_values(runs, [part], "max")

@@ -114,9 +114,8 @@ class Pictures:
         return Pictures(self.values[list(rows)], tuple(self.names[row] for row in rows), labels)
 
     def corpus(self, splits: Sequence[str] = (), name: str = "") -> Corpus:
-        """As data for quantities and claims; each image counts by itself unless a label "template" says otherwise."""
-        groups = {"template": self.names, **self.labels}
-        return Corpus(Raw(self.values), groups, tuple(splits), name)
+        """As data for quantities and claims; each image counts by itself."""
+        return Corpus(Raw(self.values), {"template": self.names}, tuple(splits), name, self.labels)
 
 
 def picture(pixels: Any, scaling: Scaling) -> Float[Tensor, "channel row column"]:

@@ -29,6 +29,8 @@ class Corpus:
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     splits: tuple[str, ...] = ()
     name: str = ""
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What is known of each example: name -> one value each. No groups: splits share them on purpose."""
     rows_of: Corpus | None = None
     """What `subset` took these texts from; a split stands on its own."""
 
@@ -39,7 +41,9 @@ class Corpus:
             )
         object.__setattr__(self, "splits", tuple(self.splits))
         object.__setattr__(self, "groups", {kind: tuple(map(str, labels)) for kind, labels in self.groups.items()})
-        for label, labels in {**self.groups, **({"splits": self.splits} if self.splits else {})}.items():
+        object.__setattr__(self, "labels", {kind: tuple(map(str, some)) for kind, some in self.labels.items()})
+        given = {**self.groups, **self.labels, **({"splits": self.splits} if self.splits else {})}
+        for label, labels in given.items():
             if len(labels) != len(self.inputs):
                 raise InputError(f"group {label!r} has {len(labels)} labels for {len(self.inputs)} {self.kind}")
 
@@ -87,9 +91,11 @@ class Corpus:
     def subset(self, rows: Sequence[int]) -> Corpus:
         """The texts with these row numbers, in this order."""
         pick = lambda labels: tuple(labels[row] for row in rows) if labels else ()  # noqa: E731
-        groups = {kind: pick(labels) for kind, labels in self.groups.items()}
+        groups, known = ({kind: pick(some) for kind, some in each.items()} for each in (self.groups, self.labels))
         inputs = self.inputs.take(torch.as_tensor(rows, dtype=torch.long))
-        return replace(self, inputs=inputs, groups=groups, splits=pick(self.splits), rows_of=self.rows_of or self)
+        return replace(
+            self, inputs=inputs, groups=groups, labels=known, splits=pick(self.splits), rows_of=self.rows_of or self
+        )
 
     @cached_property
     def example_hashes(self) -> tuple[str, ...]:
@@ -108,4 +114,6 @@ class Corpus:
     @cached_property
     def content_hash(self) -> str:
         groups = {kind: list(labels) for kind, labels in self.groups.items()}
-        return content_hash({self.kind: list(self.example_hashes), "groups": groups, "splits": list(self.splits)})
+        known = {"labels": {kind: list(some) for kind, some in self.labels.items()}} if self.labels else {}
+        whole = {self.kind: list(self.example_hashes), "groups": groups, "splits": list(self.splits), **known}
+        return content_hash(whole)

@@ -29,7 +29,7 @@ Rule = Mapping[str, Sequence[str]]
 class Selects(Quantity):
     """AUROC less one half: how much likelier than a coin it is that the part is larger on one kind of image.
 
-    Parameters: `some` and `others`, two kinds of image, each as label -> its allowed values among the groups of the
+    Parameters: `some` and `others`, two kinds of image, each as label -> its allowed values among the labels of the
     images (`{"family": ["curve"], "orientation": ["40", "50"]}`; others {} are all that are not some); `at`, the
     "max" (default) or "mean" over rows and columns. Per image: its pseudo-value. Null `shuffled`: the same with
     the two kinds dealt out anew. Matched: other channels of the same map.
@@ -113,8 +113,9 @@ def image_values(runs: Runs, parts: Sequence[Part], at: str) -> list[Float[Tenso
 
 def kinds(runs: Runs, parameters: Parameters) -> tuple[Bool[Tensor, " example"], Bool[Tensor, " example"]]:
     """Which images are of the two kinds. Raises PairsError when there are none of one, InputError for an overlap."""
-    some = picked(runs.groups, parameters["some"])
-    others = picked(runs.groups, parameters["others"]) if parameters.get("others") else ~some
+    known = labels_of(runs)
+    some = picked(known, parameters["some"])
+    others = picked(known, parameters["others"]) if parameters.get("others") else ~some
     if bool((some & others).any()):
         raise InputError("some images are of both kinds that are to be told apart")
     if not bool(some.any()) or not bool(others.any()):
@@ -122,14 +123,21 @@ def kinds(runs: Runs, parameters: Parameters) -> tuple[Bool[Tensor, " example"],
     return some, others
 
 
-def picked(groups: Mapping[str, Sequence[str]], rule: Rule) -> Bool[Tensor, " example"]:
+def labels_of(runs: Runs) -> Mapping[str, Sequence[str]]:
+    """What is known of the images."""
+    if not isinstance(runs.data, Corpus):
+        raise InputError(f"this is measured on images; got {runs.data!r}")
+    return runs.data.labels
+
+
+def picked(known: Mapping[str, Sequence[str]], rule: Rule) -> Bool[Tensor, " example"]:
     """Images that have one of the allowed values of every label. Raises UnknownNameError for a label not there."""
     found: Tensor | None = None
     for label, allowed in rule.items():
-        if label not in groups:
-            raise UnknownNameError("label of images", label, groups)
+        if label not in known:
+            raise UnknownNameError("label of images", label, known)
         wanted = {str(one) for one in allowed}
-        here = torch.tensor([value in wanted for value in groups[label]], dtype=torch.bool)
+        here = torch.tensor([value in wanted for value in known[label]], dtype=torch.bool)
         found = here if found is None else found & here
     if found is None:
         raise InputError("a kind of image is said by one label at least")

@@ -8,6 +8,7 @@ from vesalius.report.explain_page import page_names, write_explained
 from vesalius.report.html import render, write
 from vesalius.report.probe_page import render_probed, write_probed
 from vesalius.report.quality_page import link_explained, quality_answer, render_quality, write_quality
+from vesalius.report.seeing_pages import summarise_channel, summarise_input, write_channel, write_curves, write_input
 from vesalius.report.steering_page import render_steering, steering_answer, write_steering
 
 __all__ = [
@@ -24,9 +25,14 @@ __all__ = [
     "render_steering",
     "schema",
     "steering_answer",
+    "summarise_channel",
+    "summarise_input",
     "write",
+    "write_channel",
+    "write_curves",
     "write_edges",
     "write_explained",
+    "write_input",
     "write_probed",
     "write_quality",
     "write_steering",

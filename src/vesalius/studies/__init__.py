@@ -5,6 +5,7 @@ from __future__ import annotations
 from vesalius.studies.answer import sentences, supported_roles
 from vesalius.studies.calibrate import Calibration, calibrate
 from vesalius.studies.control import RANDOM_WEIGHTS, Controlled, claims_on, random_weights_control
+from vesalius.studies.curves import CurveSearch, curve_search, find_curves, summarise_curves
 from vesalius.studies.edge_circuit import summarise_edges
 from vesalius.studies.explain import EXPLAIN, explain
 from vesalius.studies.explained import Explained, Explanations, summarise_explained
@@ -42,6 +43,7 @@ __all__ = [
     "Artefact",
     "Calibration",
     "Controlled",
+    "CurveSearch",
     "Explained",
     "Explaining",
     "Explanations",
@@ -58,9 +60,11 @@ __all__ = [
     "check_question",
     "claim_row",
     "claims_on",
+    "curve_search",
     "explain",
     "explaining",
     "find",
+    "find_curves",
     "finding",
     "gate",
     "probe",
@@ -72,6 +76,7 @@ __all__ = [
     "said_of",
     "sentences",
     "summarise",
+    "summarise_curves",
     "summarise_edges",
     "summarise_explained",
     "summarise_found",

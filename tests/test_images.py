@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import vesalius as vs
@@ -24,6 +25,7 @@ from vesalius.images import (
     read_picture,
     read_pictures,
     responses,
+    rows_of,
     stimuli,
 )
 from vesalius.model.resuming import record_to
@@ -251,3 +253,65 @@ def test_pixels_that_are_none_are_refused() -> None:
             picture(pixels, LITE0)
     with pytest.raises(InputError, match="2 names for 3"):
         Pictures(torch.zeros(3, 3, 4, 4), ("a", "b"))
+
+
+# ------------------------------------------------------------------------------------------------------ ViT and rows
+
+
+@pytest.fixture(scope="module")
+def vit() -> vs.Model:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=32, image_size=16, patch_size=4,
+        num_labels=5, initializer_range=0.3,
+    )  # fmt: skip
+    return vs.Model(transformers.ViTForImageClassification(config).eval())
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "attention_rollout", "occlusion", "integrated_gradients"])
+def test_patches_of_a_vit_are_explained(vit: vs.Model, method: str) -> None:
+    image = images(1, 16)[0]
+    found = vs.explain(vit, image, 2, method=method, features=4, baseline="mean")
+    assert len(found) == 16 and found.names[5] == "rows 4-7, columns 4-7"
+    assert float(found.shares.abs().max()) > 0
+    if method == "occlusion":
+        absent = image.clone()
+        absent[:, 4:8, 4:8] = image.mean((1, 2), keepdim=True)
+        expected = vit.run(torch.stack([image, absent])).logits[:, 2]
+        assert float(found.shares[5]) == pytest.approx(float(expected[0] - expected[1]), abs=1e-5)
+    if method == "integrated_gradients":
+        assert found.relative_gap < 1e-2
+
+
+def test_a_neuron_of_a_vit_is_excited_and_selects(vit: vs.Model) -> None:
+    shown = stimuli(Scaling(16), repeats=1)
+    part = vs.neuron(1, 3)
+    runs = vs.Runs(vit, shown.corpus())
+    values = vs.quantities.SELECTS.measure(runs, part, {"some": {"family": ["grating"]}})
+    assert len(values) == len(shown)
+    made = vs.images.synthesise_images(vit, part, Scaling(16), steps=4, optima=1)
+    assert made.history.shape == (4, 1)
+    with pytest.raises(InputError, match="takes images of 16 x 16"):
+        vs.explain(vit, images(1, 32)[0], 2, method="gradient")
+
+
+@pytest.mark.parametrize("of", ["map", "stream"])
+def test_a_dictionary_is_trained_on_channels_and_on_a_vit_s_stream(vit: vs.Model, of: str) -> None:
+    if of == "map":
+        network = vs.Model(Net().eval())
+        rows = rows_of(network, images(), "module:blocks.1|out")
+        whole = network.run(images(), capture="module:blocks.1|out")["module:blocks.1|out"]
+        assert torch.allclose(rows[16 * 3 + 5], whole[0, :, 3, 5], atol=1e-6)
+    else:
+        rows = rows_of(vit, images(24, 16), "layers.0.resid_post")
+        assert rows.shape == (24 * 17, 24)
+    few = vs.TrainConfig(kind="topk", n_latents=32, k=4, batch_size=128, steps=60, lr=3e-3, seed=0)
+    coder = vs.dictionaries.train(rows, few, sink=vs.silent)
+    rebuilt = coder.decode(coder.encode(rows))
+    fvu = float((rows - rebuilt).square().sum() / (rows - rows.mean(0)).square().sum())
+    assert fvu < 0.6
+
+
+def test_a_network_that_counts_batches_has_a_content_hash(net: vs.Model) -> None:
+    assert net.module.blocks[0].norm.num_batches_tracked.ndim == 0
+    assert len(net.content_hash) == 64

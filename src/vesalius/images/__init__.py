@@ -6,7 +6,7 @@ from vesalius.images.ablation import ChannelEffects, ablate_channels
 from vesalius.images.describing import Curves, Kinds, Tuning, tuning_of
 from vesalius.images.networks import EFFICIENTNET, Seeing, open_network
 from vesalius.images.pictures import LITE0, Pictures, Scaling, picture, read_picture, read_pictures
-from vesalius.images.responses import Exciting, Responses, Seen, box_of, exciting, responses
+from vesalius.images.responses import Exciting, Responses, Seen, box_of, exciting, responses, rows_of
 from vesalius.images.stimuli import ORIENTATIONS, RADII, curves, stimuli
 from vesalius.images.synthesis import Foretold, Made, foretells, synthesise_images
 
@@ -37,6 +37,7 @@ __all__ = [
     "read_picture",
     "read_pictures",
     "responses",
+    "rows_of",
     "stimuli",
     "synthesise_images",
     "tuning_of",

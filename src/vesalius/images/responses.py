@@ -73,6 +73,26 @@ def responses(
     return Responses(Site.parse(site), torch.cat(values), torch.cat(places), shape)
 
 
+def rows_of(
+    model: Model, pictures: Pictures | Tensor, site: Site | str, batch: int = TOGETHER, sink: Sink = silent
+) -> Float[Tensor, "row width"]:
+    """What a dictionary is trained on: the channels at every row and column of a map, or a ViT's stream at every patch.
+
+    Of a ViT the class token's rows are among them. Raises InputError for a site that is neither.
+    """
+    images, place = pictures.values if isinstance(pictures, Pictures) else pictures, Site.parse(site)
+    found = []
+    for some in track(images.split(batch), f"read {place}", sink=sink):
+        with torch.no_grad():
+            whole = captured(model, Raw(some), [place])[place]
+        if whole.ndim == 4 and place.kind == "module":
+            whole = whole.permute(0, 2, 3, 1)
+        elif whole.ndim != 3:
+            raise InputError(f"{place} is {list(whole.shape)}; rows are of a map, or of [image, patch, width]")
+        found.append(whole.flatten(0, -2).float().cpu())
+    return torch.cat(found)
+
+
 def box_of(model: Model, channel: Channel, image: Float[Tensor, "channel row column"], row: int, column: int) -> Box:
     """The pixels that a channel at one place of its map depends on, of this image: where its gradient is not zero.
 

@@ -203,7 +203,7 @@ def test_references_of_all_parts(tmp_path: Path) -> None:
         assert isinstance(part, vs.Part)
         assert vs.resolve(part.ref) == part
     assert vs.resolve(direction.ref, direction.vector) == direction
-    with pytest.raises(UnknownNameError, match="unknown kind of part 'neuron'; known: direction, group, latent"):
+    with pytest.raises(UnknownNameError, match="unknown kind of part 'neuron'; known: channel, direction, group"):
         vs.resolve({"kind": "neuron"})
     with pytest.raises(InputError, match="give the direction, or its numbers as a tensor"):
         vs.resolve({**direction.ref, "sha256": "0" * 64})

@@ -16,6 +16,7 @@ _HOME = {
     "Adapter": "adapters",
     "AdapterCheck": "patching.adapter_check",
     "Agreement": "patching.agreement",
+    "Channel": "parts",
     "Claim": "protocol",
     "Concept": "concepts",
     "Contrast": "quantities",
@@ -58,6 +59,7 @@ _HOME = {
     "causal_tracing": "patching.tracing",
     "check_adapter": "patching.adapter_check",
     "decide": "protocol.verdict",
+    "explain": "attribution",
     "head": "parts",
     "kl_divergence": "metric",
     "latent": "refs",
@@ -71,11 +73,13 @@ _HOME = {
     "sweep": "patching.sweep",
 }
 _ROOMS = (
+    "attribution",
     "circuits",
     "concepts",
     "data",
     "describe",
     "dictionaries",
+    "images",
     "quantities",
     "report",
     "stats",
@@ -105,6 +109,7 @@ if TYPE_CHECKING:
     from vesalius.activations import Activations as Activations
     from vesalius.activations import Run as Run
     from vesalius.adapters import Adapter as Adapter
+    from vesalius.attribution import explain as explain
     from vesalius.concepts import Concept as Concept
     from vesalius.describe import Description as Description
     from vesalius.dictionaries import TrainConfig as TrainConfig
@@ -132,6 +137,7 @@ if TYPE_CHECKING:
     from vesalius.model import Model as Model
     from vesalius.model.generation import Generation as Generation
     from vesalius.model.loading import load as load
+    from vesalius.parts import Channel as Channel
     from vesalius.parts import Edge as Edge
     from vesalius.parts import Group as Group
     from vesalius.parts import Part as Part

@@ -2,6 +2,7 @@
 
 Unit       a whole tensor, or one head, neuron or dimension of it
 Group      several heads, neurons or dimensions of one tensor
+Channel    one channel of a convolution's map, over all rows and columns
 Together   several parts as one
 
 `vesalius.directions` has Direction and Subspace, the coordinates along vectors. The latents of a dictionary are Parts
@@ -160,6 +161,46 @@ class Group(OneSite):
 
     def __str__(self) -> str:
         return f"{self.site}[{','.join(map(str, self.indices))}]"
+
+
+@dataclass(frozen=True)
+class Channel(OneSite):
+    """One channel of a map, `Channel("module:features.3|out", 5)`: its value is [image, row, column].
+
+    The tensor there is [image, channel, ...]. read and write raise InputError for a channel past the end.
+    """
+
+    site: Site
+    index: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "site", Site.parse(self.site))
+        if self.site.kind != "module" or self.index < 0:
+            raise InputError(
+                f"a channel is at a module's output, such as module:features.3|out, numbered from 0; got {self.site} "
+                f"and {self.index}"
+            )
+
+    def read(self, whole: Tensor) -> Tensor:
+        self._check(whole)
+        return whole[:, self.index]
+
+    def write(self, whole: Tensor, value: Tensor) -> Tensor:
+        self._check(whole)
+        changed = whole.clone()
+        changed[:, self.index] = value.to(whole)
+        return changed
+
+    def _check(self, whole: Tensor) -> None:
+        if whole.ndim < 2 or self.index >= whole.shape[1]:
+            raise InputError(f"{self}: the tensor there is {list(whole.shape)}, [image, channel, ...]")
+
+    @property
+    def ref(self) -> Ref:
+        return {"kind": "channel", "site": str(self.site), "index": self.index}
+
+    def __str__(self) -> str:
+        return f"channel {self.index} of {self.site.module}" + ("" if self.site.side == "out" else f"|{self.site.side}")
 
 
 @dataclass(frozen=True)

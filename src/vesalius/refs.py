@@ -10,10 +10,10 @@ from torch import Tensor
 
 from vesalius.directions import Direction, Labelled, Subspace, digest
 from vesalius.errors import InputError, UnknownNameError
-from vesalius.parts import ALIVE, Group, HasLatents, Part, Together, Unit
+from vesalius.parts import ALIVE, Channel, Group, HasLatents, Part, Together, Unit
 from vesalius.site import Site
 
-KINDS = ("unit", "group", "together", "direction", "subspace", "latent")
+KINDS = ("unit", "group", "channel", "together", "direction", "subspace", "latent")
 
 
 def latent(dictionary: HasLatents, index: int) -> Part:
@@ -39,6 +39,8 @@ def resolve(ref: Mapping[str, Any], *given: HasLatents | Part | Tensor) -> Part:
         return Unit(Site.parse(ref["site"]))
     if kind == "group":
         return Group(Site.parse(ref["site"]), tuple(ref["indices"]))
+    if kind == "channel":
+        return Channel(Site.parse(ref["site"]), int(ref["index"]))
     if kind == "together":
         return Together(tuple(resolve(one, *given) for one in ref["parts"]))
     if kind not in KINDS:

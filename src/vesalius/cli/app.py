@@ -1,5 +1,5 @@
 """`vesalius study | circuit | sites | harvest | train | quality | explain | heads | find | probe | steer | calibrate |
-ledger`.
+ledger`, and `explain-input | neuron` for single inputs and networks that see.
 
 Exit codes: 0 done, 1 the study stopped at its gate, 2 something given cannot be used (the message says what, and what
 to do), 130 interrupted; finished work is kept, and the same command goes on from there.
@@ -26,6 +26,7 @@ from vesalius.cli import (
     heads,
     ledgers,
     probing,
+    seeing,
     sites,
     steering,
     studying,
@@ -87,7 +88,8 @@ def study(
     question: Annotated[
         str,
         typer.Argument(
-            help="ioi, sva, capitals, induction, gendered_pronoun, or your own pairs: a .jsonl, .json, .csv, .tsv file."
+            help="ioi, sva, capitals, induction, gendered_pronoun, or your own pairs: a .jsonl, .json, .csv, .tsv "
+            "file; or curves, of a network that sees."
         ),
     ],
     model: ModelOption = DEMO,
@@ -113,9 +115,15 @@ def study(
     random_sets: Annotated[
         int, typer.Option(help="Random sets the circuit is compared with; p is at least 1 / (sets + 1).")
     ] = 99,
+    site: Annotated[
+        str | None, typer.Option(help="Of curves: the module whose channels are looked at, module:<path>|out.")
+    ] = None,
     device: DeviceOption = None,
 ) -> int:
     """From a question to tested claims: circuit, descriptions, verdicts on fresh data, and a report."""
+    if question == "curves":
+        network = seeing.NETWORK if model == DEMO else model
+        return seeing.curves(network, out or Path("runs") / question, site, seed, device)
     request = studying.Request(
         question=question,
         model=model,
@@ -280,6 +288,8 @@ app.command()(circuiting.circuit)
 app.command()(evaluating.quality)
 app.command()(explaining.explain)
 app.command()(heads.heads)
+app.command(name="explain-input")(seeing.explain_input)
+app.command()(seeing.neuron)
 app.command()(finding.find)
 app.command()(probing.probe)
 app.command()(steering.steer)

@@ -21,7 +21,7 @@ from vesalius.activations import Activations
 from vesalius.data.packing import Batch, Group, batches, tokenizer_hash
 from vesalius.data.side_by_side import Models, side_by_side
 from vesalius.errors import InputError, InterventionError, NotFiniteError, TokenizerError, UnknownNameError
-from vesalius.inputs import Tokens
+from vesalius.inputs import Raw, Tokens
 from vesalius.intervention import Intervention
 from vesalius.model import Model
 from vesalius.model.hooks import OutputTap, Tap, tapped
@@ -37,7 +37,7 @@ _TRIAL = 1024
 
 def captured(
     model: Model,
-    tokens: Tokens,
+    tokens: Tokens | Raw,
     sites: Sequence[Site],
     weights: Mapping[str, Tensor] | None = None,
     interventions: Sequence[Intervention] = (),
@@ -45,18 +45,20 @@ def captured(
 ) -> Activations:
     """Activations at these sites, without their indices, from a pass that ends at the last of them.
 
-    weights: stand in for the module's parameters, by name. interventions, grad: as in `Model.run`. Scores and patterns
-    of attention are not among the sites that can be read so. Raises InterventionError when a site never fires.
+    tokens: or images. weights: stand in for the module's parameters, by name. interventions, grad: as in `Model.run`.
+    Attention's scores and patterns cannot be read so. Raises InterventionError when a site never fires.
     """
-    begun = model.begun(tokens)
+    if isinstance(tokens, Raw):
+        args, call, begun = model.called_with(tokens)
+    else:
+        begun = model.begun(tokens)
+        args, call = ((begun.ids.to(model.device),), {}) if model.adapter is None else ((), model.token_call(begun))
     recorder = Recorder(model, [site.whole for site in sites], list(interventions), begun, grad, copies=True)
     taps = [_ending(tap, recorder) for tap in recorder.taps]
-    plain = model.adapter is None
-    args, call = ((begun.ids.to(model.device),), {}) if plain else ((), model.token_call(begun))
     with torch.set_grad_enabled(grad), contextlib.suppress(_AllCapturedError), tapped(taps):
         functional_call(model.module, dict(weights), args, call) if weights else model.module(*args, **call)
     recorder.check_fired()
-    return Activations(recorder.captured(), tokens)
+    return Activations(recorder.captured(), tokens if isinstance(tokens, Tokens) else None)
 
 
 class _AllCapturedError(Exception):
@@ -310,9 +312,7 @@ def _check_site(model: Model, site: Site) -> None:
     if site.kind != "module" and model.architecture[0].stacks and not site.of_encoder:
         raise InputError(f"{site}: text is read by {model.name}'s encoder, so only the encoder's sites have its tokens")
     if site.kind != "module" and site.axes[:2] != _ROW_AXES:
-        raise InputError(
-            f"{site} has axes {', '.join(site.axes)}; rows are tokens, so a site must be [batch, pos, ...]"
-        )
+        raise InputError(f"{site} has axes {', '.join(site.axes)}; rows are tokens: a site must be [batch, pos, ...]")
 
 
 def _dtype(model: Model) -> torch.dtype:

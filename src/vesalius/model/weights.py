@@ -123,7 +123,7 @@ def hash_of(root: nn.Module) -> str:
             tensor = weight_of(root.get_submodule(path), last)
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         for held in _plain_tensors(tensor):
-            digest.update(held.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(held.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -22,6 +22,7 @@ from vesalius.quantities.moves_attention import MovesAttention
 from vesalius.quantities.rule_effects import Promotes, StandsIn
 from vesalius.quantities.rule_scores import Auprc, Auroc, BalancedAuprc, Detection, Fuzzing, Simulation, ToldApart
 from vesalius.quantities.runs import Runs
+from vesalius.quantities.selects import Selects
 from vesalius.quantities.separates import Separates
 from vesalius.quantities.total_effect import TotalEffect
 
@@ -33,6 +34,7 @@ DETECTION, FUZZING, TOLD_APART = Detection(), Fuzzing(), ToldApart()
 STANDS_IN, PROMOTES, FAILS_WHERE = StandsIn(), Promotes(), FailsWhere()
 CARRIES, MOVES = Carries(), Moves()
 LOOKS_AT, WRITES_WHAT_IT_SEES = LooksAt(), WritesWhatItSees()
+SELECTS = Selects()
 
 QUANTITIES: dict[str, Quantity] = {
     one.name: one
@@ -60,6 +62,7 @@ QUANTITIES: dict[str, Quantity] = {
         MOVES,
         LOOKS_AT,
         WRITES_WHAT_IT_SEES,
+        SELECTS,
         FAITHFULNESS,
         COMPLETENESS,
     )
@@ -95,6 +98,7 @@ __all__ = [
     "MOVES_ATTENTION",
     "PROMOTES",
     "QUANTITIES",
+    "SELECTS",
     "SEPARATES",
     "SIMULATION",
     "STANDS_IN",

@@ -9,6 +9,7 @@ from vesalius.report.heads_page import render_heads, write_heads
 from vesalius.report.html import render, write
 from vesalius.report.probe_page import render_probed, write_probed
 from vesalius.report.quality_page import link_explained, quality_answer, render_quality, write_quality
+from vesalius.report.seeing_pages import summarise_channel, summarise_input, write_channel, write_curves, write_input
 from vesalius.report.steering_page import render_steering, steering_answer, write_steering
 
 __all__ = [
@@ -27,10 +28,15 @@ __all__ = [
     "schema",
     "steering_answer",
     "study_schemas",
+    "summarise_channel",
+    "summarise_input",
     "write",
+    "write_channel",
+    "write_curves",
     "write_edges",
     "write_explained",
     "write_heads",
+    "write_input",
     "write_probed",
     "write_quality",
     "write_steering",

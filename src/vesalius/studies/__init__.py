@@ -5,6 +5,7 @@ from __future__ import annotations
 from vesalius.studies.answer import sentences, supported_roles
 from vesalius.studies.calibrate import Calibration, calibrate
 from vesalius.studies.control import RANDOM_WEIGHTS, Controlled, claims_on, random_weights_control
+from vesalius.studies.curves import CurveSearch, curve_search, find_curves, summarise_curves
 from vesalius.studies.edge_circuit import summarise_edges
 from vesalius.studies.explain import EXPLAIN, explain
 from vesalius.studies.explained import Explained, Explanations, summarise_explained
@@ -44,6 +45,7 @@ __all__ = [
     "Artefact",
     "Calibration",
     "Controlled",
+    "CurveSearch",
     "DescribingHeads",
     "Explained",
     "Explaining",
@@ -61,11 +63,13 @@ __all__ = [
     "check_question",
     "claim_row",
     "claims_on",
+    "curve_search",
     "describe_heads",
     "describing_heads",
     "explain",
     "explaining",
     "find",
+    "find_curves",
     "finding",
     "gate",
     "probe",
@@ -77,6 +81,7 @@ __all__ = [
     "said_of",
     "sentences",
     "summarise",
+    "summarise_curves",
     "summarise_edges",
     "summarise_explained",
     "summarise_found",

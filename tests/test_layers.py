@@ -28,7 +28,7 @@ ROWS = [
     "quantities",
     "dictionaries",
     "describe circuits",
-    "validate",
+    "interpretable validate",
     "studies",
     "report",
     "cli",

@@ -47,6 +47,7 @@ _HOME = {
     "Site": "site",
     "Steer": "intervention",
     "Subspace": "directions",
+    "Table": "inputs",
     "Together": "parts",
     "Tokens": "inputs",
     "Tracing": "patching.tracing",
@@ -76,6 +77,7 @@ _ROOMS = (
     "data",
     "describe",
     "dictionaries",
+    "interpretable",
     "quantities",
     "report",
     "stats",
@@ -112,6 +114,7 @@ if TYPE_CHECKING:
     from vesalius.directions import Subspace as Subspace
     from vesalius.inputs import Corpus as Corpus
     from vesalius.inputs import Pairs as Pairs
+    from vesalius.inputs import Table as Table
     from vesalius.inputs import Tokens as Tokens
     from vesalius.intervention import Ablate as Ablate
     from vesalius.intervention import Erase as Erase

@@ -22,6 +22,7 @@ from vesalius.quantities.rule_effects import Promotes, StandsIn
 from vesalius.quantities.rule_scores import Auprc, Auroc, BalancedAuprc, Detection, Fuzzing, Simulation, ToldApart
 from vesalius.quantities.runs import Runs
 from vesalius.quantities.separates import Separates
+from vesalius.quantities.table_rows import COLUMNS, Helps, Raises, Repairs, column_part, coordinate
 from vesalius.quantities.total_effect import TotalEffect
 
 FIRES_WHERE, SEPARATES, ATTENDS, COPIES = FiresWhere(), Separates(), Attends(), Copies()
@@ -31,6 +32,7 @@ AUROC, AUPRC, AUPRC_BALANCED, SIMULATION = Auroc(), Auprc(), BalancedAuprc(), Si
 DETECTION, FUZZING, TOLD_APART = Detection(), Fuzzing(), ToldApart()
 STANDS_IN, PROMOTES, FAILS_WHERE = StandsIn(), Promotes(), FailsWhere()
 CARRIES, MOVES = Carries(), Moves()
+HELPS, RAISES, REPAIRS = Helps(), Raises(), Repairs()
 
 QUANTITIES: dict[str, Quantity] = {
     one.name: one
@@ -56,6 +58,9 @@ QUANTITIES: dict[str, Quantity] = {
         FAILS_WHERE,
         CARRIES,
         MOVES,
+        HELPS,
+        RAISES,
+        REPAIRS,
         FAITHFULNESS,
         COMPLETENESS,
     )
@@ -77,6 +82,7 @@ __all__ = [
     "AUPRC_BALANCED",
     "AUROC",
     "CARRIES",
+    "COLUMNS",
     "COMPLETENESS",
     "COPIES",
     "DETECTION",
@@ -86,10 +92,13 @@ __all__ = [
     "FAITHFULNESS",
     "FIRES_WHERE",
     "FUZZING",
+    "HELPS",
     "MOVES",
     "MOVES_ATTENTION",
     "PROMOTES",
     "QUANTITIES",
+    "RAISES",
+    "REPAIRS",
     "SEPARATES",
     "SIMULATION",
     "STANDS_IN",
@@ -101,6 +110,8 @@ __all__ = [
     "PerExample",
     "Quantity",
     "Runs",
+    "column_part",
+    "coordinate",
     "heads_and_mlps",
     "matched_controls",
     "quantity",

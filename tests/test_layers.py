@@ -29,6 +29,7 @@ ROWS = [
     "dictionaries",
     "describe circuits",
     "interpretable validate",
+    "attribution images",
     "studies",
     "report",
     "cli",

@@ -19,6 +19,7 @@ STOREYS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         ("studies", "whole stories, step by step"),
     )),
     ("take apart, say, test", "#a8552a", "#fbeadd", (
+        ("attribution images", "why this number, for this input; networks that see"),
         ("validate", "a claim, fresh data, matched controls: Evidence"),
         ("describe circuits", "what a part does; which parts it takes"),
         ("dictionaries", "parts that are found, not given"),

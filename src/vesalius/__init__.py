@@ -59,6 +59,7 @@ _HOME = {
     "causal_tracing": "patching.tracing",
     "check_adapter": "patching.adapter_check",
     "decide": "protocol.verdict",
+    "explain": "attribution",
     "head": "parts",
     "kl_divergence": "metric",
     "latent": "refs",
@@ -72,11 +73,13 @@ _HOME = {
     "sweep": "patching.sweep",
 }
 _ROOMS = (
+    "attribution",
     "circuits",
     "concepts",
     "data",
     "describe",
     "dictionaries",
+    "images",
     "interpretable",
     "quantities",
     "report",
@@ -107,6 +110,7 @@ if TYPE_CHECKING:
     from vesalius.activations import Activations as Activations
     from vesalius.activations import Run as Run
     from vesalius.adapters import Adapter as Adapter
+    from vesalius.attribution import explain as explain
     from vesalius.concepts import Concept as Concept
     from vesalius.describe import Description as Description
     from vesalius.dictionaries import TrainConfig as TrainConfig

@@ -1,0 +1,5 @@
+"""IMAGES: networks that see."""
+
+from __future__ import annotations
+
+__all__: list[str] = []

@@ -27,6 +27,7 @@ from vesalius.cli import (
     sites,
     steering,
     studying,
+    tabular,
     training,
 )
 from vesalius.cli.options import DeviceOption, ModelOption, command_line
@@ -85,7 +86,8 @@ def study(
     question: Annotated[
         str,
         typer.Argument(
-            help="ioi, sva, capitals, induction, gendered_pronoun, or your own pairs: a .jsonl, .json, .csv, .tsv file."
+            help="ioi, sva, capitals, induction, gendered_pronoun, or your own pairs: a .jsonl, .json, .csv, .tsv file. "
+            "Of tables, with models of their own: shortcut, by-design."
         ),
     ],
     model: ModelOption = DEMO,
@@ -102,7 +104,8 @@ def study(
         typer.Option(help="Folder for report.html, summary.json and ledger.sqlite; default runs/<question>."),
     ] = None,
     control: Annotated[
-        str | None, typer.Option(help="random-weights: the same study on the re-initialised model.")
+        str | None,
+        typer.Option(help="random-weights: the same study on the re-initialised model. Of shortcut: no-mark."),
     ] = None,
     past_gate: Annotated[
         bool, typer.Option("--past-gate", help="Go on although the model does not do the task.")
@@ -114,6 +117,8 @@ def study(
     device: DeviceOption = None,
 ) -> int:
     """From a question to tested claims: circuit, descriptions, verdicts on fresh data, and a report."""
+    if question in checks.TABLE_STUDIES:
+        return tabular.study(tabular.Request(question, seed, out, control, command_line()))
     request = studying.Request(
         question=question,
         model=model,

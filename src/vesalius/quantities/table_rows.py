@@ -152,7 +152,9 @@ class Raises(_OfRows):
 class Repairs(_OfRows):
     """How many more rows are right when a part is held at a constant than as it is: a share, negative when it hurts.
 
-    Parameters: `value`, what it is held at: a list, one number a dimension (use the mean on discovery).
+    Parameters: `value`, what it is held at: a list, one number a dimension (use the mean on discovery). `along`, of a
+    direction: the vector that its change is written along, where that is another one than it is read by (an erasure
+    that takes along what goes with it, such as LEACE's).
     """
 
     name = "repairs"
@@ -168,7 +170,7 @@ class Repairs(_OfRows):
         known, table = _part(part), _table(runs)
         tail = tail_of(runs, known)
         value = torch.tensor([float(one) for one in parameters["value"]])
-        held = outputs(runs, tail, held_at(known, value))
+        held = outputs(runs, tail, held_at(known, value, parameters.get("along")))
         return (right(held, table) - right(outputs(runs, tail, lambda x: x), table)).double()
 
     def control(self, runs: Runs, part: Part, parameters: Parameters, control: Mapping[str, Any]) -> PerExample | None:
@@ -214,12 +216,13 @@ def exchanged(part: Direction | Subspace, partner: Int[Tensor, " row"]) -> Edit:
     return lambda values: values + (values[partner] - values) @ basis.T.to(values) @ basis.to(values)
 
 
-def held_at(part: Direction | Subspace, value: Float[Tensor, " rank"]) -> Edit:
-    """The part's coordinates are these numbers in every row."""
+def held_at(part: Direction | Subspace, value: Float[Tensor, " rank"], along: Sequence[float] | None = None) -> Edit:
+    """The part's coordinates are these numbers in every row; along: the vector, or vectors, that are moved along."""
     basis = basis_of(part)
+    writes = basis if along is None else torch.tensor(along).reshape(basis.shape)
     if value.shape != basis.shape[:1]:
         raise InputError(f"{part} has {len(basis)} coordinates; got {len(value)} values to hold it at")
-    return lambda values: values + (value.to(values) - values @ basis.T.to(values)) @ basis.to(values)
+    return lambda values: values + (value.to(values) - values @ basis.T.to(values)) @ writes.to(values)
 
 
 def set_to(part: Direction, value: float) -> Edit:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from vesalius.studies.answer import sentences, supported_roles
+from vesalius.studies.by_design import ByDesign, by_design_question, run_by_design, summarise_by_design
 from vesalius.studies.calibrate import Calibration, calibrate
 from vesalius.studies.control import RANDOM_WEIGHTS, Controlled, claims_on, random_weights_control
+from vesalius.studies.cytology import Shortcut, shortcut_question
 from vesalius.studies.edge_circuit import summarise_edges
 from vesalius.studies.explain import EXPLAIN, explain
 from vesalius.studies.explained import Explained, Explanations, summarise_explained
@@ -24,6 +26,8 @@ from vesalius.studies.probing import (
     said_of,
 )
 from vesalius.studies.question import Question, check_question, question_for
+from vesalius.studies.shortcut import run_shortcut
+from vesalius.studies.shortcut_summary import summarise_shortcut
 from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, run_steps
 from vesalius.studies.summary import claim_row, summarise
 from vesalius.studies.task_circuit import TASK_CIRCUIT, run_study
@@ -40,6 +44,7 @@ __all__ = [
     "UNUSED",
     "USED",
     "Artefact",
+    "ByDesign",
     "Calibration",
     "Controlled",
     "Explained",
@@ -50,10 +55,12 @@ __all__ = [
     "Options",
     "Probing",
     "Question",
+    "Shortcut",
     "Step",
     "StoppedError",
     "Study",
     "Work",
+    "by_design_question",
     "calibrate",
     "check_question",
     "claim_row",
@@ -67,15 +74,20 @@ __all__ = [
     "probing",
     "question_for",
     "random_weights_control",
+    "run_by_design",
+    "run_shortcut",
     "run_steps",
     "run_study",
     "said_of",
     "sentences",
+    "shortcut_question",
     "summarise",
+    "summarise_by_design",
     "summarise_edges",
     "summarise_explained",
     "summarise_found",
     "summarise_probed",
+    "summarise_shortcut",
     "supported_roles",
     "texts_with",
 ]

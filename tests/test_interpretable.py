@@ -104,7 +104,7 @@ def test_what_is_said_of_columns_gets_verdicts(how: str, tmp_path: Path) -> None
         fitted = fit(ledger.open(table, "discovery"))
         runs = vs.Runs(fitted.model, table.split("discovery"))
         said = I.describe_columns(runs, fitted, ["first", "second"])
-        assert [one.label.split()[0] for one in said] == ["raises", "lowers"]
+        assert [one.predictions[0].statement.split()[0] for one in said] == ["raises", "lowers"]
         setting = Discovery.of(runs, [one.part for one in said], study="columns", n=300)
         claims = [claim for one in said for claim, _ in claims_of(one, setting)]
         wrong = vs.describe.claim_about(runs, column_part(table, "third"), HELPS, size=0.1, n=300, study="columns")

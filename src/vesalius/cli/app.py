@@ -86,8 +86,8 @@ def study(
     question: Annotated[
         str,
         typer.Argument(
-            help="ioi, sva, capitals, induction, gendered_pronoun, or your own pairs: a .jsonl, .json, .csv, .tsv file. "
-            "Of tables, with models of their own: shortcut, by-design."
+            help="ioi, sva, capitals, induction, gendered_pronoun, or your own pairs: a .jsonl, .json, .csv, .tsv "
+            "file. Of tables, with models of their own: shortcut, by-design."
         ),
     ],
     model: ModelOption = DEMO,

@@ -1,4 +1,4 @@
-"""`vesalius study shortcut` and `vesalius study by-design`: studies of tables, which bring their data and models along."""
+"""`vesalius study shortcut` and `vesalius study by-design`: studies of tables, with data and models of their own."""
 
 from __future__ import annotations
 

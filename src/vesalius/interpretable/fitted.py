@@ -125,7 +125,7 @@ def _described(runs: Runs, found: Fitted, table: Table, name: str) -> Descriptio
         RAISES.name, given, mean, 1.0, words, f"{up} {what} when it goes from {low:.3g} to {high:.3g}",
         1 if mean > 0 else -1, max(abs(mean) / 2, least), RAISES.scale_of(runs, part, given), control={},
     )  # fmt: skip
-    return Description(part, f"{up} {what}", (effect, *_needed(runs, part)), name=name)
+    return Description(part, "", (effect, *_needed(runs, part)), name=name)
 
 
 def _needed(runs: Runs, part: Part) -> tuple[Prediction, ...]:

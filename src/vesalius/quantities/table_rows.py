@@ -33,6 +33,8 @@ PARTNERS = 4
 """Other rows whose values each row is given, one after the other."""
 DRAWS = 8
 """Other coordinates, or random subspaces, that a part is compared with."""
+DEALS = 16
+"""Times that targets are dealt out anew for the null of `helps`."""
 COORDINATES = "other coordinates"
 COLUMNS = Site("module", module="", side="in")
 """What a network is given."""
@@ -103,9 +105,10 @@ class Helps(_OfRows):
         return _loss_of(runs, whole_of(runs, _part(part)), _table(runs).target)
 
     def nulls(self, runs: Runs, part: Part, parameters: Parameters) -> Mapping[str, PerExample]:
-        target = _table(runs).target
-        dealt = target[torch.randperm(len(target), generator=generator_for("helps", runs.seed))]
-        return {"shuffled": _loss_of(runs, _part(part), dealt)}
+        target, generator = _table(runs).target, generator_for("helps", runs.seed)
+        # Averaged over several: what one deal does to a row says little.
+        dealt = [target[torch.randperm(len(target), generator=generator)] for _ in range(DEALS)]
+        return {"shuffled": torch.stack([_loss_of(runs, _part(part), one) for one in dealt]).mean(0)}
 
     def diagnostics(self, runs: Runs, part: Part, parameters: Parameters) -> Mapping[str, Any]:
         tail = tail_of(runs, _part(part))
@@ -233,7 +236,8 @@ def set_to(part: Direction, value: float) -> Edit:
 def other_coordinates(part: Direction | Subspace) -> tuple[Direction | Subspace, ...]:
     """Of a part that is one coordinate or several, up to 8 times as many others of the same tensor; the same every
     time. Empty for other directions, and where there are too few others."""
-    basis = basis_of(part)
+    # Making a basis orthonormal may turn a vector round.
+    basis = basis_of(part).abs()
     if not bool(((basis == 0) | (basis == 1)).all()):
         return ()
     rank, width = basis.shape

@@ -11,7 +11,7 @@ from typing import Any
 from vesalius import __version__
 from vesalius.jobs import write_atomic
 from vesalius.report.html import HTML_NAME, JSON_NAME, environment
-from vesalius.report.scales import Scale, around
+from vesalius.report.scales import Scale
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BASE = 640.0, 300.0, 54.0, 20.0, 16.0, 250.0
 
@@ -69,8 +69,7 @@ def picture(table: Mapping[str, Any]) -> Picture:
     models = table["models"]
     told = [one["fidelity"]["estimate"] for one in models]
     scores = [value for one in models for value in _ends(one["score"])]
-    x = around([*told, 1.0], LEFT, WIDTH - RIGHT, pad=0.08)
-    y = around(scores, BASE, TOP, pad=0.05)
+    x, y = _scale([*told, 1.0], LEFT + 130, WIDTH - RIGHT), _scale(scores, BASE, TOP)
     labels = _apart([y(one["score"]["estimate"]) for one in models])
     points = tuple(_point(one, x, y, label) for one, label in zip(models, labels, strict=True))
     flat = table["baseline"]["estimate"]
@@ -80,6 +79,13 @@ def picture(table: Mapping[str, Any]) -> Picture:
         tuple((place, f"{value:g}") for place, value in y.ticks(5)),
         y(flat) if min(scores) <= flat <= max(scores) else None,
     )
+
+
+def _scale(values: list[float], start: float, end: float) -> Scale:
+    """From the smallest to the largest, with some room: zero is of no meaning here."""
+    low, high = min(values), max(values)
+    room = 0.06 * (high - low) or 0.01
+    return Scale(low - room, high + room, start, end)
 
 
 def _ends(score: Mapping[str, Any]) -> list[float]:

@@ -33,7 +33,7 @@ CONCEPTS: Mapping[str, tuple[str, ...]] = {
 """What a pathologist looks at in the nuclei, as groups of columns."""
 AT_HOME = 0.99
 """Share of patients at home whose mark goes with the diagnosis."""
-SIZES = {DISCOVERY: 200, VALIDATION: 170}
+SIZES = {DISCOVERY: 170, VALIDATION: 200}
 """Patients; all others are of the other hospital."""
 HIDDEN = Site("module", module="hidden.0")
 WIDTH, STEPS, DECAY = 16, 200, 0.1

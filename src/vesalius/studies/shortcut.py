@@ -61,7 +61,7 @@ RESTS, CARRIED, USED = "the diagnosis rests on it", "the hidden layer carries it
 PUT_ON = "put on the image of the same patient, it raises the odds of malignant"
 COLUMN_HELD = "{}: with the mark's column held between its two levels, more patients of the other hospital are right"
 ERASED = "network: with the mark erased inside (found by {}), more patients of the other hospital are right"
-LEAST_GAIN, LEAST_AUROC, LEAST_ODDS, LEAST_SHARE, LEAST_LOSS = 0.03, 0.15, 1.0, 0.05, 0.02
+LEAST_GAIN, LEAST_AUROC, LEAST_ODDS, LEAST_SHARE, LEAST_LOSS = 0.02, 0.15, 1.0, 0.05, 0.02
 """Smallest worth claiming: share of patients that become right, AUROC over one half, log-odds, and shares of what
 exchanging everything does (to the answer, and to the loss)."""
 METHODS = ("integrated_gradients", "deep_lift", "shapley", "lime")
@@ -191,7 +191,9 @@ def _seal(work: Work[Shortcut]) -> Family:
         direction, given = found.directions[name], {"label": name, "value": "marked" if name == MARK else "large"}
         claims += _claims(own, found.columns[name], HELPS, {}, f"{name}: {RESTS}", fresh)
         claims += _claims(own, direction, CARRIES, given, f"{name}: {CARRIED}", fresh)
-        claims += _claims(own, direction, MOVES, {**given, "answers": [[1], [0]]}, f"{name}: {USED}", fresh)
+        if name == MARK:
+            # A concept's direction goes with the diagnosis, so that exchanging it says nothing about the concept.
+            claims += _claims(own, direction, MOVES, {**given, "answers": [[1], [0]]}, f"{name}: {USED}", fresh)
     low, high = (float(marked_as(table, one)[0, -1]) for one in (False, True))
     change = {"low": low, "high": high, "class": "malignant"}
     mark = found.columns[MARK]

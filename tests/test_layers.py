@@ -23,7 +23,7 @@ ROWS = [
     "metric intervention adapters coder",
     "model",
     "patching",
-    "data toys",
+    "agents data toys",
     "concepts",
     "quantities",
     "dictionaries",

@@ -73,6 +73,7 @@ _HOME = {
     "sweep": "patching.sweep",
 }
 _ROOMS = (
+    "agents",
     "attribution",
     "circuits",
     "concepts",

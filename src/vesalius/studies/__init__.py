@@ -26,6 +26,7 @@ from vesalius.studies.probing import (
     said_of,
 )
 from vesalius.studies.question import Question, check_question, question_for
+from vesalius.studies.representing import Represented, represented
 from vesalius.studies.shortcut import run_shortcut
 from vesalius.studies.shortcut_summary import summarise_shortcut
 from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, run_steps
@@ -55,6 +56,7 @@ __all__ = [
     "Options",
     "Probing",
     "Question",
+    "Represented",
     "Shortcut",
     "Step",
     "StoppedError",
@@ -74,6 +76,7 @@ __all__ = [
     "probing",
     "question_for",
     "random_weights_control",
+    "represented",
     "run_by_design",
     "run_shortcut",
     "run_steps",

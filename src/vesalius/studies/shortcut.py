@@ -43,6 +43,7 @@ from vesalius.studies.cytology import (
     CONCEPTS,
     DECAY,
     ELSEWHERE,
+    FIRST,
     HIDDEN,
     MARK,
     STEPS,
@@ -253,7 +254,7 @@ def _compare(work: Work[Shortcut]) -> Comparison:
     without = {
         name: replace(table, values=table.values[:, :-1], columns=table.columns[:-1]) for name, table in tables.items()
     }
-    again = fit_mlp(without[DISCOVERY], hidden=(WIDTH,), steps=STEPS, decay=DECAY, seed=asked.seed)
+    again = fit_mlp(without[DISCOVERY], hidden=(WIDTH,), steps=STEPS, decay=DECAY, seed=asked.seed + FIRST)
     plain = fit_linear(tables[DISCOVERY], seed=asked.seed)
     bare = fit_linear(without[DISCOVERY], seed=asked.seed)
     outputs = {"network": _logits(work.model.module, tables)}

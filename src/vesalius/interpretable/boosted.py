@@ -28,7 +28,7 @@ class StepTerms(nn.Module):
 
     def __init__(
         self,
-        cuts: Sequence[Sequence[Float[Tensor, " cut"]]],
+        cuts: Sequence[Sequence[Tensor]],
         columns: Sequence[tuple[int, ...]],
         scores: Sequence[Float[Tensor, ...]],
     ) -> None:

@@ -20,12 +20,12 @@ STOREYS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     )),
     ("take apart, say, test", "#a8552a", "#fbeadd", (
         ("attribution images", "why this number, for this input; networks that see"),
-        ("validate", "a claim, fresh data, matched controls: Evidence"),
+        ("interpretable validate", "models that can be read; a claim, fresh data: Evidence"),
         ("describe circuits", "what a part does; which parts it takes"),
         ("dictionaries", "parts that are found, not given"),
         ("quantities", "what is measured about a part, one file each"),
         ("concepts", "whether latents stand for a concept"),
-        ("data toys", "prompts in pairs, text; networks with known parts"),
+        ("agents data toys", "who acts; pairs, text, tables; known networks"),
     )),
     ("engine", "#1f7a6c", "#dff1ec", (
         ("patching", "many edited runs as few forwards, exactly"),

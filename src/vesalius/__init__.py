@@ -48,6 +48,7 @@ _HOME = {
     "Site": "site",
     "Steer": "intervention",
     "Subspace": "directions",
+    "Table": "inputs",
     "Together": "parts",
     "Tokens": "inputs",
     "Tracing": "patching.tracing",
@@ -73,6 +74,7 @@ _HOME = {
     "sweep": "patching.sweep",
 }
 _ROOMS = (
+    "agents",
     "attribution",
     "circuits",
     "concepts",
@@ -80,6 +82,7 @@ _ROOMS = (
     "describe",
     "dictionaries",
     "images",
+    "interpretable",
     "quantities",
     "report",
     "stats",
@@ -117,6 +120,7 @@ if TYPE_CHECKING:
     from vesalius.directions import Subspace as Subspace
     from vesalius.inputs import Corpus as Corpus
     from vesalius.inputs import Pairs as Pairs
+    from vesalius.inputs import Table as Table
     from vesalius.inputs import Tokens as Tokens
     from vesalius.intervention import Ablate as Ablate
     from vesalius.intervention import Erase as Erase

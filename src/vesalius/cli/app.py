@@ -30,6 +30,7 @@ from vesalius.cli import (
     sites,
     steering,
     studying,
+    tabular,
     training,
 )
 from vesalius.cli.options import DeviceOption, ModelOption, command_line
@@ -89,7 +90,7 @@ def study(
         str,
         typer.Argument(
             help="ioi, sva, capitals, induction, gendered_pronoun, or your own pairs: a .jsonl, .json, .csv, .tsv "
-            "file; or curves, of a network that sees."
+            "file. Of networks that see: curves. Of tables, with models of their own: shortcut, by-design."
         ),
     ],
     model: ModelOption = DEMO,
@@ -106,7 +107,8 @@ def study(
         typer.Option(help="Folder for report.html, summary.json and ledger.sqlite; default runs/<question>."),
     ] = None,
     control: Annotated[
-        str | None, typer.Option(help="random-weights: the same study on the re-initialised model.")
+        str | None,
+        typer.Option(help="random-weights: the same study on the re-initialised model. Of shortcut: no-mark."),
     ] = None,
     past_gate: Annotated[
         bool, typer.Option("--past-gate", help="Go on although the model does not do the task.")
@@ -124,6 +126,8 @@ def study(
     if question == "curves":
         network = seeing.NETWORK if model == DEMO else model
         return seeing.curves(network, out or Path("runs") / question, site, seed, device)
+    if question in checks.TABLE_STUDIES:
+        return tabular.study(tabular.Request(question, seed, out, control, command_line()))
     request = studying.Request(
         question=question,
         model=model,

@@ -17,6 +17,8 @@ from vesalius.model.loading import look_up
 from vesalius.site import Site
 
 QUESTIONS = ("capitals", "gendered_pronoun", "induction", "ioi", "sva")
+TABLE_STUDIES = ("by-design", "shortcut")
+"""Studies that bring their data and models along."""
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
 STDLIB, TEXTS = "stdlib", (".txt", ".jsonl", ".parquet")
 KINDS = ("relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
@@ -45,7 +47,7 @@ def question(what: str) -> None:
     path = Path(what)
     if path.suffix == "" and "/" not in what and not path.exists():
         hint = "Or give a .jsonl, .json, .csv or .tsv file with your own pairs."
-        raise UnknownNameError("question", what, QUESTIONS, hint)
+        raise UnknownNameError("question", what, (*QUESTIONS, *TABLE_STUDIES), hint)
     check_file(path, TABLES, "pairs")
 
 

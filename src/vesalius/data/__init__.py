@@ -7,6 +7,7 @@ from vesalius.data.harvest import harvest
 from vesalius.data.labelled import Labelled, load_labelled
 from vesalius.data.manifest import DTYPES
 from vesalius.data.positions import named_positions
+from vesalius.data.rows import Encoding, builtin_table, encoding_of, load_rows, table_from_frame
 from vesalius.data.shards import Origin
 from vesalius.data.source import Source, TensorSource, as_source
 from vesalius.data.store import ActivationStore
@@ -30,6 +31,7 @@ __all__ = [
     "DTYPES",
     "TASKS",
     "ActivationStore",
+    "Encoding",
     "Labelled",
     "Origin",
     "Row",
@@ -41,16 +43,20 @@ __all__ = [
     "as_source",
     "bos_token",
     "build_pairs",
+    "builtin_table",
     "capitals",
+    "encoding_of",
     "gendered_pronoun",
     "harvest",
     "induction",
     "ioi",
     "load_labelled",
     "load_pairs",
+    "load_rows",
     "named_positions",
     "stream",
     "sva",
+    "table_from_frame",
     "task",
     "texts_from",
 ]

@@ -13,11 +13,10 @@ from html import escape
 from typing import Any, Protocol
 
 from vesalius.errors import InputError, UnknownNameError
-from vesalius.inputs import Corpus
 from vesalius.parts import Part, Unit
 from vesalius.protocol import Claim
 from vesalius.protocol.claim import default_delta
-from vesalius.quantities import Matched, Quantity, Runs, quantity
+from vesalius.quantities import Contrast, Matched, Quantity, Runs, quantity
 from vesalius.quantities.base import PerExample
 from vesalius.refs import resolve
 from vesalius.stats import measure
@@ -127,12 +126,12 @@ class Discovery:
 
     @classmethod
     def of(cls, runs: Runs, members: Sequence[Part], *, study: str = "", n: int | None = None) -> Discovery:
-        """On these runs; n defaults to as many examples as they have. A corpus has no total effect.
+        """On these runs; n defaults to as many examples as they have. A corpus or a table has no total effect.
 
         Raises InputError when clean and corrupted runs do not differ.
         """
         planned = runs.n if n is None else n
-        if isinstance(runs.data, Corpus):
+        if not isinstance(runs.data, Contrast):
             return cls(runs, tuple(members), 0.0, 0.0, (), study, (runs.data.source_hash,), planned, runs.seed)
         total = runs.mean(runs.total(runs.main))
         parents = tuple(pairs.source_hash for pairs in runs.corruptions.values())

@@ -79,6 +79,9 @@ class Place:
         """
         axis, real = token_axis(site), None if tokens is None else tokens.real_at(site)
         missing = present.ndim - values.ndim
+        if present.ndim <= axis:
+            # One number an example, such as a coordinate of a row of a table: there are no tokens.
+            return values if rows is None else values[rows.to(values.device)]
         if real is not None and (missing or (values.shape[0], values.shape[axis]) != tuple(real.shape)):
             real = None  # it does not count the tokens
         everywhere = missing > axis or (real is None and values.shape[axis - missing] == 1)

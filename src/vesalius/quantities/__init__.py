@@ -24,6 +24,7 @@ from vesalius.quantities.rule_scores import Auprc, Auroc, BalancedAuprc, Detecti
 from vesalius.quantities.runs import Runs
 from vesalius.quantities.selects import Selects
 from vesalius.quantities.separates import Separates
+from vesalius.quantities.table_rows import COLUMNS, Helps, Raises, Repairs, column_part, coordinate
 from vesalius.quantities.total_effect import TotalEffect
 
 FIRES_WHERE, SEPARATES, ATTENDS, COPIES = FiresWhere(), Separates(), Attends(), Copies()
@@ -35,6 +36,7 @@ STANDS_IN, PROMOTES, FAILS_WHERE = StandsIn(), Promotes(), FailsWhere()
 CARRIES, MOVES = Carries(), Moves()
 LOOKS_AT, WRITES_WHAT_IT_SEES = LooksAt(), WritesWhatItSees()
 SELECTS = Selects()
+HELPS, RAISES, REPAIRS = Helps(), Raises(), Repairs()
 
 QUANTITIES: dict[str, Quantity] = {
     one.name: one
@@ -63,6 +65,9 @@ QUANTITIES: dict[str, Quantity] = {
         LOOKS_AT,
         WRITES_WHAT_IT_SEES,
         SELECTS,
+        HELPS,
+        RAISES,
+        REPAIRS,
         FAITHFULNESS,
         COMPLETENESS,
     )
@@ -84,6 +89,7 @@ __all__ = [
     "AUPRC_BALANCED",
     "AUROC",
     "CARRIES",
+    "COLUMNS",
     "COMPLETENESS",
     "COPIES",
     "DETECTION",
@@ -93,11 +99,14 @@ __all__ = [
     "FAITHFULNESS",
     "FIRES_WHERE",
     "FUZZING",
+    "HELPS",
     "LOOKS_AT",
     "MOVES",
     "MOVES_ATTENTION",
     "PROMOTES",
     "QUANTITIES",
+    "RAISES",
+    "REPAIRS",
     "SELECTS",
     "SEPARATES",
     "SIMULATION",
@@ -112,6 +121,8 @@ __all__ = [
     "PerExample",
     "Quantity",
     "Runs",
+    "column_part",
+    "coordinate",
     "heads_and_mlps",
     "matched_controls",
     "quantity",

@@ -1,4 +1,5 @@
-"""What a direction has to do with a concept, at the last token of each text: whether it carries it, and is used."""
+"""What a direction has to do with a concept, at the last token of each text or in each row of a table: whether it
+carries it, and is used."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from vesalius.concepts.effect import Behaviour, Edit, exchange, moved_as_far, partners, run_edits
-from vesalius.directions import Direction
+from vesalius.directions import Direction, Subspace
 from vesalius.errors import InputError
-from vesalius.inputs import Corpus
+from vesalius.inputs import Corpus, Inputs, Table
 from vesalius.intervention import off_distribution
 from vesalius.parts import Part
 from vesalius.patching.plan import Cost
@@ -28,14 +29,18 @@ DRAWS = 8
 """Random directions that are compared with."""
 
 
-def tail_of(runs: Runs, part: Direction) -> Tail:
-    """The texts, recorded where the direction is, at their last tokens."""
-    assert isinstance(runs.data, Corpus)
-    tokens = runs.data.tokens
+def tail_of(runs: Runs, part: Direction | Subspace) -> Tail:
+    """The texts or rows, recorded where the part is, texts at their last tokens."""
+    inputs: Inputs
+    if isinstance(runs.data, Table):
+        inputs = runs.data.inputs
+    else:
+        assert isinstance(runs.data, Corpus)
+        inputs = runs.data.tokens
 
     def record() -> Tail:
         runs.cost = runs.cost + Cost(runs.n, runs.n)
-        return Tail.of(runs.model, tokens, part.site)
+        return Tail.of(runs.model, inputs, part.site)
 
     return runs.once(("tail", part.site), record)
 
@@ -43,8 +48,9 @@ def tail_of(runs: Runs, part: Direction) -> Tail:
 class Carries(Quantity):
     """AUROC less one half of a direction's coordinate at the last token, of some texts against the others.
 
-    Parameters: `texts`, as for `separates`, and `what` they are. Per text: its pseudo-value. Null `shuffled`: the same
-    with labels that were dealt out anew. Matched: random directions at the same site.
+    Parameters: `texts`, as for `separates`, and `what` they are; of a table `label` and `value`. Per text: its
+    pseudo-value. Null `shuffled`: the same with labels that were dealt out anew. Matched: random directions at the same
+    site.
     """
 
     name = "carries"
@@ -55,7 +61,7 @@ class Carries(Quantity):
         return "AUROC over .5"
 
     def phrase(self, parameters: Parameters) -> str:
-        return f"carries whether a text is {parameters.get('what', 'of the concept')}"
+        return f"carries whether {_one(parameters)} is {_what(parameters)}"
 
     def refuses(self, runs: Runs, part: Part) -> str:
         return not_on_texts(runs, part)
@@ -89,7 +95,7 @@ class Carries(Quantity):
 class Moves(Quantity):
     """What giving a text the coordinate of a text of the other kind does to the next token, at the last token alone.
 
-    Parameters: `texts` and `what` as for `carries`; `answers`, two lists of token ids that speak for and against: then
+    Parameters as for `carries`; `answers`, two lists of token ids that speak for and against: then
     the log-odds that are lost (nats), counted towards each text's own kind; without them KL(as it is || exchanged).
     Matched: as far a move in random directions. Scale: the same exchange of all the site holds there.
     """
@@ -100,8 +106,9 @@ class Moves(Quantity):
         return "nats"
 
     def phrase(self, parameters: Parameters) -> str:
-        does = "what it answers" if parameters.get("answers") else "what comes next"
-        return f"is used: exchanging it for that of another kind of text changes {does}"
+        does = "what it answers" if parameters.get("answers") or "label" in parameters else "what comes next"
+        kind = _one(parameters).removeprefix("a ")
+        return f"is used: exchanging it for that of another kind of {kind} changes {does}"
 
     def refuses(self, runs: Runs, part: Part) -> str:
         return not_on_texts(runs, part)
@@ -130,7 +137,7 @@ class Moves(Quantity):
     def _kept(self, runs: Runs, part: Part, parameters: Parameters) -> Tensor:
         """[edit, example]: the exchange, that of everything, and the random moves."""
         direction, answers = _direction(part), parameters.get("answers")
-        key = ("moves", part, str(answers), str(parameters["texts"]))
+        key = ("moves", part, str(answers), *(str(parameters.get(name)) for name in ("texts", "label", "value")))
         return runs.once(key, lambda: _exchanged(runs, direction, parameters))
 
 
@@ -141,7 +148,8 @@ def _exchanged(runs: Runs, part: Direction, parameters: Parameters) -> Tensor:
     whole: Edit = lambda values: values[partner]  # noqa: E731
     edits = [exchange(basis, partner), whole, *(moved_as_far(basis, partner, runs.seed, n) for n in range(DRAWS))]
     found = run_edits(tail, edits, behaviour)
-    runs.cost = runs.cost + Cost(len(edits) * runs.n / max(1, tail.base.tokens.ids.shape[1]), len(edits) * runs.n)
+    positions = 1 if isinstance(runs.data, Table) else max(1, tail.base.tokens.ids.shape[1])
+    runs.cost = runs.cost + Cost(len(edits) * runs.n / positions, len(edits) * runs.n)
     if answers:
         # A text that speaks for the concept loses log-odds, one that speaks against it gains them.
         found = found * torch.where(named(runs, parameters), -1.0, 1.0)
@@ -159,6 +167,15 @@ def _direction(part: Part) -> Direction:
     return part
 
 
+def _what(parameters: Parameters) -> str:
+    named = f"{parameters['label']} {parameters['value']}" if "label" in parameters else "of the concept"
+    return str(parameters.get("what", named))
+
+
+def _one(parameters: Parameters) -> str:
+    return "a row" if "label" in parameters else "a text"
+
+
 def _score(runs: Runs, part: Part, some: Bool[Tensor, " example"]) -> PerExample:
     direction = _direction(part)
     values = tail_of(runs, direction).values.float().cpu() @ direction.vector.float().cpu()
@@ -167,6 +184,6 @@ def _score(runs: Runs, part: Part, some: Bool[Tensor, " example"]) -> PerExample
 
 def not_on_texts(runs: Runs, part: Part) -> str:
     """Why it does not apply; empty when it does."""
-    if not isinstance(runs.data, Corpus):
-        return "it is measured on a corpus of texts"
+    if not isinstance(runs.data, Corpus | Table):
+        return "it is measured on a corpus of texts or a table"
     return "" if isinstance(part, Direction) else f"{part} is no Direction"

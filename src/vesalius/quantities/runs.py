@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vesalius.data.positions import named_positions
 from vesalius.errors import InputError, UnknownNameError
-from vesalius.inputs import Corpus, Pairs, Tokens
+from vesalius.inputs import Corpus, Pairs, Table, Tokens
 from vesalius.intervention import derangement
 from vesalius.jobs import Blocks, Sink, silent
 from vesalius.model import Model
@@ -45,7 +45,7 @@ BLOCK = 43
 
 
 class Runs:
-    """The runs of one model on a contrast (or pairs) or a corpus.
+    """The runs of one model on a contrast (or pairs), a corpus, or a table of rows.
 
     components: the parts that a circuit may be made of; default the embeddings, every head and every MLP; names, Sites
     and any Parts. blocks: where finished pieces are kept (default nowhere). name: what they are filed under; runs that
@@ -55,7 +55,7 @@ class Runs:
     def __init__(
         self,
         model: Model,
-        data: Contrast | Pairs | Mapping[str, Pairs] | Corpus,
+        data: Contrast | Pairs | Mapping[str, Pairs] | Corpus | Table,
         *,
         components: Sequence[Part | Site | str] | None = None,
         seed: int = 0,
@@ -65,7 +65,7 @@ class Runs:
         name: str = "",
     ) -> None:
         self.model, self.seed, self.check, self.sink, self.name = model, seed, check, sink, name
-        self.data = data if isinstance(data, Corpus) else Contrast.of(data)
+        self.data = data if isinstance(data, Corpus | Table) else Contrast.of(data)
         self.blocks = Blocks(None, "") if blocks is None else blocks
         self.cost = Cost()
         self._components = components
@@ -81,7 +81,7 @@ class Runs:
     @property
     def contrast(self) -> Contrast:
         """The contrast. Raises InputError for runs on a corpus."""
-        if isinstance(self.data, Corpus):
+        if not isinstance(self.data, Contrast):
             raise InputError(f"this is measured on pairs of prompts, clean and corrupted; got {self.data!r}")
         return self.data
 
@@ -99,14 +99,23 @@ class Runs:
         return self.contrast.pairs
 
     @property
+    def _examples(self) -> Pairs | Corpus | Table:
+        return self.pairs if isinstance(self.data, Contrast) else self.data
+
+    @property
+    def example_hashes(self) -> tuple[str, ...]:
+        """One hash per example; of pairs that of the clean prompt."""
+        return self._examples.example_hashes
+
+    @property
     def groups(self) -> Mapping[str, tuple[str, ...]]:
         """Kind of group -> one label per example."""
-        return self.data.groups if isinstance(self.data, Corpus) else self.pairs.groups
+        return self._examples.groups
 
     @property
     def clusters(self) -> tuple[str, ...]:
         """Kinds of group that intervals respect."""
-        return self.data.clusters if isinstance(self.data, Corpus) else self.pairs.clusters
+        return self._examples.clusters
 
     def mean(self, values: Tensor) -> float:
         """Mean of values `[example]` over groups, each counting once: what intervals and verdicts are about."""
@@ -116,11 +125,11 @@ class Runs:
     @property
     def source_hash(self) -> str:
         """Content hash of the data, of the main corruption, as they were before rows were chosen from them."""
-        return (self.data if isinstance(self.data, Corpus) else self.pairs).source_hash
+        return self._examples.source_hash
 
     @property
     def n(self) -> int:
-        return len(self.data) if isinstance(self.data, Corpus) else len(self.pairs)
+        return len(self._examples)
 
     @property
     def components(self) -> tuple[Part, ...]:

@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from vesalius.errors import InputError
-from vesalius.inputs import Corpus
+from vesalius.inputs import Corpus, Table
 from vesalius.parts import Part
 from vesalius.quantities.activation import ACTIVATION
 from vesalius.quantities.base import PROBABILITY, Parameters, PerExample, Quantity
@@ -60,11 +60,21 @@ class Separates(Quantity):
 
 
 def named(runs: Runs, parameters: Parameters) -> Bool[Tensor, " example"]:
-    """Which of the texts are named. Raises InputError when all are, or none."""
+    """Which of the texts are named; of a table, which rows have the `value` of a `label`. Raises InputError when all
+    are, or none."""
+    if isinstance(runs.data, Table):
+        return _with_value(runs.data, str(parameters["label"]), str(parameters["value"]))
     if not isinstance(runs.data, Corpus):
         raise InputError(f"texts are told apart in a corpus; got {runs.data!r}")
     known = {str(digest)[:DIGITS] for digest in parameters["texts"]}
     found = torch.tensor([digest[:DIGITS] in known for digest in runs.data.example_hashes], dtype=torch.bool)
     if not bool(found.any()) or bool(found.all()):
         raise InputError(f"{int(found.sum())} of {len(found)} texts are among those named; both kinds are needed")
+    return found
+
+
+def _with_value(table: Table, label: str, value: str) -> Bool[Tensor, " example"]:
+    found = torch.tensor([one == value for one in table.label(label)], dtype=torch.bool)
+    if not bool(found.any()) or bool(found.all()):
+        raise InputError(f"{int(found.sum())} of {len(found)} rows have {label} {value!r}; both kinds are needed")
     return found

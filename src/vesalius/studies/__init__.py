@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from vesalius.studies.answer import sentences, supported_roles
+from vesalius.studies.by_design import ByDesign, by_design_question, run_by_design, summarise_by_design
 from vesalius.studies.calibrate import Calibration, calibrate
 from vesalius.studies.control import RANDOM_WEIGHTS, Controlled, claims_on, random_weights_control
 from vesalius.studies.curves import CurveSearch, curve_search, find_curves, summarise_curves
+from vesalius.studies.cytology import Shortcut, shortcut_question
 from vesalius.studies.edge_circuit import summarise_edges
 from vesalius.studies.explain import EXPLAIN, explain
 from vesalius.studies.explained import Explained, Explanations, summarise_explained
@@ -26,6 +28,9 @@ from vesalius.studies.probing import (
     said_of,
 )
 from vesalius.studies.question import Question, check_question, question_for
+from vesalius.studies.representing import Represented, represented
+from vesalius.studies.shortcut import run_shortcut
+from vesalius.studies.shortcut_summary import summarise_shortcut
 from vesalius.studies.study import Artefact, Options, Step, StoppedError, Study, Work, run_steps
 from vesalius.studies.summary import claim_row, summarise
 from vesalius.studies.task_circuit import TASK_CIRCUIT, run_study
@@ -43,6 +48,7 @@ __all__ = [
     "UNUSED",
     "USED",
     "Artefact",
+    "ByDesign",
     "Calibration",
     "Controlled",
     "CurveSearch",
@@ -55,10 +61,13 @@ __all__ = [
     "Options",
     "Probing",
     "Question",
+    "Represented",
+    "Shortcut",
     "Step",
     "StoppedError",
     "Study",
     "Work",
+    "by_design_question",
     "calibrate",
     "check_question",
     "claim_row",
@@ -76,17 +85,23 @@ __all__ = [
     "probing",
     "question_for",
     "random_weights_control",
+    "represented",
+    "run_by_design",
+    "run_shortcut",
     "run_steps",
     "run_study",
     "said_of",
     "sentences",
+    "shortcut_question",
     "summarise",
+    "summarise_by_design",
     "summarise_curves",
     "summarise_edges",
     "summarise_explained",
     "summarise_found",
     "summarise_heads",
     "summarise_probed",
+    "summarise_shortcut",
     "supported_roles",
     "texts_with",
 ]

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from vesalius.errors import InputError, NotFiniteError, PairsError, UnknownNameError
-from vesalius.inputs import Corpus, Pairs
+from vesalius.inputs import Corpus, Pairs, Table
 from vesalius.model import Model
 from vesalius.parts import HasLatents, Part, Together, as_part
 from vesalius.protocol import Claim, Evidence, unmeasured
 from vesalius.protocol.evidence import LONGEST_REASON
-from vesalius.quantities import Parameters, Quantity, Runs, quantity
+from vesalius.quantities import Contrast, Parameters, Quantity, Runs, quantity
 from vesalius.quantities.base import condition
 from vesalius.refs import resolve
 
-Data = Pairs | Mapping[str, Pairs] | Corpus
+Data = Pairs | Mapping[str, Pairs] | Corpus | Table
 Given = Sequence[Part | HasLatents | Tensor]
 
 
@@ -40,9 +40,9 @@ def check(
 ) -> Evidence:
     """Tests a claim, on runs (shared by many claims) or on a model and data, and returns the Evidence.
 
-    data: what the ledger opened: Pairs with the claim's corruption, corruption name -> Pairs, or a Corpus. parts: what
-    the claim's subject names by hash and is not alive in this process: a dictionary, a Direction, its numbers.
-    data_hash: the opened split's; default that of the runs' data, or of the split that they were taken from.
+    data: what the ledger opened: Pairs with the claim's corruption, corruption name -> Pairs, a Corpus or a Table.
+    parts: what the claim's subject names by hash and is not alive in this process: a dictionary, a Direction, its
+    numbers. data_hash: the opened split's; default that of the runs' data, or of the split that they were taken from.
     model_hash, when given, must be that of the runs' model. version: default the installed package's. Evidence is
     unmeasured, with the reason, when there are fewer examples than were planned, when the prompts lack what the claim
     speaks about or a result is not finite.
@@ -58,7 +58,7 @@ def check(
     refused = of.refuses(runs, part)
     if refused:
         raise InputError(f"{of.name} of {part} cannot be measured: {refused}")
-    root = runs.data.source_hash if isinstance(runs.data, Corpus) else _corruption(runs, parameters).source_hash
+    root = _corruption(runs, parameters).source_hash if isinstance(runs.data, Contrast) else runs.data.source_hash
     _check_model(claim, runs.model, model_hash, allow_other_model)
     stamp: dict[str, Any] = {
         "data_hash": data_hash or root,
@@ -169,7 +169,7 @@ def _measured(
         control=None if control is None else _listed("control", control),
         nulls={name: _listed(f"null {name!r}", values) for name, values in nulls.items()},
         groups={name: tuple(labels) for name, labels in runs.groups.items()},
-        example_hashes=runs.data.example_hashes if isinstance(runs.data, Corpus) else runs.pairs.example_hashes,
+        example_hashes=runs.example_hashes,
         cost={"forwards": spent.spent, "naive_forwards": spent.naive},
         diagnostics=diagnostics,
         **stamp,

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from vesalius.directions import Direction, Labelled, Subspace, digest
 from vesalius.errors import InputError, UnknownNameError
-from vesalius.parts import ALIVE, Group, HasLatents, Part, Together, Unit
+from vesalius.parts import ALIVE, Group, HasLatents, LeavesOver, Part, Together, Unit
 from vesalius.site import Site
 
-KINDS = ("unit", "group", "together", "direction", "subspace", "latent")
+KINDS = ("unit", "group", "together", "direction", "subspace", "latent", "unexplained")
+OF_DICTIONARY = ("latent", "unexplained")
 
 
 def latent(dictionary: HasLatents, index: int) -> Part:
@@ -46,17 +47,19 @@ def resolve(ref: Mapping[str, Any], *given: HasLatents | Part | Tensor) -> Part:
         raise UnknownNameError("kind of part", kind, KINDS, hint)
     found = _among(ref, [*given, *_alive(ref)])
     if found is None:
-        what = "the dictionary" if kind == "latent" else f"the {kind}, or its numbers as a tensor,"
+        what = "the dictionary" if kind in OF_DICTIONARY else f"the {kind}, or its numbers as a tensor,"
         raise InputError(f"{dict(ref)} names what is kept elsewhere: give {what} as well, resolve(ref, ...)")
     return found
 
 
 def _among(ref: Mapping[str, Any], given: Sequence[HasLatents | Part | Tensor]) -> Part | None:
     for one in given:
-        if isinstance(one, Tensor) and ref["kind"] != "latent" and digest(one) == ref["sha256"]:
+        if isinstance(one, Tensor) and ref["kind"] not in OF_DICTIONARY and digest(one) == ref["sha256"]:
             return stored_part(ref, one)
         if isinstance(one, HasLatents) and ref["kind"] == "latent" and one.content_hash == ref["dictionary"]:
             return one.latent(int(ref["index"]))
+        if isinstance(one, LeavesOver) and ref["kind"] == "unexplained" and one.content_hash == ref["dictionary"]:
+            return one.unexplained
         if isinstance(one, Labelled) and one.ref["sha256"] == ref.get("sha256"):
             return stored_part(ref, one.numbers)
     return None
@@ -72,5 +75,5 @@ def stored_part(ref: Mapping[str, Any], numbers: Tensor) -> Direction | Subspace
 
 
 def _alive(ref: Mapping[str, Any]) -> list[Any]:
-    found = ALIVE.get(str(ref.get("dictionary" if ref["kind"] == "latent" else "sha256")))
+    found = ALIVE.get(str(ref.get("dictionary" if ref["kind"] in OF_DICTIONARY else "sha256")))
     return [] if found is None else [found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vesalius.circuits.apart import Nodes, nodes_of, with_nodes
 from vesalius.circuits.attribution import edge_attribution
 from vesalius.circuits.circuit import RULE, Circuit, edges_from_json, edges_to_json, find_circuit, share
 from vesalius.circuits.cutting import ABLATIONS, Ablation, ablation
@@ -20,6 +21,8 @@ from vesalius.circuits.hypotheses import (
     stability,
     sufficiency,
 )
+from vesalius.circuits.latent_circuit import discover_latents, latent_edges
+from vesalius.circuits.latents import latent_attribution, node_patching
 from vesalius.circuits.masked import with_cut, with_only
 from vesalius.circuits.pruning import prune_edges
 from vesalius.circuits.quality import (
@@ -49,6 +52,7 @@ __all__ = [
     "Curve",
     "Effects",
     "Graph",
+    "Nodes",
     "Wiring",
     "ablation",
     "acdc",
@@ -59,6 +63,7 @@ __all__ = [
     "component_effects",
     "curve",
     "discover",
+    "discover_latents",
     "edge_attribution",
     "edge_patching",
     "edges_from_json",
@@ -69,9 +74,13 @@ __all__ = [
     "find_circuit",
     "find_edges",
     "independence",
+    "latent_attribution",
+    "latent_edges",
     "load_circuit",
     "members_of",
     "minimality",
+    "node_patching",
+    "nodes_of",
     "prompt_clusters",
     "prune_edges",
     "random_circuits",
@@ -82,5 +91,6 @@ __all__ = [
     "sufficiency",
     "wiring",
     "with_cut",
+    "with_nodes",
     "with_only",
 ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from vesalius.circuits.apart import Nodes, nodes_of, with_nodes
 from vesalius.circuits.attribution import edge_attribution
+from vesalius.circuits.attribution_graph import AttributionGraph, Node
 from vesalius.circuits.circuit import RULE, Circuit, edges_from_json, edges_to_json, find_circuit, share
 from vesalius.circuits.cutting import ABLATIONS, Ablation, ablation
 from vesalius.circuits.edges import find_edges
 from vesalius.circuits.effects import Condition, Effects, component_effects
 from vesalius.circuits.exact import edge_patching
 from vesalius.circuits.graph import Graph
+from vesalius.circuits.graph_files import graph_from_json, graph_json, load_graph, save_graph
 from vesalius.circuits.greedy import acdc
 from vesalius.circuits.hypotheses import (
     Counted,
@@ -36,7 +38,9 @@ from vesalius.circuits.quality import (
     faithfulness,
     scrubbing,
 )
+from vesalius.circuits.replacement import Replacement, replaced
 from vesalius.circuits.search import METHODS, discover, load_circuit, members_of, save_circuit
+from vesalius.circuits.tracing import attribution_graph
 from vesalius.circuits.verified import Check
 from vesalius.circuits.wired import Wiring, wiring
 
@@ -45,6 +49,7 @@ __all__ = [
     "METHODS",
     "RULE",
     "Ablation",
+    "AttributionGraph",
     "Check",
     "Circuit",
     "Condition",
@@ -52,11 +57,14 @@ __all__ = [
     "Curve",
     "Effects",
     "Graph",
+    "Node",
     "Nodes",
+    "Replacement",
     "Wiring",
     "ablation",
     "acdc",
     "areas",
+    "attribution_graph",
     "between",
     "coablation",
     "completeness",
@@ -73,10 +81,13 @@ __all__ = [
     "faithfulness",
     "find_circuit",
     "find_edges",
+    "graph_from_json",
+    "graph_json",
     "independence",
     "latent_attribution",
     "latent_edges",
     "load_circuit",
+    "load_graph",
     "members_of",
     "minimality",
     "node_patching",
@@ -84,7 +95,9 @@ __all__ = [
     "prompt_clusters",
     "prune_edges",
     "random_circuits",
+    "replaced",
     "save_circuit",
+    "save_graph",
     "scrubbing",
     "share",
     "stability",

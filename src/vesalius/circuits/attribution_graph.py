@@ -13,7 +13,6 @@ from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
 from vesalius.errors import InputError, UnknownNameError
@@ -191,6 +190,9 @@ class AttributionGraph:
         return replace(self, groups=groups)
 
     def _clusters(self, numbers: list[int], alike: float) -> list[list[int]]:
+        # Late, because it is heavy and needed here only.
+        from scipy.cluster.hierarchy import fcluster, linkage
+
         if len(numbers) < 2:
             return []
         profile = torch.cat([self.weights[numbers], self.weights[:, numbers].T], 1).double()

@@ -8,6 +8,7 @@ from vesalius.describe.challenge import Challenge, challenge, revise
 from vesalius.describe.circuit import describe_circuit
 from vesalius.describe.client import Chat, ModelChat, ServerChat, Usage
 from vesalius.describe.counterexamples import counterexamples, rivals
+from vesalius.describe.described import described
 from vesalius.describe.description import (
     FITS,
     Describer,
@@ -127,6 +128,7 @@ __all__ = [
     "counterexamples",
     "describe",
     "describe_circuit",
+    "described",
     "direct_effects",
     "fit_map",
     "fit_tuned_lens",

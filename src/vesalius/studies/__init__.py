@@ -5,6 +5,7 @@ from __future__ import annotations
 from vesalius.studies.answer import sentences, supported_roles
 from vesalius.studies.calibrate import Calibration, calibrate
 from vesalius.studies.control import RANDOM_WEIGHTS, Controlled, claims_on, random_weights_control
+from vesalius.studies.described_circuit import describe_members, summarise_members
 from vesalius.studies.edge_circuit import summarise_edges
 from vesalius.studies.explain import EXPLAIN, explain
 from vesalius.studies.explained import Explained, Explanations, summarise_explained
@@ -58,6 +59,7 @@ __all__ = [
     "check_question",
     "claim_row",
     "claims_on",
+    "describe_members",
     "explain",
     "explaining",
     "find",
@@ -75,6 +77,7 @@ __all__ = [
     "summarise_edges",
     "summarise_explained",
     "summarise_found",
+    "summarise_members",
     "summarise_probed",
     "supported_roles",
     "texts_with",

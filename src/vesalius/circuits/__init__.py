@@ -5,6 +5,7 @@ from __future__ import annotations
 from vesalius.circuits.apart import Nodes, nodes_of, with_nodes
 from vesalius.circuits.attribution import edge_attribution
 from vesalius.circuits.attribution_graph import AttributionGraph, Node
+from vesalius.circuits.cells import optimal_ablation, token_roles, with_tokens
 from vesalius.circuits.circuit import RULE, Circuit, edges_from_json, edges_to_json, find_circuit, share
 from vesalius.circuits.cutting import ABLATIONS, Ablation, ablation
 from vesalius.circuits.edges import find_edges
@@ -18,6 +19,7 @@ from vesalius.circuits.hypotheses import (
     equivalence,
     independence,
     minimality,
+    paraphrase_stability,
     prompt_clusters,
     random_circuits,
     stability,
@@ -92,6 +94,8 @@ __all__ = [
     "minimality",
     "node_patching",
     "nodes_of",
+    "optimal_ablation",
+    "paraphrase_stability",
     "prompt_clusters",
     "prune_edges",
     "random_circuits",
@@ -102,8 +106,10 @@ __all__ = [
     "share",
     "stability",
     "sufficiency",
+    "token_roles",
     "wiring",
     "with_cut",
     "with_nodes",
     "with_only",
+    "with_tokens",
 ]

@@ -98,35 +98,42 @@ class Replacement:
 
     def into(self, targets: Sequence[Target]) -> Into:
         """What every source says to every target, going back through the layers."""
-        count = sum(len(one.position) for one in targets)
-        first = next(iter(self.run.values()))
-        back = _Back(self, first.new_zeros(count, self.n_positions, self.wired.model.architecture[1].d_model))
-        starts = torch.tensor([0, *(len(one.position) for one in targets)]).cumsum(0).tolist()
-        placed = [(torch.arange(*ends), one) for ends, one in zip(pairwise(starts), targets, strict=True)]
-        for rows, target in placed:
-            if target.where == "logits":
-                back.start(rows, target)
-        for layer in reversed(range(self.wired.graph.n_layers)):
-            own = [(rows, target) for rows, target in placed if target.where != "logits" and target.layer == layer]
-            back.out_of_mlp(layer)
-            for rows, target in own:
-                back.start(rows, target)
-            back.through_attention(layer, [rows for rows, _ in own])
-        return back.finished()
+        # The last to read come first, so that those on their way are always the first rows.
+        order = sorted(range(len(targets)), key=lambda n: -self._layer(targets[n]))
+        starts = torch.tensor([0, *(len(targets[n].position) for n in order)]).cumsum(0).tolist()
+        rows = {n: range(*ends) for n, ends in zip(order, pairwise(starts), strict=True)}
+        back = _Back(self, starts[-1])
+        for layer in reversed(range(self.wired.graph.n_layers + 1)):
+            own = [n for n in order if self._layer(targets[n]) == layer]
+            if layer < self.wired.graph.n_layers:
+                back.out_of_mlp(layer)
+            for n in own:
+                back.start(rows[n], targets[n])
+            if layer < self.wired.graph.n_layers:
+                back.through_attention(layer, sum(len(rows[n]) for n in own))
+        place = torch.tensor([row for n in range(len(targets)) for row in rows[n]], dtype=torch.long)
+        return back.finished(place)
+
+    def _layer(self, target: Target) -> int:
+        return self.wired.graph.n_layers if target.where == "logits" else target.layer
 
 
 class _Back:
     """Gradients of targets with respect to the stream, from the last layer to the first."""
 
-    def __init__(self, of: Replacement, gradient: Float[Tensor, "target pos d"]) -> None:
-        self._of, self._gradient = of, gradient
-        n_layers = of.wired.graph.n_layers
-        self._latents = [gradient.new_zeros(len(gradient), len(group.value)) for group in of.latents]
-        self._errors = gradient.new_zeros(len(gradient), n_layers, of.n_positions)
-        self._constant = gradient.new_zeros(len(gradient))
+    def __init__(self, of: Replacement, count: int) -> None:
+        self._of, like = of, of.errors
+        self._gradient = like.new_zeros(0, of.n_positions, like.shape[-1])
+        """Of the targets that are on their way."""
+        self._latents = [like.new_zeros(count, len(group.value)) for group in of.latents]
+        self._errors = like.new_zeros(count, of.wired.graph.n_layers, of.n_positions)
+        self._constant = like.new_zeros(count)
 
-    def start(self, rows: Tensor, target: Target) -> None:
-        """Targets begin with what they read, through the norm before it."""
+    def _add(self, constant: Float[Tensor, " target"]) -> None:
+        self._constant[: len(constant)] += constant
+
+    def start(self, rows: range, target: Target) -> None:
+        """Targets, the next rows, begin with what they read, through the norm before it."""
         wired = self._of.wired
         if target.where == "logits":
             norm: nn.Module | None = submodule(wired.model.module, wired.model.architecture[0].final_norm)
@@ -135,8 +142,10 @@ class _Back:
             norm = wired.mlp[target.layer] if target.where == "mlp_in" else None
             stream = self._of.stream(target.layer)
         pulled, constant = self._through(norm, stream[target.position], target.reads)
-        self._gradient[rows, target.position] += pulled
-        self._constant[rows] += constant
+        begun = self._gradient.new_zeros(len(rows), *self._gradient.shape[1:])
+        begun[torch.arange(len(rows)), target.position] = pulled
+        self._gradient = torch.cat([self._gradient, begun])
+        self._constant[rows.start : rows.stop] += constant
 
     def out_of_mlp(self, layer: int) -> None:
         """What latents, the error and constants that a layer's MLP adds say; and back through a skip."""
@@ -144,29 +153,26 @@ class _Back:
         for number, group in enumerate(self._of.latents):
             if site in group.writes:
                 said = torch.einsum("tad,ad->ta", gradient[:, group.position], group.writes[site])
-                self._latents[number] += said * group.value
-        self._errors[:, layer] = torch.einsum("tpd,pd->tp", gradient, self._of.errors[layer])
-        self._constant += (gradient @ self._of.biases[layer]).sum(1)
+                self._latents[number][: len(said)] += said * group.value
+        self._errors[: len(gradient), layer] = torch.einsum("tpd,pd->tp", gradient, self._of.errors[layer])
+        self._add((gradient @ self._of.biases[layer]).sum(1))
         if layer in self._of.skips:
             group, skip = self._of.skips[layer]
             norm = self._of.wired.mlp[layer] if group.read.kind == "mlp_in" else None
             self._skip, constant = self._through(norm, self._of.stream(layer), gradient @ skip.T)
-            self._constant += constant.sum(1)
+            self._add(constant.sum(1))
         else:
-            self._skip = gradient.new_zeros(())
+            self._skip = gradient.new_zeros(0, *gradient.shape[1:])
 
-    def through_attention(self, layer: int, own: Sequence[Tensor]) -> None:
-        """Back through the heads' values. own: targets of this layer, which in parallel blocks do not see its heads."""
-        graph, past = self._of.wired.graph, self._gradient + self._skip
-        if not graph.n_heads:
-            self._gradient = past
-            return
-        seen = past
-        if graph.parallel:
-            seen = self._gradient.clone()
-            for rows in own:
-                seen[rows] = 0.0
-        self._gradient = past + self._attended(layer, seen)
+    def through_attention(self, layer: int, own: int) -> None:
+        """Back through the heads' values. own: how many targets, the last ones, read this layer's MLP, which in
+        parallel blocks do not see its heads."""
+        graph, past = self._of.wired.graph, self._gradient.clone()
+        past[: len(self._skip)] += self._skip
+        if graph.n_heads:
+            seen = self._gradient[: len(past) - own] if graph.parallel else past
+            past[: len(seen)] += self._attended(layer, seen)
+        self._gradient = past
 
     def _attended(self, layer: int, gradient: Float[Tensor, "target pos d"]) -> Float[Tensor, "target pos d"]:
         wired, run = self._of.wired, self._of.run
@@ -178,18 +184,18 @@ class _Back:
             total = total if bias is None else total + bias.to(total) * layout.residual_scale
             norm = submodule(wired.model.layer(layer), adapter.attn_norm)
             gradient, constant = self._through(norm, total, gradient)
-            self._constant += constant.sum(1)
+            self._add(constant.sum(1))
         if bias is not None:
-            self._constant += (gradient @ bias.to(gradient)).sum(1) * layout.residual_scale
+            self._add((gradient @ bias.to(gradient)).sum(1) * layout.residual_scale)
         own = torch.einsum("tpd,hkd->tphk", gradient, matrix)
         seen = torch.einsum("hqs,tqhk->tshk", run[Site("pattern", layer)][0], own)
         grouped = seen.unflatten(2, (wired.graph.n_kv_heads, -1)).sum(3)
         weights, value_bias = wired.projections[layer, "v"]
         if value_bias is not None:
-            self._constant += torch.einsum("tshk,hk->t", grouped, value_bias.to(grouped))
+            self._add(torch.einsum("tshk,hk->t", grouped, value_bias.to(grouped)))
         read = torch.einsum("tshk,hkd->tsd", grouped, weights.to(grouped))
         pulled, constant = self._through(wired.attention[layer], run[Site("resid_pre", layer)][0], read)
-        self._constant += constant.sum(1)
+        self._add(constant.sum(1))
         return pulled
 
     def _through(
@@ -203,14 +209,15 @@ class _Back:
         pulled = gradient * gain(kind, norm).to(gradient) * frozen_scale(kind, norm, stream)
         return (pulled - pulled.mean(-1, keepdim=True) if kind == "layer" else pulled), constant
 
-    def finished(self) -> Into:
-        """With what the embeddings say."""
+    def finished(self, order: Int[Tensor, " target"]) -> Into:
+        """With what the embeddings say; the targets in the order in which they were given."""
         run = self._of.run
         first = run[Site("embed")][0]
         if self._of.wired.graph.positions:
             first = first + run[Site("pos_embed")][0]
         tokens = torch.einsum("tpd,pd->tp", self._gradient, first)
-        return Into(tuple(self._latents), self._errors, tokens, self._constant)
+        latents = tuple(said[order] for said in self._latents)
+        return Into(latents, self._errors[order], tokens[order], self._constant[order])
 
 
 def replaced(wired: Wiring, tokens: Tokens, transcoders: object) -> Replacement:

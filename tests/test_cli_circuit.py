@@ -97,3 +97,37 @@ def test_a_circuit_without_edges_has_a_page_that_says_so() -> None:
     page = Page(vs.report.render_edges(summary))
     assert (page.badly_closed, page.open) == ([], [])
     assert "the circuit is empty" in page.text
+
+
+def test_members_are_described_and_tested(run: Callable[..., Done], model: Path, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "described"
+    words = (
+        "circuit",
+        pairs,
+        "--model",
+        model,
+        "--out",
+        out,
+        "--method",
+        "eap",
+        "--drawn",
+        5,
+        "--size",
+        6,
+        "--describe",
+    )
+    done = run(*words)
+    assert done.code == 0, done.err
+    summary = json.loads((out / "summary.json").read_text())
+    members = summary["members"]
+    assert set(members["answer"]) <= set(summary["answer"])
+    assert {one["component"] for one in members["members"]} == {
+        one["component"] for one in summary["circuit"]["members"]
+    }
+    assert all(
+        claim["verdict"] in ("SUPPORTED", "REFUTED", "NOT SPECIFIC", "INCONCLUSIVE") for claim in members["claims"]
+    )
+    page = Page((out / "circuit.html").read_text())
+    assert (page.badly_closed, page.open) == ([], [])
+    assert "What its members do" in page.text
+    assert (out / "members" / "ledger.sqlite").exists()

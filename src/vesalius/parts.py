@@ -272,6 +272,17 @@ class HasLatents(Protocol):
 
 
 @runtime_checkable
+class LeavesOver(Protocol):
+    """A dictionary that leaves something unexplained, which is a part too."""
+
+    @property
+    def content_hash(self) -> str: ...
+
+    @property
+    def unexplained(self) -> Part: ...
+
+
+@runtime_checkable
 class OfDictionary(Protocol):
     """A latent: it knows the dictionary that counts it, and its number there."""
 

@@ -14,6 +14,10 @@ from vesalius.parts import ALIVE, Channel, Group, HasLatents, Part, Together, Un
 from vesalius.site import Site
 
 KINDS = ("unit", "group", "channel", "together", "direction", "subspace", "latent")
+from vesalius.parts import LeavesOver
+
+KINDS = ("unit", "group", "together", "direction", "subspace", "latent", "unexplained")
+OF_DICTIONARY = ("latent", "unexplained")
 
 
 def latent(dictionary: HasLatents, index: int) -> Part:
@@ -48,17 +52,19 @@ def resolve(ref: Mapping[str, Any], *given: HasLatents | Part | Tensor) -> Part:
         raise UnknownNameError("kind of part", kind, KINDS, hint)
     found = _among(ref, [*given, *_alive(ref)])
     if found is None:
-        what = "the dictionary" if kind == "latent" else f"the {kind}, or its numbers as a tensor,"
+        what = "the dictionary" if kind in OF_DICTIONARY else f"the {kind}, or its numbers as a tensor,"
         raise InputError(f"{dict(ref)} names what is kept elsewhere: give {what} as well, resolve(ref, ...)")
     return found
 
 
 def _among(ref: Mapping[str, Any], given: Sequence[HasLatents | Part | Tensor]) -> Part | None:
     for one in given:
-        if isinstance(one, Tensor) and ref["kind"] != "latent" and digest(one) == ref["sha256"]:
+        if isinstance(one, Tensor) and ref["kind"] not in OF_DICTIONARY and digest(one) == ref["sha256"]:
             return stored_part(ref, one)
         if isinstance(one, HasLatents) and ref["kind"] == "latent" and one.content_hash == ref["dictionary"]:
             return one.latent(int(ref["index"]))
+        if isinstance(one, LeavesOver) and ref["kind"] == "unexplained" and one.content_hash == ref["dictionary"]:
+            return one.unexplained
         if isinstance(one, Labelled) and one.ref["sha256"] == ref.get("sha256"):
             return stored_part(ref, one.numbers)
     return None
@@ -74,5 +80,5 @@ def stored_part(ref: Mapping[str, Any], numbers: Tensor) -> Direction | Subspace
 
 
 def _alive(ref: Mapping[str, Any]) -> list[Any]:
-    found = ALIVE.get(str(ref.get("dictionary" if ref["kind"] == "latent" else "sha256")))
+    found = ALIVE.get(str(ref.get("dictionary" if ref["kind"] in OF_DICTIONARY else "sha256")))
     return [] if found is None else [found]

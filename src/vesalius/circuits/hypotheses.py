@@ -7,11 +7,13 @@ is no proof of it: read the interval of the faithfulness beside it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vesalius.circuits.cutting import Ablation
@@ -168,15 +170,35 @@ def stability(
     """
     if draws < 2:
         raise InputError(f"stability compares at least two draws; got {draws}")
-    generator, (edges, examples) = generator_for("stability", seed), effects.shape
-    masks = torch.zeros(draws, edges)
-    for mask in masks:
-        rows = torch.randint(examples, (examples,), generator=generator)
-        mask[effects[:, rows].mean(1).abs().argsort(descending=True, stable=True)[:size]] = 1
+    generator, examples = generator_for("stability", seed), effects.shape[1]
+    rows = [torch.randint(examples, (examples,), generator=generator) for _ in range(draws)]
+    return float(_overlaps(effects, rows, size).mean()), jaccard_null(size / len(effects))
+
+
+def _overlaps(effects: Float[Tensor, "edge example"], rows: Sequence[Tensor], size: int) -> NDArray[np.float64]:
+    """Of each pair of circuits, one for each set of rows."""
+    masks = torch.zeros(len(rows), len(effects))
+    for mask, some in zip(masks, rows, strict=True):
+        mask[effects[:, some].mean(1).abs().argsort(descending=True, stable=True)[:size]] = 1
     shared = masks @ masks.T
-    overlap = shared / (2 * size - shared)
-    pairs = np.triu_indices(draws, 1)
-    return float(overlap.numpy()[pairs].mean()), jaccard_null(size / edges)
+    return np.asarray((shared / (2 * size - shared)).double().numpy()[np.triu_indices(len(rows), 1)])
+
+
+def paraphrase_stability(
+    effects: Float[Tensor, "edge example"], wordings: Sequence[str], size: int
+) -> tuple[float, float, float]:
+    """Mean and lowest overlap of circuits found from each wording of the question, and what random ones would have.
+
+    effects: per example, as `Scores.effects`. wordings: of each example, such as `pairs.groups["template"]`. size: as
+    for `stability`. A mean near the null k / (2 - k) says that the wording decides which edges are found (Méloux et al.
+    2025). Raises InputError for fewer than two wordings, or other labels than examples.
+    """
+    kinds = sorted(set(wordings))
+    if len(wordings) != effects.shape[1] or len(kinds) < 2:
+        raise InputError(f"give the wording of each of the {effects.shape[1]} examples, at least two; got {len(kinds)}")
+    labels = np.array(wordings)
+    overlaps = _overlaps(effects, [torch.from_numpy(np.flatnonzero(labels == kind)) for kind in kinds], size)
+    return float(overlaps.mean()), float(overlaps.min()), jaccard_null(size / len(effects))
 
 
 def prompt_clusters(effects: Float[Tensor, "edge example"], count: int) -> tuple[tuple[int, ...], float]:

@@ -11,7 +11,7 @@ All figures are of prompts that the circuit was not found on, per example, and w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vesalius.circuits.cells import Roles, optimal_ablation, with_tokens
 from vesalius.circuits.circuit import Circuit
 from vesalius.circuits.cutting import ABLATIONS, Ablation, ablation
 from vesalius.circuits.graph import Graph
@@ -62,13 +63,21 @@ def faithfulness(
     kinds: Sequence[str] = ABLATIONS,
     levels: Sequence[str] = LEVELS,
     metric: Metric = logit_diff,
+    roles: Roles | None = None,
+    fitted_on: Pairs | None = None,
 ) -> dict[tuple[str, str], Measurement]:
     """(level, ablation) -> what the circuit does alone, as a share of the whole effect, per example.
 
     (metric of the circuit - metric with everything cut) / mean over examples of (metric of the model - metric with
     everything cut): a ratio of means, because single prompts with a small denominator would dominate a mean of ratios.
     Nothing is clamped; diagnostics tell how many prompts have a ratio of their own below 0 or above 1, and the lowest
-    and highest. Raises InputError where cutting everything changes nothing.
+    and highest.
+
+    roles: places at which each edge acts (`token_roles`); then there is the level "token" as well, in which each is cut
+    everywhere else. fitted_on: prompts of the search; then there is the ablation "optimal" as well, whose constants are
+    fitted on them, for each level apart and for the model without any edge.
+
+    Raises UnknownNameError for an unknown level, InputError where cutting everything changes nothing.
     """
     wired = model if isinstance(model, Wiring) else wiring(model)
     mask = edges_of(wired.graph, circuit)
@@ -83,7 +92,27 @@ def faithfulness(
         whole = cut.plain()[0] - values[0]
         for level, value in zip(levels, values[1:], strict=True):
             found[level, kind] = _share(f"faithfulness, {level}, {kind}", value - values[0], whole, pairs)
+        if roles is not None:
+            kept = with_tokens(cut, roles) - values[0]
+            found["token", kind] = _share(f"faithfulness, token, {kind}", kept, whole, pairs)
+    if fitted_on is not None:
+        found |= _optimal(wired, {level: masks[level] for level in levels}, pairs, fitted_on, metric)
     return found
+
+
+def _optimal(
+    wired: Wiring, masks: Mapping[str, Bool[Tensor, " edge"]], pairs: Pairs, fitted_on: Pairs, metric: Metric
+) -> dict[tuple[str, str], Measurement]:
+    def alone(mask: Tensor) -> tuple[Ablation, Tensor]:
+        cut = replace(optimal_ablation(wired, mask, fitted_on, metric=metric), pairs=pairs)
+        return cut, with_only(cut, [mask])[0]
+
+    cut, empty = alone(torch.zeros(len(wired.graph), dtype=torch.bool))
+    whole = cut.plain()[0] - empty
+    return {
+        (level, "optimal"): _share(f"faithfulness, {level}, optimal", alone(mask)[1] - empty, whole, pairs)
+        for level, mask in masks.items()
+    }
 
 
 def _share(name: str, part: Tensor, whole: Tensor, pairs: Pairs) -> Measurement:

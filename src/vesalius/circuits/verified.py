@@ -20,7 +20,7 @@ from vesalius.circuits.cutting import Ablation
 from vesalius.circuits.exact import exact_scores, exact_values, sample
 from vesalius.circuits.graph import Graph
 from vesalius.jobs import Event, Sink, silent
-from vesalius.parts import Edge
+from vesalius.parts import Edge, Part
 from vesalius.patching.agreement import Agreement
 from vesalius.patching.scores import Scores
 from vesalius.stats import clopper_pearson
@@ -36,27 +36,32 @@ class Check:
     sampled: edges drawn at random from all. agreement: of the estimates with them. saturated: checked edges with an
     effect whose estimate is zero. drawn: those of the sample that were not chosen, for a shortlist or for the circuit;
     missed: how many of them have an effect; most_missed: how many of all edges that were not chosen have one at most,
-    with 95 % confidence.
+    with 95 % confidence. what: "edges", or "nodes", which are ablated.
     """
 
     sampled: int
     agreement: Agreement
-    saturated: tuple[Edge, ...]
+    saturated: tuple[Part | Edge, ...]
     drawn: int
     missed: int
     most_missed: int
+    what: str = "edges"
 
     def describe(self) -> str:
         """As text."""
+        done = "cut" if self.what == "edges" else "ablated"
         told = (
-            f"{self.sampled} random edges cut exactly: correlation with the estimates {self.agreement.pearson:.2f}; "
+            f"{self.sampled} random {self.what} {done} exactly: correlation with the estimates "
+            f"{self.agreement.pearson:.2f}; "
             f"{self.missed} of {self.drawn} that were not chosen have an effect, so at most "
-            f"{self.most_missed:,} edges were missed (95 %)"
+            f"{self.most_missed:,} {self.what} were missed (95 %)"
         )
         if not self.saturated:
             return told
         first = ", ".join(map(str, self.saturated[:3]))
-        return f"{told}. Saturated: {len(self.saturated)} edges have an effect and an estimate of zero ({first} ...)"
+        return (
+            f"{told}. Saturated: {len(self.saturated)} {self.what} have an effect and an estimate of zero ({first} ...)"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -107,22 +112,36 @@ def verified(
     numbers = (chosen | random if all_chosen else random).nonzero()[:, 0]
     values, cost = exact_values(cut, numbers, seed=seed, out=out, sink=sink)
     measured = exact_scores(cut, numbers, values, cost)
+    check = check_of(estimates, measured, numbers, random, chosen, smallest)
+    sink(Event("note", "edges", message=check.describe()))
+    return Verified(numbers, measured, check)
+
+
+def check_of(
+    estimates: Scores,
+    measured: Scores,
+    numbers: Int[Tensor, " checked"],
+    random: Bool[Tensor, " item"],
+    chosen: Bool[Tensor, " item"],
+    smallest: float,
+    what: str = "edges",
+) -> Check:
+    """What exact effects of some items say about estimates of all. random: those drawn; chosen: those not missed."""
     found = measured.effects.abs().mean(1) >= smallest
     zero = zeros(estimates.effects)[numbers]
     rest = random[numbers] & ~chosen[numbers]
     missed, looked = int((found & rest).sum()), int(rest.sum())
-    others = len(graph) - int(chosen.sum())
+    others = len(chosen) - int(chosen.sum())
     bound = clopper_pearson(missed, looked, one_sided="upper").high if looked else float(others > 0)
-    check = Check(
+    return Check(
         sampled=int(random.sum()),
         agreement=agreement_of(estimates, measured, numbers, random[numbers]),
         saturated=tuple(measured.items[n] for n in (found & zero).nonzero()[:, 0].tolist()),
         drawn=looked,
         missed=missed,
         most_missed=missed if looked == others else math.floor(bound * others),
+        what=what,
     )
-    sink(Event("note", "edges", message=check.describe()))
-    return Verified(numbers, measured, check)
 
 
 def zeros(effects: Float[Tensor, "edge example"]) -> Bool[Tensor, " edge"]:

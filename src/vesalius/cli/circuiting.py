@@ -46,6 +46,9 @@ def circuit(
     drawn: Annotated[
         int, typer.Option(help="Random edges that are cut exactly, to check the estimates.")
     ] = checks.SAMPLED,
+    describe: Annotated[
+        bool, typer.Option("--describe", help="Say what every member does, and test it on the fresh prompts.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     out: Annotated[
         Path | None,
@@ -74,14 +77,21 @@ def circuit(
         screen = Screen(progress)
         loaded = vs.load(model, device=checks.chosen_device(device), sink=screen)
         asked = vs.studies.question_for(question, loaded, seed=seed, bos="auto", **sizes)
-        summary, path = _searched(loaded, asked, method, n, how, folder, screen)
+        summary, path = _searched(loaded, asked, method, n, how, folder, screen, describe)
     for sentence in summary["answer"]:
         say(sentence)
     say(str(path))
 
 
 def _searched(
-    model: Any, asked: Any, method: str, n: int | None, how: Mapping[str, Any], folder: Path, screen: Screen
+    model: Any,
+    asked: Any,
+    method: str,
+    n: int | None,
+    how: Mapping[str, Any],
+    folder: Path,
+    screen: Screen,
+    describe: bool,
 ) -> tuple[Mapping[str, Any], Path]:
     """Search on discovery, try on validation, write the files."""
     discovery, fresh = (asked.corruptions[asked.main].split(name) for name in ("discovery", "validation"))
@@ -90,8 +100,20 @@ def _searched(
     note(f"{model.name}: {asked.text} {len(discovery)} + {len(fresh)} prompt pairs, bos {asked.bos}")
     wired = vs.circuits.wiring(model)
     found = vs.circuits.discover(wired, discovery, method, **how, out=folder / "runs", sink=screen)
+    members = None
+    if describe and found.members:
+        # Claims are sealed in a ledger before anything looks at the fresh prompts.
+        study = vs.studies.describe_members(asked, model, found, out=folder / "members", sink=screen)
+        members = vs.studies.summarise_members(study)
     summary = vs.studies.summarise_edges(
-        asked.text, wired, found, fresh, searched=len(discovery), command=command_line(), timings=screen.timings()
+        asked.text,
+        wired,
+        found,
+        fresh,
+        searched=len(discovery),
+        command=command_line(),
+        timings=screen.timings(),
+        members=members,
     )
     vs.circuits.save_circuit(found, folder / CIRCUIT)
     return summary, vs.report.write_edges(summary, folder)

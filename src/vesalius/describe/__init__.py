@@ -9,6 +9,7 @@ from vesalius.describe.circuit import describe_circuit
 from vesalius.describe.client import Chat, ModelChat, ServerChat, Usage
 from vesalius.describe.contrast_vector import ContrastVector, contrast_vector
 from vesalius.describe.counterexamples import counterexamples, rivals
+from vesalius.describe.described import described
 from vesalius.describe.description import (
     FITS,
     Describer,
@@ -131,6 +132,7 @@ __all__ = [
     "counterexamples",
     "describe",
     "describe_circuit",
+    "described",
     "direct_effects",
     "fit_map",
     "fit_tuned_lens",

@@ -31,6 +31,7 @@ from vesalius.dictionaries.stored_layer import StoredLayer
 from vesalius.dictionaries.training.fitter import Fitter
 from vesalius.dictionaries.training.loop import estimate, train
 from vesalius.dictionaries.training.several import train_all
+from vesalius.dictionaries.unexplained import Unexplained
 from vesalius.dictionaries.untrained import untrained
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "StoredLayer",
     "Superposition",
     "TrainConfig",
+    "Unexplained",
     "Verified",
     "dimensionality",
     "estimate",

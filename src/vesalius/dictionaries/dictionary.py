@@ -26,10 +26,12 @@ from vesalius.dictionaries.rows import (
     chunks_of,
     joined_sparse,
     normalised,
+    only_one,
     shaped,
     site_number,
     unscaled,
 )
+from vesalius.dictionaries.unexplained import Unexplained
 from vesalius.directions import Direction
 from vesalius.errors import InputError, NotFiniteError, UnknownNameError
 from vesalius.intervention import digest
@@ -133,12 +135,12 @@ class Dictionary:
     @property
     def W_enc(self) -> Float[Tensor, "d_in latent"]:  # noqa: N802
         """The encoder of a dictionary that reads one site. Raises InputError when it reads several."""
-        return _only("W_enc", "encoders", self.encoders)
+        return only_one("W_enc", "encoders", self.encoders)
 
     @property
     def W_dec(self) -> Float[Tensor, "latent d_out"]:  # noqa: N802
         """The decoder of a dictionary that reconstructs one site. Raises InputError when it reconstructs several."""
-        return _only("W_dec", "decoders", self.decoders)
+        return only_one("W_dec", "decoders", self.decoders)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -238,6 +240,11 @@ class Dictionary:
     def latent(self, index: int) -> Latent:
         """Latent `index` as a Part. Raises InputError for one that does not exist."""
         return Latent(self, check_latents([index], self.n_latents)[0])
+
+    @property
+    def unexplained(self) -> Unexplained:
+        """What it leaves over, as a Part. Raises InputError for a dictionary that writes at several sites."""
+        return Unexplained(self)
 
     def direction(self, index: int, site: Site | str | None = None) -> Direction:
         """Unit vector that latent `index` writes at an output site (default: the first).
@@ -341,9 +348,3 @@ class Dictionary:
     def _repr_html_(self) -> str:
         curve = "" if self.history is None else self.history._repr_html_()
         return f"<div><code>{self!r}</code>{curve}</div>"
-
-
-def _only(name: str, plural: str, tensors: Sequence[Tensor]) -> Tensor:
-    if len(tensors) != 1:
-        raise InputError(f"{name} is for dictionaries with one site there; this one has {len(tensors)}: see {plural}")
-    return tensors[0]

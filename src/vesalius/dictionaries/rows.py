@@ -189,3 +189,9 @@ def unscaled(outputs: Sequence[Tensor], scales: Sequence[float], units: Sequence
         for rows, scale, unit in zip(outputs, scales, units, strict=True)
     )
     return restored[0] if len(restored) == 1 else restored
+
+
+def only_one(name: str, plural: str, tensors: Sequence[Tensor]) -> Tensor:
+    if len(tensors) != 1:
+        raise InputError(f"{name} is for dictionaries with one site there; this one has {len(tensors)}: see {plural}")
+    return tensors[0]

@@ -8,6 +8,7 @@ from vesalius.studies.calibrate import Calibration, calibrate
 from vesalius.studies.control import RANDOM_WEIGHTS, Controlled, claims_on, random_weights_control
 from vesalius.studies.curves import CurveSearch, curve_search, find_curves, summarise_curves
 from vesalius.studies.cytology import Shortcut, shortcut_question
+from vesalius.studies.described_circuit import describe_members, summarise_members
 from vesalius.studies.edge_circuit import summarise_edges
 from vesalius.studies.explain import EXPLAIN, explain
 from vesalius.studies.explained import Explained, Explanations, summarise_explained
@@ -74,6 +75,7 @@ __all__ = [
     "claims_on",
     "curve_search",
     "describe_heads",
+    "describe_members",
     "describing_heads",
     "explain",
     "explaining",
@@ -100,6 +102,7 @@ __all__ = [
     "summarise_explained",
     "summarise_found",
     "summarise_heads",
+    "summarise_members",
     "summarise_probed",
     "summarise_shortcut",
     "supported_roles",

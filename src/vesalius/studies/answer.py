@@ -37,7 +37,7 @@ def sentences(made: Made) -> list[str]:
     """Two sentences: what was found, and how it stood the test; none where nothing was tested."""
     if "tested" not in made:
         return []
-    return [_found(made), _stood(made)]
+    return [_found(made), stood(made)]
 
 
 def supported_roles(made: Made, verdicts: tuple[Verdict, ...]) -> dict[str, list[str]]:
@@ -110,7 +110,8 @@ def _named(role: str, members: list[str]) -> str:
     return f"{len(members)} {first}{many}{participle}{rest} ({', '.join(map(_short, members))})"
 
 
-def _stood(made: Made) -> str:
+def stood(made: Made) -> str:
+    """How the claims stood the test."""
     verdicts, count = made["verdicts"], Counter(verdict.outcome for verdict in made["verdicts"])
     bare = sum(fit is None for name, fit in made["descriptions"].fits.items() if name != "embed")
     supported = count["SUPPORTED"]

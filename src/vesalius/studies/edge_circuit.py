@@ -26,10 +26,11 @@ def summarise_edges(
     command: str,
     timings: Mapping[str, Any],
     metric: Metric = logit_diff,
+    members: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The summary as a dict: `circuit` (members and edges between them), `faithfulness` on fresh prompts, `check`.
 
-    searched: how many prompts the circuit was found on.
+    searched: how many prompts the circuit was found on. members: what its members do, see `summarise_members`.
 
     Effects are shares of the effect of cutting every edge on the discovery prompts, positive for what helps. Edges into
     queries, keys and values of a head are one here, the strongest of them; `circuits.save_circuit` keeps them apart.
@@ -41,7 +42,8 @@ def summarise_edges(
         "schema": SCHEMA,
         "question": question,
         "model": {"name": model.name, "hash": model.content_hash, "note": model.note},
-        "answer": _answer(circuit, wired, grid),
+        "answer": [*_answer(circuit, wired, grid), *(members["answer"] if members else [])],
+        "members": members,
         "circuit": {
             "rule": circuit.rule,
             "kept": circuit.kept,

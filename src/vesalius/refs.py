@@ -10,13 +10,10 @@ from torch import Tensor
 
 from vesalius.directions import Direction, Labelled, Subspace, digest
 from vesalius.errors import InputError, UnknownNameError
-from vesalius.parts import ALIVE, Channel, Group, HasLatents, Part, Together, Unit
+from vesalius.parts import ALIVE, Channel, Group, HasLatents, LeavesOver, Part, Together, Unit
 from vesalius.site import Site
 
-KINDS = ("unit", "group", "channel", "together", "direction", "subspace", "latent")
-from vesalius.parts import LeavesOver
-
-KINDS = ("unit", "group", "together", "direction", "subspace", "latent", "unexplained")
+KINDS = ("unit", "group", "channel", "together", "direction", "subspace", "latent", "unexplained")
 OF_DICTIONARY = ("latent", "unexplained")
 
 

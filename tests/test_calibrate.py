@@ -208,6 +208,7 @@ def test_the_same_claims_are_tested_on_the_prompts_they_were_made_from(on_noise:
     assert all(there.p != here.p for there, here in zip(fresh, own, strict=True))
 
 
+@pytest.mark.slow
 def test_a_planted_network_is_found_and_its_true_claims_stand() -> None:
     network = on_planted(0)
     assert set(PARTS) <= set(network.members)

@@ -143,6 +143,7 @@ def test_n_draws_from_the_users_own_pairs(run: Callable[..., Done], model: Path,
     assert not (tmp_path / "more").exists()
 
 
+@pytest.mark.slow
 def test_past_the_gate_a_stopped_study_goes_on_in_its_folder(
     run: Callable[..., Done], model: Path, tmp_path: Path
 ) -> None:

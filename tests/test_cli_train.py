@@ -103,6 +103,7 @@ def test_ctrl_c_keeps_what_was_done(store: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "checkpoints").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_torchrun_trains_in_two_processes(store: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

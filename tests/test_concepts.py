@@ -132,6 +132,7 @@ def toys() -> dict[bool, Dictionary]:
     return {way: train(toy(20_000, way, 1)[1], TOY) for way in (False, True)}  # type: ignore[misc]
 
 
+@pytest.mark.slow
 def test_independent_features_are_found_one_by_one(toys: dict[bool, Dictionary]) -> None:
     cosines = torch.nn.functional.normalize(toys[False].W_dec, dim=1) @ BASIS[:4].T
     order = cosines.argmax(0)
@@ -151,6 +152,7 @@ def along_parent(dictionary: Dictionary, hierarchical: bool) -> tuple[AlongDirec
     return AlongDirection(values, values * along, cosine, rows.double().numpy() @ d, np.array([cosine.argmax()])), child
 
 
+@pytest.mark.slow
 def test_a_feature_inside_another_absorbs_it_and_an_independent_one_does_not(toys: dict[bool, Dictionary]) -> None:
     found, child = along_parent(toys[True], True)
     assert not found.firing()[child].any()

@@ -49,7 +49,10 @@ def folded_out(crosscoder: Dictionary) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"kind": "batchtopk", "k": 2}, {"kind": "relu", "sparsity": 0.3, "dead": "none"}],
+    [
+        {"kind": "batchtopk", "k": 2},
+        pytest.param({"kind": "relu", "sparsity": 0.3, "dead": "none"}, marks=pytest.mark.slow),
+    ],
     ids=lambda fields: str(fields["kind"]),
 )
 def test_relative_norms_of_planted_features(fields: dict[str, Any]) -> None:

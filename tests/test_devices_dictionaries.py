@@ -74,6 +74,7 @@ def test_quantities_circuits_and_descriptions(family: str) -> None:
         same(value, on_cpu[name])
 
 
+@pytest.mark.slow
 def test_a_study_says_the_same(tmp_path: Path) -> None:
     question, model = solvable.planted()
     summaries = []

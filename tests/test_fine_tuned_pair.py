@@ -15,6 +15,7 @@ import tiny
 import vesalius as vs
 from vesalius.dictionaries import Dictionary, latent_scaling, relative_norms
 
+pytestmark = pytest.mark.slow
 FIRST, SECOND, RESPONSE = 11, 17, 23
 """After FIRST SECOND, the fine-tuned model says RESPONSE. Both tokens also stand alone."""
 WIDTH = 24

@@ -232,6 +232,7 @@ def test_an_outlier_at_one_site_drops_the_row_at_all_and_a_site_of_zeros_drops_n
 # --- broken off, and gone on with
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_it_goes_on_and_the_store_is_the_same_to_the_bit(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path)
     whole = killed_harvest.harvest(vs.load(folder), tmp_path / "whole")
@@ -248,6 +249,7 @@ def test_killed_at_any_point_it_goes_on_and_the_store_is_the_same_to_the_bit(tmp
     assert files(tmp_path / "two") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_bounded_by_the_shard_not_by_the_store(tmp_path: Path) -> None:
     command = [sys.executable, harvest_memory.__file__, str(tmp_path)]

@@ -104,7 +104,9 @@ PLANTED: dict[str, Callable[[list[str], int], bool]] = {
 }
 
 
-@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=[pytest.mark.slow] * (n > 1)) for n, one in enumerate(PLANTED)]
+)
 def test_what_was_planted_is_learned(name: str) -> None:
     fires = PLANTED[name]
     found = learn(planted(fires)[0])
@@ -121,7 +123,7 @@ def test_what_was_planted_is_learned(name: str) -> None:
 
 def test_nothing_is_said_of_a_unit_without_a_rule() -> None:
     noise = np.random.default_rng(3)
-    for seed in range(5):
+    for seed in range(2):
         found = learn(planted(lambda t, i: bool(noise.random() < 0.02), seed)[0])
         assert found is None or not found.holds
     assert learn(planted(lambda t, i: False)[0]) is None

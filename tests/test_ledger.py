@@ -617,13 +617,13 @@ def test_processes_may_create_the_file_at_once(path: Path, processes: Any) -> No
         assert ledger.verify().openings == 4
 
 
-def test_fifty_kills_lose_no_record_whose_append_returned(path: Path, processes: Any) -> None:
-    total = 200
+def test_twenty_kills_lose_no_record_whose_append_returned(path: Path, processes: Any) -> None:
+    total = 80
     with Ledger(path) as ledger:
         seal(ledger, [claim(number) for number in range(total)])
         ledger.open(prompts(), "validation")
     rng, returned, kills, mid_work = random.Random(1), set(), 0, 0
-    for kills in range(1, 51):
+    for kills in range(1, 21):
         child, replies = start(processes, append_claims, path, 3 * (kills - 1), total - 3 * kills)
         # By what it has said and not by the clock alone: on a busy machine some milliseconds are nothing.
         first = [replies.recv() for _ in range(2)]
@@ -637,4 +637,4 @@ def test_fifty_kills_lose_no_record_whose_append_returned(path: Path, processes:
         stored = {kept.id for made in ledger.claims() for kept in ledger.evidence(made)}
         assert returned <= stored
         assert ledger.verify().evidence == len(stored)
-    assert kills == 50 and mid_work >= 40 and len(returned) >= 100  # two of its own each
+    assert kills == 20 and mid_work >= 16 and len(returned) >= 40  # two of its own each

@@ -209,6 +209,7 @@ def test_demo_tokenizer_round_trips_and_agrees_with_that_of_transformers(demo_ca
     assert ours("hi").input_ids == ours("hi", add_special_tokens=False).input_ids  # add_bos_token is false in the file
 
 
+@pytest.mark.slow
 @demo_model
 @pytest.mark.demo_model
 def test_demo_model_loads_in_three_seconds_once_converted(demo_cache: Path) -> None:

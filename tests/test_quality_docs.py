@@ -32,6 +32,7 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, de
     assert len(names["scores"]["latents", 1].values) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.demo_model
 def test_the_example_on_superposition_runs_on_little(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

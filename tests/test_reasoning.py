@@ -174,6 +174,7 @@ def test_tables_pages_and_refusals() -> None:
         Reasoned(Question("q", ("a", "b")), ())
 
 
+@pytest.mark.slow
 @pytest.mark.demo_model
 def test_a_model_answers_and_reasons_for_itself(demo: vs.Model) -> None:
     """Only that it runs: a model of this size does not reason, so that its figures say nothing."""

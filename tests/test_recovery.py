@@ -89,6 +89,7 @@ def test_one_to_one_is_stricter_than_the_best_latent_and_is_scipys_assignment() 
         recovered(TRUTH[:100], TRUTH)
 
 
+@pytest.mark.slow
 def test_a_transcoder_of_a_sparse_relu_mlp_finds_its_neurons() -> None:
     """Hand-made: every neuron reads one feature and fires where that is there, which is rarely."""
     rows = sparse_rows(20_000, 32, 24, active=2, seed=3)
@@ -120,6 +121,7 @@ def test_a_transcoder_finds_features_and_the_map_between_them() -> None:
     assert found.history["fvu"][-20:].mean() < 0.05
 
 
+@pytest.mark.slow
 def test_a_skip_takes_a_linear_map_and_latents_the_rest() -> None:
     x = torch.randn(8000, 16, generator=torch.Generator().manual_seed(0))
     through = torch.randn(16, 12, generator=torch.Generator().manual_seed(1))
@@ -136,6 +138,7 @@ def test_a_skip_takes_a_linear_map_and_latents_the_rest() -> None:
     assert without.history["fvu"][-1] > 0.2
 
 
+@pytest.mark.slow
 def test_a_cross_layer_transcoder_puts_a_feature_where_it_is_read() -> None:
     """Layer 0 reads features 0-11, layer 1 features 12-23; features 0-5 are written at layer 1 only."""
     f = strengths(20_000, 24, active=2, seed=5)
@@ -157,6 +160,7 @@ def test_a_cross_layer_transcoder_puts_a_feature_where_it_is_read() -> None:
     assert float(late.max()) < 0.1 * float(early.min())
 
 
+@pytest.mark.slow
 def test_prefixes_of_a_matryoshka_reconstruct_on_their_own() -> None:
     """Common features come first: a prefix explains more than as many latents of a dictionary without prefixes."""
     rates = torch.cat([torch.full((16,), 0.15), torch.full((112,), 0.01)])
@@ -177,6 +181,7 @@ def test_prefixes_of_a_matryoshka_reconstruct_on_their_own() -> None:
     assert errors[0] < 0.6 < unexplained(x, reconstructed_from_first(plain, x, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hierarchical", [False, True])
 def test_a_child_feature_absorbs_its_parent(hierarchical: bool) -> None:
     """Chanin et al. 2024: where one feature implies another, the L1 penalty makes the parent's latent fall silent."""

@@ -222,6 +222,7 @@ def test_prompts_without_groups_are_counted_themselves_and_enough_need_no_word()
 # --- the control, from Python
 
 
+@pytest.mark.slow
 def test_the_random_weights_control_is_one_call(study: Study, tmp_path: Path) -> None:
     found = random_weights_control(study.question, study.model, out=tmp_path, options=OPTIONS, sink=silent)
     assert found.control is not None and found.control.options.control == "random-weights"

@@ -64,6 +64,7 @@ def few() -> tuple[UnitTrials, ...]:
     return found
 
 
+@pytest.mark.slow
 def test_noise_and_decoys_are_not_supported_and_what_is_planted_is(few: tuple[UnitTrials, ...]) -> None:
     tested = [row for row in few if row.quantity not in trials.WITHOUT_A_TEST]
     for row in tested:
@@ -75,6 +76,7 @@ def test_noise_and_decoys_are_not_supported_and_what_is_planted_is(few: tuple[Un
     assert {row.setting for row in few} == {setting.name for setting in (*NULLS, *TRUE)} | {tested[-1].setting}
 
 
+@pytest.mark.slow
 def test_a_score_above_nothing_is_no_test(few: tuple[UnitTrials, ...]) -> None:
     """The positive control: on noise, plain detection says yes about half of the time."""
     noisy = next(row for row in few if row.quantity == PLAIN_DETECTION and row.setting == "nothing")
@@ -82,6 +84,7 @@ def test_a_score_above_nothing_is_no_test(few: tuple[UnitTrials, ...]) -> None:
     assert noisy.holds(0.08, 0.8)  # it is there to compare, and held to nothing
 
 
+@pytest.mark.slow
 def test_the_strongest_tokens_do_not_show_what_a_unit_does_elsewhere(few: tuple[UnitTrials, ...]) -> None:
     hidden = {row.quantity: row for row in few if row.setting == "not at the top"}
     assert hidden["strongest tokens"].supported.k == 0

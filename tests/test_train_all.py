@@ -106,6 +106,7 @@ def test_processes_end_with_the_weights_of_one_after_the_other(made: Path, tmp_p
     assert [coder.content_hash for coder in again.values()] == [coder.content_hash for coder in together.values()]
 
 
+@pytest.mark.slow
 def test_when_one_fails_the_others_are_kept_and_its_error_is_raised(made: Path, tmp_path: Path) -> None:
     store = vs.data.ActivationStore.open(made / "acts")
     wild = vs.TrainConfig(k=2, lr=1e30, clip_norm=None, **QUICK)  # type: ignore[arg-type]
@@ -118,6 +119,7 @@ def test_when_one_fails_the_others_are_kept_and_its_error_is_raised(made: Path, 
         train_all(store, {"lost": lost}, tmp_path, jobs=2, sink=vs.silent)
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_every_process_once_and_the_same_command_goes_on(made: Path, tmp_path: Path) -> None:
     arguments = ["train", str(made / "acts"), "--out", str(tmp_path), "--latents", "24", "-k", "2", "-k", "4",
                  "--steps", "1000000", "--batch", "64", "--checkpoint-every", "5", "--jobs", "2"]  # fmt: skip

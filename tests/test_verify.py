@@ -54,8 +54,8 @@ def trained(model: vs.Model, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.mark.parametrize(
     ("kind", "written"),
-    [("topk", "vesalius"), ("topk", "saelens"), ("topk", "sparsify"), ("batchtopk", "saelens"),
-     ("batchtopk", "gemma_scope")],
+    [("topk", "vesalius"), ("topk", "sparsify"), ("batchtopk", "saelens"),
+     *(pytest.param(*both, marks=pytest.mark.slow) for both in (("topk", "saelens"), ("batchtopk", "gemma_scope")))],
 )  # fmt: skip
 def test_what_was_written_and_read_back_is_what_it_was(
     trained: dict[str, Dictionary], model: vs.Model, tmp_path: Path, kind: str, written: str

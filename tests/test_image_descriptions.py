@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from vesalius.images import (
     Kinds,
     Pictures,
     Scaling,
+    ask_kind,
     curves,
     exciting,
     foretells,
@@ -147,6 +149,38 @@ def test_selects_refuses_what_it_cannot_measure(model: vs.Model, shown: vs.Corpu
             SELECTS.measure(runs, channel(0), given)
     with pytest.raises(InputError, match="curves and lines"):
         tuning_of(Runs(model, stimuli(SMALL, repeats=1).subset(range(48)).corpus()), channel(0))
+
+
+class Oracle:
+    """Answers what it is told to, and keeps what it was asked."""
+
+    def __init__(self, answer: str) -> None:
+        self.answer, self.asked = answer, list[Any]()
+
+    def complete(self, messages: Any) -> str:
+        self.asked += messages
+        return self.answer
+
+
+def test_a_model_that_sees_is_held_to_what_it_says(model: vs.Model) -> None:
+    known = stimuli(SMALL, repeats=2)
+    discovery = Discovery.of(Runs(model, known.corpus()), [channel(3)])
+    found = exciting(model, [channel(3)], known, top=3)[0]
+    chat = Oracle('It likes red. {"sentence": "red things", "some": {"colour": ["red"]}}')
+    said = ask_kind(chat, found, discovery, SMALL)
+    assert said.fits and "red things" in said.sentence
+    parts = chat.asked[0]["content"]
+    pictures = [one for one in parts if one["type"] == "image_url"]
+    assert len(pictures) >= 3 and pictures[0]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert not ask_kind(Oracle('{"some": {"colour": ["blue"]}}'), found, discovery, SMALL).fits
+    for answer, says in (
+        ("no idea", "no JSON object"),
+        ('{"some": {}}', "names no kind"),
+        ('{"some": {"mood": ["sad"]}}', "unknown label"),
+        ('{"some": {"colour": ["mauve"]}}', "unknown value of colour"),
+    ):
+        with pytest.raises(InputError, match=says):
+            ask_kind(Oracle(answer), found, discovery, SMALL)
 
 
 # ----------------------------------------------------------------------------------------------------------- synthesis

@@ -19,7 +19,8 @@ from pages import Page
 from test_image_descriptions import RADII, SMALL, TURNS, Detectors
 from vesalius.cli import main
 from vesalius.errors import InputError
-from vesalius.report.pixels import data_address, over, png
+from vesalius.images.pixels import data_address, png
+from vesalius.report.pixels import over
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from vesalius.jobs.untrusted import parse_json, read_json
 from vesalius.model import Model
 from vesalius.protocol import content_hash
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 # Too many requests, and what servers say when they are busy or starting.
 _AGAIN = frozenset([408, 409, 425, 429, 500, 502, 503, 504])
@@ -36,7 +36,8 @@ class Chat(Protocol):
     """Answers a conversation. Raises InputError when there is no answer."""
 
     def complete(self, messages: Messages) -> str:
-        """messages: each with `role` ("system", "user", "assistant") and `content`."""
+        """messages: each with `role` ("system", "user", "assistant") and `content`: text, or for models that see a list
+        of parts of the protocol."""
         ...
 
 
@@ -170,6 +171,8 @@ class ModelChat:
 
     def complete(self, messages: Messages) -> str:
         tokenizer = self.model.tokenizer
+        if any(not isinstance(one["content"], str) for one in messages):
+            raise InputError(f"{self.model.name} takes text only; ask a server whose model sees")
         if getattr(tokenizer, "chat_template", None) is None:
             raise InputError(f"{self.model.name} has no chat template: it was not trained to answer")
         text = tokenizer.apply_chat_template(list(map(dict, messages)), tokenize=False, add_generation_prompt=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vesalius.images.ablation import ChannelEffects, ablate_channels
+from vesalius.images.asked import ask_kind
 from vesalius.images.describing import Curves, Kinds, Tuning, tuning_of
 from vesalius.images.networks import EFFICIENTNET, Seeing, open_network
 from vesalius.images.pictures import LITE0, Pictures, Scaling, picture, read_picture, read_pictures
@@ -28,6 +29,7 @@ __all__ = [
     "Seen",
     "Tuning",
     "ablate_channels",
+    "ask_kind",
     "box_of",
     "curves",
     "exciting",

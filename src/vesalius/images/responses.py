@@ -150,7 +150,7 @@ def exciting(
     """Of each channel the images that excite it most, one at each quantile, and near misses.
 
     Near misses look to the rest of the map like the most exciting images (cosine of the other channels' responses, from
-    their means), and excite the channel less than the median does. Channels of several sites are read site by site.
+    their means), and excite the channel no more than the median does. Channels of several sites are read site by site.
     Raises InputError for no channels or images.
     """
     if not channels or not len(pictures) or top < 1:
@@ -185,6 +185,6 @@ def _near_misses(values: Float[Tensor, "image channel"], index: int, most: Seque
     others = torch.cat([values[:, :index], values[:, index + 1 :]], 1)
     others = others - others.mean(0)
     alike = torch.nn.functional.cosine_similarity(others, others[list(most)].mean(0)[None], dim=1)
-    low = values[:, index] < values[:, index].median()
+    low = values[:, index] <= values[:, index].median()
     found = alike.masked_fill(~low, float("-inf")).argsort(descending=True)[: len(most)]
     return [int(number) for number in found if bool(low[number])]

@@ -12,9 +12,10 @@ import numpy as np
 from vesalius import __version__
 from vesalius.attribution import Explanation, Trials, agreement_between
 from vesalius.images import Exciting, Foretold, Made, Scaling
+from vesalius.images.pixels import data_address
 from vesalius.jobs import write_atomic
 from vesalius.report.html import HTML_NAME, JSON_NAME, environment
-from vesalius.report.pixels import data_address, over, tuning_picture
+from vesalius.report.pixels import over, tuning_picture
 
 INPUT_SCHEMA, CHANNEL_SCHEMA = "vesalius/explain-input/1", "vesalius/neuron/1"
 SHOWN_CHANNELS, BARS = 24, 12

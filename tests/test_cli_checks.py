@@ -32,7 +32,7 @@ from vesalius.studies.study import FEWEST_SETS
 SITE = ("--site", "layers.0.mlp_out")
 EARLY = {
     "study nothing.jsonl": "there is no file",
-    "study questoin": "unknown question 'questoin'; known: capitals",
+    "study questoin": "unknown question 'questoin'; known: by-design, capitals",
     "study .": "is a directory; give the .jsonl, .json, .csv or .tsv file in it",
     "study notes.txt": "ends in '.txt'; pairs are read from",
     "study pairs.pkl": "pickled files can run code",

@@ -85,7 +85,8 @@ def study(
     question: Annotated[
         str,
         typer.Argument(
-            help="ioi, sva, capitals, induction, gendered_pronoun, or your own pairs: a .jsonl, .json, .csv, .tsv file."
+            help="ioi, sva, capitals, induction, gendered_pronoun, greater_than, translation, "
+            "insecure_code, or your own pairs: a .jsonl, .json, .csv, .tsv file."
         ),
     ],
     model: ModelOption = DEMO,

@@ -16,7 +16,9 @@ from vesalius.jobs.paths import check_file
 from vesalius.model.loading import look_up
 from vesalius.site import Site
 
-QUESTIONS = ("capitals", "gendered_pronoun", "induction", "ioi", "sva")
+QUESTIONS = (
+    "capitals", "gendered_pronoun", "greater_than", "induction", "insecure_code", "ioi", "sva", "translation",
+)  # fmt: skip
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
 STDLIB, TEXTS = "stdlib", (".txt", ".jsonl", ".parquet")
 KINDS = ("relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")

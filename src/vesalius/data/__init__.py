@@ -19,10 +19,13 @@ from vesalius.data.tasks import (
     build_pairs,
     capitals,
     gendered_pronoun,
+    greater_than,
     induction,
+    insecure_code,
     ioi,
     sva,
     task,
+    translation,
 )
 from vesalius.data.texts import Texts, texts_from
 
@@ -43,8 +46,10 @@ __all__ = [
     "build_pairs",
     "capitals",
     "gendered_pronoun",
+    "greater_than",
     "harvest",
     "induction",
+    "insecure_code",
     "ioi",
     "load_labelled",
     "load_pairs",
@@ -53,4 +58,5 @@ __all__ = [
     "sva",
     "task",
     "texts_from",
+    "translation",
 ]

@@ -32,6 +32,9 @@ from vesalius.inputs import Pairs
 from vesalius.seeds import generator_for
 
 SPLITS = ("discovery", "validation")
+LESS_TIDY = ("greater_than", "insecure_code", "translation")
+"""Whose words are few, and tokens of few tokenizers: tested on the demo model."""
+TIDY = sorted(set(TASKS) - set(LESS_TIDY))
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -97,7 +100,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 # --- all tasks -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", TIDY)
 def test_every_task_gives_n_distinct_aligned_pairs_in_each_of_two_splits(name: str, tokenizer: Any) -> None:
     for corruption in task(name).corruptions:
         pairs = task(name).build(model(tokenizer), n=20, seed=3, corruption=corruption)
@@ -110,7 +113,7 @@ def test_every_task_gives_n_distinct_aligned_pairs_in_each_of_two_splits(name: s
         assert tokenizer.unk_token_id is None or not any(tokenizer.unk_token_id in row for row in rows(pairs))
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", TIDY)
 def test_splits_share_no_template_name_or_prompt(name: str) -> None:
     pairs = task(name).build(model(), n=40, seed=0)
     for group in ("template", "names"):
@@ -122,14 +125,14 @@ def test_splits_share_no_template_name_or_prompt(name: str) -> None:
     assert all(len(groups_of(pairs, "template", split)) >= 12 for split in SPLITS)
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", TIDY)
 def test_a_seed_gives_the_same_pairs_again_and_another_seed_others(name: str) -> None:
     build = task(name).build
     assert build(model(), n=8, seed=5).content_hash == build(model(), n=8, seed=5).content_hash
     assert build(model(), n=8, seed=5).content_hash != build(model(), n=8, seed=6).content_hash
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", TIDY)
 @pytest.mark.parametrize("n", [0, -3, 2.5, True, 10**80])
 def test_an_n_that_cannot_be_made_is_refused_with_the_maximum(name: str, n: Any) -> None:
     with pytest.raises(InputError, match=rf"n is {re.escape(repr(n))}; {name} can make 1 to \d+ distinct pairs"):
@@ -148,7 +151,7 @@ def test_the_stated_maximum_can_be_made_and_all_prompts_are_distinct(name: str) 
     assert len(set(pairs.example_hashes)) == 2 * maximum
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", TIDY)
 def test_the_validation_split_can_have_a_size_of_its_own(name: str) -> None:
     both, more = task(name).build(model(), n=8), task(name).build(model(), n=8, n_validation=30)
     assert Counter(more.splits) == {"discovery": 8, "validation": 30}
@@ -157,14 +160,14 @@ def test_the_validation_split_can_have_a_size_of_its_own(name: str) -> None:
         task(name).build(model(), n=8, n_validation=0)
 
 
-@pytest.mark.parametrize("name", sorted({*TASKS} - {"induction"}))
+@pytest.mark.parametrize("name", sorted({*TIDY} - {"induction"}))
 def test_every_validation_prompt_of_a_study_has_a_template_of_its_own(name: str) -> None:
     # About forty independent groups decide a claim of a family of twenty (docs/calibration.md).
     templates = task(name).build(model(), n=32, n_validation=48).split("validation").groups["template"]
     assert len(set(templates)) == 48
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", TIDY)
 def test_an_unknown_corruption_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(
         UnknownNameError, match=rf"unknown corruption of {name} 'shuffle'; known: .*{task(name).corruptions[0]}"
@@ -172,7 +175,7 @@ def test_an_unknown_corruption_is_refused_with_the_known_ones(name: str) -> None
         task(name).build(model(), n=2, corruption="shuffle")
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", TIDY)
 def test_a_tokenizer_that_splits_the_words_is_refused_with_the_way_out(name: str) -> None:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -184,7 +187,7 @@ def test_a_tokenizer_that_splits_the_words_is_refused_with_the_way_out(name: str
         task(name).build(model(bytes_only), n=2)
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", TIDY)
 def test_a_model_without_tokenizer_is_refused(name: str) -> None:
     with pytest.raises(TokenizerError, match="has no tokenizer"):
         task(name).build(model(None), n=2)
@@ -196,7 +199,7 @@ def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
 
 
 def test_every_task_asks_a_question_and_its_positions_are_inside_the_prompt() -> None:
-    for entry in TASKS.values():
+    for entry in map(task, TIDY):
         assert entry.question.startswith("How does the model")
         pairs = entry.build(model(), n=6)
         for position in entry.positions(pairs).values():
@@ -609,7 +612,7 @@ def test_a_rota_uses_everything_once_before_anything_twice() -> None:
 
 
 @pytest.mark.demo_model
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", TIDY)
 def test_the_demo_model_fits_every_task(name: str, demo: Any) -> None:
     for corruption in task(name).corruptions:
         pairs = task(name).build(demo, n=32, corruption=corruption)
@@ -618,7 +621,7 @@ def test_the_demo_model_fits_every_task(name: str, demo: Any) -> None:
 
 
 @pytest.mark.demo_model
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", TIDY)
 def test_the_demo_model_does_every_task(name: str, demo: Any) -> None:
     pairs = task(name).build(demo, n=6)
     with torch.no_grad():
@@ -626,3 +629,42 @@ def test_the_demo_model_does_every_task(name: str, demo: Any) -> None:
         logits = demo.module.lm_head(hidden[torch.arange(len(pairs)), pairs.at])
     right = logits.gather(1, pairs.answer[:, None]) > logits.gather(1, pairs.distractor[:, None])
     assert right.float().mean() >= 0.8
+
+
+# --- less tidy tasks
+
+
+@pytest.mark.demo_model
+@pytest.mark.parametrize("name", LESS_TIDY)
+def test_less_tidy_tasks_are_aligned_and_their_splits_apart(name: str, demo: Any) -> None:
+    pairs = task(name).build(demo, n=20, n_validation=24, seed=1)
+    split = {one: pairs.split(one) for one in SPLITS}
+    assert [len(split[one]) for one in SPLITS] == [20, 24]
+    for kind in ("template", "names"):
+        labels = [set(split[one].groups[kind]) for one in SPLITS]
+        assert not labels[0] & labels[1]
+    assert pairs.answer.ndim == 1
+    assert len({(tuple(row), int(a)) for row, a in zip(pairs.clean.tolist(), pairs.answer, strict=True)}) == 44
+    again, other = (task(name).build(demo, n=20, n_validation=24, seed=seed) for seed in (1, 2))
+    assert again.content_hash == pairs.content_hash != other.content_hash
+    with pytest.raises(InputError, match="can make 1 to"):
+        task(name).build(demo, n=10**9)
+    with pytest.raises(UnknownNameError, match="corruption"):
+        task(name).build(demo, corruption="noise")
+
+
+@pytest.mark.demo_model
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("greater_than", 0.95, 1.0), ("translation", 0.8, 1.0), ("insecure_code", 0.3, 0.75)]
+)
+def test_what_the_demo_model_does_of_the_less_tidy_tasks(name: str, least: float, most: float, demo: Any) -> None:
+    """It tells later years and finds translations; whether code is insecure it does not know."""
+    pairs = task(name).build(demo, n=24).split("discovery")
+    right = vs.logit_diff(demo.run(pairs.tokens("clean")).logits, pairs) > 0
+    assert least <= float(right.float().mean()) <= most
+
+
+def test_a_tokenizer_without_their_words_is_refused() -> None:
+    for name in ("translation", "greater_than"):
+        with pytest.raises(TokenizerError, match="are single tokens of this tokenizer"):
+            task(name).build(model(word_level()), n=4)

@@ -16,7 +16,9 @@ from vesalius.jobs.paths import check_file
 from vesalius.model.loading import look_up
 from vesalius.site import Site
 
-QUESTIONS = ("capitals", "gendered_pronoun", "induction", "ioi", "sva")
+QUESTIONS = (
+    "capitals", "gendered_pronoun", "greater_than", "induction", "insecure_code", "ioi", "sva", "translation",
+)  # fmt: skip
 TABLE_STUDIES = ("by-design", "shortcut")
 """Studies that bring their data and models along."""
 TABLES = (".jsonl", ".json", ".csv", ".tsv")

@@ -23,7 +23,11 @@ FEW = 8
 
 def circuit(
     question: Annotated[
-        str, typer.Argument(help="ioi, sva, capitals, induction, gendered_pronoun, or your own pairs.")
+        str,
+        typer.Argument(
+            help="ioi, sva, capitals, induction, gendered_pronoun, greater_than, translation, "
+            "insecure_code, or your own pairs."
+        ),
     ],
     method: Annotated[str, typer.Option(help=f"How edges are found: {', '.join(checks.CIRCUIT_METHODS)}.")] = "hybrid",
     ablation: Annotated[

@@ -20,10 +20,13 @@ from vesalius.data.tasks import (
     build_pairs,
     capitals,
     gendered_pronoun,
+    greater_than,
     induction,
+    insecure_code,
     ioi,
     sva,
     task,
+    translation,
 )
 from vesalius.data.texts import Texts, texts_from
 
@@ -47,8 +50,10 @@ __all__ = [
     "capitals",
     "encoding_of",
     "gendered_pronoun",
+    "greater_than",
     "harvest",
     "induction",
+    "insecure_code",
     "ioi",
     "load_labelled",
     "load_pairs",
@@ -59,4 +64,5 @@ __all__ = [
     "table_from_frame",
     "task",
     "texts_from",
+    "translation",
 ]

@@ -11,6 +11,7 @@ from vesalius.data.tasks import gendered_pronoun as _gendered_pronoun
 from vesalius.data.tasks import induction as _induction
 from vesalius.data.tasks import ioi as _ioi
 from vesalius.data.tasks import sva as _sva
+from vesalius.data.tasks import swaps as _swaps
 from vesalius.data.tasks.base import HasTokenizer, Row, build_pairs
 from vesalius.errors import UnknownNameError
 from vesalius.inputs import Pairs
@@ -21,6 +22,9 @@ gendered_pronoun = _gendered_pronoun.gendered_pronoun
 induction = _induction.induction
 ioi = _ioi.ioi
 sva = _sva.sva
+greater_than = _swaps.greater_than
+translation = _swaps.translation
+insecure_code = _swaps.insecure_code
 
 __all__ = [
     "TASKS",
@@ -31,10 +35,13 @@ __all__ = [
     "build_pairs",
     "capitals",
     "gendered_pronoun",
+    "greater_than",
     "induction",
+    "insecure_code",
     "ioi",
     "sva",
     "task",
+    "translation",
 ]
 
 
@@ -82,6 +89,14 @@ TASKS = {
             sva,
             _sva.CORRUPTIONS,
         ),
+        Task(
+            "greater_than",
+            "How does the model tell that what ends later has a later year?",
+            greater_than,
+            _swaps.CORRUPTIONS,
+        ),
+        Task("translation", "How does the model find a word's translation?", translation, _swaps.CORRUPTIONS),
+        Task("insecure_code", "How does the model spot insecure code?", insecure_code, _swaps.CORRUPTIONS),
     )
 }
 

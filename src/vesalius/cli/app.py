@@ -89,9 +89,9 @@ def study(
     question: Annotated[
         str,
         typer.Argument(
-            help="ioi, sva, capitals, induction, gendered_pronoun, greater_than, translation, insecure_code, or your own "
-            "pairs: a .jsonl, .json, .csv, .tsv file. Of networks that see: curves. Of tables, with models of their own: "
-            "shortcut, by-design."
+            help="ioi, sva, capitals, induction, gendered_pronoun, greater_than, translation, insecure_code, or your "
+            "own pairs: a .jsonl, .json, .csv, .tsv file. Of networks that see: curves. Of tables, with models of "
+            "their own: shortcut, by-design."
         ),
     ],
     model: ModelOption = DEMO,

@@ -329,7 +329,7 @@ def folder_of_pairs(model: Path, pairs: Path, tmp: Path) -> list[object]:
 
 
 BAD: dict[str, tuple[Given, str]] = {
-    "question": (lambda m, p, t: ["iio", "--model", m], r"unknown question 'iio'; known: capitals, .*ioi"),
+    "question": (lambda m, p, t: ["iio", "--model", m], r"unknown question 'iio'; known: by-design, capitals, .*ioi"),
     "pairs path": (not_there, r"there is no file .*missing\.jsonl"),
     "pairs folder": (folder_of_pairs, r"is a directory; give the \.jsonl, \.json, \.csv or \.tsv file in it"),
     "model path": (no_model, r"there is no model at .*my-modle .*near matches: my-model"),

@@ -203,7 +203,7 @@ def test_curves_and_lines_have_one_contrast_and_fresh_seeds_give_fresh_images() 
     SMALL.check(stimuli(SMALL, repeats=1).values)
     corpus = shown.corpus(splits=["discovery", "validation"] * 6)
     assert len(corpus.split("validation")) == 6 and corpus.kind == "images"
-    assert corpus.split("discovery").groups["family"].count("line") == 3
+    assert corpus.split("discovery").labels["family"].count("line") == 3
     with pytest.raises(InputError, match="measured on texts"):
         _ = corpus.tokens
 

@@ -118,6 +118,7 @@ def test_what_is_said_of_columns_gets_verdicts(how: str, tmp_path: Path) -> None
         assert found[wrong.id] == "REFUTED"
 
 
+@pytest.mark.slow
 def test_concepts_that_are_put_right_help_and_those_that_leak_are_found() -> None:
     """Where the concepts say it all, every one that is put right helps, up to the truth. Where one is missing, a
     network that was fitted jointly smuggles it through the others, and putting them right does harm."""

@@ -178,6 +178,7 @@ def test_grad_cam_is_cam_on_the_head_of_a_real_network(lite0: vs.images.Seeing) 
     assert torch.allclose(found * 49, cam, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_guided_backprop_fails_randomisation_on_a_real_network_and_the_gradient_does_not(
     lite0: vs.images.Seeing,
 ) -> None:

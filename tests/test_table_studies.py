@@ -110,6 +110,7 @@ def test_repairs_counts_rows_that_become_right() -> None:
     assert len(drawn) == 8 and all(float(one.basis.abs().sum()) == 2.0 for one in drawn)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_models_are_compared_on_tables_of_ones_own(tmp_path: Path) -> None:
     tables = {"numbers": linear_table(120, classes=False), "classes": linear_table(160, seed=1)}
     asked = vs.studies.by_design_question(tables)

@@ -657,6 +657,7 @@ def test_less_tidy_tasks_are_aligned_and_their_splits_apart(name: str, demo: Any
 @pytest.mark.parametrize(
     ("name", "least", "most"), [("greater_than", 0.95, 1.0), ("translation", 0.8, 1.0), ("insecure_code", 0.3, 0.75)]
 )
+@pytest.mark.slow
 def test_what_the_demo_model_does_of_the_less_tidy_tasks(name: str, least: float, most: float, demo: Any) -> None:
     """It tells later years and finds translations; whether code is insecure it does not know."""
     pairs = task(name).build(demo, n=24).split("discovery")

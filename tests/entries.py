@@ -16,6 +16,7 @@ import tiny
 import vesalius as vs
 from vesalius.model.direct import direct_effects
 from vesalius.quantities import QUANTITIES, Runs
+from vesalius.quantities.heads_in_text import seen_in
 
 FAMILIES = ("llama", "gpt2")
 Found = Mapping[str, Any]
@@ -182,15 +183,29 @@ def input_attribution(model: vs.Model) -> Found:
     }
 
 
+class Words:
+    """A word a token."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f" w{int(token)}" for token in ids)
+
+
+def heads_in_text(model: vs.Model) -> Found:
+    spoken = vs.Model(model.module, tokenizer=Words())
+    seen = seen_in(vs.Runs(spoken, vs.Corpus(tiny.pairs().tokens("clean")), sink=quiet))
+    assert seen.copied is not None
+    return {"mass": torch.stack([*seen.mass.values()]), "copied": seen.copied, "entropy": seen.entropy}
+
+
 ENTRIES: dict[str, Callable[[vs.Model], Found]] = {
     "run": runs, "edits": edits, "generate": generation, "sweep": sweeps, "path patching": paths, "tracing": tracing,
     "attribution": attribution, "direct effects": direct, "quantities": quantities, "lenses": lenses,
     "split effects": split_effects, "steering": steering, "patchscopes": patchscopes, "overlooked": overlooked,
-    "input attribution": input_attribution,
+    "input attribution": input_attribution, "heads in text": heads_in_text,
 }  # fmt: skip
 ON_THE_CPU = {
     "quantities", "sweep", "path patching", "tracing", "attribution", "lenses", "split effects", "steering",
-    "patchscopes", "overlooked", "input attribution",
+    "patchscopes", "overlooked", "input attribution", "heads in text",
 }  # fmt: skip
 """Entry points whose results are results, and on the CPU wherever the model is."""
 

@@ -14,6 +14,7 @@ from vesalius.quantities import QUANTITIES
 PAGE = (Path(__file__).parents[1] / "docs" / "claims.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.demo_model
 def test_every_kind_of_part_goes_from_a_sweep_to_a_verdict(
     demo: vs.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -133,6 +133,7 @@ def summary(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_n_draws_from_the_users_own_pairs(run: Callable[..., Done], model: Path, pairs: Path, tmp_path: Path) -> None:
     done = run("study", pairs, "--model", model, "--out", tmp_path / "some", "--n", 5, *FAST)
     assert done.code == 0, done.err

@@ -10,6 +10,7 @@ import vesalius as vs
 from pages import run_examples
 
 
+@pytest.mark.slow
 @pytest.mark.demo_model
 def test_the_page_runs_and_a_rule_goes_from_examples_to_a_verdict(
     demo: vs.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -19,7 +19,7 @@ from torch import Tensor
 import pretend_device
 import tiny
 import vesalius as vs
-from entries import ENTRIES, FAMILIES, ON_THE_CPU, ROUNDED, on_the_cpu
+from entries import ENTRIES, ON_THE_CPU, ROUNDED, on_the_cpu
 from pretend_device import onto
 from vesalius.patching.plain import ROUNDING, rounding
 
@@ -34,7 +34,7 @@ BACKWARD = ("attribution", "lenses", "overlooked", "input attribution")
 
 
 @pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry not in BACKWARD])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_what_takes_a_model_works_on_another_device_and_gives_the_cpus_numbers(family: str, entry: str) -> None:
     compare(family, entry)
 

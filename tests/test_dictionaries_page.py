@@ -15,6 +15,7 @@ from vesalius.dictionaries.config import CODERS
 PAGE = (Path(__file__).parents[1] / "docs" / "dictionaries.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_python_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     names: dict[str, object] = {}
@@ -33,6 +34,7 @@ def test_the_tables_list_every_kind_and_coder() -> None:
     assert set(first) - {"kind", "coder"} == set(KINDS) | (set(CODERS) - {"auto"})
 
 
+@pytest.mark.slow
 def test_the_python_on_the_page_about_ground_truth_runs_and_finds_what_was_planted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -10,6 +10,7 @@ import vesalius as vs
 from pages import run_examples
 
 
+@pytest.mark.slow
 @pytest.mark.demo_model
 def test_the_page_runs_and_neuron_90_is_found_to_fire_on_the(
     demo: vs.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

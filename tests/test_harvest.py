@@ -410,6 +410,7 @@ def test_what_cannot_be_harvested_is_refused_and_nothing_is_written(
     assert not (tmp_path / "acts").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.demo_model
 def test_the_first_position_is_the_norm_outlier_that_is_dropped(demo: vs.Model, tmp_path: Path) -> None:
     texts = ["The library of Alexandria was built early in the third century.", "Two cats slept on the warm roof."]

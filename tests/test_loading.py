@@ -175,6 +175,7 @@ def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("demo")
 
 
+@pytest.mark.slow
 @demo_model
 @pytest.mark.demo_model
 def test_demo_model_knows_facts_and_names(demo_cache: Path) -> None:

@@ -193,6 +193,7 @@ def trained() -> dict[str, Dictionary]:
 FRESH = sparse_sums(FEATURES, 8000, RATE, seed=2)
 
 
+@pytest.mark.slow
 def test_planted_features_are_recovered_and_random_directions_are_not_mistaken_for_that(
     trained: dict[str, Dictionary],
 ) -> None:
@@ -204,12 +205,14 @@ def test_planted_features_are_recovered_and_random_directions_are_not_mistaken_f
     assert matching(FEATURES, random_unit(128, 64, 0))[0].mean() < 0.35
 
 
+@pytest.mark.slow
 def test_the_shrinkage_of_an_l1_penalty_is_seen_and_topk_has_none(trained: dict[str, Dictionary]) -> None:
     bias = {name: quality(trained[name], FRESH, n=4000).figures["reconstruction_bias"] for name in ("topk", "relu")}
     assert bias["relu"].high is not None and bias["relu"].high < 0.9
     assert bias["topk"].value == pytest.approx(1.0, abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_trained_dictionary_beats_every_baseline_on_features_that_are_there(trained: dict[str, Dictionary]) -> None:
     found = quality(trained["topk"], FRESH, n=4000)
     assert [one.name for one in found.baselines] == ["pca", "random", "untrained", "neurons"]
@@ -217,6 +220,7 @@ def test_a_trained_dictionary_beats_every_baseline_on_features_that_are_there(tr
     assert all(one.figures["l0"].value == pytest.approx(found.l0, abs=0.6) for one in found.baselines)
 
 
+@pytest.mark.slow
 def test_two_seeds_share_planted_features_and_not_random_directions(trained: dict[str, Dictionary]) -> None:
     found = quality(trained["topk"], FRESH, n=4000, others=[trained["again"]])
     (seed,) = found.seeds

@@ -17,6 +17,7 @@ PAGE = (DOCS / "quality.md").read_text("utf-8")
 CODE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.demo_model
 def test_the_example_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, demo: vs.Model) -> None:
     code = CODE[0]

@@ -106,6 +106,7 @@ def test_a_transcoder_of_a_sparse_relu_mlp_finds_its_neurons() -> None:
     assert np.mean([np.corrcoef(active[:, j], hidden[:, j])[0, 1] for j in range(24)]) > 0.95
 
 
+@pytest.mark.slow
 def test_a_transcoder_finds_features_and_the_map_between_them() -> None:
     """Features are read along one set of directions and written along another, of another width."""
     reads, writes = unit_rows(24, 32, seed=3), unit_rows(24, 20, seed=4)

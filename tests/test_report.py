@@ -430,6 +430,9 @@ def test_fragments_refuse_what_they_cannot_show() -> None:
 def test_public_names_are_explicit() -> None:
     pages = ["quality_answer", "render", "render_quality", "write", "write_quality"]
     pages += ["render_steering", "steering_answer", "write_steering", "link_explained", "page_names", "write_explained"]
-    pages += ["render_edges", "write_edges", "render_probed", "write_probed"]
-    assert report.__all__ == sorted(["explain_schema", "fragments", "quality_schema", "schema", *pages])
+    drawn = ["by_design", "edges", "heads", "probed", "shortcut"]
+    pages += [f"{verb}_{name}" for verb in ("render", "write") for name in drawn]
+    pages += ["summarise_channel", "summarise_input", "write_channel", "write_curves", "write_input"]
+    known = ["explain_schema", "fragments", "quality_schema", "schema", "study_schemas"]
+    assert report.__all__ == sorted([*known, *pages])
     assert all(hasattr(report, name) for name in report.__all__)

@@ -29,6 +29,7 @@ def model() -> vs.Model:
     return vs.Model(Detectors().eval(), name="detectors")
 
 
+@pytest.mark.slow
 def test_a_study_finds_the_planted_detector_and_nothing_in_random_weights(model: vs.Model, tmp_path: Path) -> None:
     asked = vs.studies.curve_search(
         model, SMALL, "module:act|out", size=32, radii=(*RADII, 14, 20), orientations=range(0, 360, 15)

@@ -148,6 +148,7 @@ def test_the_first_steps_of_a_task_s_study_are_a_study() -> None:
     assert (study.stopped, study.answer, study.claims) == (None, (), ())
 
 
+@pytest.mark.slow
 def test_a_step_can_be_put_into_a_task_s_study() -> None:
     question, model = solvable.planted()
     steps = [*TASK_CIRCUIT[:3], step("count", lambda work: len(work[EFFECTS].significant)), *TASK_CIRCUIT[3:]]

@@ -61,6 +61,7 @@ def test_the_planted_mark_is_found_and_taking_it_away_repairs(case: tuple[vs.stu
     assert not done["family"].exploratory
 
 
+@pytest.mark.slow
 def test_nothing_is_found_where_nothing_is_planted(cheap: None) -> None:
     done = vs.studies.run_shortcut(vs.studies.shortcut_question(planted=False), sink=vs.silent)
     found = outcomes(done)

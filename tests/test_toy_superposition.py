@@ -28,6 +28,7 @@ def test_where_two_features_are_rare_they_share_one_dimension_in_opposite_direct
 @pytest.mark.parametrize(
     ("importance", "probability", "loss"), [(0.5, 0.5, 0.05207), (0.5, 1.0, 0.04164), (0.25, 0.35, None)]
 )
+@pytest.mark.slow
 def test_where_they_are_dense_the_more_important_one_has_it_alone(
     importance: float, probability: float, loss: float | None
 ) -> None:
@@ -57,6 +58,7 @@ def test_many_features_take_about_half_a_dimension_each() -> None:
     assert int(found.represented) == pytest.approx(40, abs=4)
 
 
+@pytest.mark.slow
 def test_dense_features_get_a_dimension_each_and_the_rest_none() -> None:
     found = toy_models(5, 2, 1.0, importance=[0.9**n for n in range(5)], steps=1500)
     assert found.represented[found.best] == 2

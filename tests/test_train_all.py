@@ -76,6 +76,7 @@ def test_a_dictionary_says_which_model_it_is_of_and_how_training_ended(made: Pat
         assert 0 < metadata["summary"]["fvu"] < 1.5
 
 
+@pytest.mark.slow
 def test_every_combination_is_trained_on_one_harvest_and_seeds_are_compared(
     run: Callable[..., Done], made: Path, tmp_path: Path
 ) -> None:

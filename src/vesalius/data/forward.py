@@ -312,7 +312,9 @@ def _check_site(model: Model, site: Site) -> None:
     if site.kind != "module" and model.architecture[0].stacks and not site.of_encoder:
         raise InputError(f"{site}: text is read by {model.name}'s encoder, so only the encoder's sites have its tokens")
     if site.kind != "module" and site.axes[:2] != _ROW_AXES:
-        raise InputError(f"{site} has axes {', '.join(site.axes)}; rows are tokens: a site must be [batch, pos, ...]")
+        raise InputError(
+            f"{site} has axes {', '.join(site.axes)}; rows are tokens, so a site must be [batch, pos, ...]"
+        )
 
 
 def _dtype(model: Model) -> torch.dtype:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vesalius.adapters import submodule
 from vesalius.adapters.base import frozen_scale, gain
-from vesalius.errors import UnknownNameError
+from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Corpus, Tokens
 from vesalius.jobs import track
 from vesalius.model import Model
@@ -160,7 +160,9 @@ def _unreadable(model: Model) -> str:
 
 
 def seen_in(runs: Runs) -> Seen:
-    """What every head does in the texts of these runs; one pass, kept with them."""
+    """What every head does in the texts of these runs; one pass, kept with them. Raises InputError for pairs."""
+    if not isinstance(runs.data, Corpus):
+        raise InputError(f"where heads look in any text is measured on texts, a vs.Corpus; these are {runs.data!r}")
     return runs.once("heads in text", lambda: _seen(runs))
 
 

@@ -8,6 +8,7 @@ import vesalius as vs
 from pages import run_examples
 
 
+@pytest.mark.slow
 @pytest.mark.demo_model
 def test_the_page_runs_and_its_figures_are_what_comes_out(
     demo: vs.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

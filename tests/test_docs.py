@@ -36,6 +36,7 @@ def test_the_ten_lines_of_python_run_and_print_what_they_say(
     assert scores.values.shape[:2] == (1, demo.architecture[1].n_heads)
 
 
+@pytest.mark.slow
 @pytest.mark.demo_model
 def test_the_python_on_the_page_about_sweeps_runs(demo: vs.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vs, "load", lambda _: demo)

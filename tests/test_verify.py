@@ -152,6 +152,7 @@ def test_all_readings_are_judged_on_the_same_rows(
     assert "no token at the start of contexts" in [reading.words for reading in found.others]
 
 
+@pytest.mark.slow
 def test_quality_of_a_foreign_file_checks_it_first(
     run: Callable[..., Done], trained: dict[str, Dictionary], tmp_path: Path
 ) -> None:

@@ -1,6 +1,6 @@
 """Forward: models run only up to the last site that is asked for, giving rows of activations.
 
-A pass ends, by an exception out of a hook, as soon as every site was captured: no later module is run.
+A pass ends, by an exception out of a hook, when every site was captured: no later module is run.
 """
 
 from __future__ import annotations
@@ -312,9 +312,7 @@ def _check_site(model: Model, site: Site) -> None:
     if site.kind != "module" and model.architecture[0].stacks and not site.of_encoder:
         raise InputError(f"{site}: text is read by {model.name}'s encoder, so only the encoder's sites have its tokens")
     if site.kind != "module" and site.axes[:2] != _ROW_AXES:
-        raise InputError(
-            f"{site} has axes {', '.join(site.axes)}; rows are tokens, so a site must be [batch, pos, ...]"
-        )
+        raise InputError(f"{site} has axes {', '.join(site.axes)}; rows are tokens, so a site must be [batch, pos ...]")
 
 
 def _dtype(model: Model) -> torch.dtype:

@@ -109,15 +109,16 @@ class Effect:
         )
 
 
-def run_edits(tail: Tail, edits: Sequence[Edit], behaviour: Behaviour) -> Float[Tensor, "edit example"]:
-    """The behaviour under each of some edits of the values at a tail's place, one of them after the other."""
-    found = torch.zeros(len(edits), len(tail), dtype=torch.float64)
+def run_edits(tail: Tail, edits: Sequence[Edit], *behaviours: Behaviour) -> Float[Tensor, "behaviour edit example"]:
+    """Behaviours under each of some edits of the values at a tail's place, one of them after the other."""
+    found = torch.zeros(len(behaviours), len(edits), len(tail), dtype=torch.float64)
     natural = tail.values
     for rows in in_batches(len(tail)):
         base = tail.logits(natural[rows], rows)
         for number, edit in enumerate(edits):
             logits = tail.logits(edit(natural)[rows], rows)
-            found[number, rows] = behaviour.of(logits, base).double().cpu()
+            for which, behaviour in enumerate(behaviours):
+                found[which, number, rows] = behaviour.of(logits, base).double().cpu()
     return found
 
 
@@ -131,9 +132,22 @@ def effect_of(
     groups: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Effect:
     """The effect of an edit beside that of its controls."""
-    found = run_edits(tail, [edit, *controls], behaviour).numpy()
+    return _effects_of(tail, edit, controls, [behaviour], name, groups)[0]
+
+
+def _effects_of(
+    tail: Tail,
+    edit: Edit,
+    controls: Sequence[Edit],
+    behaviours: Sequence[Behaviour],
+    name: str,
+    groups: Mapping[str, tuple[str, ...]] | None,
+) -> list[Effect]:
+    """Of every behaviour, from the same runs."""
+    found = run_edits(tail, [edit, *controls], *behaviours).numpy()
     off = off_distribution(tail.values[:, None], edit(tail.values)[:, None], None, tail.site)
-    return Effect(name, found[0], found[1:], behaviour.unit, groups or {}, off)
+    units = [behaviour.unit for behaviour in behaviours]
+    return [Effect(name, of[0], of[1:], unit, groups or {}, off) for of, unit in zip(found, units, strict=True)]
 
 
 def erasure_effect(
@@ -164,10 +178,17 @@ def interchange_effect(
 
     partner: [example] number of the example whose coordinates it gets, such as one of the other label (`partners`).
     """
+    edit, *controls = _exchanges(tail, part, partner, random, seed)
+    return effect_of(tail, edit, controls, behaviour=behaviour or Behaviour(), name="interchange", groups=groups)
+
+
+def _exchanges(
+    tail: Tail, part: Direction | Subspace, partner: Int[Tensor, " example"], random: int, seed: int
+) -> list[Edit]:
+    """The exchange, and moves as far in random directions."""
     check_site(tail, part)
     basis = basis_of(part)
-    edits = [exchange(basis, partner), *(moved_as_far(basis, partner, seed, number) for number in range(random))]
-    return effect_of(tail, edits[0], edits[1:], behaviour=behaviour or Behaviour(), name="interchange", groups=groups)
+    return [exchange(basis, partner), *(moved_as_far(basis, partner, seed, number) for number in range(random))]
 
 
 def push_effect(
@@ -231,11 +252,9 @@ def specificity(
     if not unrelated or any(one.answers is None for one in (wanted, *unrelated.values())):
         raise InputError("specificity compares log-odds of answers: give Behaviour(answers=...) for what should change "
                          "and for at least one thing that should not")  # fmt: skip
-    each = [
-        interchange_effect(tail, part, partner, behaviour=behaviour, random=random, seed=seed, groups=groups)
-        for behaviour in (wanted, *unrelated.values())
-    ]
-    return Specificity(each[0], dict(zip(unrelated, each[1:], strict=True)))
+    edit, *controls = _exchanges(tail, part, partner, random, seed)
+    first, *others = _effects_of(tail, edit, controls, [wanted, *unrelated.values()], "interchange", groups)
+    return Specificity(first, dict(zip(unrelated, others, strict=True)))
 
 
 def exchange(basis: Float[Tensor, "rank width"], partner: Int[Tensor, " example"]) -> Edit:

@@ -147,7 +147,7 @@ def _exchanged(runs: Runs, part: Direction, parameters: Parameters) -> Tensor:
     basis = part.vector[None]
     whole: Edit = lambda values: values[partner]  # noqa: E731
     edits = [exchange(basis, partner), whole, *(moved_as_far(basis, partner, runs.seed, n) for n in range(DRAWS))]
-    found = run_edits(tail, edits, behaviour)
+    found = run_edits(tail, edits, behaviour)[0]
     positions = 1 if isinstance(runs.data, Table) else max(1, tail.base.tokens.ids.shape[1])
     runs.cost = runs.cost + Cost(len(edits) * runs.n / positions, len(edits) * runs.n)
     if answers:

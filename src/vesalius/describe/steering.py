@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +212,9 @@ class _Work:
     ) -> Steering:
         """Every direction at every scale."""
         began = time.perf_counter()
-        base = self._base()
+        base = self.base
         measured = time.perf_counter()
-        base["texts"] = self._written([]) if self.new_tokens else []
+        unsteered = self._written([]) if self.new_tokens else []
         written = time.perf_counter() - measured
         cells = [(who, scale) for who in range(len(directions)) for scale in scales]
         seconds = (measured - began) * len(cells) + written * len(scales)
@@ -227,21 +228,27 @@ class _Work:
             found[who, scale] = self.blocks.get(f"{name} {scale!r}", compute)
             self.sink(Event("advance", TASK, done, len(cells)))
         self.sink(Event("end", TASK, len(cells), len(cells)))
-        return self._result(part, scales, len(directions), base, found)
+        return self._result(part, scales, len(directions), unsteered, found)
 
     def instead(self, asked: _Prompts) -> dict[str, Any]:
         """What other prompts change without steering: `instead_effects` [example], and what is written after them."""
-        with torch.no_grad():
-            own, other = (one.logits(self.model.run(one.tokens).logits) for one in (self.prompts, asked))
-        change = self.prompts.of(other, own) - self.prompts.of(own, own)
-        made = self.model.generate(asked.tokens, self.new_tokens).written if self.new_tokens else ()
-        return {"instead_effects": change.double().cpu().numpy(), "instead_texts": tuple(made)}
+
+        def compute() -> Arrays:
+            with torch.no_grad():
+                logits = asked.logits(self.model.run(asked.tokens).logits)
+            change = self.prompts.of(logits, self.base["logits"]).cpu() - self.base["value"]
+            made = self.model.generate(asked.tokens, self.new_tokens).written if self.new_tokens else []
+            return {"effects": change.double().numpy(), "texts": np.array(list(made), dtype=str)}
+
+        kept = self.blocks.get("instead", compute)
+        return {"instead_effects": kept["effects"], "instead_texts": tuple(map(str, kept["texts"]))}
 
     @property
     def _examples(self) -> int:
         return len(self.prompts.tokens) + (0 if self.texts is None else len(self.texts))
 
-    def _base(self) -> dict[str, Any]:
+    @cached_property
+    def base(self) -> dict[str, Any]:
         """Without steering."""
         with torch.no_grad():
             logits = self.prompts.logits(self.model.run(self.prompts.tokens).logits)
@@ -296,7 +303,7 @@ class _Work:
         part: Part,
         scales: tuple[float, ...],
         n: int,
-        base: dict[str, Any],
+        unsteered: Sequence[str],
         found: dict[tuple[int, float], Arrays],
     ) -> Steering:
         stacked = lambda name: np.stack([[found[who, s][name] for s in scales] for who in range(n)])  # noqa: E731
@@ -308,16 +315,16 @@ class _Work:
             scales=scales,
             metric=self.prompts.name,
             unit=self.prompts.unit,
-            base=base["value"].double().numpy(),
+            base=self.base["value"].double().numpy(),
             effects=effect[0],
             random=effect[1:],
-            loss=base["loss"].numpy(),
-            cost=loss[0] - base["loss"].numpy(),
-            random_cost=loss[1:] - base["loss"].numpy(),
+            loss=self.base["loss"].numpy(),
+            cost=loss[0] - self.base["loss"].numpy(),
+            random_cost=loss[1:] - self.base["loss"].numpy(),
             promoted=tuple(tuple(map(word, one["promoted"].tolist())) for one in own),
             suppressed=tuple(tuple(map(word, one["suppressed"].tolist())) for one in own),
             texts=tuple(tuple(map(str, one["texts"])) if self.new_tokens else () for one in own),
-            unsteered=tuple(base["texts"]),
+            unsteered=tuple(unsteered),
             diagnostics=tuple(json.loads(str(one["diagnostics"])) for one in own),
             groups=self.prompts.groups,
             clusters=self.prompts.clusters,

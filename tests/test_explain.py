@@ -82,8 +82,8 @@ def summary_of(found: Any) -> dict[str, Any]:
 
 def test_the_halves_share_no_document_and_no_context_and_repeated_ones_are_dropped(model: vs.Model) -> None:
     _, asked = vs.studies.explaining(model, [vs.neuron(0, 1)], [*TEXTS, *TEXTS[:5], "short"], context=64)
-    assert asked.counts["repeated"] == 5
-    assert asked.counts["too short"] == 1
+    assert asked.halves.counts["repeated"] == 5
+    assert asked.halves.counts["too short"] == 1
     halves = {name: asked.corpus.split(name) for name in ("discovery", "validation")}
     rows = {name: [tuple(r[k].tolist()) for r, k in zip(half.tokens.ids, half.tokens.real, strict=True)]
             for name, half in halves.items()}  # fmt: skip
@@ -92,7 +92,7 @@ def test_the_halves_share_no_document_and_no_context_and_repeated_ones_are_dropp
     texts = {name: {model.tokenizer.decode(ids[1:8]) for ids in some} for name, some in rows.items()}
     assert texts["discovery"] and texts["validation"]
     # What examples are collected from is the discovery half alone.
-    discovered = [model.tokenizer.decode(ids) for ids in asked.documents]
+    discovered = [model.tokenizer.decode(ids) for ids in asked.halves.discovery]
     assert set(discovered) <= {
         model.tokenizer.decode(model.tokenizer.encode(t, add_special_tokens=False)) for t in TEXTS
     }
@@ -108,7 +108,7 @@ def test_a_corpus_that_is_too_short_says_how_much_would_do_and_that_does(model: 
     enough = re.search(r"about ([\d,]+) tokens", str(caught.value))
     assert enough is not None
     _, asked = vs.studies.explaining(model, parts, TEXTS, tokens=int(enough[1].replace(",", "")) + 200)
-    assert sum(asked.tokens.values()) > 0
+    assert sum(asked.halves.tokens.values()) > 0
     with pytest.raises(InputError, match="the corpus holds 0 documents"):
         vs.studies.explaining(model, parts, ["short"])
 
@@ -412,7 +412,7 @@ def test_two_hundred_neurons_take_minutes_and_little_memory(demo: vs.Model, tmp_
     began = time.process_time()
     model, asked = vs.studies.explaining(demo, parts, "stdlib", tokens=200_000)
     found = vs.studies.Explanations(vs.studies.explain(model, asked, out=tmp_path, sink=vs.silent))
-    assert sum(asked.tokens.values()) >= 200_000
+    assert sum(asked.halves.tokens.values()) >= 200_000
     assert time.process_time() - began < 15 * 60
     assert most_resident() < 4e9
     assert found[vs.neuron(2, 90)].verdict == "SUPPORTED"

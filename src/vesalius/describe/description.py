@@ -13,6 +13,7 @@ from html import escape
 from typing import Any, Protocol
 
 from vesalius.errors import InputError, UnknownNameError
+from vesalius.jobs import Sink, silent, track
 from vesalius.parts import Part, Unit
 from vesalius.protocol import Claim
 from vesalius.protocol.claim import default_delta
@@ -250,6 +251,17 @@ def claims_of(description: Description, discovery: Discovery) -> tuple[tuple[Cla
     """What a description predicts, as claims, each with its mean on discovery; () for one that does not fit."""
     claimed = [one for one in description.predictions if one.size is not None]
     return tuple((claim_of(description, one, discovery), one.mean) for one in claimed) if description.fits else ()
+
+
+def claimed_apart(found: Descriptions, discovery: Discovery, sink: Sink = silent) -> Descriptions:
+    """With the claims of all descriptions, each about one part: the others may be among its controls."""
+    fits = [fit for fit in found.fits.values() if fit is not None]
+    claims = [
+        both
+        for fit in track(fits, "make claims", sink=sink)
+        for both in claims_of(fit, replace(discovery, members=(fit.part,)))
+    ]
+    return replace(found, claims=tuple(c for c, _ in claims), estimates={c.id: mean for c, mean in claims})
 
 
 def claim_of(description: Description, prediction: Prediction, discovery: Discovery) -> Claim:

@@ -72,7 +72,7 @@ class _InText(Quantity):
     def refuses(self, runs: Runs, part: Part) -> str:
         if not isinstance(runs.data, Corpus):
             return f"{self.name} is measured on texts, a vs.Corpus; these are {runs.data!r}"
-        return not_a_head(part) or _unreadable(runs.model)
+        return not_a_head(part) or unreadable(runs.model)
 
     def matched(self, runs: Runs, part: Part, members: Sequence[Part], parameters: Parameters) -> Matched:
         site, seen = head(part), seen_in(runs)
@@ -137,7 +137,8 @@ class WritesWhatItSees(_InText):
 
     def measure(self, runs: Runs, part: Part, parameters: Parameters) -> PerExample:
         seen = seen_in(runs)
-        assert seen.copied is not None
+        if seen.copied is None:
+            raise InputError(f"{self.name} of {part} cannot be measured: {self.refuses(runs, part)}")
         return seen.copied[seen.numbers[part]]
 
 
@@ -149,7 +150,7 @@ def _target(parameters: Parameters) -> str:
     return to
 
 
-def _unreadable(model: Model) -> str:
+def unreadable(model: Model) -> str:
     """Why attention cannot be read in texts; empty when it can."""
     if model.adapter is None or not model.adapter.causal or model.adapter.stacks:
         return f"{model.name} has no causal attention that is known here; give vs.Model(net, adapter=vs.Adapter(...))"

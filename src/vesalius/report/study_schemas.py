@@ -39,6 +39,7 @@ HEADS = Object(
                 "left_out": Named(whole(""), "documents, or contexts, that were left out, by why"),
                 "context": whole("tokens run together"),
                 "bos": text("token before every context"),
+                "sha256": text("of the texts as they were given, where that is known", null=True),
             }
         ),
         "seed": _SEED,

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,7 +28,7 @@ from vesalius.describe import (
     LearnedRules,
     Overlooked,
     challenge,
-    claims_of,
+    claimed_apart,
     collect_examples,
     counterexamples,
     overlooked,
@@ -63,6 +63,7 @@ from vesalius.studies.study import (
 from vesalius.studies.task_circuit import DESCRIPTIONS, FAMILY
 from vesalius.validate import all_supported, prepare
 
+T = TypeVar("T")
 MEASURED = 64
 """Contexts for discovery that the size of an effect is measured on; examples come from all of them."""
 FEW, ABLATED = 16, 5
@@ -99,7 +100,7 @@ def _examples(work: Asking) -> ActivatingExamples:
         discovery_texts(asked),
         asked.parts,
         context=asked.context,
-        bos=asked.bos,
+        bos=asked.halves.bos,
         seed=asked.seed,
         out=None if folder is None else folder.parent / "examples",
         sink=work.sink,
@@ -108,12 +109,12 @@ def _examples(work: Asking) -> ActivatingExamples:
 
 def _announce(work: Asking) -> None:
     """What the whole study will cost, from a trial of a few contexts."""
-    asked = work.question
+    asked, read = work.question, work.question.halves.tokens
     few = asked.corpus.tokens.take(torch.arange(min(4, len(asked.corpus))))
     began = time.perf_counter()
     captured(work.model, few, places(asked.parts))
     speed = int(few.real.sum()) / (time.perf_counter() - began)
-    tokens = asked.tokens["discovery"] + asked.tokens["validation"] + 2 * MEASURED * asked.context
+    tokens = sum(read.values()) + 2 * MEASURED * asked.context
     validation = asked.corpus.split("validation")
     kept = min(PARTS_OF_CLAIM * len(asked.parts) * validation.tokens.ids.numel(), VALUES)
     cost = Estimate(
@@ -123,8 +124,8 @@ def _announce(work: Asking) -> None:
     )
     documents = len(set(validation.groups["document"]))
     message = (
-        f"{len(asked.parts):,} parts; {asked.tokens['discovery']:,} tokens of {len(asked.documents):,} documents to "
-        f"discover on, {asked.tokens['validation']:,} of {documents:,} others to test on; expected cost of everything: "
+        f"{len(asked.parts):,} parts; {read['discovery']:,} tokens of {len(asked.halves.discovery):,} documents to "
+        f"discover on, {read['validation']:,} of {documents:,} others to test on; expected cost of everything: "
         f"{cost.describe()}"
     )
     work.sink(Event("note", "cost", message=message))
@@ -179,15 +180,7 @@ def _claimed(work: Asking, runs: Runs, rules: LearnedRules) -> Descriptions:
     asked = work.question
     n = len(asked.corpus.split("validation"))
     setting = replace(Discovery.of(runs, asked.parts, study=asked.name, n=n), seed=asked.seed)
-    found = best_descriptions(setting, [rules])
-    claims = [
-        # What is claimed is about one part: the others that are explained may be its controls.
-        both
-        for fit in track(list(found.fits.values()), "make claims", sink=work.sink)
-        if fit is not None
-        for both in claims_of(fit, replace(setting, members=(fit.part,)))
-    ]
-    return replace(found, claims=tuple(c for c, _ in claims), estimates={c.id: mean for c, mean in claims})
+    return claimed_apart(best_descriptions(setting, [rules]), setting, work.sink)
 
 
 def _seal(work: Asking) -> Family:
@@ -202,25 +195,24 @@ def _validate(work: Asking) -> TestedParts:
     fresh = work.ledger.open(asked.corpus, "validation")
     runs = Runs(work.model, fresh, seed=asked.seed, sink=work.sink, name="validation")
     together = max(1, VALUES // (PARTS_OF_CLAIM * fresh.tokens.ids.numel()))
-    by_part: dict[str, list[Claim]] = {}
-    for claim in family.claims:
-        by_part.setdefault(str(claim.subject["name"]), []).append(claim)
+    by_part = by_subject(family.claims, family.claims)
     named = {str(part): part for part in asked.parts}
     names = list(by_part)
     counter: dict[str, Mapping[str, Any]] = {}
+    evidence: dict[str, Evidence] = {}
     for first in range(0, len(names), together):
         some = names[first : first + together]
         claims = [claim for name in some for claim in by_part[name]]
         if todo := untested(work.ledger, claims):
             prepare(todo, runs)
-        append_evidence(work.ledger, claims, runs, work.blocks.plan_hash, runs.source_hash)
+        evidence |= append_evidence(work.ledger, claims, runs, work.blocks.plan_hash, runs.source_hash)
         kept = work.blocks.get(
             f"counterexamples {first}",
             lambda some=some: json_array({n: _against(work, runs, named[n]) for n in some}),  # type: ignore[misc]
         )
         counter |= from_array(kept)
         forget_values(runs)
-    return TestedParts(runs, {claim.id: work.ledger.evidence(claim)[-1] for claim in family.claims}, counter)
+    return TestedParts(runs, evidence, counter)
 
 
 def _against(work: Asking, runs: Runs, part: Part) -> dict[str, Any]:
@@ -239,7 +231,7 @@ def _overlooked(work: Asking) -> Overlooked:
     assert isinstance(tested, Corpus)
     runs = Runs(work.model, _spread(tested, FEW), seed=asked.seed, sink=work.sink)
     claims = work[FAMILY].claims
-    by_part = verdicts_by_part(claims, [work.ledger.verdict(claim) for claim in claims])
+    by_part = by_subject(claims, map(work.ledger.verdict, claims))
     explained = [part for part in asked.parts if outcome_of(by_part.get(str(part), [])) == "SUPPORTED"]
     return overlooked(runs, asked.parts, explained, most=ABLATED)
 
@@ -263,11 +255,11 @@ def explain(model: Model, asked: Explaining, *, out: Path | None = None, sink: S
     return run_in(out, plan, asked, model, Options(seed=asked.seed), EXPLAIN, lambda made: _answer(asked, made), sink)
 
 
-def verdicts_by_part(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
-    """Name of a part -> the verdicts on its claims."""
-    found: dict[str, list[Verdict]] = {}
-    for claim, verdict in zip(claims, verdicts, strict=True):
-        found.setdefault(str(claim.subject["name"]), []).append(verdict)
+def by_subject(claims: Sequence[Claim], values: Iterable[T]) -> dict[str, list[T]]:
+    """Name of a part -> what its claims have: values, one for each claim, such as their verdicts."""
+    found: dict[str, list[T]] = {}
+    for claim, value in zip(claims, values, strict=True):
+        found.setdefault(str(claim.subject["name"]), []).append(value)
     return found
 
 
@@ -280,7 +272,7 @@ def outcome_of(verdicts: Sequence[Verdict]) -> str | None:
 
 
 def _answer(asked: Explaining, made: Mapping[str, Any]) -> tuple[str, ...]:
-    by_part = verdicts_by_part(made["family"].claims, made["verdicts"])
+    by_part = by_subject(made["family"].claims, made["verdicts"])
     count = Counter(outcome_of(verdicts) for verdicts in by_part.values())
     bare, never = len(asked.parts) - len(by_part), int((made["examples"].collector.active == 0).sum())
     silent = f" ({never:,} of them never fired)" if never else ""

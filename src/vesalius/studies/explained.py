@@ -18,7 +18,7 @@ from vesalius.errors import UnknownNameError
 from vesalius.parts import Part
 from vesalius.protocol import Claim, Verdict
 from vesalius.quantities.rules import in_words
-from vesalius.studies.explain import EXAMPLES, TESTED_PARTS, outcome_of
+from vesalius.studies.explain import EXAMPLES, TESTED_PARTS, by_subject, outcome_of
 from vesalius.studies.explaining import Explaining
 from vesalius.studies.study import Study
 from vesalius.studies.summary import short_row
@@ -154,10 +154,8 @@ class Explanations(Sequence[Explained]):
 
     @cached_property
     def _claimed(self) -> dict[str, list[tuple[Claim, Verdict]]]:
-        found: dict[str, list[tuple[Claim, Verdict]]] = {}
-        for claim, verdict in zip(self.study.claims, self.study.verdicts, strict=True):
-            found.setdefault(str(claim.subject["name"]), []).append((claim, verdict))
-        return found
+        claims = self.study.claims
+        return by_subject(claims, zip(claims, self.study.verdicts, strict=True))
 
     def _of(self, number: int) -> Explained:
         part, study = self.asked.parts[number], self.study
@@ -197,16 +195,7 @@ def summarise_explained(
         "model": {"name": study.model.name, "hash": study.model.content_hash, "note": study.model.note},
         "baseline": asked.baseline,
         "dictionary": dict(asked.about) or None,
-        "texts": {
-            "tokens": asked.tokens,
-            "documents": {
-                name: len(set(asked.corpus.split(name).groups["document"])) for name in asked.corpus.split_names
-            },
-            "left_out": dict(asked.counts),
-            "context": asked.context,
-            "bos": asked.bos,
-            "sha256": asked.texts.get("sha256"),
-        },
+        "texts": asked.halves.read(asked.context),
         "seed": asked.seed,
         "stopped": study.stopped,
         "answer": list(study.answer),

@@ -41,22 +41,46 @@ _ALL, _TRIED = 2**62, 16
 
 
 @dataclass(frozen=True, eq=False)
+class Halves:
+    """Texts in two halves. discovery: token ids of its documents; corpus: contexts of both, with their splits; bos: the
+    token before every context; texts: what they are; counts: documents that were left out, by why."""
+
+    discovery: tuple[NDArray[Any], ...]
+    corpus: Corpus
+    bos: str
+    texts: Mapping[str, Any]
+    counts: Mapping[str, int]
+
+    @cached_property
+    def tokens(self) -> dict[str, int]:
+        """Of each split."""
+        return {name: int(self.corpus.split(name).tokens.real.sum()) for name in self.corpus.split_names}
+
+    def read(self, context: int) -> dict[str, Any]:
+        """What a summary says of them."""
+        documents = {name: self.corpus.split(name).groups["document"] for name in self.corpus.split_names}
+        return {
+            "tokens": self.tokens,
+            "documents": {name: len(set(labels)) for name, labels in documents.items()},
+            "left_out": dict(self.counts),
+            "context": context,
+            "bos": self.bos,
+            "sha256": self.texts.get("sha256"),
+        }
+
+
+@dataclass(frozen=True, eq=False)
 class Explaining:
     """The question of a study that explains parts.
 
-    documents: token ids of those for discovery. corpus: contexts of all documents, with both splits. counts: documents
-    that were left out, by why. about: what else a summary says of the parts (the dictionary they are latents of).
+    halves: the documents. about: what else a summary says of the parts (the dictionary they are latents of).
     challenged: whether rules are revised by inputs that are made to break them before they are claimed.
     """
 
     name: str
     parts: tuple[Part, ...]
-    documents: tuple[NDArray[Any], ...]
-    corpus: Corpus
-    bos: str
+    halves: Halves
     context: int
-    texts: Mapping[str, Any]
-    counts: Mapping[str, int] = field(default_factory=dict)
     baseline: str | None = None
     seed: int = 0
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -67,15 +91,20 @@ class Explaining:
         """The question in words."""
         return f"What do {len(self.parts):,} parts fire on, and does it hold on fresh texts?"
 
-    @cached_property
-    def tokens(self) -> dict[str, int]:
-        """Of each split."""
-        return {name: int(self.corpus.split(name).tokens.real.sum()) for name in self.corpus.split_names}
+    @property
+    def corpus(self) -> Corpus:
+        """Contexts of all documents, with both splits."""
+        return self.halves.corpus
 
     def plan(self) -> dict[str, Any]:
         """What the question is, for hashing."""
-        own = {name: getattr(self, name) for name in ("name", "bos", "context", "baseline", "seed", "challenged")}
-        return {**own, "parts": [part.ref for part in self.parts], "corpus": self.corpus.content_hash}
+        own = {name: getattr(self, name) for name in ("name", "context", "baseline", "seed", "challenged")}
+        return {
+            **own,
+            "bos": self.halves.bos,
+            "parts": [part.ref for part in self.parts],
+            "corpus": self.corpus.content_hash,
+        }
 
 
 def explaining(
@@ -110,30 +139,14 @@ def explaining(
     asked = Explaining(
         name="explain",
         parts=_compared(chosen, model, half.corpus, baseline, seed),
-        documents=half.discovery,
-        corpus=half.corpus,
-        bos=half.bos,
+        halves=half,
         context=context,
-        texts=half.texts,
-        counts=half.counts,
         baseline=baseline,
         seed=seed,
         about=dict(about or {}),
         challenged=challenged,
     )
     return (reinitialised(model, seed) if baseline == RANDOM_NETWORK else model), asked
-
-
-@dataclass(frozen=True, eq=False)
-class Halves:
-    """Texts in two halves. discovery: token ids of its documents; corpus: contexts of both, with their splits; bos: the
-    token before every context; texts: what they are; counts: documents that were left out, by why."""
-
-    discovery: tuple[NDArray[Any], ...]
-    corpus: Corpus
-    bos: str
-    texts: Mapping[str, Any]
-    counts: Mapping[str, int]
 
 
 def halved(
@@ -186,9 +199,9 @@ def check_parts(model: Model, parts: Sequence[Part]) -> tuple[Part, ...]:
 
 def discovery_texts(asked: Explaining) -> Texts:
     """The documents for discovery, as token ids."""
-    digest = content_hash([hashlib.sha256(ids.tobytes()).hexdigest() for ids in asked.documents])
-    known = {"kind": "discovery half", "texts": len(asked.documents), "sha256": digest}
-    return Texts(lambda: (ids.tolist() for ids in asked.documents), known, sum(map(len, asked.documents)))
+    digest = content_hash([hashlib.sha256(ids.tobytes()).hexdigest() for ids in asked.halves.discovery])
+    known = {"kind": "discovery half", "texts": len(asked.halves.discovery), "sha256": digest}
+    return Texts(lambda: (ids.tolist() for ids in asked.halves.discovery), known, sum(map(len, asked.halves.discovery)))
 
 
 def check_made_for(coder: Coder, model: Model) -> None:

@@ -231,8 +231,7 @@ def _validate(work: Work[Finding]) -> dict[str, Any]:
     runs, family = _runs(work, "validation"), work[FAMILY]
     if todo := untested(work.ledger, family.claims):
         prepare(todo, runs)
-    append_evidence(work.ledger, family.claims, runs, work.blocks.plan_hash, runs.source_hash)
-    return {claim.id: work.ledger.evidence(claim)[-1] for claim in family.claims}
+    return append_evidence(work.ledger, family.claims, runs, work.blocks.plan_hash, runs.source_hash)
 
 
 FIND: tuple[Step[Any], ...] = (

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vesalius import __version__
-from vesalius.describe import HEADS_IN_TEXT, OTHERWISE_IN_TEXT, Description, Descriptions, Discovery, claims_of
+from vesalius.describe import HEADS_IN_TEXT, OTHERWISE_IN_TEXT, Description, Descriptions, Discovery, claimed_apart
 from vesalius.describe import describe as best_descriptions
 from vesalius.errors import InputError, UnknownNameError
 from vesalius.inputs import Corpus
@@ -23,10 +23,10 @@ from vesalius.jobs import Event, Sink
 from vesalius.model import Model
 from vesalius.parts import Part
 from vesalius.protocol import Claim, Evidence, Family, Verdict, content_hash
-from vesalius.quantities import LOOKS_AT, TARGETS, Runs, heads_and_mlps
-from vesalius.quantities.heads_in_text import seen_in
-from vesalius.studies.explain import outcome_of, verdicts_by_part
-from vesalius.studies.explaining import RANDOM_NETWORK, halved
+from vesalius.quantities import TARGETS, Runs, heads_and_mlps
+from vesalius.quantities.heads_in_text import seen_in, unreadable
+from vesalius.studies.explain import by_subject, outcome_of
+from vesalius.studies.explaining import RANDOM_NETWORK, Halves, halved
 from vesalius.studies.study import (
     Artefact,
     Options,
@@ -51,17 +51,19 @@ OF_A_DOCUMENT = 2
 
 @dataclass(frozen=True, eq=False)
 class DescribingHeads:
-    """The question of a study of heads in text. corpus: contexts of the documents, in two splits."""
+    """The question of a study of heads in text. halves: the documents, for discovery and for validation."""
 
     heads: tuple[Part, ...]
-    corpus: Corpus
-    texts: Mapping[str, Any]
+    halves: Halves
     context: int
-    bos: str
     baseline: str | None = None
     seed: int = 0
     name: str = "heads"
-    counts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def corpus(self) -> Corpus:
+        """Contexts of the documents, in two splits."""
+        return self.halves.corpus
 
     @property
     def text(self) -> str:
@@ -70,8 +72,8 @@ class DescribingHeads:
 
     def plan(self) -> dict[str, Any]:
         """What the question is, for hashing."""
-        own = {name: getattr(self, name) for name in ("name", "bos", "context", "baseline", "seed")}
-        return {**own, "heads": list(map(str, self.heads)), "corpus": self.corpus.content_hash}
+        own = {name: getattr(self, name) for name in ("name", "context", "baseline", "seed")}
+        return {**own, "bos": self.halves.bos, "heads": list(map(str, self.heads)), "corpus": self.corpus.content_hash}
 
 
 def describing_heads(
@@ -92,15 +94,12 @@ def describing_heads(
     """
     if baseline not in (None, RANDOM_NETWORK):
         raise UnknownNameError("baseline for heads", str(baseline), [RANDOM_NETWORK])
-    if model.tokenizer is None or model.adapter is None:
-        lacks = "tokenizer" if model.adapter is not None else "adapter"
-        raise InputError(f"{model.name} has no {lacks}, and what is said of its heads is about text; see vs.Model")
-    heads = tuple(part for part in heads_and_mlps(model) if part.writes[0].kind == "z")
-    half = halved(model, corpus, len(heads), tokens=tokens, context=context, bos=bos, column=column, most=OF_A_DOCUMENT)
-    refused = LOOKS_AT.refuses(Runs(model, half.corpus), heads[0])
+    refused = unreadable(model)
     if refused:
         raise InputError(refused)
-    asked = DescribingHeads(heads, half.corpus, half.texts, context, half.bos, baseline, seed, counts=half.counts)
+    heads = tuple(part for part in heads_and_mlps(model) if part.writes[0].kind == "z")
+    half = halved(model, corpus, len(heads), tokens=tokens, context=context, bos=bos, column=column, most=OF_A_DOCUMENT)
+    asked = DescribingHeads(heads, half, context, baseline, seed)
     return (model if baseline is None else reinitialised(model, seed)), asked
 
 
@@ -114,8 +113,7 @@ def _runs(work: Work[DescribingHeads], split: str) -> Runs:
 
 def _read(work: Work[DescribingHeads]) -> Runs:
     asked = work.question
-    halves = [asked.corpus.split(name) for name in ("discovery", "validation")]
-    read = " and ".join(f"{int(half.tokens.real.sum()):,}" for half in halves)
+    read = " and ".join(f"{count:,}" for count in asked.halves.tokens.values())
     message = f"{len(asked.heads):,} heads; {read} tokens to discover and to test on, each read once, at about twice "
     work.sink(Event("note", "cost", message=f"{message}the cost of running the model"))
     runs = _runs(work, "discovery")
@@ -133,10 +131,7 @@ def _claimed(work: Work[DescribingHeads]) -> Descriptions:
     n = len(asked.corpus.split("validation"))
     setting = replace(Discovery.of(runs, asked.heads, study=asked.name, n=n), seed=asked.seed)
     found = best_descriptions(setting, HEADS_IN_TEXT, otherwise=OTHERWISE_IN_TEXT)
-    # Each claim is about one head: the others, described or not, may be its controls.
-    fits = [fit for fit in found.fits.values() if fit is not None]
-    claims = [both for fit in fits for both in claims_of(fit, replace(setting, members=(fit.part,)))]
-    return replace(found, claims=tuple(c for c, _ in claims), estimates={c.id: mean for c, mean in claims})
+    return claimed_apart(found, setting, work.sink)
 
 
 def _seal(work: Work[DescribingHeads]) -> Family:
@@ -148,8 +143,7 @@ def _seal(work: Work[DescribingHeads]) -> Family:
 
 def _validate(work: Work[DescribingHeads]) -> dict[str, Evidence]:
     runs, family = _runs(work, "validation"), work[FAMILY]
-    append_evidence(work.ledger, family.claims, runs, work.blocks.plan_hash, runs.source_hash)
-    return {claim.id: work.ledger.evidence(claim)[-1] for claim in family.claims}
+    return append_evidence(work.ledger, family.claims, runs, work.blocks.plan_hash, runs.source_hash)
 
 
 HEADS: tuple[Step[Any], ...] = (
@@ -171,7 +165,7 @@ def describe_heads(model: Model, asked: DescribingHeads, *, out: Path | None = N
 
 
 def _answer(asked: DescribingHeads, made: Mapping[str, Any]) -> tuple[str, ...]:
-    by_part = verdicts_by_part(made["family"].claims, made["verdicts"])
+    by_part = by_subject(made["family"].claims, made["verdicts"])
     outcomes = {name: outcome_of(verdicts) for name, verdicts in by_part.items()}
     counts = Counter(outcomes.values())
     fits: Mapping[str, Description | None] = made["descriptions"].fits
@@ -189,9 +183,7 @@ def summarise_heads(study: Study, *, command: str, timings: Mapping[str, Any]) -
     """The summary as a dict: of every head its role, verdict and claims, and how much it looks at each place."""
     asked: DescribingHeads = study.question
     evidence, descriptions = study.get(TESTED_HEADS) or {}, study[DESCRIPTIONS]
-    claimed: dict[str, list[tuple[Claim, Verdict]]] = {}
-    for claim, verdict in zip(study.claims, study.verdicts, strict=True):
-        claimed.setdefault(str(claim.subject["name"]), []).append((claim, verdict))
+    claimed = by_subject(study.claims, zip(study.claims, study.verdicts, strict=True))
     seen = seen_in(study[DISCOVERY])
     rows = []
     for head in asked.heads:
@@ -214,15 +206,7 @@ def summarise_heads(study: Study, *, command: str, timings: Mapping[str, Any]) -
         "model": {"name": study.model.name, "hash": study.model.content_hash, "note": study.model.note},
         "baseline": asked.baseline,
         "places": dict(TARGETS),
-        "texts": {
-            "tokens": {name: int(asked.corpus.split(name).tokens.real.sum()) for name in asked.corpus.split_names},
-            "documents": {
-                name: len(set(asked.corpus.split(name).groups["document"])) for name in asked.corpus.split_names
-            },
-            "left_out": dict(asked.counts),
-            "context": asked.context,
-            "bos": asked.bos,
-        },
+        "texts": asked.halves.read(asked.context),
         "seed": asked.seed,
         "stopped": study.stopped,
         "answer": list(study.answer),

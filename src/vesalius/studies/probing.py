@@ -252,8 +252,7 @@ def _seal(work: Work[Probing]) -> Family:
 
 def _validate(work: Work[Probing]) -> dict[str, Any]:
     runs, family = _runs(work, VALIDATION), work[FAMILY]
-    append_evidence(work.ledger, family.claims, runs, work.blocks.plan_hash, runs.source_hash)
-    return {claim.id: work.ledger.evidence(claim)[-1] for claim in family.claims}
+    return append_evidence(work.ledger, family.claims, runs, work.blocks.plan_hash, runs.source_hash)
 
 
 def _look(work: Work[Probing]) -> Look:

@@ -25,7 +25,7 @@ from vesalius.jobs.progress import shown
 from vesalius.jobs.untrusted import parse_json
 from vesalius.model import Model
 from vesalius.patching.plan import Cost
-from vesalius.protocol import Claim, Verdict, canonical_json
+from vesalius.protocol import Claim, Evidence, Verdict, canonical_json
 from vesalius.protocol.ledger import Ledger
 from vesalius.quantities import Runs
 from vesalius.validate import check
@@ -304,19 +304,13 @@ def append_evidence(
     data_hash: str,
     *,
     other_model: bool = False,
-) -> None:
-    """One piece of evidence for each claim that has none; what they need together is prepared before."""
+) -> dict[str, Evidence]:
+    """Evidence by claim: one piece for each that has none. What they need together is prepared before."""
     for claim in track(untested(ledger, claims), "test claims", sink=runs.sink):
-        evidence = check(
-            claim,
-            runs=runs,
-            data_hash=data_hash,
-            plan_hash=plan_hash,
-            version=__version__,
-            created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            allow_other_model=other_model,
-        )
-        ledger.append(evidence)
+        ledger.append(check(claim, runs=runs, data_hash=data_hash, plan_hash=plan_hash, version=__version__,
+                            created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                            allow_other_model=other_model))  # fmt: skip
+    return {claim.id: ledger.evidence(claim)[-1] for claim in claims}
 
 
 def json_array(data: Any) -> dict[str, NDArray[Any]]:

@@ -264,9 +264,10 @@ def test_family(
     measured = _circuit_runs(circuit, runs, draws)
     # All of them, also those that are done: what this finds is kept, and its cost must not depend on interruptions.
     prepare(family.claims, runs)
-    append_evidence(ledger, family.claims, runs, plan_hash, runs.pairs.content_hash, other_model=other_model)
+    data_hash = runs.pairs.content_hash
+    evidence = append_evidence(ledger, family.claims, runs, plan_hash, data_hash, other_model=other_model)
     runs.forget()
-    return Tested(runs, passed, *measured, {claim.id: ledger.evidence(claim)[-1] for claim in family.claims})
+    return Tested(runs, passed, *measured, evidence)
 
 
 def _circuit_runs(circuit: Circuit, runs: Runs, draws: int) -> tuple[dict[str, Floats], dict[str, Floats], Floats]:
